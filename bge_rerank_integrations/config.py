@@ -1,0 +1,155 @@
+"""The settings of one scorer: validated once, immutable, JSON-safe and hashable."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
+
+from bge_rerank_integrations.errors import ConfigError
+
+DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+LongPassages = Literal["truncate", "windows"]
+
+# <s> query </s></s> passage </s>
+NUM_SPECIAL_TOKENS: Final = 4
+
+_DEVICE = re.compile(r"auto|cpu(:\d+)?|cuda(:\d+)?|mps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """Everything that decides what a `Scorer` loads and how it scores.
+
+    Two scorers with equal configs give equal scores, so the config is the key under which
+    `Scorer.shared` keeps one loaded model per process. A hub token is never part of it: it comes from
+    the hub library's own login or the `HF_TOKEN` environment variable.
+
+    Attributes:
+        model: Hub id, or path of a local folder, of a one-label `XLMRobertaForSequenceClassification`.
+        revision: Branch, tag or commit on the hub; None is the default branch.
+        cache_folder: Where hub downloads are kept; None is the hub library's own cache.
+        local_files_only: Never ask the network; use what is in the cache.
+        device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16` or `bfloat16`.
+            float16 is refused on a CPU, which has no fast arithmetic for it.
+        max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
+            in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
+        query_max_length: Longest query in tokens; None is three quarters of `max_length`.
+        max_batch_tokens: Most tokens in one forward pass; None lets the device decide.
+        normalize: Put each score through a sigmoid. False, the default, gives the raw logit.
+        query_instruction: Text put before each query as it is; None is nothing.
+        passage_instruction: Text put before each passage as it is; None is nothing.
+        long_passages: `truncate` cuts a passage to the room the query leaves; `windows` scores
+            overlapping windows of that size and takes the best.
+        window_overlap_tokens: Tokens that neighbouring windows share.
+
+    Raises:
+        ConfigError: A value is of the wrong type, out of range or contradicts another.
+
+    Example:
+        >>> ScorerConfig(model="BAAI/bge-reranker-large", query_max_length=256).effective_query_max_length
+        256
+    """
+
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    cache_folder: str | None = None
+    local_files_only: bool = False
+    device: str = "auto"
+    dtype: DType = "auto"
+    max_length: int = 512
+    query_max_length: int | None = None
+    max_batch_tokens: int | None = None
+    normalize: bool = False
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    long_passages: LongPassages = "truncate"
+    window_overlap_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("model", "cache_folder"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        self._check_types()
+        self._check_device()
+        self._check_lengths()
+
+    @property
+    def effective_query_max_length(self) -> int:
+        """Longest query in tokens, with the default of three quarters of `max_length` filled in."""
+        if self.query_max_length is not None:
+            return self.query_max_length
+        return self.max_length * 3 // 4
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ScorerConfig:
+        """Build a config from a mapping, such as parsed JSON.
+
+        Raises:
+            ConfigError: A key is unknown or a value is not valid.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown setting(s) {unknown}; known are {known}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, str | int | bool | None]:
+        """Return the settings as a dict that JSON can hold; `from_dict` takes it back unchanged."""
+        return dataclasses.asdict(self)
+
+    def _check_types(self) -> None:
+        for name in ("model", "device"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"{name} must be a non-empty string")
+        for name in ("revision", "cache_folder", "query_instruction", "passage_instruction"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a string or None")
+        for name in ("local_files_only", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False")
+        for name, choices in (("dtype", get_args(DType)), ("long_passages", get_args(LongPassages))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {list(choices)}")
+        for name in ("query_max_length", "max_batch_tokens"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, minimum=1)
+        self._check_integer("max_length", minimum=NUM_SPECIAL_TOKENS + 2)
+        self._check_integer("window_overlap_tokens", minimum=0)
+
+    def _check_integer(self, name: str, *, minimum: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{name} must be an integer of at least {minimum}")
+
+    def _check_device(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+        if self.device.startswith("cpu") and self.dtype == "float16":
+            raise ConfigError(FLOAT16_ON_CPU)
+
+    def _check_lengths(self) -> None:
+        room = self.max_length - NUM_SPECIAL_TOKENS - self.effective_query_max_length
+        if room < 1:
+            raise ConfigError(
+                f"query_max_length {self.effective_query_max_length} leaves no room for a passage in "
+                f"max_length {self.max_length} ({NUM_SPECIAL_TOKENS} tokens are special); it can be at "
+                f"most {self.max_length - NUM_SPECIAL_TOKENS - 1}"
+            )
+        if self.long_passages == "windows" and self.window_overlap_tokens >= room:
+            raise ConfigError(
+                f"window_overlap_tokens {self.window_overlap_tokens} must be less than the {room} "
+                "token(s) that the longest query leaves for a window"
+            )
+
+
+FLOAT16_ON_CPU: Final = (
+    "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
+    "a CUDA device"
+)

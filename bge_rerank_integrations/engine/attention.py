@@ -1,0 +1,90 @@
+"""Attention within each sequence of a packed batch: one signature, the implementation chosen once."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations.engine.batch import Seqlens
+
+logger = logging.getLogger(__name__)
+
+_VARLEN_CAPABILITY = (8, 0)  # FlashAttention, which torch.nn.attention.varlen calls, begins with Ampere
+_VARLEN_MAX_HEAD_DIM = 256
+
+
+class VarlenAttention(Protocol):
+    """Bidirectional softmax attention, scaled by the root of the head's width."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+        """Let each query row see the key rows of its own sequence.
+
+        Args:
+            q: [Tq, heads, head_dim]; rows as `q_seqlens` says.
+            k: [Tkv, heads, head_dim]; rows as `kv_seqlens` says.
+            v: Of k's shape.
+            q_seqlens: B sequences of query rows.
+            kv_seqlens: The same B sequences' key rows.
+
+        Returns:
+            [Tq, heads, head_dim], contiguous.
+        """
+
+
+def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> VarlenAttention:
+    """Choose the implementation for a device and precision, and log which it is."""
+    attention: VarlenAttention = sdpa_attention
+    if _has_varlen_kernel(device, dtype, head_dim):
+        attention = flash_attention
+    logger.info("attention on %s in %s: %s", device, dtype, getattr(attention, "__name__", attention))
+    return attention
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """`scaled_dot_product_attention` over each run of sequences of equal length; runs anywhere."""
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q_start = kv_start = sequence = 0
+    for count, kv_length in kv_seqlens.runs():
+        # A run shares its query length too: that is either the same as the key length or one.
+        q_length = q_seqlens.lengths[sequence]
+        q_end, kv_end = q_start + count * q_length, kv_start + count * kv_length
+        heads_first = [
+            rows.unflatten(0, (count, -1)).transpose(1, 2)
+            for rows in (q[q_start:q_end], k[kv_start:kv_end], v[kv_start:kv_end])
+        ]
+        attended = F.scaled_dot_product_attention(*heads_first)
+        output[q_start:q_end].unflatten(0, (count, -1)).copy_(attended.transpose(1, 2))
+        q_start, kv_start, sequence = q_end, kv_end, sequence + count
+    return output
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """`torch.nn.attention.varlen`: one kernel over the whole batch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(
+        q,
+        k,
+        v,
+        q_seqlens.cu_seqlens,
+        kv_seqlens.cu_seqlens,
+        q_seqlens.max_seqlen,
+        kv_seqlens.max_seqlen,
+    )
+    assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return attended
+
+
+def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if head_dim > _VARLEN_MAX_HEAD_DIM or torch.version.hip is not None:
+        return False
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _VARLEN_CAPABILITY

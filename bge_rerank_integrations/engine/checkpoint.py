@@ -1,0 +1,276 @@
+"""Find, verify and load a checkpoint; refuse whatever would score wrongly, before anything is scored."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    HubUnreachableError,
+    UnsupportedCheckpointError,
+)
+
+ARCHITECTURE: Final = "XLMRobertaForSequenceClassification"
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+# Tensors that older or multi-purpose checkpoints carry and this architecture does not read.
+_UNUSED: Final = frozenset(
+    {
+        "roberta.embeddings.position_ids",
+        "roberta.embeddings.token_type_ids",
+        "roberta.pooler.dense.weight",
+        "roberta.pooler.dense.bias",
+    }
+)
+_FLOATING: Final = ("F64", "F32", "F16", "BF16")
+_LFS_POINTER: Final = b"version https://git-lfs"
+_TO_SAFETENSORS: Final = (
+    "Convert it once with: AutoModelForSequenceClassification.from_pretrained(MODEL)"
+    ".save_pretrained(FOLDER), from transformers, on a machine where you trust the file"
+)
+
+
+def find_checkpoint(config: ScorerConfig) -> Path:
+    """Return the local folder of a checkpoint, downloading it from the hub where needed.
+
+    Raises:
+        CheckpointNotFoundError: The folder, repository or revision does not exist or may not be read.
+        HubUnreachableError: The hub does not answer and the cache does not have the model.
+    """
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointNotFoundError(f"model {config.model!r} is a file; name the folder it lies in")
+    if path.is_absolute() or config.model[0] in ".~" or (os.sep == "\\" and "\\" in config.model):
+        raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist")
+    return _download(config)
+
+
+def read_shape(folder: Path) -> EncoderShape:
+    """Read config.json.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CorruptCheckpointError: It cannot be parsed.
+        UnsupportedCheckpointError: It describes something other than a one-label XLM-RoBERTa
+            cross-encoder, or asks for remote code.
+    """
+    data = _read_json(require_file(folder, "config.json"))
+    if "auto_map" in data:
+        raise UnsupportedCheckpointError(
+            f"{folder} asks for code of its own to be run (auto_map), which this package never does; "
+            f"use a plain {ARCHITECTURE} checkpoint"
+        )
+    architectures = data.get("architectures") or [ARCHITECTURE]
+    if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
+        raise UnsupportedCheckpointError(
+            f"{folder} is a {data.get('model_type')!r} checkpoint for {architectures}, not an "
+            f"{ARCHITECTURE}. An embedding model has no relevance head and cannot rerank; use a "
+            "reranker such as BAAI/bge-reranker-base"
+        )
+    from transformers import XLMRobertaConfig
+
+    try:
+        config = XLMRobertaConfig.from_dict(data)
+    except Exception as error:  # its validation raises several unrelated types
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
+    for name, value, supported in (
+        ("num_labels", config.num_labels, 1),
+        ("hidden_act", config.hidden_act, "gelu"),
+        ("position_embedding_type", data.get("position_embedding_type", "absolute"), "absolute"),
+        ("is_decoder", bool(data.get("is_decoder", False)), False),
+        ("hidden_size % num_attention_heads", config.hidden_size % config.num_attention_heads, 0),
+    ):
+        if value != supported:
+            raise UnsupportedCheckpointError(
+                f"{folder} has {name} = {value!r}; a cross-encoder that gives one relevance score has "
+                f"{supported!r}"
+            )
+    return EncoderShape(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
+        padding_idx=1 if config.pad_token_id is None else config.pad_token_id,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def load_weights(
+    folder: Path, shape: EncoderShape, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Verify every tensor's name, shape and type, then load them; the classifier stays in float32.
+
+    Raises:
+        CheckpointNotFoundError: There are no weights, or a shard is missing.
+        CorruptCheckpointError: A file is damaged, a tensor is missing, superfluous or of the wrong
+            shape, or a value is not finite in `dtype`.
+        UnsupportedCheckpointError: The weights are pickled, quantized or without a relevance head.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        holders: dict[str, Any] = {}
+        for path in _weight_files(folder):
+            _refuse_lfs_pointer(path)
+            try:
+                shard = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except SafetensorError as error:
+                raise CorruptCheckpointError(
+                    f"{path} is damaged or was not downloaded to its end ({error}); fetch it again"
+                ) from error
+            holders |= dict.fromkeys(shard.keys(), shard)
+        _verify_headers(folder, holders, shape)
+        for name in shape.parameter_shapes():
+            target = torch.float32 if name.startswith("classifier.") else dtype
+            # A copy always: what is left mapped would change, or fault, with the file.
+            tensor = holders[name].get_tensor(name).to(device=device, dtype=target, copy=True)
+            if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+                raise CorruptCheckpointError(
+                    f"{folder}: tensor {name} holds NaN or infinity in {target}; fetch the checkpoint "
+                    "again, or use dtype 'float32' if it was made in a wider type"
+                )
+            weights[name] = tensor
+    return weights
+
+
+def require_file(folder: Path, name: str) -> Path:
+    """Return a file of the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: It is not there.
+        CorruptCheckpointError: It is a Git LFS pointer.
+    """
+    path = folder / name
+    if not path.is_file():
+        hint = ""
+        if name == "tokenizer.json":
+            hint = "; write it with AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
+        raise CheckpointNotFoundError(f"{folder} holds no {name}{hint}")
+    _refuse_lfs_pointer(path)
+    return path
+
+
+def _download(config: ScorerConfig) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    what = f"model {config.model!r}" + (f" at revision {config.revision!r}" if config.revision else "")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                config.model,
+                revision=config.revision,
+                cache_dir=config.cache_folder,
+                local_files_only=config.local_files_only,
+                allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", INDEX],
+            )
+        )
+    except errors.HFValidationError as error:
+        raise CheckpointNotFoundError(
+            f"{what}: neither an existing folder nor a valid hub id ('organisation/name')"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise CheckpointNotFoundError(
+            f"{what} is gated: accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise CheckpointNotFoundError(
+            f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
+            "`hf auth login`"
+        ) from error
+    except OSError as error:  # the hub's own errors for no answer, and the network's
+        raise HubUnreachableError(
+            f"{what} is not an existing local folder, not in the local cache, and the hub could not be "
+            "asked. To work offline, fetch it once on a connected machine "
+            f"(`hf download {config.model}`), copy the folder here and pass its path as the model; or "
+            "point cache_folder at a cache that has it, with local_files_only=True"
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = _read_json(require_file(folder, INDEX)).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CorruptCheckpointError(f"{folder / INDEX} names no weight files; fetch it again")
+        for name in names.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CorruptCheckpointError(f"{folder / INDEX} points outside its folder")
+        return [require_file(folder, name) for name in sorted(set(names.values()))]
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        raise UnsupportedCheckpointError(
+            f"{folder} has pickled weights only, which can run code when they are loaded. {_TO_SAFETENSORS}"
+        )
+    raise CheckpointNotFoundError(
+        f"{folder} holds no {WEIGHTS}. If the model is published as pytorch_model.bin only: {_TO_SAFETENSORS}"
+    )
+
+
+def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) -> None:
+    expected = shape.parameter_shapes()
+    missing = sorted(set(expected) - set(holders))
+    if any(name.startswith("classifier.") for name in missing):
+        raise UnsupportedCheckpointError(
+            f"{folder} has no relevance head ({', '.join(n for n in missing if 'classifier' in n)}): it "
+            "looks like an embedding or a pretrained model, which cannot rerank; use a reranker such as "
+            "BAAI/bge-reranker-base"
+        )
+    if missing:
+        raise CorruptCheckpointError(
+            f"{folder}: {len(missing)} tensor(s) that config.json calls for are missing, the first is "
+            f"{missing[0]}; fetch the checkpoint again"
+        )
+    extra = sorted(set(holders) - set(expected) - _UNUSED)
+    if extra:
+        raise CorruptCheckpointError(
+            f"{folder}: {len(extra)} tensor(s) do not belong to the model that config.json describes, "
+            f"the first is {extra[0]}; config and weights must be of one checkpoint"
+        )
+    for name, dimensions in expected.items():
+        header = holders[name].get_slice(name)
+        if tuple(header.get_shape()) != dimensions:
+            raise CorruptCheckpointError(
+                f"{folder}: tensor {name} has shape {tuple(header.get_shape())}, but config.json calls "
+                f"for {dimensions}; config and weights must be of one checkpoint"
+            )
+        if header.get_dtype() not in _FLOATING:
+            raise UnsupportedCheckpointError(
+                f"{folder}: tensor {name} is stored as {header.get_dtype()}; only unquantized weights "
+                f"({', '.join(_FLOATING)}) can be loaded"
+            )
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CorruptCheckpointError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path} is not valid JSON; fetch it again") from error
+    if not isinstance(data, dict):
+        raise CorruptCheckpointError(f"{path} is not a JSON object; fetch it again")
+    return data

@@ -1,0 +1,57 @@
+"""From the names in a config to a torch device and dtype that this machine has."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from bge_rerank_integrations.config import FLOAT16_ON_CPU, ScorerConfig
+from bge_rerank_integrations.errors import ConfigError, DeviceError
+
+# On a CPU small batches stay in the cache; a GPU wants enough rows to fill it.
+_MAX_BATCH_TOKENS: Final = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+
+
+def resolve_device(config: ScorerConfig) -> torch.device:
+    """Return the device a config means.
+
+    Raises:
+        DeviceError: This machine does not have it.
+    """
+    if config.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = 0 if device.index is None else device.index
+        if index >= count:
+            raise DeviceError(
+                f"device {config.device!r} is not available: torch {torch.__version__} sees {count} CUDA "
+                "device(s); use device='auto', or install a CUDA build of torch"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' is not available on this machine; use device='auto'")
+    return torch.device(device.type)
+
+
+def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
+    """Return the precision of the encoder on a device.
+
+    Raises:
+        ConfigError: float16 on a CPU.
+    """
+    if config.dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if config.dtype == "float16" and device.type == "cpu":
+        raise ConfigError(FLOAT16_ON_CPU)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def resolve_max_batch_tokens(config: ScorerConfig, device: torch.device) -> int:
+    """Return the token budget of one forward pass."""
+    return config.max_batch_tokens or _MAX_BATCH_TOKENS[device.type]

@@ -1,0 +1,192 @@
+"""The XLM-RoBERTa cross-encoder over packed sequences: no padding, first tokens only where they suffice."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations.engine.attention import VarlenAttention
+from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
+from bge_rerank_integrations.engine.linear import Linear, LinearFactory, plain_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """What of a checkpoint's config.json decides the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    padding_idx: int
+    layer_norm_eps: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens: positions begin after `padding_idx`."""
+        return self.max_position_embeddings - self.padding_idx - 1
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of every tensor that a checkpoint of this shape must hold."""
+        width, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "roberta.embeddings.word_embeddings.weight": (self.vocab_size, width),
+            "roberta.embeddings.position_embeddings.weight": (self.max_position_embeddings, width),
+            "roberta.embeddings.token_type_embeddings.weight": (self.type_vocab_size, width),
+            **_norm_shapes("roberta.embeddings.LayerNorm", width),
+            **_linear_shapes("classifier.dense", width, width),
+            **_linear_shapes("classifier.out_proj", 1, width),
+        }
+        for index in range(self.num_layers):
+            layer = f"roberta.encoder.layer.{index}"
+            for part in ("query", "key", "value"):
+                shapes |= _linear_shapes(f"{layer}.attention.self.{part}", width, width)
+            shapes |= _linear_shapes(f"{layer}.attention.output.dense", width, width)
+            shapes |= _norm_shapes(f"{layer}.attention.output.LayerNorm", width)
+            shapes |= _linear_shapes(f"{layer}.intermediate.dense", inner, width)
+            shapes |= _linear_shapes(f"{layer}.output.dense", width, inner)
+            shapes |= _norm_shapes(f"{layer}.output.LayerNorm", width)
+        return shapes
+
+
+class PackedCrossEncoder:
+    """`XLMRobertaForSequenceClassification` with one label, for inference.
+
+    Args:
+        shape: The checkpoint's shape.
+        weights: Every tensor of `shape.parameter_shapes()`, on the device it is to run on, the
+            classifier's in float32; they are taken out one by one, so that no second copy lives on.
+        linear: How the encoder's linear layers run.
+        attention: How attention runs.
+    """
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        weights: MutableMapping[str, Tensor],
+        *,
+        linear: LinearFactory,
+        attention: VarlenAttention,
+    ) -> None:
+        take = _Taker(weights, shape, linear)
+        self._words = weights.pop("roberta.embeddings.word_embeddings.weight")
+        # The one token type there is belongs to every position.
+        self._positions = weights.pop("roberta.embeddings.position_embeddings.weight")
+        self._token_type = weights.pop("roberta.embeddings.token_type_embeddings.weight")[0]
+        self._norm = take.norm("roberta.embeddings.LayerNorm")
+        names = [f"roberta.encoder.layer.{index}" for index in range(shape.num_layers)]
+        self._layers = [_FullLayer(take, name, attention) for name in names[:-1]]
+        self._last_layer = _FirstTokenLayer(take, names[-1], attention)
+        # The head is B rows of work, and in float32 it costs nothing to be exact.
+        self._dense = plain_linear(*take.parameters("classifier.dense"))
+        self._out_proj = plain_linear(*take.parameters("classifier.out_proj"))
+
+    @torch.inference_mode()
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Return the B logits, float32 [B], on the device."""
+        x = F.embedding(batch.ids, self._words) + self._token_type
+        x = self._norm(x + F.embedding(batch.positions, self._positions))
+        for layer in self._layers:
+            x = layer(x, batch.seqlens)
+        first = self._last_layer(x, batch.seqlens)
+        return self._out_proj(torch.tanh(self._dense(first.float()))).squeeze(-1)
+
+
+class _FullLayer:
+    """One encoder layer over all tokens."""
+
+    def __init__(self, take: _Taker, name: str, attention: VarlenAttention) -> None:
+        self._qkv = take.fused(name, "query", "key", "value")
+        self._rest = _AfterAttention(take, name)
+        self._attention = attention
+        self._num_heads = take.shape.num_heads
+
+    def __call__(self, x: Tensor, seqlens: Seqlens) -> Tensor:
+        q, k, v = self._qkv(x).unflatten(-1, (3, self._num_heads, -1)).unbind(1)
+        return self._rest(x, self._attention(q, k, v, seqlens, seqlens))
+
+
+class _FirstTokenLayer:
+    """The last encoder layer for `<s>` of each sequence, which is all the head reads.
+
+    Keys and values come of every token; queries and what follows attention of B rows instead of T.
+    """
+
+    def __init__(self, take: _Taker, name: str, attention: VarlenAttention) -> None:
+        self._q = take.fused(name, "query")
+        self._kv = take.fused(name, "key", "value")
+        self._rest = _AfterAttention(take, name)
+        self._attention = attention
+        self._num_heads = take.shape.num_heads
+
+    def __call__(self, x: Tensor, seqlens: Seqlens) -> Tensor:
+        first = x[seqlens.cu_seqlens[:-1]]
+        q = self._q(first).unflatten(-1, (self._num_heads, -1))
+        k, v = self._kv(x).unflatten(-1, (2, self._num_heads, -1)).unbind(1)
+        return self._rest(first, self._attention(q, k, v, seqlens.first_tokens(), seqlens))
+
+
+class _AfterAttention:
+    """What follows attention in a layer: projection, residual, norm; feed-forward, residual, norm."""
+
+    def __init__(self, take: _Taker, name: str) -> None:
+        self._out = take.linear(f"{name}.attention.output.dense")
+        self._attention_norm = take.norm(f"{name}.attention.output.LayerNorm")
+        self._up = take.linear(f"{name}.intermediate.dense")
+        self._down = take.linear(f"{name}.output.dense")
+        self._output_norm = take.norm(f"{name}.output.LayerNorm")
+
+    def __call__(self, residual: Tensor, attended: Tensor) -> Tensor:
+        x = self._attention_norm(self._out(attended.flatten(-2)) + residual)
+        return self._output_norm(self._down(F.gelu(self._up(x))) + x)
+
+
+class _Taker:
+    """Takes parameters out of a dict of weights and makes modules of them."""
+
+    def __init__(
+        self, weights: MutableMapping[str, Tensor], shape: EncoderShape, linear: LinearFactory
+    ) -> None:
+        self.shape = shape
+        self._weights = weights
+        self._linear = linear
+
+    def parameters(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias")
+
+    def linear(self, name: str) -> Linear:
+        return self._linear(*self.parameters(name))
+
+    def fused(self, layer: str, *parts: str) -> Linear:
+        pairs = [self.parameters(f"{layer}.attention.self.{part}") for part in parts]
+        weights, biases = zip(*pairs, strict=True)
+        return self._linear(torch.cat(weights), torch.cat(biases))
+
+    def norm(self, name: str) -> Linear:
+        weight, bias = self.parameters(name)
+        eps = self.shape.layer_norm_eps
+
+        def layer_norm(x: Tensor) -> Tensor:
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+        return layer_norm
+
+
+def _linear_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

@@ -1,0 +1,140 @@
+"""One model on one device: ids in, logits out, one forward pass at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations.batching import plan_batches
+from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.engine.attention import resolve_attention
+from bge_rerank_integrations.engine.batch import PackedBatch, pack
+from bge_rerank_integrations.engine.checkpoint import load_weights
+from bge_rerank_integrations.engine.device import (
+    resolve_device,
+    resolve_dtype,
+    resolve_max_batch_tokens,
+)
+from bge_rerank_integrations.engine.linear import resolve_linear
+from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs batches of sequences through a model, from any number of threads.
+
+    Args:
+        forward: A packed batch to float32 logits [B] on the device.
+        device: Where the batches go.
+        padding_idx: The padding token's id, after which positions begin.
+        max_batch_tokens: Most tokens in one forward pass, to begin with.
+
+    Attributes:
+        device: Where the batches go.
+        max_batch_tokens: The working budget; out of memory lowers it, for good.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[PackedBatch], Tensor],
+        *,
+        device: torch.device,
+        padding_idx: int,
+        max_batch_tokens: int,
+    ) -> None:
+        self.device = device
+        self.max_batch_tokens = max_batch_tokens
+        self._forward = forward
+        self._padding_idx = padding_idx
+        self._lock = threading.Lock()
+
+    def run(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        on_progress: Callable[[int], object] | None = None,
+    ) -> list[float]:
+        """Score sequences; other threads' batches may run between this call's.
+
+        Args:
+            sequences: int32 ids of each sequence, none empty, none longer than the model takes.
+            on_progress: Called with the number of sequences done after each batch.
+
+        Returns:
+            The raw logit of each sequence, in order.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: A single sequence does not fit. Any other error of the forward
+                pass comes through as it is.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        logits = [0.0] * len(sequences)
+        pending = deque(plan_batches(lengths, self.max_batch_tokens))
+        while pending:
+            batch = pending.popleft()
+            with self._lock:
+                values = self._try([sequences[index] for index in batch])
+            if values is None:
+                rest = [index for later in (batch, *pending) for index in later]
+                plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
+                pending = deque([[rest[position] for position in part] for part in plan])
+                continue
+            for index, value in zip(batch, values, strict=True):
+                logits[index] = value
+            if on_progress is not None:
+                on_progress(len(batch))
+        return logits
+
+    def _try(self, sequences: list[npt.NDArray[np.int32]]) -> list[float] | None:
+        """Run one batch; None where it was out of memory, with the budget lowered."""
+        num_tokens = sum(map(len, sequences))
+        try:
+            batch = pack(sequences, padding_idx=self._padding_idx, device=self.device)
+            values: list[float] = self._forward(batch).tolist()
+            return values
+        except torch.cuda.OutOfMemoryError:
+            if len(sequences) == 1:
+                raise
+        # Outside the handler, whose traceback keeps the failed pass's tensors alive.
+        self.max_batch_tokens = min(self.max_batch_tokens, max(num_tokens // 2, 1))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory with %d tokens in %d sequences; from here on at most %d tokens a batch",
+            num_tokens,
+            len(sequences),
+            self.max_batch_tokens,
+        )
+        return None
+
+
+def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runner:
+    """Load a verified checkpoint onto the device the config means.
+
+    Raises:
+        CheckpointError: The weights cannot be used.
+        ConfigError: The precision does not go with the device.
+        DeviceError: The device is not there.
+    """
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
+    model = PackedCrossEncoder(
+        shape,
+        load_weights(folder, shape, device=device, dtype=dtype),
+        linear=resolve_linear(device, dtype),
+        attention=resolve_attention(device, dtype, shape.head_dim),
+    )
+    return Runner(
+        model,
+        device=device,
+        padding_idx=shape.padding_idx,
+        max_batch_tokens=resolve_max_batch_tokens(config, device),
+    )

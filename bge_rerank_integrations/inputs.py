@@ -1,0 +1,77 @@
+"""Checks of one call's arguments, before any work is done. Messages give positions, never texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bge_rerank_integrations.errors import InputTypeError
+
+
+def check_query(query: Any, *, index: int | None = None) -> str:
+    """Return the query if it is a string, else raise `InputTypeError`."""
+    if isinstance(query, str):
+        return query
+    where = "the query" if index is None else f"query {index}"
+    raise InputTypeError(f"{where} must be a string, not {_kind(query)}", index=index)
+
+
+def check_passages(passages: Any) -> list[str]:
+    """Return the passages as a list if they are strings, else raise `InputTypeError` with the index."""
+    if isinstance(passages, str) or not isinstance(passages, Iterable):
+        raise InputTypeError(f"passages must be a sequence of strings, not {_kind(passages)}")
+    checked = list(passages)
+    for index, passage in enumerate(checked):
+        if not isinstance(passage, str):
+            raise InputTypeError(f"passage {index} must be a string, not {_kind(passage)}", index=index)
+    return checked
+
+
+def check_pairs(pairs: Any) -> tuple[list[str], list[str]]:
+    """Return (queries, passages) of an iterable of pairs, else raise `InputTypeError` with the index."""
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise InputTypeError(f"pairs must be a list of (query, passage) pairs, not {_kind(pairs)}")
+    queries: list[str] = []
+    passages: list[str] = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputTypeError(
+                f"pair {index} must be a (query, passage) tuple, not {_kind(pair)}; a single pair goes "
+                "into a list",
+                index=index,
+            )
+        for name, text in zip(("query", "passage"), pair, strict=True):
+            if not isinstance(text, str):
+                raise InputTypeError(
+                    f"the {name} of pair {index} must be a string, not {_kind(text)}", index=index
+                )
+        queries.append(pair[0])
+        passages.append(pair[1])
+    return queries, passages
+
+
+def check_requests(requests: Any) -> list[tuple[str, list[str]]]:
+    """Return a list of (query, passages), else raise `InputTypeError` with the index."""
+    if isinstance(requests, str) or not isinstance(requests, Iterable):
+        raise InputTypeError(f"requests must be a list of (query, passages) tuples, not {_kind(requests)}")
+    checked = []
+    for index, request in enumerate(requests):
+        if not isinstance(request, tuple | list) or len(request) != 2:
+            raise InputTypeError(
+                f"request {index} must be a (query, passages) tuple, not {_kind(request)}", index=index
+            )
+        try:
+            checked.append((check_query(request[0], index=index), check_passages(request[1])))
+        except InputTypeError as error:
+            raise InputTypeError(f"request {index}: {error}", index=index) from None
+    return checked
+
+
+def is_single_pair(pairs: Any) -> bool:
+    """Whether an argument is one (query, passage) pair instead of a list of them."""
+    return isinstance(pairs, Sequence) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{name} of {len(value)}" if isinstance(value, tuple | list) else name

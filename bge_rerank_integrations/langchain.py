@@ -1,0 +1,318 @@
+"""LangChain: `BGEReranker`, a document compressor that re-orders by relevance."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from string import Formatter
+from types import EllipsisType
+from typing import Any
+
+from bge_rerank_integrations.errors import missing_extra
+
+try:
+    from langchain_core.callbacks import AsyncCallbackManager, CallbackManager, Callbacks
+    from langchain_core.cross_encoders import BaseCrossEncoder
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.runnables.config import ensure_config
+except ImportError as error:
+    raise missing_extra("langchain", "langchain-core") from error
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
+from bge_rerank_integrations.inputs import check_pairs, check_query
+from bge_rerank_integrations.options import RerankOptions, summarize
+from bge_rerank_integrations.ranking import RankedPassage, check_top_n
+from bge_rerank_integrations.scorer import Scorer
+
+TextSource = str | Mapping[str, Any] | Document
+
+
+class BGEReranker(RerankOptions, BaseDocumentCompressor):
+    r"""Re-orders documents by a BGE cross-encoder's relevance score and keeps the best.
+
+    Returned documents are copies, with id and metadata, that carry the score as a Python float. The
+    model is loaded at first use, once per process for equal settings, shared with LlamaIndex's
+    `BGERerankPostprocessor`. All options are fields; see `RerankOptions` and `ScorerConfig`.
+
+    Attributes:
+        score_key: Metadata key of the score.
+        rank_fields: Metadata fields that are scored too, as `name: value` lines before the text.
+        document_template: What is scored instead: a format string over `page_content` and metadata
+            fields, such as `"{title}\n{page_content}"`.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or cannot work; documents are never echoed.
+
+    Example:
+        >>> from langchain_classic.retrievers import ContextualCompressionRetriever
+        >>> reranker = BGEReranker(top_n=5)
+        >>> retriever = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=base)
+    """
+
+    score_key: str = Field(default="relevance_score", min_length=1)
+    rank_fields: tuple[str, ...] | None = None
+    document_template: str | None = None
+
+    @field_validator("document_template")
+    @classmethod
+    def _check_template(cls, template: str | None) -> str | None:
+        if template is not None:
+            try:
+                fields = _template_fields(template)
+            except ValueError as error:
+                raise ConfigError(f"document_template is not a format string: {error}") from None
+            if "page_content" not in fields or not all(name.isidentifier() for name in fields):
+                raise ConfigError(
+                    "document_template must contain {page_content}, and otherwise only names of metadata "
+                    "fields in braces"
+                )
+        return template
+
+    @model_validator(mode="after")
+    def _check_one_text_option(self) -> Self:
+        if self.rank_fields is not None and self.document_template is not None:
+            raise ConfigError("rank_fields and document_template cannot both be set")
+        return self
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Return copies of the best documents, best first.
+
+        Args:
+            documents: Retrieved documents; they are not changed.
+            query: What they are ranked for.
+            callbacks: Get a nested run with the model and the numbers of pairs, tokens and truncations.
+
+        Raises:
+            InputError: The query or a document cannot be scored; `.index` says which.
+            CheckpointError: The model cannot be used.
+        """
+        documents = _check_documents(documents)
+        texts = self._texts(documents, self.rank_fields)
+        ranked = self._rank(check_query(query), texts, self.top_n, callbacks)
+        return [self._scored_copy(documents[passage.index], passage) for passage in ranked]
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Do what `compress_documents` does, off the event loop, loading of the model included."""
+        documents = _check_documents(documents)
+        texts = self._texts(documents, self.rank_fields)
+        ranked = await self._arank(check_query(query), texts, self.top_n, callbacks)
+        return [self._scored_copy(documents[passage.index], passage) for passage in ranked]
+
+    def rerank(
+        self,
+        documents: Sequence[TextSource],
+        query: str,
+        *,
+        rank_fields: Sequence[str] | None = None,
+        top_n: int | EllipsisType | None = ...,
+    ) -> list[dict[str, Any]]:
+        """Rank texts without making documents of them.
+
+        Args:
+            documents: Strings, mappings (scored as `name: value` lines) or `Document`s.
+            query: What they are ranked for.
+            rank_fields: Fields of mappings and documents to score; None is as configured, and without
+                any a mapping is scored whole.
+            top_n: Most results; None is all, and `...`, the default, is as configured.
+
+        Returns:
+            `{"index": position in documents, "relevance_score": float}`, best first.
+
+        Raises:
+            InputError: An argument cannot be scored; `.index` says which document.
+        """
+        texts = self._texts(documents, rank_fields or self.rank_fields)
+        return _as_dicts(self._rank(check_query(query), texts, self._top_n(top_n), None))
+
+    async def arerank(
+        self,
+        documents: Sequence[TextSource],
+        query: str,
+        *,
+        rank_fields: Sequence[str] | None = None,
+        top_n: int | EllipsisType | None = ...,
+    ) -> list[dict[str, Any]]:
+        """Do what `rerank` does, off the event loop."""
+        texts = self._texts(documents, rank_fields or self.rank_fields)
+        return _as_dicts(await self._arank(check_query(query), texts, self._top_n(top_n), None))
+
+    def rerank_many(
+        self,
+        requests: Sequence[tuple[str, Sequence[TextSource]]],
+        *,
+        rank_fields: Sequence[str] | None = None,
+        top_n: int | EllipsisType | None = ...,
+    ) -> list[list[dict[str, Any]]]:
+        """Rank the texts of several queries, in one pass where the scorer can.
+
+        Args:
+            requests: (query, documents) of each request.
+            rank_fields: As in `rerank`.
+            top_n: As in `rerank`, for each request.
+
+        Returns:
+            What `rerank` returns, one a request.
+        """
+        limit = self._top_n(top_n)
+        prepared = [
+            (check_query(query, index=index), self._texts(documents, rank_fields or self.rank_fields))
+            for index, (query, documents) in enumerate(requests)
+        ]
+        scorer = self.resolve_scorer()
+        if isinstance(scorer, Scorer):
+            return [_as_dicts(r) for r in scorer.rank_many(prepared, limit, self.score_threshold)]
+        return [_as_dicts(scorer.rank(q, t, limit, self.score_threshold)) for q, t in prepared]
+
+    def as_cross_encoder(self) -> BaseCrossEncoder:
+        """Return this reranker as a `BaseCrossEncoder`, for code that takes one.
+
+        Its scores are those of this reranker, normalized or not; `top_n` and the threshold are left to
+        the code that calls it.
+        """
+        return _CrossEncoderView(self)
+
+    def _rank(
+        self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
+    ) -> Sequence[RankedPassage]:
+        with self._run(callbacks, len(texts)) as outputs:
+            ranked = self.resolve_scorer().rank(query, texts, top_n, self.score_threshold)
+            outputs |= summarize(ranked, len(texts))
+        return ranked
+
+    async def _arank(
+        self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
+    ) -> Sequence[RankedPassage]:
+        async with self._arun(callbacks, len(texts)) as outputs:
+            scorer = await self.aresolve_scorer()
+            ranked = await scorer.arank(query, texts, top_n, self.score_threshold)
+            outputs |= summarize(ranked, len(texts))
+        return ranked
+
+    @contextmanager
+    def _run(self, callbacks: Callbacks | None, num_pairs: int) -> Iterator[dict[str, Any]]:
+        """Trace what happens inside as a run; what is put into the dict becomes its output."""
+        manager = CallbackManager.configure(_inherited(callbacks))
+        run = manager.on_chain_start(None, self._run_inputs(num_pairs), name=type(self).__name__)
+        outputs: dict[str, Any] = {"model": self.scorer_name()}
+        try:
+            yield outputs
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        run.on_chain_end(outputs)
+
+    @asynccontextmanager
+    async def _arun(self, callbacks: Callbacks | None, num_pairs: int) -> AsyncIterator[dict[str, Any]]:
+        manager = AsyncCallbackManager.configure(_inherited(callbacks))
+        run = await manager.on_chain_start(None, self._run_inputs(num_pairs), name=type(self).__name__)
+        outputs: dict[str, Any] = {"model": self.scorer_name()}
+        try:
+            yield outputs
+        except BaseException as error:
+            await run.on_chain_error(error)
+            raise
+        await run.on_chain_end(outputs)
+
+    def _run_inputs(self, num_pairs: int) -> dict[str, Any]:
+        return {"model": self.scorer_name(), "num_pairs": num_pairs}
+
+    def _top_n(self, top_n: int | EllipsisType | None) -> int | None:
+        if isinstance(top_n, EllipsisType):
+            return self.top_n
+        check_top_n(top_n)
+        return top_n
+
+    def _scored_copy(self, document: Document, passage: RankedPassage) -> Document:
+        metadata = dict(document.metadata)
+        if self.keep_retrieval_score:
+            metadata["retrieval_rank"] = passage.index
+            for key in (self.score_key, "score"):  # where retrievers and other rerankers put theirs
+                if key in metadata:
+                    metadata["retrieval_score"] = metadata[key]
+                    break
+        metadata[self.score_key] = passage.score
+        return document.model_copy(update={"metadata": metadata})
+
+    def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
+        if isinstance(documents, str | Mapping):
+            raise InputTypeError("documents must be a sequence of strings, mappings or Documents")
+        return [self._text(index, document, rank_fields) for index, document in enumerate(documents)]
+
+    def _text(self, index: int, document: TextSource, rank_fields: Sequence[str] | None) -> str:
+        if isinstance(document, str):
+            return document
+        if isinstance(document, Document):
+            if self.document_template is not None:
+                return _fill(self.document_template, document, index)
+            return "\n".join([*_lines(document.metadata, rank_fields or ()), document.page_content])
+        if isinstance(document, Mapping):
+            return "\n".join(_lines(document, document if rank_fields is None else rank_fields))
+        raise InputTypeError(
+            f"document {index} must be a string, a mapping or a Document, not {type(document).__name__}",
+            index=index,
+        )
+
+
+class _CrossEncoderView(BaseCrossEncoder):
+    """A reranker's scores through LangChain's other reranking interface."""
+
+    def __init__(self, reranker: BGEReranker) -> None:
+        self._reranker = reranker
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """Return one float a (query, passage) pair, in order."""
+        queries, passages = check_pairs(text_pairs)
+        scorer = self._reranker.resolve_scorer()
+        scores = [0.0] * len(queries)
+        by_query: dict[str, list[int]] = {}
+        for index, query in enumerate(queries):
+            by_query.setdefault(query, []).append(index)
+        for query, indices in by_query.items():
+            for passage in scorer.rank(query, [passages[index] for index in indices]):
+                scores[indices[passage.index]] = passage.score
+        return scores
+
+
+def _inherited(callbacks: Callbacks | None) -> Callbacks:
+    # Called inside a chain without callbacks, the run belongs under that chain, as any runnable's does.
+    return ensure_config().get("callbacks") if callbacks is None else callbacks
+
+
+def _check_documents(documents: Sequence[Document]) -> list[Document]:
+    checked = list(documents)
+    for index, document in enumerate(checked):
+        if not isinstance(document, Document):
+            raise InputTypeError(
+                f"document {index} must be a Document, not {type(document).__name__}", index=index
+            )
+    return checked
+
+
+def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {values[name]}" for name in names if name in values]
+
+
+def _template_fields(template: str) -> set[str]:
+    parts = Formatter().parse(template)
+    return {name for _, name, _, _ in parts if name is not None}
+
+
+def _fill(template: str, document: Document, index: int) -> str:
+    values = {**document.metadata, "page_content": document.page_content}
+    missing = sorted(_template_fields(template) - set(values))
+    if missing:
+        raise InputError(
+            f"document {index} lacks the metadata field(s) {missing} of document_template", index=index
+        )
+    return template.format_map(values)
+
+
+def _as_dicts(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:
+    return [{"index": passage.index, "relevance_score": passage.score} for passage in ranked]

@@ -1,0 +1,183 @@
+"""LlamaIndex: `BGERerankPostprocessor`, a node postprocessor that re-orders by relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bge_rerank_integrations.errors import missing_extra
+
+try:
+    from llama_index.core.callbacks import CBEventType, EventPayload
+    from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+except ImportError as error:
+    raise missing_extra("llama-index", "llama-index-core") from error
+
+from pydantic import field_serializer
+
+from bge_rerank_integrations.errors import InputError, InputTypeError
+from bge_rerank_integrations.inputs import check_query
+from bge_rerank_integrations.options import RerankOptions
+from bge_rerank_integrations.ranking import RankedPassage
+
+dispatcher = get_dispatcher(__name__)
+
+
+class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
+    """Re-orders nodes by a BGE cross-encoder's relevance score and keeps the best.
+
+    Returned are new `NodeWithScore`s with the score as a Python float; the ones passed in keep theirs.
+    The model is loaded at first use, once per process for equal settings, shared with LangChain's
+    `BGEReranker`. All options are JSON-safe fields; see `RerankOptions` and `ScorerConfig`.
+
+    Attributes:
+        metadata_mode: Which metadata is scored with a node's text; EMBED, as in LlamaIndex's own.
+        nodes_without_text: `refuse` raises for a node with nothing to score; `keep_last` returns such
+            nodes after all others, with no score, as far as `top_n` allows and no threshold is set.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or cannot work.
+
+    Example:
+        >>> reranker = BGERerankPostprocessor(top_n=5)
+        >>> engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[reranker])
+    """
+
+    metadata_mode: MetadataMode = MetadataMode.EMBED
+    nodes_without_text: Literal["refuse", "keep_last"] = "refuse"
+
+    @field_serializer("metadata_mode")
+    def _serialize_mode(self, mode: MetadataMode) -> str:
+        return mode.value
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex serializes."""
+        return "BGERerankPostprocessor"
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        # The base class drops what does not pickle; without its scorer the copy would load another model.
+        if "scorer" not in state["__dict__"]:
+            raise TypeError(f"the scorer, a {type(self.scorer).__name__}, cannot be pickled")
+        return state
+
+    @dispatcher.span
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        job = self._prepare(nodes, query_bundle)
+        with self._events(job) as returned:
+            if job.texts:
+                ranked = self.resolve_scorer().rank(
+                    job.query.query_str, job.texts, self.top_n, self.score_threshold
+                )
+                returned.extend(self._scored(job, ranked))
+            returned.extend(self._without_score(job, len(returned)))
+        return returned
+
+    # The base class's mixin decorates the sync method only.
+    @dispatcher.span
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        job = self._prepare(nodes, query_bundle)
+        with self._events(job) as returned:
+            if job.texts:
+                scorer = await self.aresolve_scorer()
+                ranked = await scorer.arank(job.query.query_str, job.texts, self.top_n, self.score_threshold)
+                returned.extend(self._scored(job, ranked))
+            returned.extend(self._without_score(job, len(returned)))
+        return returned
+
+    def _prepare(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> _Job:
+        if query_bundle is None:
+            raise InputError("Missing query bundle in extra info.")
+        check_query(query_bundle.query_str)
+        nodes = list(nodes)
+        texts: list[str] = []
+        with_text: list[int] = []
+        for index, node in enumerate(nodes):
+            if not isinstance(node, NodeWithScore):
+                raise InputTypeError(
+                    f"node {index} must be a NodeWithScore, not {type(node).__name__}", index=index
+                )
+            text = node.node.get_content(metadata_mode=self.metadata_mode)
+            if text.strip():
+                texts.append(text)
+                with_text.append(index)
+            elif self.nodes_without_text == "refuse":
+                raise InputError(
+                    f"node {index} has no text to score; remove it, or set nodes_without_text='keep_last'",
+                    index=index,
+                )
+        return _Job(nodes, query_bundle, texts, with_text)
+
+    @contextmanager
+    def _events(self, job: _Job) -> Iterator[list[NodeWithScore]]:
+        """Emit both kinds of start and end events around the filling of the list that is yielded."""
+        returned: list[NodeWithScore] = []
+        top_n = len(job.nodes) if self.top_n is None else self.top_n
+        model_name = self.scorer_name()
+        dispatcher.event(
+            ReRankStartEvent(query=job.query, nodes=job.nodes, top_n=top_n, model_name=model_name)
+        )
+        try:
+            payload: dict[str, Any] = {
+                EventPayload.NODES: job.nodes,
+                EventPayload.MODEL_NAME: model_name,
+                EventPayload.QUERY_STR: job.query.query_str,
+                EventPayload.TOP_K: top_n,
+            }
+            with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+                yield returned
+                event.on_end(payload={EventPayload.NODES: returned})
+        finally:
+            dispatcher.event(ReRankEndEvent(nodes=returned))
+
+    def _scored(self, job: _Job, ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
+        return [
+            self._copy(job.nodes[job.with_text[passage.index]], job.with_text[passage.index], passage.score)
+            for passage in ranked
+        ]
+
+    def _without_score(self, job: _Job, num_scored: int) -> list[NodeWithScore]:
+        if self.score_threshold is not None:
+            return []
+        blank = sorted(set(range(len(job.nodes))) - set(job.with_text))
+        room = len(blank) if self.top_n is None else self.top_n - num_scored
+        return [self._copy(job.nodes[index], index, None) for index in blank[:room]]
+
+    def _copy(self, original: NodeWithScore, rank: int, score: float | None) -> NodeWithScore:
+        if not self.keep_retrieval_score:
+            return original.model_copy(update={"score": score})
+        kept = {"retrieval_score": original.score, "retrieval_rank": rank}
+        node = original.node
+        # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
+        copy = node.model_copy(
+            update={
+                "metadata": {**node.metadata, **kept},
+                "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, kept),
+                "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, kept),
+            }
+        )
+        return original.model_copy(update={"node": copy, "score": score})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A validated call: `texts[i]` is the text of `nodes[with_text[i]]`."""
+
+    nodes: list[NodeWithScore]
+    query: QueryBundle
+    texts: list[str]
+    with_text: list[int]
+
+
+def _with(keys: list[str], more: dict[str, Any]) -> list[str]:
+    return [*keys, *(key for key in more if key not in keys)]

@@ -1,0 +1,106 @@
+"""The options that both framework adapters have, in one place: same names, order and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
+from bge_rerank_integrations.errors import ConfigError
+from bge_rerank_integrations.ranking import RankedPassage, Ranking
+from bge_rerank_integrations.scorer import Scorer, SupportsRank
+
+_SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
+
+
+def _path_to_str(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+PathOrName = Annotated[str, BeforeValidator(_path_to_str)]
+
+
+class RerankOptions(BaseModel):
+    """Fields of an adapter; those up to `window_overlap_tokens` are explained in `ScorerConfig`.
+
+    Attributes:
+        top_n: Most documents to return; None is all, 0 is none.
+        score_threshold: Least score to return, inclusive; None returns every score.
+        normalize: Scores of 0..1 through a sigmoid, the default here, since that is how frameworks
+            read a relevance score; False gives raw logits, the default of `Scorer`.
+        keep_retrieval_score: Keep what the retriever thought in the metadata of what is returned, as
+            `retrieval_score` (where it gave one) and `retrieval_rank` (from 0).
+        scorer: A scorer of one's own: anything with `rank` and `arank`. It scores by its own settings,
+            so none of those above may be given beside it, and `normalize` is not applied. None, the
+            default, uses the process's shared scorer for these settings, loaded at first use.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        hide_input_in_errors=True,
+        arbitrary_types_allowed=True,
+    )
+
+    model: PathOrName = DEFAULT_MODEL
+    revision: str | None = None
+    cache_folder: PathOrName | None = None
+    local_files_only: bool = False
+    device: str = "auto"
+    dtype: DType = "auto"
+    max_length: int = 512
+    query_max_length: int | None = None
+    max_batch_tokens: int | None = None
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    long_passages: LongPassages = "truncate"
+    window_overlap_tokens: int = 64
+    top_n: int | None = Field(default=None, ge=0, strict=True)
+    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    normalize: bool = True
+    keep_retrieval_score: bool = False
+    scorer: SupportsRank | None = Field(default=None, exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        config = self.scorer_config()
+        if self.scorer is not None:
+            defaults = ScorerConfig(normalize=self.normalize)
+            given = [n for n in _SCORER_FIELDS if getattr(config, n) != getattr(defaults, n)]
+            if given:
+                raise ConfigError(f"{given} cannot be set beside scorer, which has its own settings")
+        return self
+
+    def scorer_config(self) -> ScorerConfig:
+        """Return the settings of the shared scorer that these options ask for."""
+        return ScorerConfig(**{name: getattr(self, name) for name in _SCORER_FIELDS})
+
+    def resolve_scorer(self) -> SupportsRank:
+        """Return the scorer to use, loading the shared one if nobody has."""
+        return Scorer.shared(self.scorer_config()) if self.scorer is None else self.scorer
+
+    async def aresolve_scorer(self) -> SupportsRank:
+        """Return the scorer to use; a model that is not loaded yet is loaded off the event loop."""
+        return await Scorer.ashared(self.scorer_config()) if self.scorer is None else self.scorer
+
+    def scorer_name(self) -> str:
+        """Return the model's name, or the type of a scorer that has none."""
+        if self.scorer is None:
+            return self.model
+        return self.scorer.config.model if isinstance(self.scorer, Scorer) else type(self.scorer).__name__
+
+
+def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:
+    """Return the figures of a ranking that traces show; what a foreign scorer does not say is None."""
+    own = ranked if isinstance(ranked, Ranking) else None
+    return {
+        "num_pairs": num_pairs,
+        "num_tokens": None if own is None else own.num_tokens,
+        "num_truncated": None if own is None else own.num_truncated,
+        "num_returned": len(ranked),
+    }

@@ -1,0 +1,221 @@
+"""Texts to token ids: `<s> query </s></s> passage </s>`, cut on ids, with no state that a call changes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, ScorerConfig
+from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
+
+IntArray = npt.NDArray[np.int32]
+
+# White space to every tokenizer in use, and to Python and Rust alike.
+_WHITE_SPACE: Final = " \n\t\r\u3000"
+# A text is first read as far as this many characters per token that can be kept ...
+_CHARACTERS_PER_TOKEN: Final = 8
+_EXTRA_CHARACTERS: Final = 1024
+# ... then, where that gave too few tokens, further by this factor, and never beyond the last figure: a
+# quarter of a second's and a few megabytes' worth, whatever the text.
+_GROWTH: Final = 4
+_MOST_CHARACTERS: Final = 1 << 18
+# Inside an unbroken run a cut may change the tokens next to it, so that many are not relied on.
+_UNRELIABLE_TOKENS: Final = 64
+# However long, white space between two words gives no token.
+_LONG_GAP: Final = re.compile(f"[{_WHITE_SPACE}]{{256,}}")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """The ids of one (query, passage) pair.
+
+    Attributes:
+        windows: One int32 array a window, special tokens included; a single one unless the passage is
+            long and the config asks for windows.
+        truncated: Whether tokens of the query or the passage were left out.
+    """
+
+    windows: tuple[IntArray, ...]
+    truncated: bool
+
+
+class PairTokenizer:
+    """Turns pairs of texts into ids; any number of threads may share one.
+
+    The query is cut to `query_max_length` tokens and the passage to what is left of `max_length`: the
+    id-level rule of FlagReranker (`prepare_for_model(..., truncation="only_second")` of transformers 4).
+    Special tokens spelled out in a text are read as text.
+
+    Args:
+        path: A `tokenizer.json`.
+        config: Lengths, instructions and what to do with long passages.
+
+    Raises:
+        CorruptCheckpointError: The file cannot be parsed.
+        UnsupportedCheckpointError: Its pairs are not framed `<s> A </s></s> B </s>`.
+
+    Example:
+        >>> tokenizer = PairTokenizer(Path("bge-reranker-base/tokenizer.json"), ScorerConfig())
+        >>> tokenizer.encode(["what is a panda?"], ["A bear."])[0].windows[0]
+        array([0, 2367, 83, 10, 6, 85407, 32, 2, 2, 62, 81148, 5, 2], dtype=int32)
+    """
+
+    def __init__(self, path: Path, config: ScorerConfig) -> None:
+        self._tokenizer, self.max_id = _load(path)
+        begin, end = _frame(self._tokenizer)
+        self._begin = np.array([begin], dtype=np.int32)
+        self._end = np.array([end], dtype=np.int32)
+        self._between = np.array([end, end], dtype=np.int32)
+        self._query_prefix = config.query_instruction or ""
+        self._passage_prefix = config.passage_instruction or ""
+        self._max_length = config.max_length
+        self._query_limit = config.effective_query_max_length
+        self._windows = config.long_passages == "windows"
+        self._overlap = config.window_overlap_tokens
+
+    def encode(self, queries: Sequence[str], passages: Sequence[str]) -> list[EncodedPair]:
+        """Encode the pairs `zip(queries, passages)`, each distinct text once.
+
+        Args:
+            queries: The query of each pair.
+            passages: The passage of each pair, of equal number.
+
+        Returns:
+            One `EncodedPair` a pair, in order.
+        """
+        passage_limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
+        query_ids = self._encode_distinct(queries, self._query_prefix, self._query_limit)
+        passage_ids = self._encode_distinct(passages, self._passage_prefix, passage_limit)
+        return [
+            self._pair(query_ids[query], passage_ids[passage])
+            for query, passage in zip(queries, passages, strict=True)
+        ]
+
+    def _pair(self, query: tuple[IntArray, bool], passage: tuple[IntArray, bool]) -> EncodedPair:
+        query_ids, query_cut = query
+        passage_ids, passage_cut = passage
+        room = self._max_length - NUM_SPECIAL_TOKENS - len(query_ids)
+        starts = [0]
+        if self._windows and len(passage_ids) > room:
+            # The last window ends with the passage, so that it is as full as the others.
+            starts = [*range(0, len(passage_ids) - room, room - self._overlap), len(passage_ids) - room]
+        windows = tuple(
+            np.concatenate(
+                (self._begin, query_ids, self._between, passage_ids[start : start + room], self._end)
+            )
+            for start in starts
+        )
+        lost_tail = not self._windows and len(passage_ids) > room
+        return EncodedPair(windows, truncated=query_cut or passage_cut or lost_tail)
+
+    def _encode_distinct(
+        self, texts: Sequence[str], prefix: str, limit: int | None
+    ) -> dict[str, tuple[IntArray, bool]]:
+        """Map each distinct text to its first `limit` ids and whether it has more."""
+        distinct = list(dict.fromkeys(texts))
+        heads = [_heads(text, limit) for text in distinct]
+        firsts = [next(text_heads) for text_heads in heads]
+        first_ids = self._ids([prefix + head for head, _, _ in firsts])
+        encoded: dict[str, tuple[IntArray, bool]] = {}
+        for text, text_heads, first, ids in zip(distinct, heads, firsts, first_ids, strict=True):
+            _, needed, is_whole = first
+            while len(ids) < needed:
+                head, needed, is_whole = next(text_heads)
+                (ids,) = self._ids([prefix + head])
+            has_more = limit is not None and (len(ids) > limit or not is_whole)
+            encoded[text] = np.array(ids[:limit], dtype=np.int32), has_more
+        return encoded
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            # A lone surrogate has no UTF-8 form; it is read as U+FFFD, as a decoder would have it.
+            texts = [
+                text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in texts
+            ]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
+    """Yield beginnings of a text that may hold its first `limit` tokens, each longer than the last.
+
+    Words are tokenized apart from each other, so a text cut before white space begins with the very
+    tokens of the whole text; one token more than the limit then settles everything. Only where that
+    gives too few is a cut made inside a word, and tokens near it are not relied on.
+
+    Yields:
+        (beginning, how many tokens it must give to be sure of the first `limit`, whether it is all).
+    """
+    if limit is None:
+        yield text, 0, True
+        return
+    first_end = end = _CHARACTERS_PER_TOKEN * limit + _EXTRA_CHARACTERS
+    most = max(_MOST_CHARACTERS, first_end)
+    while end < min(len(text), most):
+        white_space = max(text.rfind(character, 0, end) for character in _WHITE_SPACE)
+        if white_space > 0:
+            yield text[:white_space], limit + 1, False
+        yield text[:end], limit + _UNRELIABLE_TOKENS, False
+        if end == first_end:
+            text = _LONG_GAP.sub(" ", text)
+        end *= _GROWTH
+    yield text[:most], 0, len(text) <= most
+
+
+def _load(path: Path) -> tuple[Tokenizer, int]:
+    """Load a tokenizer that cannot produce control ids from text, and the largest id it knows.
+
+    Truncation and padding that a file has baked in are switched off. Two things turn `</s>` typed by a
+    user into the control token: the list of added tokens, and the model's own vocabulary, which in
+    XLM-R holds `</s>` as a piece. The first is emptied of special tokens, and in the second their
+    pieces are renamed to what no text can contain after splitting at white space.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        added = data.get("added_tokens") or []
+        vocabulary = data["model"]["vocab"]
+        special = {token["content"]: token["id"] for token in added if token.get("special")}
+        pieces = dict.fromkeys(special.values())
+        if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
+            max_id = len(vocabulary) - 1
+            for token_id in pieces:
+                if token_id <= max_id:
+                    vocabulary[token_id][0] = _unreachable(token_id)
+        else:  # WordPiece, WordLevel, BPE: piece -> id
+            max_id = max(vocabulary.values())
+            unknown = data["model"].get("unk_token")
+            for content, token_id in special.items():
+                if content != unknown and vocabulary.pop(content, None) is not None:
+                    vocabulary[_unreachable(token_id)] = token_id
+        max_id = max([max_id, *(token["id"] for token in added)])
+        data["added_tokens"] = [token for token in added if not token.get("special")]
+        data["truncation"] = data["padding"] = None
+        tokenizer = Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise CorruptCheckpointError(f"{path} is not a tokenizer file that can be read: {error}") from error
+    return tokenizer, max_id
+
+
+def _unreachable(token_id: int) -> str:
+    return f" \n{token_id}"
+
+
+def _frame(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the ids of `<s>` and `</s>`, from how the tokenizer frames an empty pair."""
+    ids = tokenizer.encode("", "").ids
+    if len(ids) != NUM_SPECIAL_TOKENS or len(set(ids[1:])) != 1:
+        raise UnsupportedCheckpointError(
+            "the tokenizer does not frame pairs as <s> A </s></s> B </s>, so this is not an XLM-RoBERTa "
+            "cross-encoder's tokenizer; use the tokenizer.json that belongs to the model"
+        )
+    return ids[0], ids[1]

@@ -1,0 +1,1 @@
+"""Small complete applications, and what they share."""

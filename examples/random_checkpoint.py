@@ -1,0 +1,104 @@
+"""Make a checkpoint with random weights, so that everything here runs without a model hub.
+
+It has a real architecture and a real tokenizer, trained on `corpus.jsonl` beside this file, and goes
+through the same code as `BAAI/bge-reranker-base`. Its scores mean nothing.
+
+    python -m examples.random_checkpoint FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+CORPUS = Path(__file__).with_name("corpus.jsonl")
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def build_random_checkpoint(
+    folder: Path,
+    *,
+    num_layers: int = 2,
+    hidden_size: int = 64,
+    num_heads: int = 4,
+    intermediate_size: int = 128,
+    max_position_embeddings: int = 514,
+    vocab_size: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write config.json, tokenizer.json and model.safetensors to a folder.
+
+    Args:
+        folder: Where to; made if it is not there.
+        num_layers: Encoder layers.
+        hidden_size: Width of the encoder.
+        num_heads: Attention heads.
+        intermediate_size: Width of the feed-forward layers.
+        max_position_embeddings: Rows of the position embedding: the longest input plus 2.
+        vocab_size: Rows of the word embedding; None is what the tokenizer needs.
+        seed: Of the weights.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(read_texts())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = XLMRobertaConfig(
+        vocab_size=vocab_size or tokenizer.get_vocab_size(),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_position_embeddings,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        initializer_range=hidden_size**-0.5,  # so that attention and scores vary with the input
+        num_labels=1,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = XLMRobertaForSequenceClassification(config)
+        with torch.no_grad():
+            model.classifier.out_proj.weight.mul_(4.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Train a Unigram tokenizer that splits and frames text as XLM-RoBERTa's does."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    trainer = trainers.UnigramTrainer(
+        vocab_size=2000, special_tokens=SPECIAL_TOKENS, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return tokenizer
+
+
+def read_texts() -> list[str]:
+    """Return the passages of the example corpus, their titles before them."""
+    with CORPUS.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [f"{row['title']}\n{row['text']}" for row in rows]
+
+
+if __name__ == "__main__":
+    print(build_random_checkpoint(Path(sys.argv[1])))
