@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -25,12 +26,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypedDict, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders
-from transformers.utils import logging as transformers_logging
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, DType
@@ -41,10 +42,11 @@ from examples.random_checkpoint import build_random_checkpoint, read_texts
 OURS: Final = "bge-rerank-integrations"
 SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
 FLAG_EMBEDDING: Final = "FlagEmbedding"
+DISTRIBUTIONS: Final = ("torch", "transformers", "tokenizers", SENTENCE_TRANSFORMERS, FLAG_EMBEDDING)
 
 MAX_LENGTH: Final = 512
 MEDIAN_LENGTH: Final = 110
-# Spreads the lengths as retrieved passages' are: a tenth is under 51 tokens, a tenth over 237.
+# Our assumption of how retrieved passages spread: a tenth under 51 tokens, a tenth over 237.
 LENGTH_SIGMA: Final = 0.6
 NUM_QUERY_WORDS: Final = 8
 MIN_PASSAGE_TOKENS: Final = 8
@@ -57,7 +59,7 @@ SHAPES: Final[dict[str, dict[str, int]]] = {
     "large": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096},
 }
 VOCAB_SIZE: Final = 250_002
-# What the tokenizer_config.json of the published checkpoints says, except for the class.
+# As the published checkpoints have it, except for the class; `_build` says why.
 TOKENIZER_CONFIG: Final = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": MAX_LENGTH,
@@ -91,7 +93,7 @@ class Contender:
     name: str
     dtype: str
     score: Callable[[], object]
-    logits: Callable[[], Sequence[float]]
+    logits: Callable[[], Iterable[float]]
     module: Any = None
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
@@ -116,23 +118,22 @@ class Result(TypedDict):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; the exit status is 1 where contenders do not agree."""
     args = _parse(argv)
-    with ExitStack() as stack:
-        with _quiet():
-            model = args.model or _build(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
-            tokenizer_path = find_checkpoint(ScorerConfig(model=model)) / "tokenizer.json"
-            pairs = _make_pairs(tokenizer_path, args.num_pairs, args.seed)
-            ids = _read_ids(tokenizer_path, pairs)
-            contenders = list(_load_ours(stack, model, args.device, pairs))
-            peers, missing = _load_peers(model, args.device, pairs, half=args.half_peers)
-            contenders += peers
-            logits, seen, positions = zip(*(_check(contender) for contender in contenders), strict=True)
-            _measure(contenders, args.repeats)
+    with ExitStack() as stack, _quiet():
+        model = args.model or _build(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
+        tokenizer_path = find_checkpoint(ScorerConfig(model=model)) / "tokenizer.json"
+        pairs = _make_pairs(tokenizer_path, args.num_pairs, args.seed)
+        ids = _read_ids(tokenizer_path, pairs)
+        contenders = list(_load_ours(stack, model, args.device, pairs))
+        peers, missing = _load_peers(model, args.device, pairs, half=args.half_peers)
+        contenders += peers
+        logits, seen, positions = zip(*(_check(contender) for contender in contenders), strict=True)
+        _measure(contenders, args.repeats)
     results = _summarize(contenders, ids, logits, seen, positions)
     score_std = statistics.pstdev(logits[0])
     problems = _find_problems(results, score_std)
     report = {
         "hardware": _describe_hardware(args.device),
-        "versions": _read_versions(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}},
         "workload": {
             "model": args.model or f"{args.shape}, random weights",
             "device": args.device,
@@ -173,7 +174,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep progress bars and warnings off the terminal; errors still come through as exceptions."""
-    transformers_logging.disable_progress_bar()
     for name in ("transformers", "sentence_transformers", "FlagEmbedding"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -241,10 +241,7 @@ def _load_ours(stack: ExitStack, model: str, device: str, pairs: Pairs) -> Itera
     for dtype in get_args(DType):
         if dtype in ("float32", *_half_dtypes(device)):
             scorer = stack.enter_context(Scorer(model, device=device, dtype=dtype))
-
-            def score(scorer: Scorer = scorer) -> list[float]:
-                return scorer.score(pairs)
-
+            score = partial(scorer.score, pairs)
             yield Contender(OURS, dtype, score, score)
 
 
@@ -255,46 +252,47 @@ def _load_peers(
     contenders: list[Contender] = []
     missing: dict[str, str] = {}
     dtypes = ["float32", *(_half_dtypes(device) if half else ())]
-    for name, load in ((SENTENCE_TRANSFORMERS, _load_cross_encoder), (FLAG_EMBEDDING, _load_flag_reranker)):
-        try:
-            contenders += load(model, device, pairs, dtypes)
-        except ImportError as error:
-            missing[name] = f"pip install {name}  ({error})"
+    for name, module, load in (
+        (SENTENCE_TRANSFORMERS, "sentence_transformers", _load_cross_encoder),
+        (FLAG_EMBEDDING, "FlagEmbedding", _load_flag_reranker),
+    ):
+        package, why_not = _import(module)
+        if package is None:
+            missing[name] = f"pip install {name}  ({why_not})"
+        else:
+            contenders += load(package, model, device, pairs, dtypes)
     return contenders, missing
 
 
+def _import(module: str) -> tuple[Any, str]:
+    """Import a package that may not be there; None and the reason if it is not."""
+    try:
+        return importlib.import_module(module), ""
+    except ImportError as error:
+        return None, str(error)
+
+
 def _load_cross_encoder(
-    model: str, device: str, pairs: Pairs, dtypes: Iterable[str]
+    package: Any, model: str, device: str, pairs: Pairs, dtypes: Iterable[str]
 ) -> Iterator[Contender]:
-    package = importlib.import_module("sentence_transformers")
     for dtype in dtypes:
         kwargs = {} if dtype == "float32" else {"model_kwargs": {"torch_dtype": getattr(torch, dtype)}}
         encoder = package.CrossEncoder(model, device=device, **kwargs)
-
-        def score(encoder: Any = encoder) -> object:
-            return encoder.predict(pairs)
-
-        def logits(encoder: Any = encoder) -> list[float]:
-            values: list[float] = encoder.predict(pairs, activation_fn=torch.nn.Identity()).tolist()
-            return values
-
+        score = partial(encoder.predict, pairs)
+        # By default it applies a sigmoid, behind which differences vanish.
+        logits = partial(score, activation_fn=torch.nn.Identity())
         yield Contender(SENTENCE_TRANSFORMERS, dtype, score, logits, encoder.model)
 
 
 def _load_flag_reranker(
-    model: str, device: str, pairs: Pairs, dtypes: Iterable[str]
+    package: Any, model: str, device: str, pairs: Pairs, dtypes: Iterable[str]
 ) -> Iterator[Contender]:
-    package = importlib.import_module("FlagEmbedding")
     for dtype in dtypes:
         # It has no bfloat16, and stays in float32 on a CPU whatever it is told.
         if dtype == "bfloat16" or (dtype == "float16" and device == "cpu"):
             continue
         reranker = package.FlagReranker(model, use_fp16=dtype == "float16", devices=[device])
-
-        def score(reranker: Any = reranker) -> list[float]:
-            scores: list[float] = reranker.compute_score(pairs)
-            return scores
-
+        score = partial(reranker.compute_score, pairs)
         yield Contender(FLAG_EMBEDDING, dtype, score, score, reranker.model)
 
 
@@ -310,10 +308,10 @@ def _cpu_features(*substrings: str) -> list[str]:
     return sorted(name for name, has in read().items() if has is True and any(s in name for s in substrings))
 
 
-def _check(contender: Contender) -> tuple[Sequence[float], set[Ids], int]:
+def _check(contender: Contender) -> tuple[list[float], set[Ids], int]:
     """Run a contender once, untimed: its logits, the distinct sequences it read, positions computed."""
     if contender.module is None:
-        return contender.logits(), set(), 0
+        return list(contender.logits()), set(), 0
     embedding: Any = contender.module.get_input_embeddings()
     seen: set[Ids] = set()
     positions = 0
@@ -325,7 +323,7 @@ def _check(contender: Contender) -> tuple[Sequence[float], set[Ids], int]:
 
     handle = embedding.register_forward_pre_hook(record)
     try:
-        return contender.logits(), seen, positions
+        return list(map(float, contender.logits())), seen, positions
     finally:
         handle.remove()
 
@@ -411,47 +409,48 @@ def _describe_hardware(device: str) -> dict[str, Any]:
 
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    if "model name" not in fields:
+    if not path.exists():
         return platform.processor() or platform.machine()
-    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    # The name alone does not tell generations apart on virtual machines.
+    found = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.*)$", path.read_text(encoding="utf-8"), re.M)
+    )
+    return ", ".join(f"{key} {found[key]}" for key in sorted(found, reverse=True)) or platform.machine()
 
 
-def _read_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", SENTENCE_TRANSFORMERS, FLAG_EMBEDDING):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _print(report: dict[str, Any], results: Sequence[Result]) -> None:
     for title in ("hardware", "versions", "workload"):
         print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in report[title].items()))
     peers = list(results[0]["times_as_fast_as"])
+    columns = ["wall s", "CPU s", "tokens/s", "positions"]
     print()
-    header = f"{'':32}{'wall s':>9}{'CPU s':>9}{'tokens/s':>10}{'positions':>11}"
-    print(header + "".join(f"{'x ' + peer:>25}" for peer in peers))
+    _print_row("medians; how many times as fast", columns, peers)
     for result in results:
-        row = f"{result['name'] + ', ' + result['dtype']:32}{result['wall_s']:9.3f}{result['cpu_s']:9.3f}"
-        row += f"{result['tokens_per_s']:10.0f}{result['positions']:11}"
-        print(row + "".join(f"{result['times_as_fast_as'][peer]:25.2f}" for peer in peers))
-    print(f"\n{'largest difference of raw logits':72}" + "".join(f"{peer:>24}" for peer in peers))
+        figures = [f"{result['wall_s']:.3f}", f"{result['cpu_s']:.3f}", f"{result['tokens_per_s']:.0f}"]
+        ratios = [f"{result['times_as_fast_as'][peer]:.2f}" for peer in peers]
+        _print_row(f"{result['name']}, {result['dtype']}", [*figures, str(result["positions"])], ratios)
+    print()
+    _print_row("greatest difference of raw logits", [""] * len(columns), peers)
     for result in results:
-        row = f"{result['name'] + ', ' + result['dtype']:72}"
-        print(row + "".join(f"{result['max_difference'][peer]:24.1e}" for peer in peers))
-    print(f"standard deviation of the logits: {report['score_std']:.3f}\n")
+        differences = [f"{result['max_difference'][peer]:.1e}" for peer in peers]
+        _print_row(f"{result['name']}, {result['dtype']}", [""] * len(columns), differences)
+    print(f"\nstandard deviation of the logits: {report['score_std']:.3f}")
     for peer, command in report["missing"].items():
         print(f"not compared: {peer}; {command}")
     for problem in report["problems"]:
         print(f"PROBLEM: {problem}")
     print(json.dumps(report))
+
+
+def _print_row(name: str, narrow: Sequence[str], wide: Sequence[str]) -> None:
+    print(f"{name:34}" + "".join(f"{cell:>11}" for cell in narrow) + "".join(f"{cell:>23}" for cell in wide))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def build_random_checkpoint(
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         initializer_range=hidden_size**-0.5,  # so that attention and scores vary with the input
-        num_labels=1,
+        id2label={0: "relevance"},
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
@@ -68,8 +68,12 @@ def build_random_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = XLMRobertaForSequenceClassification(config)
+        # Attention that picks tokens out instead of averaging, and logits that spread.
         with torch.no_grad():
-            model.classifier.out_proj.weight.mul_(4.0)
+            for name, weight in model.named_parameters():
+                if name.endswith("self.query.weight"):
+                    weight.mul_(4.0)
+            model.classifier.out_proj.weight.mul_(3.0)
     model.save_pretrained(folder)
     return folder
 

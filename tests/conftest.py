@@ -1,0 +1,60 @@
+"""What the tests share: a small checkpoint with real tokenizer and random weights, and its plain twin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before any hub library is imported: no test may reach the network, nor wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from bge_rerank_integrations import Scorer
+from examples.random_checkpoint import build_random_checkpoint, read_texts
+
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a two-layer checkpoint of 514 positions."""
+    return build_random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def scorer(checkpoint: Path) -> Iterator[Scorer]:
+    """Return a float32 scorer on the CPU."""
+    with Scorer(checkpoint, device="cpu") as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="session")
+def plain_model(checkpoint: Path) -> Any:
+    """Return transformers' own model of the checkpoint: what every fast path is compared with."""
+    return load_plain_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Return the passages of the example corpus, English and Chinese."""
+    return read_texts()
+
+
+@pytest.fixture
+def assets() -> Path:
+    """Return the folder of real data, or skip."""
+    if not ASSETS.is_dir():
+        pytest.skip(f"needs the development data at {ASSETS.name}/ beside the repository")
+    return ASSETS
+
+
+def load_plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load `XLMRobertaForSequenceClassification` with eager attention."""
+    from transformers import XLMRobertaForSequenceClassification
+
+    model: Any = XLMRobertaForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
+    return model.to(dtype).eval()

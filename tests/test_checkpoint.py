@@ -1,0 +1,305 @@
+"""Every way a checkpoint can be wrong is refused with a typed error that says what to do."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    DeviceError,
+    HubUnreachableError,
+    UnsupportedCheckpointError,
+)
+
+Tensors = dict[str, torch.Tensor]
+PAIRS = [("what is a panda?", "A bear."), ("panda", "hi")]
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a copy of the good checkpoint, to be broken."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(edit(tensors), path, metadata={"format": "pt"})
+
+
+def without(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+
+
+def with_value(value: float) -> Callable[[Tensors], Tensors]:
+    def edit(tensors: Tensors) -> Tensors:
+        tensors["roberta.encoder.layer.1.output.dense.weight"][3, 4] = value
+        return tensors
+
+    return edit
+
+
+def refuse(folder: Path, error: type[CheckpointError], message: str, **settings: Any) -> None:
+    with pytest.raises(error, match=message) as caught:
+        Scorer(folder, device="cpu", **settings)
+    assert type(caught.value) is error
+
+
+def test_an_embedding_model(folder: Path) -> None:
+    edit_config(folder, architectures=["XLMRobertaModel"])
+    edit_weights(
+        folder, lambda t: {n.removeprefix("roberta."): w for n, w in without("classifier")(t).items()}
+    )
+    refuse(folder, UnsupportedCheckpointError, "An embedding model has no relevance head")
+
+
+def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
+    edit_weights(folder, without("classifier."))
+    refuse(folder, UnsupportedCheckpointError, "no relevance head .*use a reranker such as")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "'bert' checkpoint"),
+        ({"architectures": ["XLMRobertaForMaskedLM"]}, "XLMRobertaForMaskedLM"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "num_labels = 2"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never does"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder = True"),
+    ],
+)
+def test_another_architecture(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(folder, **changes)
+    refuse(folder, UnsupportedCheckpointError, message)
+
+
+def test_a_missing_layer(folder: Path) -> None:
+    edit_weights(folder, without("roberta.encoder.layer.1."))
+    refuse(folder, CorruptCheckpointError, "16 tensor.s. .* missing.*encoder.layer.1.*fetch")
+
+
+def test_an_extra_layer(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1)
+    refuse(folder, CorruptCheckpointError, "16 tensor.s. do not belong.*encoder.layer.1")
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=64)
+    refuse(folder, CorruptCheckpointError, "has shape .*but config.json calls for")
+
+
+def test_quantized_weights(folder: Path) -> None:
+    edit_weights(folder, lambda t: {n: w.to(torch.int8) for n, w in t.items()})
+    refuse(folder, UnsupportedCheckpointError, "stored as I8")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(folder: Path, value: float) -> None:
+    edit_weights(folder, with_value(value))
+    refuse(folder, CorruptCheckpointError, "output.dense.weight holds NaN or infinity")
+
+
+def test_values_that_overflow_in_the_precision_asked_for(folder: Path) -> None:
+    edit_weights(folder, lambda t: {n: w.double() for n, w in with_value(1e300)({n: w.double() for n, w in t.items()}).items()})  # fmt: skip
+    refuse(folder, CorruptCheckpointError, "in torch.float32")
+
+
+class Canary:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "executed")))
+    refuse(folder, UnsupportedCheckpointError, "pickled weights only.*save_pretrained")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 10_000, -1])
+def test_a_truncated_file(folder: Path, size: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refuse(folder, CorruptCheckpointError, "damaged or was not downloaded to its end.*fetch it again")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer(folder: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / name).write_text(pointer)
+    refuse(folder, CorruptCheckpointError, "Git LFS pointer.*git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    refuse(folder, CheckpointNotFoundError, f"holds no {name}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    refuse(folder, CorruptCheckpointError, r"config\.json is not")
+
+
+def test_a_config_with_a_value_of_the_wrong_type(folder: Path) -> None:
+    edit_config(folder, hidden_size="wide")
+    refuse(folder, CorruptCheckpointError, r"config\.json is not valid")
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    edit_config(folder, vocab_size=100)
+    edit_weights(
+        folder,
+        lambda t: {
+            n: w[:100].contiguous() if n.endswith("word_embeddings.weight") else w for n, w in t.items()
+        },
+    )
+    refuse(folder, UnsupportedCheckpointError, "the tokenizer gives ids up to .* embeds only 100")
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    refuse(tmp_path / "nowhere", CheckpointNotFoundError, "does not exist")
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
+        Scorer("./nowhere")
+    (tmp_path / "file").touch()
+    refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; name the folder")
+
+
+def test_a_name_that_the_hub_would_not_take() -> None:
+    with pytest.raises(CheckpointNotFoundError, match="nor a valid hub id"):
+        Scorer("not a/valid/id")
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) -> None:
+    # The whole suite runs with the hub switched off.
+    with pytest.raises(HubUnreachableError, match="To work offline, fetch it once on a connected machine"):
+        Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
+
+
+def test_a_cached_hub_model_loads_offline(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+    repository = tmp_path / "models--someone--reranker"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
+    with Scorer(
+        "someone/reranker", cache_folder=str(tmp_path), local_files_only=True, device="cpu"
+    ) as cached:
+        assert cached.score(PAIRS) == scorer.score(PAIRS)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights over two files with an index, as large checkpoints are."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        name = f"model-0000{number}-of-00002.safetensors"
+        save_file({n: tensors[n].contiguous() for n in names}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards(folder: Path, scorer: Scorer) -> None:
+    shard(folder)
+    with Scorer(folder, device="cpu") as sharded:
+        assert sharded.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refuse(folder, CheckpointNotFoundError, "holds no model-00002-of-00002")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
+def test_an_index_that_points_elsewhere(folder: Path, name: Any) -> None:
+    weight_map = shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, name)}))
+    refuse(folder, CorruptCheckpointError, "points outside its folder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_stored_in_another_precision(folder: Path, dtype: torch.dtype) -> None:
+    rounded = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}.get(dtype, torch.float32)
+    edit_weights(folder, lambda t: {n: w.to(rounded).float() for n, w in t.items()})
+    with Scorer(folder, device="cpu") as wide:
+        expected = wide.score(PAIRS)
+    edit_weights(folder, lambda t: {n: w.to(dtype) for n, w in t.items()})
+    with Scorer(folder, device="cpu") as stored:
+        assert stored.score(PAIRS) == expected
+
+
+def test_tensors_that_are_not_read_may_be_there(folder: Path, scorer: Scorer) -> None:
+    unused = {
+        "roberta.embeddings.position_ids": torch.arange(514)[None],
+        "roberta.pooler.dense.weight": torch.zeros(64, 64),
+        "roberta.pooler.dense.bias": torch.zeros(64),
+    }
+    edit_weights(folder, lambda tensors: tensors | unused)
+    with Scorer(folder, device="cpu") as other:
+        assert other.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> None:
+    with Scorer(folder, device="cpu") as loaded:
+        path = folder / "model.safetensors"
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(b"\xff" * 1000)
+        assert loaded.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_saved_equals_loaded(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+    from transformers import XLMRobertaForSequenceClassification
+
+    XLMRobertaForSequenceClassification.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path)
+    with Scorer(tmp_path, device="cpu") as saved:
+        assert saved.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_max_length_beyond_the_positions(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_length 513 is more than the 512 tokens"):
+        Scorer(folder, max_length=513)
+
+
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    missing = "cuda:99"
+    with pytest.raises(DeviceError, match="cuda:99' is not available"):
+        Scorer(folder, device=missing)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without MPS")
+def test_float16_where_auto_means_the_cpu(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="not supported on a CPU"):
+        Scorer(folder, dtype="float16")

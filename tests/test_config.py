@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.errors import ConfigError
+
+
+def test_defaults_are_those_of_flag_reranker() -> None:
+    config = ScorerConfig()
+    assert config.model == "BAAI/bge-reranker-base"
+    assert (config.max_length, config.effective_query_max_length) == (512, 384)
+    assert (config.normalize, config.device, config.dtype) == (False, "auto", "auto")
+
+
+def test_json_round_trip_and_hash() -> None:
+    config = ScorerConfig(
+        model="x/y", device="cuda:1", dtype="float16", query_max_length=256, long_passages="windows"
+    )
+    again = ScorerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert {config: 1}[again] == 1
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_paths_become_strings() -> None:
+    config = ScorerConfig(model=Path("a") / "b", cache_folder=Path("c"))  # type: ignore[arg-type]
+    assert (config.model, config.cache_folder) == (str(Path("a") / "b"), "c")
+
+
+def test_immutable_and_keyword_only() -> None:
+    with pytest.raises(AttributeError):
+        ScorerConfig().model = "other"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ScorerConfig("model")  # type: ignore[call-arg]
+
+
+def test_unknown_keys_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"\['batch_size'\]"):
+        ScorerConfig.from_dict({"batch_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": ""}, "model must be a non-empty string"),
+        ({"model": 3}, "model must be a non-empty string"),
+        ({"revision": 3}, "revision must be a string or None"),
+        ({"local_files_only": 1}, "local_files_only must be True or False"),
+        ({"normalize": "yes"}, "normalize must be True or False"),
+        ({"device": "gpu"}, "device must be"),
+        ({"device": "cuda:x"}, "device must be"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"device": "cpu", "dtype": "float16"}, "not supported on a CPU"),
+        ({"device": "cpu:0", "dtype": "float16"}, "not supported on a CPU"),
+        ({"long_passages": "split"}, "long_passages must be one of"),
+        ({"max_length": 5}, "max_length must be an integer of at least 6"),
+        ({"max_length": True}, "max_length must be an integer"),
+        ({"max_length": 512.0}, "max_length must be an integer"),
+        ({"query_max_length": 0}, "query_max_length must be an integer of at least 1"),
+        ({"query_max_length": 508}, "leaves no room for a passage .* at most 507"),
+        ({"max_length": 16}, "leaves no room"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens must be an integer of at least 1"),
+        ({"window_overlap_tokens": -1}, "window_overlap_tokens must be an integer of at least 0"),
+        ({"long_passages": "windows", "window_overlap_tokens": 124}, "must be less than the 124"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScorerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device": "mps"},
+        {"device": "cuda:12", "dtype": "float16"},
+        {"query_max_length": 507},
+        {"max_length": 6, "query_max_length": 1},
+        {"max_length": 8192},
+        {"long_passages": "windows", "window_overlap_tokens": 123},
+        {"window_overlap_tokens": 500},
+    ],
+)
+def test_good_settings_are_taken(settings: dict[str, Any]) -> None:
+    ScorerConfig(**settings)

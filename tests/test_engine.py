@@ -1,0 +1,276 @@
+"""The packed forward pass against transformers' own `XLMRobertaForSequenceClassification`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.engine.attention import (
+    VarlenAttention,
+    flash_attention,
+    resolve_attention,
+    sdpa_attention,
+)
+from bge_rerank_integrations.engine.batch import Seqlens, pack
+from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.linear import (
+    LinearFactory,
+    onednn_linear,
+    plain_linear,
+    resolve_linear,
+)
+from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.runner import Runner, load_runner
+from tests.conftest import load_plain_model
+from tests.tolerances import LOGIT_TOLERANCE
+
+IntArray = npt.NDArray[np.int32]
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def random_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[IntArray]:
+    """Return framed sequences without control tokens inside."""
+    random = np.random.default_rng(seed)
+    sequences = [random.integers(5, vocab_size, length, dtype=np.int32) for length in lengths]
+    for sequence in sequences:
+        sequence[0], sequence[-1] = 0, 2
+    return sequences
+
+
+def plain_logits(model: Any, sequences: list[IntArray]) -> list[float]:
+    """Score one by one, so that padding plays no part."""
+    with torch.inference_mode():
+        return [
+            model(torch.from_numpy(sequence)[None].long().to(model.device)).logits.float().item()
+            for sequence in sequences
+        ]
+
+
+def max_difference(ours: list[float], theirs: list[float]) -> float:
+    differences = np.abs(np.array(ours) - np.array(theirs))
+    print(f"max {differences.max():.2e}, mean {differences.mean():.2e}, spread {np.std(theirs):.2f}")
+    return float(differences.max())
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint: Path) -> Runner:
+    return load_runner(ScorerConfig(device="cpu"), checkpoint, read_shape(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def vocab_size(checkpoint: Path) -> int:
+    return read_shape(checkpoint).vocab_size
+
+
+def test_every_length_from_one_to_the_longest(runner: Runner, plain_model: Any, vocab_size: int) -> None:
+    sequences = random_ids(list(range(1, 513)), vocab_size)
+    theirs = plain_logits(plain_model, sequences)
+    assert np.std(theirs) > 0.5, "scores that hardly vary would prove nothing"
+    assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[7], [512], [3] * 300, [512, 1, 512, 2], [10, 10, 11, 11, 10]], ids=lambda ids: f"{len(ids)}"
+)
+def test_mixed_and_equal_lengths(
+    runner: Runner, plain_model: Any, vocab_size: int, lengths: list[int]
+) -> None:
+    sequences = random_ids(lengths, vocab_size, seed=1)
+    theirs = plain_logits(plain_model, sequences)
+    assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_bfloat16(checkpoint: Path, plain_model: Any, vocab_size: int) -> None:
+    """As near to the float32 truth as the tolerance says, and no further from it than transformers is."""
+    config = ScorerConfig(device="cpu", dtype="bfloat16")
+    runner = load_runner(config, checkpoint, read_shape(checkpoint))
+    sequences = random_ids([*range(2, 513, 5)], vocab_size, seed=2)
+    truth = plain_logits(plain_model, sequences)
+    theirs = plain_logits(load_plain_model(checkpoint, torch.bfloat16), sequences)
+    ours = runner.run(sequences)
+    assert max_difference(ours, truth) <= LOGIT_TOLERANCE[torch.bfloat16]
+    assert max_difference(ours, theirs) <= LOGIT_TOLERANCE[torch.bfloat16]
+    assert np.corrcoef(ours, truth)[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000, 10**6])
+def test_batched_equals_alone(
+    checkpoint: Path, runner: Runner, vocab_size: int, max_batch_tokens: int
+) -> None:
+    config = ScorerConfig(device="cpu", max_batch_tokens=max_batch_tokens)
+    batched = load_runner(config, checkpoint, read_shape(checkpoint))
+    sequences = random_ids([*range(1, 300, 7)], vocab_size, seed=3)
+    alone = [logit for sequence in sequences for logit in runner.run([sequence])]
+    assert max_difference(batched.run(sequences), alone) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_permuted_equals_original(runner: Runner, vocab_size: int) -> None:
+    sequences = random_ids([5, 80, 33, 5, 200, 41, 80, 7, 512], vocab_size, seed=4)
+    order = np.random.default_rng(5).permutation(len(sequences))
+    original = runner.run(sequences)
+    permuted = runner.run([sequences[index] for index in order])
+    expected = [original[index] for index in order]
+    assert max_difference(permuted, expected) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_the_same_batch_twice_is_bit_identical(runner: Runner, vocab_size: int) -> None:
+    sequences = random_ids([5, 80, 33, 5, 200], vocab_size, seed=6)
+    assert runner.run(sequences) == runner.run(sequences)
+
+
+@pytest.mark.parametrize("linear", [plain_linear, onednn_linear])
+def test_each_way_of_linear_layers_agrees(
+    checkpoint: Path, plain_model: Any, vocab_size: int, linear: LinearFactory
+) -> None:
+    if linear is onednn_linear and resolve_linear(CPU, torch.float32) is not onednn_linear:
+        pytest.skip("needs a torch built with oneDNN")
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, linear=linear, attention=sdpa_attention)
+    assert not weights, "every weight is taken, so that no second copy lives on"
+    sequences = random_ids([9, 120, 120, 512], vocab_size, seed=7)
+    logits = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
+    theirs = plain_logits(plain_model, sequences)
+    assert max_difference(logits, theirs) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_positions_begin_after_the_padding_index(runner: Runner) -> None:
+    batch = pack(random_ids([3, 1, 2], 100), padding_idx=1, device=CPU)
+    assert batch.positions.tolist() == [2, 3, 4, 2, 2, 3]
+    assert batch.seqlens.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert (batch.seqlens.lengths, batch.seqlens.max_seqlen) == ((3, 1, 2), 3)
+    assert batch.ids.dtype == batch.positions.dtype == torch.int32
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Softmax over explicit scores in float64, sequence by sequence and head by head."""
+    output = torch.empty_like(q, dtype=torch.float64)
+    q_bounds = q_seqlens.cu_seqlens.tolist()
+    kv_bounds = kv_seqlens.cu_seqlens.tolist()
+    for i in range(len(q_bounds) - 1):
+        rows, columns = slice(q_bounds[i], q_bounds[i + 1]), slice(kv_bounds[i], kv_bounds[i + 1])
+        for head in range(q.shape[1]):
+            scores = q[rows, head].double() @ k[columns, head].double().T / q.shape[-1] ** 0.5
+            output[rows, head] = F.softmax(scores, dim=-1) @ v[columns, head].double()
+    return output
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [9, 4, 4, 1, 1], [64, 3]])
+@pytest.mark.parametrize(
+    ("attention", "device", "dtype", "tolerance"),
+    [
+        pytest.param(sdpa_attention, "cpu", torch.float32, 1e-5, id="sdpa-float32"),
+        pytest.param(sdpa_attention, "cpu", torch.bfloat16, 2e-2, id="sdpa-bfloat16"),
+        pytest.param(flash_attention, "cuda", torch.float16, 2e-3, id="flash-float16", marks=needs_cuda),
+        pytest.param(flash_attention, "cuda", torch.bfloat16, 2e-2, id="flash-bfloat16", marks=needs_cuda),
+    ],
+)
+def test_attention_agrees_with_explicit_scores(
+    attention: VarlenAttention, device: str, dtype: torch.dtype, tolerance: float, lengths: list[int]
+) -> None:
+    torch.manual_seed(0)
+    seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=torch.device(device)).seqlens
+    # Strided as the fused projection gives them.
+    q, k, v = torch.randn(sum(lengths), 3, 4, 16, device=device, dtype=dtype).unbind(1)
+    full = attention(q, k, v, seqlens, seqlens)
+    assert full.is_contiguous()
+    expected = naive_attention(q, k, v, seqlens, seqlens)
+    assert (full.double() - expected).abs().max().item() <= tolerance
+    first_rows = seqlens.cu_seqlens[:-1].long()
+    first = attention(q[first_rows], k, v, seqlens.first_tokens(), seqlens)
+    assert (first.double() - expected[first_rows]).abs().max().item() <= tolerance
+
+
+def test_what_was_chosen_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
+        assert resolve_attention(CPU, torch.float32, 64) is sdpa_attention
+        resolve_linear(CPU, torch.float32)
+    assert "sdpa_attention" in caplog.text
+    assert "linear layers on cpu" in caplog.text
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cuda(checkpoint: Path, plain_model: Any, vocab_size: int, dtype: str) -> None:
+    config = ScorerConfig(device="cuda", dtype=dtype)  # type: ignore[arg-type]
+    runner = load_runner(config, checkpoint, read_shape(checkpoint))
+    sequences = random_ids([*range(1, 513, 3)], vocab_size, seed=8)
+    theirs = plain_logits(plain_model, sequences)
+    assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[getattr(torch, dtype)]
+
+
+class LimitedMemory:
+    """A forward pass that gives each sequence's first id and runs out of memory beyond some tokens."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.tried: list[int] = []
+
+    def __call__(self, batch: Any) -> Tensor:
+        self.tried.append(len(batch.ids))
+        if len(batch.ids) > self.max_tokens:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return batch.ids[batch.seqlens.cu_seqlens[:-1]].float()  # type: ignore[no-any-return]
+
+
+def runner_of(forward: Callable[[Any], Tensor], max_batch_tokens: int = 1000) -> Runner:
+    return Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=max_batch_tokens)
+
+
+def numbered(lengths: list[int]) -> list[IntArray]:
+    return [np.full(length, number, dtype=np.int32) for number, length in enumerate(lengths)]
+
+
+def test_out_of_memory_splits_the_batch_and_is_remembered(caplog: pytest.LogCaptureFixture) -> None:
+    forward = LimitedMemory(max_tokens=300)
+    runner = runner_of(forward)
+    lengths = [100, 20, 30, 150, 290, 40, 10, 10, 200, 250, 3]
+    with caplog.at_level(logging.WARNING):
+        assert runner.run(numbered(lengths)) == list(range(len(lengths)))
+    assert runner.max_batch_tokens <= 300 < 1000
+    assert "out of memory" in caplog.text
+    forward.tried.clear()
+    assert runner.run(numbered(lengths)) == list(range(len(lengths)))
+    assert max(forward.tried) <= 300, "the second request does not run into it again"
+
+
+def test_a_single_sequence_that_does_not_fit_surfaces() -> None:
+    runner = runner_of(LimitedMemory(max_tokens=300))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        runner.run(numbered([100, 301]))
+    assert runner.run(numbered([100, 100])) == [0, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), MemoryError("host")])
+def test_every_other_error_surfaces_as_it_was_at_once(error: Exception) -> None:
+    calls = []
+
+    def forward(batch: Any) -> Tensor:
+        calls.append(batch)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        runner_of(forward).run(numbered([5, 5]))
+    assert caught.value is error
+    assert len(calls) == 1
+
+
+def test_progress_counts_every_sequence_once() -> None:
+    done: list[int] = []
+    runner_of(LimitedMemory(300)).run(numbered([100, 290, 10, 5, 200]), on_progress=done.append)
+    assert sum(done) == 5
+
+
+def test_nothing_gives_nothing(runner: Runner) -> None:
+    assert runner.run([]) == []

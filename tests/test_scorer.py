@@ -1,0 +1,450 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank
+from bge_rerank_integrations.errors import (
+    CheckpointNotFoundError,
+    InputError,
+    InputTypeError,
+    NonFiniteScoreError,
+    ScorerClosedError,
+)
+from bge_rerank_integrations.ranking import sigmoid
+from tests.tolerances import LOGIT_TOLERANCE
+
+TOLERANCE = LOGIT_TOLERANCE[torch.float32]
+QUERY = "what does a giant panda eat?"
+
+
+@pytest.fixture
+def shared_config(checkpoint: Path) -> Iterator[ScorerConfig]:
+    """Return a config whose shared scorer, if the test loads it, is closed afterwards."""
+    config = ScorerConfig(model=str(checkpoint), device="cpu", max_length=128)
+    yield config
+    Scorer.shared(config).close()
+
+
+def test_scores_are_raw_python_floats_in_order(scorer: Scorer, texts: list[str]) -> None:
+    pairs = [(QUERY, text) for text in texts]
+    scores = scorer.score(pairs)
+    assert [type(score) for score in scores] == [float] * len(texts)
+    assert min(scores) < 0
+    assert scores == pytest.approx([scorer.score([pair])[0] for pair in pairs], abs=TOLERANCE)
+
+
+def test_scores_are_those_of_transformers(scorer: Scorer, plain_model: Any, texts: list[str]) -> None:
+    """From text to score, with the passage cut as `truncation="only_second"` cuts it."""
+    from transformers import PreTrainedTokenizerFast
+
+    plain: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(Path(scorer.config.model) / "tokenizer.json")
+    )
+    passages = [*texts[:20], " ".join(texts)]
+    with torch.inference_mode():
+        expected = [
+            plain_model(
+                **plain(QUERY, text, truncation="only_second", max_length=512, return_tensors="pt", return_token_type_ids=False)
+            ).logits.item()
+            for text in passages
+        ]  # fmt: skip
+    assert scorer.score([(QUERY, text) for text in passages]) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_compute_score_takes_a_pair_or_a_list(scorer: Scorer) -> None:
+    pair = ("panda", "A bear.")
+    (raw,) = scorer.score([pair])
+    assert scorer.compute_score(pair) == [raw]
+    assert scorer.compute_score(list(pair)) == [raw]  # type: ignore[arg-type]
+    assert scorer.compute_score([pair]) == [raw]
+    assert scorer.compute_score([pair, pair], normalize=True) == [sigmoid(raw)] * 2
+    assert scorer.compute_score([]) == []
+
+
+def test_normalize(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:
+    pairs = [(QUERY, text) for text in texts[:5]]
+    with Scorer(checkpoint, device="cpu", normalize=True) as normalizing:
+        assert normalizing.score(pairs) == [sigmoid(score) for score in scorer.score(pairs)]
+        assert normalizing.compute_score(pairs, normalize=False) == scorer.score(pairs)
+
+
+def test_rank(scorer: Scorer, texts: list[str]) -> None:
+    scores = scorer.score([(QUERY, text) for text in texts])
+    ranking = scorer.rank(QUERY, texts)
+    assert [p.index for p in ranking] == sorted(range(len(texts)), key=lambda i: -scores[i])
+    assert [p.score for p in ranking] == pytest.approx(sorted(scores, reverse=True), abs=TOLERANCE)
+    assert ranking.num_pairs == len(texts)
+    assert ranking.num_truncated == 0
+    assert ranking.num_tokens > 20 * len(texts)
+
+
+@pytest.mark.parametrize("top_n", [None, 0, 1, 3, 1000])
+def test_top_n(scorer: Scorer, texts: list[str], top_n: int | None) -> None:
+    everything = scorer.rank(QUERY, texts)
+    ranking = scorer.rank(QUERY, texts, top_n)
+    assert ranking == everything[:top_n]
+    assert ranking.num_pairs == len(texts)
+    assert scorer.rank_many([(QUERY, texts)], top_n)[0] == everything[:top_n]
+
+
+def test_the_threshold_is_inclusive(scorer: Scorer, texts: list[str]) -> None:
+    everything = scorer.rank(QUERY, texts)
+    assert scorer.rank(QUERY, texts, threshold=everything[4].score) == everything[:5]
+    assert scorer.rank(QUERY, texts, 2, everything[4].score) == everything[:2]
+    assert scorer.rank(QUERY, texts, threshold=float("inf")) == []
+
+
+def test_equal_passages_score_equally_and_keep_their_order(scorer: Scorer, texts: list[str]) -> None:
+    passages = [texts[0], texts[1], texts[0], texts[2], texts[0]]
+    ranking = scorer.rank(QUERY, passages)
+    same = [p for p in ranking if p.index in (0, 2, 4)]
+    assert [p.index for p in same] == [0, 2, 4]
+    assert len({p.score for p in same}) == 1
+
+
+def test_permuted_passages_get_the_same_scores(scorer: Scorer, texts: list[str]) -> None:
+    by_text = {texts[p.index]: p.score for p in scorer.rank(QUERY, texts)}
+    permuted = list(np.random.default_rng(0).permutation(texts))
+    for passage in scorer.rank(QUERY, permuted):
+        assert passage.score == pytest.approx(by_text[permuted[passage.index]], abs=TOLERANCE)
+
+
+def test_rank_many(scorer: Scorer, texts: list[str]) -> None:
+    requests = [("panda", texts[:7]), ("mercury", []), ("python", texts[3:9]), ("panda", texts[:2])]
+    rankings = scorer.rank_many(requests)
+    assert [len(ranking) for ranking in rankings] == [7, 0, 6, 2]
+    for ranking, (query, passages) in zip(rankings, requests, strict=True):
+        alone = scorer.rank(query, passages)
+        assert [p.index for p in ranking] == [p.index for p in alone]
+        assert [p.score for p in ranking] == pytest.approx([p.score for p in alone], abs=TOLERANCE)
+        assert (ranking.num_pairs, ranking.num_tokens) == (alone.num_pairs, alone.num_tokens)
+
+
+def test_empty_in_empty_out(scorer: Scorer) -> None:
+    assert scorer.score([]) == []
+    assert scorer.rank(QUERY, []) == Ranking()
+    assert scorer.rank_many([]) == []
+
+
+def test_iterators_are_taken(scorer: Scorer, texts: list[str]) -> None:
+    assert scorer.score((QUERY, text) for text in texts[:3]) == scorer.score([(QUERY, t) for t in texts[:3]])
+    assert scorer.rank(QUERY, tuple(texts[:3])) == scorer.rank(QUERY, texts[:3])
+
+
+def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
+    ranking = scorer.rank(QUERY, [texts[0], " ".join(texts), texts[1]])
+    assert {p.index: p.truncated for p in ranking} == {0: False, 1: True, 2: False}
+    assert ranking.num_truncated == 1
+    long_query = scorer.rank("panda " * 2000, [texts[0]])
+    assert long_query[0].truncated
+
+
+def test_windows_take_the_best(checkpoint: Path, texts: list[str]) -> None:
+    passage = " ".join(texts)
+    settings: dict[str, Any] = {"device": "cpu", "max_length": 128, "query_max_length": 32}
+    with Scorer(checkpoint, **settings, long_passages="windows", window_overlap_tokens=16) as windowed:
+        (best,) = windowed.rank(QUERY, [passage])
+        tokenizer, runner = windowed._require_engine()
+        (pair,) = tokenizer.encode([QUERY], [passage])
+        assert best.windows == len(pair.windows) > 10
+        assert best.score == pytest.approx(max(runner.run(pair.windows)), abs=TOLERANCE)
+        assert not best.truncated
+    with Scorer(checkpoint, **settings) as cutting:
+        (cut,) = cutting.rank(QUERY, [passage])
+        assert (cut.windows, cut.truncated) == (1, True)
+        assert best.score >= cut.score - TOLERANCE
+
+
+def test_every_length_stays_within_the_positions(scorer: Scorer) -> None:
+    for ranking in scorer.rank_many([("q", ["a " * n]) for n in (*range(1, 600, 13), 505, 506, 507, 508)]):
+        assert ranking.num_tokens <= 512
+
+
+BAD_CALLS = [
+    (lambda s: s.score([("q", "p"), ("q", None)]), "the passage of pair 1 must be a string, not NoneType", 1),
+    (lambda s: s.score([(3, "p")]), "the query of pair 0 must be a string, not int", 0),
+    (lambda s: s.score(["secret", "passage"]), "pair 0 must be a .query, passage. tuple, not str", 0),
+    (lambda s: s.score([("q", "p"), ("a", "b", "c")]), "pair 1 .* not tuple of 3", 1),
+    (lambda s: s.score("secret"), "pairs must be a list", None),
+    (lambda s: s.score(None), "pairs must be a list", None),
+    (lambda s: s.rank(None, ["p"]), "the query must be a string, not NoneType", None),
+    (lambda s: s.rank(b"q", []), None, None),
+    (lambda s: s.rank("q", "secret"), "passages must be a sequence of strings, not str", None),
+    (lambda s: s.rank("q", ["p", b"secret"]), "passage 1 must be a string, not bytes", 1),
+    (lambda s: s.rank("q", [float("nan")]), "passage 0 must be a string, not float", 0),
+    (lambda s: s.rank_many([("q", ["p"]), ("q", [3])]), "request 1: passage 0 must be a string", 1),
+    (lambda s: s.rank_many([("q", ["p"]), "secret"]), "request 1 must be a .query, passages. tuple", 1),
+    (lambda s: s.rank("q", ["p"], -1), "top_n must not be negative", None),
+    (lambda s: s.rank("q", ["p"], "3"), "top_n must be an integer", None),
+    (lambda s: s.rank("q", ["p"], threshold=float("nan")), "must not be NaN", None),
+    (lambda s: s.rank_many([], -1), "top_n must not be negative", None),
+]
+
+
+@pytest.mark.parametrize(("call", "message", "index"), BAD_CALLS)
+def test_bad_input_says_what_and_which_but_not_the_text(
+    scorer: Scorer, call: Any, message: str | None, index: int | None
+) -> None:
+    if message is None:
+        # Nothing to score is nothing to refuse, but a query must still be one.
+        message = "the query must be a string"
+    with pytest.raises(InputError, match=message) as caught:
+        call(scorer)
+    assert caught.value.index == index
+    assert "secret" not in str(caught.value)
+
+
+@given(st.text(), st.lists(st.text(), max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_arbitrary_text_scores(scorer: Scorer, query: str, passages: list[str]) -> None:
+    ranking = scorer.rank(query, passages)
+    assert sorted(p.index for p in ranking) == list(range(len(passages)))
+    assert all(np.isfinite(p.score) for p in ranking)
+
+
+@pytest.mark.parametrize("text", ["", "\0", "\ud800", "\u202e", "</s></s> relevant", "x" * 10_000_000])
+def test_odd_strings_score(scorer: Scorer, text: str) -> None:
+    assert all(np.isfinite(scorer.score([(text, "passage"), ("query", text), (text, text)])))
+
+
+def test_scores_that_are_not_finite_are_never_returned(checkpoint: Path, tmp_path: Path) -> None:
+    """Finite weights can still overflow; here one word's embedding does."""
+    import shutil
+
+    from bge_rerank_integrations.tokenization import PairTokenizer
+
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    tokenizer = PairTokenizer(folder / "tokenizer.json", ScorerConfig())
+    (pair,) = tokenizer.encode([""], ["panda"])
+    word = int(pair.windows[0][3])
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["roberta.embeddings.word_embeddings.weight"][word] = 3e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with Scorer(folder, device="cpu") as broken:
+        assert len(broken.score([("a", "b")])) == 1
+        for call in (
+            lambda: broken.score([("a", "b"), ("a", "panda"), ("a", "c")]),
+            lambda: broken.rank("a", ["b", "panda", "panda"]),
+            lambda: broken.rank_many([("a", ["b"]), ("a", ["panda"])]),
+        ):
+            with pytest.raises(NonFiniteScoreError) as caught:
+                call()
+            assert caught.value.index == 1
+            assert pickle.loads(pickle.dumps(caught.value)).index == 1
+
+
+def test_sixteen_threads_get_what_one_would(scorer: Scorer, texts: list[str]) -> None:
+    def call(number: int) -> list[float]:
+        random = np.random.default_rng(number)
+        chosen = [texts[i] for i in random.integers(0, len(texts), 1 + number % 9)]
+        query = texts[number % len(texts)][: 10 + number]
+        if number % 3 == 0:
+            return [p.score for p in sorted(scorer.rank(query, chosen), key=lambda p: p.index)]
+        if number % 3 == 1:
+            return [p.score for p in sorted(scorer.rank_many([(query, chosen)])[0], key=lambda p: p.index)]
+        return scorer.score([(query, text) for text in chosen])
+
+    serial = [call(number) for number in range(96)]
+    with ThreadPoolExecutor(16) as pool:
+        concurrent = list(pool.map(call, range(96)))
+    for ours, theirs in zip(concurrent, serial, strict=True):
+        assert ours == pytest.approx(theirs, abs=TOLERANCE)
+
+
+async def test_async_forms_give_the_same(scorer: Scorer, texts: list[str]) -> None:
+    pairs = [(QUERY, text) for text in texts[:4]]
+    scores, ranking, rankings = await asyncio.gather(
+        scorer.ascore(pairs), scorer.arank(QUERY, texts, 3), scorer.arank_many([(QUERY, texts)], 3)
+    )
+    assert scores == pytest.approx(scorer.score(pairs), abs=TOLERANCE)
+    assert [p.index for p in ranking] == [p.index for p in scorer.rank(QUERY, texts, 3)]
+    assert rankings == [ranking]
+    with pytest.raises(InputTypeError):
+        await scorer.arank(QUERY, [None])  # type: ignore[list-item]
+
+
+async def test_async_work_stays_off_the_loop_and_its_default_pool(scorer: Scorer, texts: list[str]) -> None:
+    loop = asyncio.get_running_loop()
+    blocked = threading.Event()
+    default_pool = ThreadPoolExecutor(1)
+    loop.set_default_executor(default_pool)
+    occupied = loop.run_in_executor(None, blocked.wait)
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            started = time.perf_counter()
+            await asyncio.sleep(0.002)
+            gaps.append(time.perf_counter() - started)
+
+    ticker = asyncio.create_task(tick())
+    await scorer.arank(QUERY, [text[: 20 + i] for i in range(6) for text in texts])
+    ticker.cancel()
+    blocked.set()
+    await occupied
+    assert len(gaps) > 5, "the loop ran while the scorer did"
+    assert max(gaps) < 0.25
+
+
+def test_one_model_for_all_who_ask_at_once(shared_config: ScorerConfig) -> None:
+    barrier = threading.Barrier(16)
+
+    def ask(_: int) -> Scorer:
+        barrier.wait()
+        return Scorer.shared(shared_config)
+
+    with ThreadPoolExecutor(16) as pool:
+        scorers = list(pool.map(ask, range(16)))
+    assert len({id(scorer) for scorer in scorers}) == 1
+
+
+async def test_shared_loads_off_the_loop(shared_config: ScorerConfig) -> None:
+    scorers = await asyncio.gather(*(Scorer.ashared(shared_config) for _ in range(16)))
+    assert len({id(scorer) for scorer in scorers}) == 1
+    assert scorers[0] is Scorer.shared(shared_config)
+    assert await Scorer.ashared(shared_config) is scorers[0]
+
+
+def test_a_failed_load_reaches_everyone_and_can_be_tried_again(tmp_path: Path, checkpoint: Path) -> None:
+    config = ScorerConfig(model=str(tmp_path / "later"), device="cpu")
+    barrier = threading.Barrier(4)
+
+    def ask(_: int) -> type[BaseException] | None:
+        barrier.wait()
+        try:
+            Scorer.shared(config)
+        except CheckpointNotFoundError as error:
+            return type(error)
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(4))) == {CheckpointNotFoundError}
+    (tmp_path / "later").symlink_to(checkpoint)
+    with Scorer.shared(config) as loaded:
+        assert loaded.score([("a", "b")])
+
+
+def test_other_settings_are_another_scorer(shared_config: ScorerConfig) -> None:
+    shared = Scorer.shared(shared_config)
+    own = Scorer.from_config(shared_config)
+    assert own is not shared
+    assert own.config == shared.config
+    own.close()
+    assert Scorer.shared(shared_config) is shared, "closing one's own leaves the shared one"
+
+
+def test_close(shared_config: ScorerConfig) -> None:
+    first = Scorer.shared(shared_config)
+    first.close()
+    first.close()
+    assert "closed" in repr(first)
+    for call in (
+        lambda: first.score([("a", "b")]),
+        lambda: first.rank("a", []),
+        lambda: asyncio.run(first.arank("a", ["b"])),
+    ):
+        with pytest.raises(ScorerClosedError):
+            call()
+    second = Scorer.shared(shared_config)
+    assert second is not first
+    assert second.score([("a", "b")])
+
+
+async def test_close_finishes_what_was_accepted(checkpoint: Path, texts: list[str]) -> None:
+    scorer = Scorer(checkpoint, device="cpu")
+    expected = scorer.score([(QUERY, text) for text in texts])
+    tasks = [asyncio.create_task(scorer.ascore([(QUERY, text) for text in texts])) for _ in range(6)]
+    await asyncio.sleep(0)
+    scorer.close()
+    for scores in await asyncio.gather(*tasks):
+        assert scores == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_copies_are_the_same_and_pickles_hold_settings_only(shared_config: ScorerConfig) -> None:
+    scorer = Scorer.shared(shared_config)
+    assert copy.copy(scorer) is copy.deepcopy(scorer) is scorer
+    pickled = pickle.dumps(scorer)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled) is scorer
+
+
+def test_progress_shows_on_stderr_and_only_when_asked(scorer: Scorer, texts: list[str]) -> None:
+    pairs = [(QUERY, text) for text in texts]
+    shown = io.StringIO()
+    with redirect_stderr(shown):
+        quiet = scorer.score(pairs)
+    assert shown.getvalue() == ""
+    with redirect_stderr(shown):
+        assert scorer.score(pairs, progress=True) == quiet
+    assert f"{len(texts)}/{len(texts)}" in shown.getvalue()
+
+
+def test_nothing_of_the_callers_is_changed(scorer: Scorer, texts: list[str]) -> None:
+    pairs = [[QUERY, text] for text in texts[:5]]
+    before = copy.deepcopy(pairs)
+    scorer.score(pairs)  # type: ignore[arg-type]
+    scorer.rank_many([(QUERY, texts)])
+    assert pairs == before
+
+
+def test_no_text_in_logs(scorer: Scorer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        scorer.rank("canary-query", ["canary-passage", "\ud800 canary"])
+        with pytest.raises(InputTypeError):
+            scorer.rank("canary-query", ["canary", 3])  # type: ignore[list-item]
+    assert "canary" not in caplog.text
+
+
+def test_warmup_and_repr(scorer: Scorer) -> None:
+    scorer.warmup()
+    assert repr(scorer) == f"Scorer(model={scorer.config.model!r}, cpu)"
+
+
+def test_a_scorer_and_a_stranger_both_support_rank(scorer: Scorer) -> None:
+    class Stranger:
+        def rank(
+            self, query: str, passages: Any, top_n: int | None = None, threshold: float | None = None
+        ) -> list[RankedPassage]:
+            return []
+
+        async def arank(
+            self, query: str, passages: Any, top_n: int | None = None, threshold: float | None = None
+        ) -> list[RankedPassage]:
+            return []
+
+    typed: list[SupportsRank] = [scorer, Stranger()]
+    assert all(isinstance(candidate, SupportsRank) for candidate in typed)
+    assert not isinstance(object(), SupportsRank)
+
+
+def test_the_processs_torch_settings_are_left_as_they_were(checkpoint: Path) -> None:
+    def current() -> list[object]:
+        return [
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.initial_seed(),
+        ]
+
+    before = current()
+    with Scorer(checkpoint, device="cpu") as other:
+        other.score([("a", "b")])
+    assert current() == before

@@ -1,0 +1,304 @@
+"""Ids against the plain rule: tokenize all of it, then cut."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from bge_rerank_integrations.tokenization import PairTokenizer
+from examples.random_checkpoint import SPECIAL_TOKENS, train_tokenizer
+
+CONTROL_IDS = {0, 1, 2, 4}  # <s> <pad> </s> <mask>; <unk>, 3, is what an unknown character gives
+
+
+@pytest.fixture(scope="module")
+def path(checkpoint: Path) -> Path:
+    return checkpoint / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def plain(path: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> PairTokenizer:
+    return PairTokenizer(path, ScorerConfig(max_length=64))
+
+
+def plain_ids(
+    plain: Tokenizer, query: str, passage: str, *, max_length: int, query_max_length: int
+) -> list[int]:
+    """Frame a pair as `prepare_for_model(..., truncation="only_second")` of transformers 4 does."""
+    query_ids = plain.encode(query, add_special_tokens=False).ids[:query_max_length]
+    passage_ids = plain.encode(passage, add_special_tokens=False).ids
+    room = max_length - 4 - len(query_ids)
+    return [0, *query_ids, 2, 2, *passage_ids[:room], 2]
+
+
+def only_window(tokenizer: PairTokenizer, query: str, passage: str) -> list[int]:
+    (pair,) = tokenizer.encode([query], [passage])
+    (window,) = pair.windows
+    assert window.dtype == np.int32
+    return window.tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("query_words", [0, 1, 5, 60])
+@pytest.mark.parametrize("passage_words", [0, 1, 5, 60, 500])
+def test_the_pair_is_framed_and_cut_on_ids(
+    tokenizer: PairTokenizer, plain: Tokenizer, texts: list[str], query_words: int, passage_words: int
+) -> None:
+    words = " ".join(texts).split()
+    query, passage = " ".join(words[:query_words]), " ".join(words[-passage_words or len(words) :])
+    expected = plain_ids(plain, query, passage, max_length=64, query_max_length=48)
+    assert only_window(tokenizer, query, passage) == expected
+    all_query_ids = plain.encode(query, add_special_tokens=False).ids
+    num_ids = len(all_query_ids) + len(plain.encode(passage, add_special_tokens=False).ids) + 4
+    (pair,) = tokenizer.encode([query], [passage])
+    assert pair.truncated == (num_ids > 64 or len(all_query_ids) > 48)
+
+
+def test_a_query_without_end_leaves_the_passage_its_room(tokenizer: PairTokenizer) -> None:
+    ids = only_window(tokenizer, "panda " * 10_000, "bamboo " * 10_000)
+    assert len(ids) == 64
+    assert ids.index(2) == 49
+    assert ids.count(2) == 3
+
+
+def test_each_distinct_text_counts_for_itself(tokenizer: PairTokenizer, texts: list[str]) -> None:
+    queries = ["panda", "mercury", "panda", "panda"]
+    passages = [texts[0], texts[1], texts[1], texts[0]]
+    together = tokenizer.encode(queries, passages)
+    for pair, query, passage in zip(together, queries, passages, strict=True):
+        assert pair.windows[0].tolist() == only_window(tokenizer, query, passage)
+
+
+def test_instructions_stand_before_the_texts(path: Path, tokenizer: PairTokenizer) -> None:
+    config = ScorerConfig(max_length=64, query_instruction="Query: ", passage_instruction="Passage: ")
+    instructed = PairTokenizer(path, config)
+    assert only_window(instructed, "panda", "bear") == only_window(tokenizer, "Query: panda", "Passage: bear")
+
+
+# White space as the package's cut knows it, and other characters that tokenizers treat as such; long
+# runs; marks that combine with what stands before; several scripts.
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+GAPS = st.text(st.sampled_from(" \n\t\r\u3000\u00a0\u2003\u200b\u0301"), min_size=1, max_size=6)
+
+
+@given(
+    words=st.lists(st.tuples(WORDS, GAPS), min_size=1, max_size=12),
+    repeats=st.integers(1, 400),
+    insertion=st.integers(0, 4000),
+    long_gap=st.sampled_from([0, 0, 300, 20_000]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_cut_before_tokenizing_never_shows(
+    tokenizer: PairTokenizer,
+    plain_without_specials: Tokenizer,
+    words: list[tuple[str, str]],
+    repeats: int,
+    insertion: int,
+    long_gap: int,
+) -> None:
+    text = "".join(word + gap for word, gap in words) * repeats
+    text = text[:insertion] + " " * long_gap + text[insertion:]
+    expected = plain_ids(plain_without_specials, "query", text, max_length=64, query_max_length=48)
+    assert only_window(tokenizer, "query", text) == expected
+
+
+@given(run=st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=20, max_size=200))
+@settings(max_examples=50, deadline=None)
+def test_an_unbroken_run_is_cut_far_enough_out(tokenizer: PairTokenizer, plain: Tokenizer, run: str) -> None:
+    text = run * 200
+    expected = plain_ids(plain, "query", text, max_length=64, query_max_length=48)
+    assert only_window(tokenizer, "query", text) == expected
+
+
+@pytest.fixture(scope="module")
+def plain_without_specials(path: Path) -> Tokenizer:
+    """Return the tokenizer whose vocabulary has no control pieces for a text to hit by chance."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for token_id in CONTROL_IDS | {3}:
+        data["model"]["vocab"][token_id][0] = f" {token_id}"
+    data["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(data))
+
+
+@pytest.mark.parametrize("special", SPECIAL_TOKENS)
+@pytest.mark.parametrize(
+    "pattern", ["{}", "a{}b", " {} ", "{0}{0}", "a {} b", "A bear.{} relevant </s></s> yes"]
+)
+def test_special_tokens_in_a_text_are_text(tokenizer: PairTokenizer, special: str, pattern: str) -> None:
+    text = pattern.format(special)
+    for query, passage in (("q", text), (text, "p"), (text, text)):
+        ids = only_window(tokenizer, query, passage)
+        assert ids.count(2) == 3
+        assert not CONTROL_IDS & (set(ids[1:]) - {2})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "\n\t", "\ud800", "a\udfffb", "\ud83d\ude00", "\0", "a\0b", "\u202eabc", "\u200b", "שלום עולם", "\x1b[31m", "😀👩‍👩‍👧", "e\u0301", "\ufffe", "\U0010ffff", "a" * 5000],
+)  # fmt: skip
+def test_any_string_gives_ids(tokenizer: PairTokenizer, text: str) -> None:
+    for query, passage in ((text, "passage"), ("query", text)):
+        ids = only_window(tokenizer, query, passage)
+        assert 4 <= len(ids) <= 64
+        assert max(ids) <= tokenizer.max_id
+
+
+def test_a_lone_surrogate_is_a_replacement_character(tokenizer: PairTokenizer) -> None:
+    assert only_window(tokenizer, "q", "a\ud800b") == only_window(tokenizer, "q", "a\ufffdb")
+    assert only_window(tokenizer, "q", "\ud83d\ude00") == only_window(tokenizer, "q", "😀")
+
+
+@given(st.text(), st.text())
+@settings(max_examples=200, deadline=None)
+def test_arbitrary_text(tokenizer: PairTokenizer, query: str, passage: str) -> None:
+    ids = only_window(tokenizer, query, passage)
+    assert ids[0] == 0
+    assert ids[-1] == 2
+    assert ids.count(2) == 3
+    assert len(ids) <= 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["word " * 2_000_000, "长" * 10_000_000, "a" * 10_000_000, " " * 10_000_000, "\0" * 10_000_000, "x" + " " * 9_999_998 + "y"],
+    ids=["words", "chinese", "one letter", "white space", "nul", "gap"],
+)  # fmt: skip
+def test_ten_megabytes_cost_little(path: Path, text: str) -> None:
+    tokenizer = PairTokenizer(path, ScorerConfig())
+    tokenizer.encode(["warm"], ["up"])
+    tracemalloc.start()
+    started = time.thread_time()
+    (pair,) = tokenizer.encode(["query"], [text])
+    seconds = time.thread_time() - started
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, pair.windows)) <= 512
+    assert peak_bytes < 50e6
+    # Five times the promise: this is a guard against work that grows with the text, not a benchmark.
+    assert seconds < 1.25
+
+
+def test_windows_cover_a_long_passage_and_overlap(path: Path, plain: Tokenizer, texts: list[str]) -> None:
+    config = ScorerConfig(
+        max_length=64, query_max_length=16, long_passages="windows", window_overlap_tokens=10
+    )
+    passage = " ".join(texts[:3])
+    (pair,) = PairTokenizer(path, config).encode(["what is a panda"], [passage])
+    query_ids = plain.encode("what is a panda", add_special_tokens=False).ids
+    passage_ids = plain.encode(passage, add_special_tokens=False).ids
+    room = 64 - 4 - len(query_ids)
+    assert len(pair.windows) > 2
+    assert not pair.truncated
+    bodies = [window.tolist()[len(query_ids) + 3 : -1] for window in pair.windows]
+    assert {len(body) for body in bodies} == {room}
+    step = room - 10
+    starts = [*range(0, step * (len(bodies) - 1), step), len(passage_ids) - room]
+    assert bodies == [passage_ids[start : start + room] for start in starts]
+    assert starts[-1] - starts[-2] <= step
+
+
+def test_a_passage_that_fits_is_one_window(path: Path, tokenizer: PairTokenizer) -> None:
+    config = ScorerConfig(
+        max_length=64, query_max_length=16, long_passages="windows", window_overlap_tokens=8
+    )
+    windowed = PairTokenizer(path, config)
+    assert only_window(windowed, "panda", "A bear.") == only_window(tokenizer, "panda", "A bear.")
+
+
+def test_baked_in_truncation_and_padding_are_off(path: Path, tmp_path: Path, texts: list[str]) -> None:
+    baked = Tokenizer.from_file(str(path))
+    baked.enable_truncation(8)
+    baked.enable_padding(pad_id=1, pad_token="<pad>", length=600)
+    baked.save(str(tmp_path / "tokenizer.json"))
+    config = ScorerConfig()
+    expected = PairTokenizer(path, config).encode(["q", "q"], texts[:2])
+    got = PairTokenizer(tmp_path / "tokenizer.json", config).encode(["q", "q"], texts[:2])
+    assert [pair.windows[0].tolist() for pair in got] == [pair.windows[0].tolist() for pair in expected]
+
+
+def test_threads_share_it(tokenizer: PairTokenizer, texts: list[str]) -> None:
+    jobs = [(texts[i % len(texts)][: 20 + i % 300], texts[-i % len(texts)] * (1 + i % 5)) for i in range(400)]
+    expected = [only_window(tokenizer, *job) for job in jobs]
+    barrier = threading.Barrier(8)
+
+    def work(offset: int) -> list[tuple[int, list[int]]]:
+        barrier.wait()
+        return [(i, only_window(tokenizer, *jobs[i])) for i in range(offset, len(jobs), 8)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(8)):
+            assert all(ids == expected[i] for i, ids in results)
+
+
+def test_wordpiece_specials_are_text_too(tmp_path: Path) -> None:
+    vocabulary = {
+        piece: i for i, piece in enumerate([*SPECIAL_TOKENS, "a", "<", ">", "/", "s", "##s", "##>"])
+    }
+    data: dict[str, Any] = json.loads(train_tokenizer(["a b c"]).to_str())
+    data["model"] = {
+        "type": "WordPiece",
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": vocabulary,
+    }
+    data["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    tokenizer = PairTokenizer(tmp_path / "tokenizer.json", ScorerConfig())
+    assert only_window(tokenizer, "a", "</s> a <mask> <unk>") == [0, 5, 2, 2, 3, 5, 3, 3, 2]
+
+
+def test_a_foreign_frame_is_refused(tmp_path: Path) -> None:
+    data: dict[str, Any] = json.loads(train_tokenizer(["a b c"]).to_str())
+    data["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(UnsupportedCheckpointError, match="does not frame pairs"):
+        PairTokenizer(tmp_path / "tokenizer.json", ScorerConfig())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "Unigram"}}', "\0"])
+def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CorruptCheckpointError, match="tokenizer file"):
+        PairTokenizer(tmp_path / "tokenizer.json", ScorerConfig())
+
+
+def test_the_real_tokenizer_agrees_with_transformers(assets: Path) -> None:
+    """2,000 real English and Chinese passages through XLM-R's own 250,002 pieces."""
+    from transformers import AutoTokenizer
+
+    folder = assets / "xlmr-tokenizer"
+    plain = AutoTokenizer.from_pretrained(folder)
+    ours = PairTokenizer(folder / "tokenizer.json", ScorerConfig())
+    passages: list[str] = []
+    for name, count in (("scifact", 1200), ("xquad-en", 240), ("xquad-zh", 304), ("cmrc2018-trial", 256)):
+        with (assets / "retrieval" / name / "corpus.jsonl").open(encoding="utf-8") as lines:
+            passages += [json.loads(line)["text"] for line in lines][:count]
+    with (assets / "retrieval" / "vaswani-npl" / "corpus.jsonl").open(encoding="utf-8") as lines:
+        passages += [json.loads(line)["text"] for line in lines][: 2000 - len(passages)]
+    assert len(passages) == 2000
+    query = "熊猫吃什么? What do pandas eat?"
+    query_ids = plain(query, add_special_tokens=False)["input_ids"]
+    all_ids = plain(passages, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+    encoded = ours.encode([query] * 2000, passages)
+    for pair, ids in zip(encoded, all_ids, strict=True):
+        room = 512 - 4 - len(query_ids)
+        assert pair.windows[0].tolist() == [0, *query_ids, 2, 2, *ids[:room], 2]
+        assert pair.truncated == (len(ids) > room)
