@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict, get_args
 
 import torch
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, DType
@@ -59,18 +59,6 @@ SHAPES: Final[dict[str, dict[str, int]]] = {
     "large": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096},
 }
 VOCAB_SIZE: Final = 250_002
-# As the published checkpoints have it, except for the class; `_build` says why.
-TOKENIZER_CONFIG: Final = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "model_max_length": MAX_LENGTH,
-    "bos_token": "<s>",
-    "cls_token": "<s>",
-    "eos_token": "</s>",
-    "sep_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "mask_token": "<mask>",
-}
 
 Pairs = list[tuple[str, str]]
 Ids = tuple[int, ...]
@@ -182,17 +170,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _build(folder: Path, shape: str) -> str:
-    """Write a random checkpoint whose tokenizer all contenders read alike."""
-    build_random_checkpoint(folder, vocab_size=VOCAB_SIZE, **SHAPES[shape])
-    # FlagReranker turns ids into text and back, and without a decoder pieces stay apart.
-    path = str(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.save(path)
-    # Left to the model's type, transformers 5 builds an XLMRobertaTokenizer around the vocabulary and
-    # drops the normalizer, unless that is SentencePiece's own.
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), encoding="utf-8")
-    return str(folder)
+    return str(build_random_checkpoint(folder, vocab_size=VOCAB_SIZE, **SHAPES[shape]))
 
 
 def _make_pairs(tokenizer_path: Path, num_pairs: int, seed: int) -> Pairs:
