@@ -32,6 +32,8 @@ class ScorerConfig:
     Attributes:
         model: Hub id, or path of a local folder, of a one-label `XLMRobertaForSequenceClassification`.
         revision: Branch, tag or commit on the hub; None is the default branch.
+        sha256: What `cat model*.safetensors | sha256sum` must give, in the checkpoint's folder, for the
+            weights to be loaded; None does not check.
         cache_folder: Where hub downloads are kept; None is the hub library's own cache.
         local_files_only: Never ask the network; use what is in the cache.
         device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -41,6 +43,10 @@ class ScorerConfig:
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
         query_max_length: Longest query in tokens; None is three quarters of `max_length`.
         max_batch_tokens: Most tokens in one forward pass; None lets the device decide.
+        max_wait_ms: How long a request may wait for others to share a batch that is not full. 0, the
+            default: those that are waiting go together, and an idle device never waits.
+        max_queued_tokens: Most tokens that may wait for the device; a request beyond it is refused with
+            `QueueFullError` at once. None is no limit.
         normalize: Put each score through a sigmoid. False, the default, gives the raw logit.
         query_instruction: Text put before each query as it is; None is nothing.
         passage_instruction: Text put before each passage as it is; None is nothing.
@@ -58,6 +64,7 @@ class ScorerConfig:
 
     model: str = DEFAULT_MODEL
     revision: str | None = None
+    sha256: str | None = None
     cache_folder: str | None = None
     local_files_only: bool = False
     device: str = "auto"
@@ -65,6 +72,8 @@ class ScorerConfig:
     max_length: int = 512
     query_max_length: int | None = None
     max_batch_tokens: int | None = None
+    max_wait_ms: float = 0.0
+    max_queued_tokens: int | None = None
     normalize: bool = False
     query_instruction: str | None = None
     passage_instruction: str | None = None
@@ -100,7 +109,7 @@ class ScorerConfig:
             raise ConfigError(f"unknown setting(s) {unknown}; known are {known}")
         return cls(**data)
 
-    def to_dict(self) -> dict[str, str | int | bool | None]:
+    def to_dict(self) -> dict[str, str | float | bool | None]:
         """Return the settings as a dict that JSON can hold; `from_dict` takes it back unchanged."""
         return dataclasses.asdict(self)
 
@@ -108,6 +117,8 @@ class ScorerConfig:
         for name in ("model", "device"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name} must be a non-empty string")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
+            raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
         for name in ("revision", "cache_folder", "query_instruction", "passage_instruction"):
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name} must be a string or None")
@@ -117,11 +128,14 @@ class ScorerConfig:
         for name, choices in (("dtype", get_args(DType)), ("long_passages", get_args(LongPassages))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {list(choices)}")
-        for name in ("query_max_length", "max_batch_tokens"):
+        for name in ("query_max_length", "max_batch_tokens", "max_queued_tokens"):
             if getattr(self, name) is not None:
                 self._check_integer(name, minimum=1)
         self._check_integer("max_length", minimum=NUM_SPECIAL_TOKENS + 2)
         self._check_integer("window_overlap_tokens", minimum=0)
+
+        if not isinstance(self.max_wait_ms, int | float) or not 0 <= self.max_wait_ms <= 60_000:
+            raise ConfigError("max_wait_ms must be a number from 0 to 60,000")
 
     def _check_integer(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)

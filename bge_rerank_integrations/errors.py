@@ -10,9 +10,14 @@ RerankError
 │   ├── HubUnreachableError             the model hub did not answer
 │   ├── UnsupportedCheckpointError      intact, but not a one-label XLM-RoBERTa cross-encoder
 │   └── CorruptCheckpointError          damaged, incomplete or not finite
-├── DeviceError (RuntimeError)          the device or attention kernel asked for is not there
+├── DeviceError (RuntimeError)          the device is not there
+│   └── DeviceLostError                 ... or failed for good while it was in use
 ├── NonFiniteScoreError                 the model returned NaN or inf; has .index
+├── QueueFullError                      more is waiting than max_queued_tokens allows; try again later
+├── RequestTimeoutError (TimeoutError)  not finished within the call's timeout
 ├── ScorerClosedError (RuntimeError)    used after close()
+├── WorkerDiedError (RuntimeError)      the thread that feeds the device ended; the next call starts another
+├── ForkedProcessError (RuntimeError)   used in a child that was forked after its parent had scored
 └── MissingExtraError (ImportError)     an optional framework is not installed
 ```
 
@@ -27,14 +32,19 @@ __all__ = [
     "ConfigError",
     "CorruptCheckpointError",
     "DeviceError",
+    "DeviceLostError",
+    "ForkedProcessError",
     "HubUnreachableError",
     "InputError",
     "InputTypeError",
     "MissingExtraError",
     "NonFiniteScoreError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "RerankError",
     "ScorerClosedError",
     "UnsupportedCheckpointError",
+    "WorkerDiedError",
     "missing_extra",
 ]
 
@@ -97,6 +107,26 @@ class NonFiniteScoreError(RerankError, ArithmeticError):
     def __init__(self, message: str, *, index: int | None = None) -> None:
         super().__init__(message)
         self.index = index
+
+
+class DeviceLostError(DeviceError):
+    """The device failed for good while it was in use; a new process is needed."""
+
+
+class QueueFullError(RerankError):
+    """More tokens are waiting than `max_queued_tokens` allows; try again later."""
+
+
+class RequestTimeoutError(RerankError, TimeoutError):
+    """A request was not finished within its call's timeout; what had not started was not computed."""
+
+
+class WorkerDiedError(RerankError, RuntimeError):
+    """The thread that feeds the device ended while a request waited; the next call starts another."""
+
+
+class ForkedProcessError(RerankError, RuntimeError):
+    """The process was forked from one that had already scored."""
 
 
 class ScorerClosedError(RerankError, RuntimeError):

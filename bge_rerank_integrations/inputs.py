@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.errors import InputError, InputTypeError
 
 
 def check_query(query: Any, *, index: int | None = None) -> str:
@@ -65,6 +65,16 @@ def check_requests(requests: Any) -> list[tuple[str, list[str]]]:
         except InputTypeError as error:
             raise InputTypeError(f"request {index}: {error}", index=index) from None
     return checked
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise unless a timeout is None or a number of seconds that is not negative."""
+    if timeout is None:
+        return
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+        raise InputTypeError(f"timeout must be a number of seconds or None, not {_kind(timeout)}")
+    if not timeout >= 0:  # NaN is not
+        raise InputError("timeout must not be negative")
 
 
 def is_single_pair(pairs: Any) -> bool:

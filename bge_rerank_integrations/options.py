@@ -49,6 +49,7 @@ class RerankOptions(BaseModel):
 
     model: PathOrName = DEFAULT_MODEL
     revision: str | None = None
+    sha256: str | None = None
     cache_folder: PathOrName | None = None
     local_files_only: bool = False
     device: str = "auto"
@@ -56,6 +57,8 @@ class RerankOptions(BaseModel):
     max_length: int = 512
     query_max_length: int | None = None
     max_batch_tokens: int | None = None
+    max_wait_ms: float = 0.0
+    max_queued_tokens: int | None = None
     query_instruction: str | None = None
     passage_instruction: str | None = None
     long_passages: LongPassages = "truncate"

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
 from bge_rerank_integrations.errors import (
-    ConfigError,
-    NonFiniteScoreError,
     ScorerClosedError,
-    UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.inputs import (
     check_pairs,
@@ -25,23 +20,10 @@ from bge_rerank_integrations.inputs import (
     check_requests,
     is_single_pair,
 )
-from bge_rerank_integrations.ranking import (
-    RankedPassage,
-    Ranking,
-    check_threshold,
-    check_top_n,
-    select,
-    sigmoid,
-)
-from bge_rerank_integrations.tokenization import IntArray, PairTokenizer
-
-if TYPE_CHECKING:
-    from bge_rerank_integrations.engine.runner import Runner
-
-T = TypeVar("T")
-
-# The device runs one batch at a time; more threads than this would only tokenize ahead of it.
-_NUM_WORKERS = 4
+from bge_rerank_integrations.pairs import PairResult
+from bge_rerank_integrations.pipeline import Pipeline, load_pipeline
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n, select
+from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 
 
 @runtime_checkable
@@ -70,8 +52,12 @@ class SupportsRank(Protocol):
 class Scorer:
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
-    One scorer holds one model on one device. Any number of threads and tasks may use it at once, and
-    each gets what it would get alone. Settings are those of `ScorerConfig`, where each is explained.
+    One scorer holds one model on one device. Any number of threads and tasks may use it at once: what is
+    waiting shares batches, and each gets what it would get alone. Settings are those of `ScorerConfig`,
+    where each is explained.
+
+    Every call that scores takes a `timeout` in seconds, None being no limit. When it is over, or an async
+    call is cancelled, what has not started is dropped and never computed.
 
     Attributes:
         config: The settings, immutable.
@@ -97,6 +83,7 @@ class Scorer:
         model: str | os.PathLike[str] = DEFAULT_MODEL,
         *,
         revision: str | None = None,
+        sha256: str | None = None,
         cache_folder: str | None = None,
         local_files_only: bool = False,
         device: str = "auto",
@@ -104,6 +91,8 @@ class Scorer:
         max_length: int = 512,
         query_max_length: int | None = None,
         max_batch_tokens: int | None = None,
+        max_wait_ms: float = 0.0,
+        max_queued_tokens: int | None = None,
         normalize: bool = False,
         query_instruction: str | None = None,
         passage_instruction: str | None = None,
@@ -113,6 +102,7 @@ class Scorer:
         self.config = ScorerConfig(
             model=os.fspath(model) if isinstance(model, os.PathLike) else model,
             revision=revision,
+            sha256=sha256,
             cache_folder=cache_folder,
             local_files_only=local_files_only,
             device=device,
@@ -120,14 +110,15 @@ class Scorer:
             max_length=max_length,
             query_max_length=query_max_length,
             max_batch_tokens=max_batch_tokens,
+            max_wait_ms=max_wait_ms,
+            max_queued_tokens=max_queued_tokens,
             normalize=normalize,
             query_instruction=query_instruction,
             passage_instruction=passage_instruction,
             long_passages=long_passages,
             window_overlap_tokens=window_overlap_tokens,
         )
-        self._engine: tuple[PairTokenizer, Runner] | None = _load(self.config)
-        self._executor = ThreadPoolExecutor(_NUM_WORKERS, "bge-rerank")
+        self._pipeline: Pipeline | None = load_pipeline(self.config)
 
     @classmethod
     def from_config(cls, config: ScorerConfig) -> Scorer:
@@ -163,11 +154,14 @@ class Scorer:
             return future.result()
         return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config)
 
-    def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool = False) -> list[float]:
+    def score(
+        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, progress: bool = False
+    ) -> list[float]:
         """Score pairs.
 
         Args:
             pairs: (query, passage) pairs.
+            timeout: Most seconds to take; None is no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
@@ -176,10 +170,13 @@ class Scorer:
         Raises:
             InputTypeError: A pair is not two strings; `.index` says which.
             NonFiniteScoreError: The model returned NaN or infinity; `.index` says for which pair.
-            ScorerClosedError: The scorer was closed.
+            RequestTimeoutError: The timeout was over.
+            QueueFullError: More is waiting than `max_queued_tokens` allows.
+            ScorerClosedError, DeviceLostError, ForkedProcessError: The scorer cannot be used any more.
         """
         queries, passages = check_pairs(pairs)
-        return [result.score for result in self._score(queries, passages, progress=progress)]
+        results = self._require_pipeline().score(queries, passages, timeout=timeout, progress=progress)
+        return [result.score for result in results]
 
     def compute_score(
         self,
@@ -196,11 +193,11 @@ class Scorer:
             progress: Show a progress bar on stderr.
 
         Raises:
-            InputTypeError, NonFiniteScoreError, ScorerClosedError: As `score` does.
+            RerankError: As `score` does.
         """
         pairs = [sentence_pairs] if is_single_pair(sentence_pairs) else sentence_pairs
         queries, passages = check_pairs(pairs)
-        results = self._score(queries, passages, progress=progress, normalize=normalize)
+        results = self._require_pipeline().score(queries, passages, progress=progress, normalize=normalize)
         return [result.score for result in results]
 
     def rank(
@@ -210,6 +207,7 @@ class Scorer:
         top_n: int | None = None,
         threshold: float | None = None,
         *,
+        timeout: float | None = None,
         progress: bool = False,
     ) -> Ranking:
         """Rank passages by their relevance to a query.
@@ -219,6 +217,7 @@ class Scorer:
             passages: Texts to rank.
             top_n: Most passages to return; None is all, 0 is none.
             threshold: Least score to return, inclusive; None returns every score.
+            timeout: Most seconds to take; None is no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
@@ -227,13 +226,14 @@ class Scorer:
         Raises:
             InputError: An argument is of the wrong type or out of range; `.index` says which passage.
             NonFiniteScoreError: The model returned NaN or infinity; `.index` says for which passage.
-            ScorerClosedError: The scorer was closed.
+            RerankError: Otherwise, as `score` does.
         """
         check_top_n(top_n)
         check_threshold(threshold)
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
-        return _rank(self._score(queries, texts, progress=progress), top_n, threshold)
+        results = self._require_pipeline().score(queries, texts, timeout=timeout, progress=progress)
+        return _rank(results, top_n, threshold)
 
     def rank_many(
         self,
@@ -241,6 +241,7 @@ class Scorer:
         top_n: int | None = None,
         threshold: float | None = None,
         *,
+        timeout: float | None = None,
         progress: bool = False,
     ) -> list[Ranking]:
         """Rank the passages of several queries in one pass, which fills batches better than many calls.
@@ -249,26 +250,31 @@ class Scorer:
             requests: (query, passages) of each request.
             top_n: As in `rank`, for each request.
             threshold: As in `rank`, for each request.
+            timeout: Most seconds to take for all; None is no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
             One ranking a request, in order.
 
         Raises:
-            InputError, ScorerClosedError: As `rank` does; `.index` says which request.
+            InputError: As `rank` does; `.index` says which request.
             NonFiniteScoreError: As `rank` does; `.index` counts passages through all requests.
+            RerankError: Otherwise, as `score` does.
         """
         check_top_n(top_n)
         check_threshold(threshold)
         checked = check_requests(requests)
-        queries = [query for query, texts in checked for _ in texts]
-        passages = [text for _, texts in checked for text in texts]
-        results = iter(self._score(queries, passages, progress=progress))
-        return [_rank([next(results) for _ in texts], top_n, threshold) for _, texts in checked]
+        queries, passages = _flatten(checked)
+        results = self._require_pipeline().score(queries, passages, timeout=timeout, progress=progress)
+        return _rank_each(checked, results, top_n, threshold)
 
-    async def ascore(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
+    async def ascore(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
         """Do what `score` does, off the event loop."""
-        return await self._run(partial(self.score, pairs))
+        queries, passages = check_pairs(pairs)
+        return [
+            result.score
+            for result in await self._require_pipeline().ascore(queries, passages, timeout=timeout)
+        ]
 
     async def arank(
         self,
@@ -276,31 +282,58 @@ class Scorer:
         passages: Sequence[str],
         top_n: int | None = None,
         threshold: float | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Ranking:
         """Do what `rank` does, off the event loop."""
-        return await self._run(partial(self.rank, query, passages, top_n, threshold))
+        check_top_n(top_n)
+        check_threshold(threshold)
+        texts = check_passages(passages)
+        queries = [check_query(query)] * len(texts)
+        return _rank(await self._require_pipeline().ascore(queries, texts, timeout=timeout), top_n, threshold)
 
     async def arank_many(
         self,
         requests: Iterable[tuple[str, Sequence[str]]],
         top_n: int | None = None,
         threshold: float | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Ranking]:
         """Do what `rank_many` does, off the event loop."""
-        return await self._run(partial(self.rank_many, requests, top_n, threshold))
+        check_top_n(top_n)
+        check_threshold(threshold)
+        checked = check_requests(requests)
+        queries, passages = _flatten(checked)
+        results = await self._require_pipeline().ascore(queries, passages, timeout=timeout)
+        return _rank_each(checked, results, top_n, threshold)
 
     def warmup(self) -> None:
         """Score a short and a full-length pair, so that no user's request pays for what happens once."""
         self.score([("warm up", "short"), ("warm up", "long " * self.config.max_length)])
 
-    def close(self) -> None:
-        """Finish what was accepted, release the model and refuse further calls. May be called twice."""
+    def stats(self) -> ScorerStats:
+        """Return counts and times since the model was loaded."""
+        return self._require_pipeline().stats()
+
+    def health(self) -> ScorerHealth:
+        """Return whether requests are taken and how many are waiting; never raises for a closed scorer."""
+        pipeline = self._pipeline
+        return ScorerHealth("closed", 0, 0) if pipeline is None else pipeline.health()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Refuse further calls, finish what was accepted and release the model. May be called twice.
+
+        Args:
+            timeout: Seconds after which what is not finished ends in `ScorerClosedError`.
+        """
         with Scorer._shared_lock:
             future = Scorer._shared.get(self.config)
             if future is not None and future.done() and future.result() is self:
                 del Scorer._shared[self.config]
-        self._executor.shutdown(wait=True)
-        self._engine = None
+        if self._pipeline is not None:
+            self._pipeline.close(timeout)
+        self._pipeline = None
 
     def __enter__(self) -> Scorer:
         return self
@@ -309,7 +342,7 @@ class Scorer:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._engine is None else str(self._engine[1].device)
+        state = "closed" if self._pipeline is None else str(self._pipeline.runner.device)
         return f"Scorer(model={self.config.model!r}, {state})"
 
     # A scorer is a device's resource: copies are the same scorer, and a pickle holds its settings, so
@@ -323,59 +356,29 @@ class Scorer:
     def __reduce__(self) -> tuple[Callable[[ScorerConfig], Scorer], tuple[ScorerConfig]]:
         return Scorer.shared, (self.config,)
 
-    async def _run(self, call: Callable[[], T]) -> T:
-        self._require_engine()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
-
-    def _require_engine(self) -> tuple[PairTokenizer, Runner]:
-        engine = self._engine
-        if engine is None:
+    def _require_pipeline(self) -> Pipeline:
+        pipeline = self._pipeline
+        if pipeline is None:
             raise ScorerClosedError("this scorer was closed; make a new one")
-        return engine
-
-    def _score(
-        self,
-        queries: list[str],
-        passages: list[str],
-        *,
-        progress: bool = False,
-        normalize: bool | None = None,
-    ) -> list[_PairResult]:
-        """Score `zip(queries, passages)`, each distinct pair once."""
-        tokenizer, runner = self._require_engine()
-        pairs = list(zip(queries, passages, strict=True))
-        if not pairs:
-            return []
-        distinct = list(dict.fromkeys(pairs))
-        encoded = tokenizer.encode([query for query, _ in distinct], [text for _, text in distinct])
-        windows = [window for pair in encoded for window in pair.windows]
-        logits = iter(_run_with_progress(runner, windows, progress=progress))
-        if normalize is None:
-            normalize = self.config.normalize
-        results = {}
-        for pair, encoded_pair in zip(distinct, encoded, strict=True):
-            window_logits = [next(logits) for _ in encoded_pair.windows]
-            if not all(map(math.isfinite, window_logits)):
-                index = pairs.index(pair)
-                raise NonFiniteScoreError(f"the model's score of pair {index} is not finite", index=index)
-            best = max(window_logits)
-            results[pair] = _PairResult(
-                score=sigmoid(best) if normalize else best,
-                truncated=encoded_pair.truncated,
-                windows=len(window_logits),
-                num_tokens=sum(map(len, encoded_pair.windows)),
-            )
-        return [results[pair] for pair in pairs]
+        return pipeline
 
 
-class _PairResult(NamedTuple):
-    score: float
-    truncated: bool
-    windows: int
-    num_tokens: int
+def _flatten(requests: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
+    queries = [query for query, texts in requests for _ in texts]
+    return queries, [text for _, texts in requests for text in texts]
 
 
-def _rank(results: list[_PairResult], top_n: int | None, threshold: float | None) -> Ranking:
+def _rank_each(
+    requests: list[tuple[str, list[str]]],
+    results: list[PairResult],
+    top_n: int | None,
+    threshold: float | None,
+) -> list[Ranking]:
+    remaining = iter(results)
+    return [_rank([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]
+
+
+def _rank(results: list[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
     ranked = [
         RankedPassage(index, result.score, result.truncated, result.windows)
         for index, result in enumerate(results)
@@ -386,33 +389,3 @@ def _rank(results: list[_PairResult], top_n: int | None, threshold: float | None
         num_tokens=sum(result.num_tokens for result in results),
         num_truncated=sum(result.truncated for result in results),
     )
-
-
-def _run_with_progress(runner: Runner, windows: list[IntArray], *, progress: bool) -> list[float]:
-    if not progress:
-        return runner.run(windows)
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(windows), desc="scoring", unit="pair") as bar:
-        return runner.run(windows, on_progress=bar.update)
-
-
-def _load(config: ScorerConfig) -> tuple[PairTokenizer, Runner]:
-    # Here and not above, so that naming a scorer in a signature does not cost the import of torch.
-    from bge_rerank_integrations.engine.checkpoint import find_checkpoint, read_shape, require_file
-    from bge_rerank_integrations.engine.runner import load_runner
-
-    folder = find_checkpoint(config)
-    shape = read_shape(folder)
-    if config.max_length > shape.max_length:
-        raise ConfigError(
-            f"max_length {config.max_length} is more than the {shape.max_length} tokens that "
-            f"{config.model!r} has positions for"
-        )
-    tokenizer = PairTokenizer(require_file(folder, "tokenizer.json"), config)
-    if tokenizer.max_id >= shape.vocab_size:
-        raise UnsupportedCheckpointError(
-            f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model embeds only "
-            f"{shape.vocab_size}; tokenizer.json and weights must be of one checkpoint"
-        )
-    return tokenizer, load_runner(config, folder, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -231,6 +232,21 @@ def test_shards(folder: Path, scorer: Scorer) -> None:
     shard(folder)
     with Scorer(folder, device="cpu") as sharded:
         assert sharded.score(PAIRS) == scorer.score(PAIRS)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_hash_pins_the_weights(folder: Path, scorer: Scorer, sharded: bool) -> None:
+    if sharded:
+        shard(folder)
+    contents = b"".join(path.read_bytes() for path in sorted(folder.glob("model*.safetensors")))
+    sha256 = hashlib.sha256(contents).hexdigest()
+    with Scorer(folder, device="cpu", sha256=sha256) as pinned:
+        assert pinned.score(PAIRS) == scorer.score(PAIRS)
+    path = max(folder.glob("model*.safetensors"))
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1  # the last bit of a weight, which nothing else would notice
+    path.write_bytes(changed)
+    refuse(folder, CorruptCheckpointError, "not the one asked for", sha256=sha256)
 
 
 def test_a_missing_shard(folder: Path) -> None:

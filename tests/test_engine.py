@@ -243,6 +243,18 @@ def test_out_of_memory_splits_the_batch_and_is_remembered(caplog: pytest.LogCapt
     forward.tried.clear()
     assert runner.run(numbered(lengths)) == list(range(len(lengths)))
     assert max(forward.tried) <= 300, "the second request does not run into it again"
+    assert runner.num_splits > 0
+
+
+def test_the_budget_grows_back_when_memory_does() -> None:
+    forward = LimitedMemory(max_tokens=300)
+    runner = runner_of(forward)
+    runner.run(numbered([100] * 20))
+    assert runner.max_batch_tokens <= 300
+    forward.max_tokens = 10**6
+    for _ in range(400):
+        runner.run(numbered([50, 50]))
+    assert runner.max_batch_tokens == 1000
 
 
 def test_a_single_sequence_that_does_not_fit_surfaces() -> None:

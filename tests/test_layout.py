@@ -20,6 +20,9 @@ ROOMS = [
     "inputs",
     "ranking",
     "tokenization",
+    "pairs",
+    "stats",
+    "scheduler",
     "batching",
     "engine.batch",
     "engine.attention",
@@ -28,10 +31,12 @@ ROOMS = [
     "engine.checkpoint",
     "engine.device",
     "engine.runner",
+    "pipeline",
     "scorer",
     "options",
     "langchain",
     "llama_index",
+    "telemetry",
 ]
 ALLOWED_IN = {
     "torch": {room for room in ROOMS if room.startswith("engine.")},
@@ -40,6 +45,8 @@ ALLOWED_IN = {
     "pydantic": {"options", "langchain", "llama_index"},
     "transformers": {"engine.checkpoint"},
     "huggingface_hub": {"engine.checkpoint"},
+    "prometheus_client": {"telemetry"},
+    "opentelemetry": {"telemetry"},
 }
 
 

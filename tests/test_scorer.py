@@ -162,10 +162,10 @@ def test_windows_take_the_best(checkpoint: Path, texts: list[str]) -> None:
     settings: dict[str, Any] = {"device": "cpu", "max_length": 128, "query_max_length": 32}
     with Scorer(checkpoint, **settings, long_passages="windows", window_overlap_tokens=16) as windowed:
         (best,) = windowed.rank(QUERY, [passage])
-        tokenizer, runner = windowed._require_engine()
-        (pair,) = tokenizer.encode([QUERY], [passage])
+        engine = windowed._require_pipeline()
+        (pair,) = engine.tokenizer.encode([QUERY], [passage])
         assert best.windows == len(pair.windows) > 10
-        assert best.score == pytest.approx(max(runner.run(pair.windows)), abs=TOLERANCE)
+        assert best.score == pytest.approx(max(engine.runner.run(pair.windows)), abs=TOLERANCE)
         assert not best.truncated
     with Scorer(checkpoint, **settings) as cutting:
         (cut,) = cutting.rank(QUERY, [passage])

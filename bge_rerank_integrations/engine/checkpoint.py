@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import ExitStack
@@ -109,6 +110,24 @@ def read_shape(folder: Path) -> EncoderShape:
         padding_idx=1 if config.pad_token_id is None else config.pad_token_id,
         layer_norm_eps=config.layer_norm_eps,
     )
+
+
+def verify_sha256(folder: Path, sha256: str) -> None:
+    """Hash the weight files, in the order of their names.
+
+    Raises:
+        CorruptCheckpointError: The hash is another.
+    """
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise CorruptCheckpointError(
+            f"{folder}: the weights have sha256 {digest.hexdigest()}, not the one asked for; they were "
+            "changed, damaged or are of another revision"
+        )
 
 
 def load_weights(

@@ -17,7 +17,7 @@ from bge_rerank_integrations.batching import plan_batches
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
-from bge_rerank_integrations.engine.checkpoint import load_weights
+from bge_rerank_integrations.engine.checkpoint import load_weights, verify_sha256
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
@@ -27,6 +27,9 @@ from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 
 logger = logging.getLogger(__name__)
+
+# A try at more memory costs one failed batch, so it has to be rare.
+_BATCHES_TO_GROW = 100
 
 
 class Runner:
@@ -40,7 +43,9 @@ class Runner:
 
     Attributes:
         device: Where the batches go.
-        max_batch_tokens: The working budget; out of memory lowers it, for good.
+        max_batch_tokens: The working budget: out of memory lowers it, and it grows back while all goes
+            well, since the memory may have been another program's for a while.
+        num_splits: How many batches were out of memory.
     """
 
     def __init__(
@@ -53,6 +58,9 @@ class Runner:
     ) -> None:
         self.device = device
         self.max_batch_tokens = max_batch_tokens
+        self.num_splits = 0
+        self._full_budget = max_batch_tokens
+        self._num_batches_since_split = 0
         self._forward = forward
         self._padding_idx = padding_idx
         self._lock = threading.Lock()
@@ -99,21 +107,38 @@ class Runner:
         try:
             batch = pack(sequences, padding_idx=self._padding_idx, device=self.device)
             values: list[float] = self._forward(batch).tolist()
+            self._grow()
             return values
         except torch.cuda.OutOfMemoryError:
             if len(sequences) == 1:
                 raise
         # Outside the handler, whose traceback keeps the failed pass's tensors alive.
+        self.num_splits += 1
+        self._num_batches_since_split = 0
         self.max_batch_tokens = min(self.max_batch_tokens, max(num_tokens // 2, 1))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
-            "out of memory with %d tokens in %d sequences; from here on at most %d tokens a batch",
+            "out of memory with %d tokens in %d sequences; now at most %d tokens a batch",
             num_tokens,
             len(sequences),
             self.max_batch_tokens,
         )
         return None
+
+    def _grow(self) -> None:
+        if self.max_batch_tokens < self._full_budget:
+            self._num_batches_since_split += 1
+            if self._num_batches_since_split % _BATCHES_TO_GROW == 0:
+                self.max_batch_tokens = min(2 * self.max_batch_tokens, self._full_budget)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error of a forward pass means that every later one fails too, until a new process."""
+    message = str(error)
+    if not isinstance(error, RuntimeError) or "out of memory" in message or "CUBLAS" in message:
+        return False
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in message
 
 
 def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runner:
@@ -126,6 +151,8 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
     """
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
+    if config.sha256 is not None:
+        verify_sha256(folder, config.sha256)
     model = PackedCrossEncoder(
         shape,
         load_weights(folder, shape, device=device, dtype=dtype),

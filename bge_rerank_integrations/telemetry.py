@@ -1,0 +1,128 @@
+"""A scorer's figures for Prometheus and OpenTelemetry, through their own libraries.
+
+Both read `Scorer.stats()` and `Scorer.health()` when they are asked; scoring itself does nothing for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from bge_rerank_integrations.errors import ScorerClosedError, missing_extra
+from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.stats import ScorerStats
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import CallbackOptions, Meter, Observation
+    from prometheus_client.registry import Collector
+
+
+class _Metric(NamedTuple):
+    name: str
+    kind: Literal["counter", "gauge"]
+    unit: str
+    description: str
+    read: Callable[[ScorerStats], float]
+
+
+_METRICS: Final = (
+    _Metric("requests", "counter", "{request}", "Requests accepted.", lambda s: s.requests),
+    _Metric("failed", "counter", "{request}", "Requests that ended in an error.", lambda s: s.failed),
+    _Metric(
+        "cancellations", "counter", "{request}", "Requests cancelled, or timed out.", lambda s: s.cancelled
+    ),
+    _Metric("pairs", "counter", "{pair}", "Sequences scored.", lambda s: s.pairs),
+    _Metric("tokens", "counter", "{token}", "Tokens scored.", lambda s: s.tokens),
+    _Metric("batches", "counter", "{batch}", "Forward passes.", lambda s: s.batches),
+    _Metric("duplicates", "counter", "{pair}", "Pairs scored with an equal one.", lambda s: s.duplicates),
+    _Metric("truncations", "counter", "{pair}", "Pairs that lost tokens.", lambda s: s.truncations),
+    _Metric("splits", "counter", "{batch}", "Batches that were out of memory.", lambda s: s.splits),
+    _Metric("queued_requests", "gauge", "{request}", "Requests waiting.", lambda s: s.queued_requests),
+    _Metric("queued_tokens", "gauge", "{token}", "Tokens waiting.", lambda s: s.queued_tokens),
+    _Metric("batch_fill", "gauge", "1", "Mean share of the token budget used.", lambda s: s.fill),
+    _Metric("waiting_p50", "gauge", "ms", "Median wait for a batch.", lambda s: s.waiting.p50_ms),
+    _Metric("waiting_p99", "gauge", "ms", "99th percentile of the wait.", lambda s: s.waiting.p99_ms),
+    _Metric("compute_p50", "gauge", "ms", "Median time of a batch.", lambda s: s.compute.p50_ms),
+    _Metric("compute_p99", "gauge", "ms", "99th percentile of a batch.", lambda s: s.compute.p99_ms),
+)
+
+
+def prometheus_collector(scorer: Scorer) -> Collector:
+    """Return a collector to register; its metrics are `bge_rerank_*`, labelled with the model.
+
+    A closed scorer gives `bge_rerank_up 0` and nothing else.
+
+    Raises:
+        MissingExtraError: prometheus-client is not installed.
+
+    Example:
+        >>> prometheus_client.REGISTRY.register(prometheus_collector(scorer))
+    """
+    try:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+        from prometheus_client.registry import Collector
+    except ImportError as error:
+        raise missing_extra("prometheus", "prometheus-client") from error
+
+    class ScorerCollector(Collector):
+        def collect(self) -> Iterable[Metric]:
+            stats = _read(scorer)
+            families: list[CounterMetricFamily | GaugeMetricFamily] = [
+                GaugeMetricFamily("bge_rerank_up", "Whether requests are taken.", labels=["model"])
+            ]
+            values = [float(scorer.health().ok)]
+            for metric in _METRICS if stats is not None else ():
+                assert stats is not None
+                make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+                name = f"bge_rerank_{metric.name}" + ("_ms" if metric.unit == "ms" else "")
+                families.append(make(name, metric.description, labels=["model"]))
+                values.append(metric.read(stats))
+            for family, value in zip(families, values, strict=True):
+                family.add_metric([scorer.config.model], value)
+            return families
+
+    return ScorerCollector()
+
+
+def observe_with_opentelemetry(scorer: Scorer, meter: Meter) -> None:
+    """Create observable instruments `bge_rerank.*` in a meter, with the model as an attribute.
+
+    Args:
+        scorer: What is observed; once it is closed, only `bge_rerank.up` is.
+        meter: Of the application's own provider.
+
+    Raises:
+        MissingExtraError: opentelemetry-api is not installed.
+    """
+    try:
+        from opentelemetry.metrics import Observation
+    except ImportError as error:
+        raise missing_extra("opentelemetry", "opentelemetry-api") from error
+
+    attributes = {"model": scorer.config.model}
+
+    def observing(
+        read: Callable[[ScorerStats], float],
+    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            stats = _read(scorer)
+            return [] if stats is None else [Observation(read(stats), attributes)]
+
+        return observe
+
+    def observe_up(_: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(int(scorer.health().ok), attributes)]
+
+    meter.create_observable_gauge("bge_rerank.up", [observe_up], "1", "Whether requests are taken.")
+    for metric in _METRICS:
+        create = (
+            meter.create_observable_counter if metric.kind == "counter" else meter.create_observable_gauge
+        )
+        create(f"bge_rerank.{metric.name}", [observing(metric.read)], metric.unit, metric.description)
+
+
+def _read(scorer: Scorer) -> ScorerStats | None:
+    try:
+        return scorer.stats()
+    except ScorerClosedError:
+        return None
