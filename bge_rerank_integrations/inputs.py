@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
 
-def check_query(query: Any, *, index: int | None = None) -> str:
+def check_query(query: Any) -> str:
     """Return the query if it is a string, else raise `InputTypeError`."""
     if isinstance(query, str):
         return query
-    where = "the query" if index is None else f"query {index}"
-    raise InputTypeError(f"{where} must be a string, not {_kind(query)}", index=index)
+    raise InputTypeError(f"the query must be a string, not {_kind(query)}")
 
 
 def check_passages(passages: Any) -> list[str]:
@@ -50,8 +49,15 @@ def check_pairs(pairs: Any) -> tuple[list[str], list[str]]:
     return queries, passages
 
 
-def check_requests(requests: Any) -> list[tuple[str, list[str]]]:
-    """Return a list of (query, passages), else raise `InputTypeError` with the index."""
+def check_requests(
+    requests: Any, check: Callable[[Any], list[str]] | None = None
+) -> list[tuple[str, list[str]]]:
+    """Return a list of (query, passages), else raise `InputError` with the request's index.
+
+    Args:
+        requests: (query, passages) of each request.
+        check: What checks the passages of a request; None is `check_passages`.
+    """
     if isinstance(requests, str) or not isinstance(requests, Iterable):
         raise InputTypeError(f"requests must be a list of (query, passages) tuples, not {_kind(requests)}")
     checked = []
@@ -61,9 +67,9 @@ def check_requests(requests: Any) -> list[tuple[str, list[str]]]:
                 f"request {index} must be a (query, passages) tuple, not {_kind(request)}", index=index
             )
         try:
-            checked.append((check_query(request[0], index=index), check_passages(request[1])))
-        except InputTypeError as error:
-            raise InputTypeError(f"request {index}: {error}", index=index) from None
+            checked.append((check_query(request[0]), (check or check_passages)(request[1])))
+        except InputError as error:
+            raise type(error)(f"request {index}: {error}", index=index) from None
     return checked
 
 

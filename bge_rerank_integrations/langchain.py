@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from string import Formatter
 from types import EllipsisType
@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
-from bge_rerank_integrations.inputs import check_pairs, check_query
+from bge_rerank_integrations.inputs import check_pairs, check_query, check_requests
 from bge_rerank_integrations.options import RerankOptions, summarize
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
 from bge_rerank_integrations.scorer import Scorer
@@ -64,11 +64,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
                 fields = _template_fields(template)
             except ValueError as error:
                 raise ConfigError(f"document_template is not a format string: {error}") from None
-            if "page_content" not in fields or not all(name.isidentifier() for name in fields):
-                raise ConfigError(
-                    "document_template must contain {page_content}, and otherwise only names of metadata "
-                    "fields in braces"
-                )
+            if "page_content" not in fields:
+                raise ConfigError("document_template must contain {page_content}")
         return template
 
     @model_validator(mode="after")
@@ -161,10 +158,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             What `rerank` returns, one a request.
         """
         limit = self._top_n(top_n)
-        prepared = [
-            (check_query(query, index=index), self._texts(documents, rank_fields or self.rank_fields))
-            for index, (query, documents) in enumerate(requests)
-        ]
+        prepared = check_requests(
+            requests, lambda documents: self._texts(documents, rank_fields or self.rank_fields)
+        )
         scorer = self.resolve_scorer()
         if isinstance(scorer, Scorer):
             return [_as_dicts(r) for r in scorer.rank_many(prepared, limit, self.score_threshold)]
@@ -182,7 +178,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
     ) -> Sequence[RankedPassage]:
         with self._run(callbacks, len(texts)) as outputs:
-            ranked = self.resolve_scorer().rank(query, texts, top_n, self.score_threshold)
+            ranked: Sequence[RankedPassage] = []
+            if texts:
+                ranked = self.resolve_scorer().rank(query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 
@@ -190,8 +188,10 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
     ) -> Sequence[RankedPassage]:
         async with self._arun(callbacks, len(texts)) as outputs:
-            scorer = await self.aresolve_scorer()
-            ranked = await scorer.arank(query, texts, top_n, self.score_threshold)
+            ranked: Sequence[RankedPassage] = []
+            if texts:
+                scorer = await self.aresolve_scorer()
+                ranked = await scorer.arank(query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 
@@ -241,8 +241,10 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         return document.model_copy(update={"metadata": metadata})
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
-        if isinstance(documents, str | Mapping):
+        if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
             raise InputTypeError("documents must be a sequence of strings, mappings or Documents")
+        if isinstance(rank_fields, str):
+            raise InputTypeError("rank_fields must be a sequence of names, not one string")
         return [self._text(index, document, rank_fields) for index, document in enumerate(documents)]
 
     def _text(self, index: int, document: TextSource, rank_fields: Sequence[str] | None) -> str:
@@ -300,8 +302,15 @@ def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) 
 
 
 def _template_fields(template: str) -> set[str]:
-    parts = Formatter().parse(template)
-    return {name for _, name, _, _ in parts if name is not None}
+    """Return the fields of a format string; only plain names may stand in braces."""
+    fields = set()
+    for _, name, spec, _ in Formatter().parse(template):
+        if name is not None:
+            # Attributes, items and fields inside formats would let a template reach into objects.
+            if not name.isidentifier() or "{" in (spec or ""):
+                raise ValueError(f"{name!r} is not the name of a metadata field")
+            fields.add(name)
+    return fields
 
 
 def _fill(template: str, document: Document, index: int) -> str:
@@ -311,7 +320,12 @@ def _fill(template: str, document: Document, index: int) -> str:
         raise InputError(
             f"document {index} lacks the metadata field(s) {missing} of document_template", index=index
         )
-    return template.format_map(values)
+    try:
+        return template.format_map(values)
+    except (TypeError, ValueError):  # its message may hold the value
+        raise InputError(
+            f"a metadata field of document {index} does not fit its format in document_template", index=index
+        ) from None
 
 
 def _as_dicts(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:

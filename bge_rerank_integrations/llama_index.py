@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise missing_extra("llama-index", "llama-index-core") from error
 
-from pydantic import field_serializer
+from pydantic import BaseModel, field_serializer
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_query
@@ -61,11 +61,11 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         return "BGERerankPostprocessor"
 
     def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        # The base class drops what does not pickle; without its scorer the copy would load another model.
-        if "scorer" not in state["__dict__"]:
-            raise TypeError(f"the scorer, a {type(self.scorer).__name__}, cannot be pickled")
-        return state
+        # Not the base class's, which removes what does not pickle from the live object: a copy without its
+        # scorer would load another model. Callbacks belong to a process and stay in it.
+        state = BaseModel.__getstate__(self)
+        values = {name: value for name, value in self.__dict__.items() if name != "callback_manager"}
+        return {**state, "__dict__": values}
 
     @dispatcher.span
     def _postprocess_nodes(
@@ -156,7 +156,9 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     def _copy(self, original: NodeWithScore, rank: int, score: float | None) -> NodeWithScore:
         if not self.keep_retrieval_score:
             return original.model_copy(update={"score": score})
-        kept = {"retrieval_score": original.score, "retrieval_rank": rank}
+        kept: dict[str, Any] = {"retrieval_rank": rank}
+        if original.score is not None:
+            kept["retrieval_score"] = original.score
         node = original.node
         # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
         copy = node.model_copy(

@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import Self
 
 from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
@@ -67,7 +68,7 @@ class RerankOptions(BaseModel):
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     normalize: bool = True
     keep_retrieval_score: bool = False
-    scorer: SupportsRank | None = Field(default=None, exclude=True, repr=False)
+    scorer: SkipJsonSchema[SupportsRank | None] = Field(default=None, exclude=True, repr=False)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -78,6 +79,15 @@ class RerankOptions(BaseModel):
             if given:
                 raise ConfigError(f"{given} cannot be set beside scorer, which has its own settings")
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.copy()
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:
+            # What is checked together is checked after it is set; a refused value must not stay.
+            self.__dict__.update(before)
+            raise
 
     def scorer_config(self) -> ScorerConfig:
         """Return the settings of the shared scorer that these options ask for."""
