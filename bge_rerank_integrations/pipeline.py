@@ -21,6 +21,7 @@ from bge_rerank_integrations.inputs import check_timeout
 from bge_rerank_integrations.pairs import PairResult, PreparedPairs, prepare
 from bge_rerank_integrations.scheduler import MicroBatcher, check_process, mark_process_in_use
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
+from bge_rerank_integrations.token_cache import TokenCache
 from bge_rerank_integrations.tokenization import PairTokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _OnProgress = Callable[[int], object]
 
 # Threads that tokenize for async callers; the tokenizer itself spreads a call over the cores.
 _NUM_TOKENIZERS: Final = 2
+# 4 MB: some ten thousand passages of a hundred tokens.
+_MAX_CACHED_TOKENS: Final = 1 << 20
 _TIMED_OUT: Final = "not finished within the timeout; what had not started was dropped"
 
 
@@ -39,6 +42,7 @@ class Pipeline:
 
     Args:
         tokenizer: Texts to ids, in the caller's thread.
+        cache: The tokenizer's.
         runner: Ids to logits, in the queue's.
         config: How to queue, and whether to normalize.
         is_device_lost: Whether an error means that the device will not work again.
@@ -47,12 +51,14 @@ class Pipeline:
     def __init__(
         self,
         tokenizer: PairTokenizer,
+        cache: TokenCache,
         runner: Runner,
         config: ScorerConfig,
         is_device_lost: Callable[[BaseException], bool],
     ) -> None:
         self.tokenizer = tokenizer
         self.runner = runner
+        self._cache = cache
         self._normalize = config.normalize
         self._batcher = MicroBatcher(
             runner.run,
@@ -99,7 +105,7 @@ class Pipeline:
 
     def stats(self) -> ScorerStats:
         """Return counts and times so far."""
-        return self._batcher.stats(splits=self.runner.num_splits)
+        return self._batcher.stats(cache_hits=self._cache.hits, splits=self.runner.num_splits)
 
     def health(self) -> ScorerHealth:
         """Return whether requests are taken."""
@@ -146,14 +152,15 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
             f"max_length {config.max_length} is more than the {shape.max_length} tokens that "
             f"{config.model!r} has positions for"
         )
-    tokenizer = PairTokenizer(require_file(folder, "tokenizer.json"), config)
+    cache = TokenCache(_MAX_CACHED_TOKENS)
+    tokenizer = PairTokenizer(require_file(folder, "tokenizer.json"), config, cache)
     if tokenizer.max_id >= shape.vocab_size:
         raise UnsupportedCheckpointError(
             f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model embeds only "
             f"{shape.vocab_size}; tokenizer.json and weights must be of one checkpoint"
         )
     mark_process_in_use()
-    return Pipeline(tokenizer, load_runner(config, folder, shape), config, is_device_lost)
+    return Pipeline(tokenizer, cache, load_runner(config, folder, shape), config, is_device_lost)
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:

@@ -152,12 +152,15 @@ class MicroBatcher:
             self._recorder.duplicates += duplicates
             self._recorder.truncations += truncations
 
-    def stats(self, *, splits: int) -> ScorerStats:
-        """Return what happened so far; `splits` is counted by the device's side."""
+    def stats(self, *, cache_hits: int, splits: int) -> ScorerStats:
+        """Return what happened so far, with what the tokenizer's and the device's side count."""
         check_process()
         with self._changed:
             return self._recorder.stats(
-                queued_requests=len(self._waiting), queued_tokens=self._queued_tokens, splits=splits
+                queued_requests=len(self._waiting),
+                queued_tokens=self._queued_tokens,
+                cache_hits=cache_hits,
+                splits=splits,
             )
 
     def health(self) -> ScorerHealth:

@@ -40,6 +40,7 @@ class ScorerStats:
         queued_requests: Requests waiting now.
         queued_tokens: Tokens waiting now.
         duplicates: Pairs that were scored with an equal one of the same request.
+        cache_hits: Passages whose ids were known from an earlier request.
         truncations: Pairs that lost tokens.
         splits: Batches that were out of memory and tried again in parts.
     """
@@ -57,6 +58,7 @@ class ScorerStats:
     queued_requests: int
     queued_tokens: int
     duplicates: int
+    cache_hits: int
     truncations: int
     splits: int
 
@@ -112,8 +114,8 @@ class Recorder:
         self._fill_sum += num_tokens / budget
         self._compute_s.append(compute_s)
 
-    def stats(self, *, queued_requests: int, queued_tokens: int, splits: int) -> ScorerStats:
-        """Return a snapshot."""
+    def stats(self, *, queued_requests: int, queued_tokens: int, cache_hits: int, splits: int) -> ScorerStats:
+        """Return a snapshot, with the counts that others keep."""
         batches = max(self.batches, 1)
         return ScorerStats(
             requests=self.requests,
@@ -129,6 +131,7 @@ class Recorder:
             queued_requests=queued_requests,
             queued_tokens=queued_tokens,
             duplicates=self.duplicates,
+            cache_hits=cache_hits,
             truncations=self.truncations,
             splits=splits,
         )

@@ -35,6 +35,7 @@ _METRICS: Final = (
     _Metric("tokens", "counter", "{token}", "Tokens scored.", lambda s: s.tokens),
     _Metric("batches", "counter", "{batch}", "Forward passes.", lambda s: s.batches),
     _Metric("duplicates", "counter", "{pair}", "Pairs scored with an equal one.", lambda s: s.duplicates),
+    _Metric("cache_hits", "counter", "{passage}", "Passages whose ids were known.", lambda s: s.cache_hits),
     _Metric("truncations", "counter", "{pair}", "Pairs that lost tokens.", lambda s: s.truncations),
     _Metric("splits", "counter", "{batch}", "Batches that were out of memory.", lambda s: s.splits),
     _Metric("queued_requests", "gauge", "{request}", "Requests waiting.", lambda s: s.queued_requests),

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, ScorerConfig
 from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from bge_rerank_integrations.token_cache import Encoded, TokenCache
 
 IntArray = npt.NDArray[np.int32]
 
@@ -57,6 +58,7 @@ class PairTokenizer:
     Args:
         path: A `tokenizer.json`.
         config: Lengths, instructions and what to do with long passages.
+        cache: Where ids of passages are kept; it belongs to this tokenizer and config. None keeps none.
 
     Raises:
         CorruptCheckpointError: The file cannot be parsed.
@@ -68,7 +70,8 @@ class PairTokenizer:
         array([0, 2367, 83, 10, 6, 85407, 32, 2, 2, 62, 81148, 5, 2], dtype=int32)
     """
 
-    def __init__(self, path: Path, config: ScorerConfig) -> None:
+    def __init__(self, path: Path, config: ScorerConfig, cache: TokenCache | None = None) -> None:
+        self._cache = cache
         self._tokenizer, self.max_id = _load(path)
         begin, end = _frame(self._tokenizer)
         self._begin = np.array([begin], dtype=np.int32)
@@ -93,13 +96,17 @@ class PairTokenizer:
         """
         passage_limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
         query_ids = self._encode_distinct(queries, self._query_prefix, self._query_limit)
-        passage_ids = self._encode_distinct(passages, self._passage_prefix, passage_limit)
+        passage_ids = self._recall(passages)
+        new = [passage for passage in passages if passage not in passage_ids]
+        encoded = self._encode_distinct(new, self._passage_prefix, passage_limit)
+        self._remember(encoded)
+        passage_ids |= encoded
         return [
             self._pair(query_ids[query], passage_ids[passage])
             for query, passage in zip(queries, passages, strict=True)
         ]
 
-    def _pair(self, query: tuple[IntArray, bool], passage: tuple[IntArray, bool]) -> EncodedPair:
+    def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
         query_ids, query_cut = query
         passage_ids, passage_cut = passage
         room = self._max_length - NUM_SPECIAL_TOKENS - len(query_ids)
@@ -116,15 +123,24 @@ class PairTokenizer:
         lost_tail = not self._windows and len(passage_ids) > room
         return EncodedPair(windows, truncated=query_cut or passage_cut or lost_tail)
 
-    def _encode_distinct(
-        self, texts: Sequence[str], prefix: str, limit: int | None
-    ) -> dict[str, tuple[IntArray, bool]]:
+    def _recall(self, texts: Sequence[str]) -> dict[str, Encoded]:
+        if self._cache is None:
+            return {}
+        found = {text: self._cache.get(text) for text in dict.fromkeys(texts)}
+        return {text: encoded for text, encoded in found.items() if encoded is not None}
+
+    def _remember(self, encoded: dict[str, Encoded]) -> None:
+        if self._cache is not None:
+            for text, ids in encoded.items():
+                self._cache.put(text, ids)
+
+    def _encode_distinct(self, texts: Sequence[str], prefix: str, limit: int | None) -> dict[str, Encoded]:
         """Map each distinct text to its first `limit` ids and whether it has more."""
         distinct = list(dict.fromkeys(texts))
         heads = [_heads(text, limit) for text in distinct]
         firsts = [next(text_heads) for text_heads in heads]
         first_ids = self._ids([prefix + head for head, _, _ in firsts])
-        encoded: dict[str, tuple[IntArray, bool]] = {}
+        encoded: dict[str, Encoded] = {}
         for text, text_heads, first, ids in zip(distinct, heads, firsts, first_ids, strict=True):
             _, needed, is_whole = first
             while len(ids) < needed:

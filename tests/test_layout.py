@@ -19,6 +19,7 @@ ROOMS = [
     "config",
     "inputs",
     "ranking",
+    "token_cache",
     "tokenization",
     "pairs",
     "stats",

@@ -109,7 +109,7 @@ def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroB
     ]
     futures = [batcher.submit(request) for request in requests]
     assert results(futures) == [firsts(request) for request in requests]
-    stats = batcher.stats(splits=0)
+    stats = batcher.stats(cache_hits=0, splits=0)
     assert (stats.requests, stats.pairs, stats.failed, stats.cancelled) == (60, 420, 0, 0)
     assert (stats.queued_requests, stats.queued_tokens) == (0, 0)
     assert stats.tokens == sum(len(sequence) for request in requests for sequence in request)
@@ -129,7 +129,7 @@ def test_what_is_waiting_shares_a_batch(make: Callable[..., MicroBatcher], gate:
     gate.let_through()
     results(futures)
     assert [sorted(batch) for batch in gate.batches] == [[0], list(range(1, 11))]
-    assert batcher.stats(splits=0).requests_per_batch == 5.5
+    assert batcher.stats(cache_hits=0, splits=0).requests_per_batch == 5.5
 
 
 def test_batches_stay_within_the_budget(make: Callable[..., MicroBatcher], gate: Gate) -> None:
@@ -217,7 +217,7 @@ def test_cancelled_work_is_not_computed(make: Callable[..., MicroBatcher], gate:
     assert all(666 not in batch for batch in gate.batches)
     with pytest.raises(CancelledError):
         doomed.result(0)
-    stats = batcher.stats(splits=0)
+    stats = batcher.stats(cache_hits=0, splits=0)
     assert (stats.cancelled, stats.queued_requests, stats.queued_tokens) == (1, 0, 0)
 
 
@@ -253,7 +253,7 @@ def test_one_bad_request_among_sixteen_fails_alone(
                 future.result(PATIENCE_S)
         else:
             assert future.result(PATIENCE_S) == [20.0 + number]
-    assert batcher.stats(splits=0).failed == 1
+    assert batcher.stats(cache_hits=0, splits=0).failed == 1
 
 
 def test_an_error_reaches_its_caller_unchanged(make: Callable[..., MicroBatcher]) -> None:
@@ -545,6 +545,16 @@ def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[st
             "p99_ms": stats.waiting.p99_ms,
         }
     assert scorer.health().state == "closed"
+
+
+def test_passages_that_come_back_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu") as scorer:
+        first = scorer.score([("query", text) for text in texts])
+        assert scorer.stats().cache_hits == 0
+        assert scorer.score([("query", text) for text in texts]) == first
+        assert scorer.stats().cache_hits == len(texts)
+        scorer.score([("other", texts[0]), ("another", texts[0]), ("other", "new")])
+        assert scorer.stats().cache_hits == len(texts) + 1
 
 
 def run_python(code: str, checkpoint: Path) -> tuple[subprocess.CompletedProcess[str], float]:

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.token_cache import TokenCache
+from bge_rerank_integrations.tokenization import PairTokenizer
+
+
+def ids(length: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.arange(length, dtype=np.int32)
+
+
+def test_what_was_put_is_found_and_cannot_be_written() -> None:
+    cache = TokenCache(1000)
+    cache.put("text", (ids(3), True))
+    found = cache.get("text")
+    assert found is not None
+    assert (found[0].tolist(), found[1]) == ([0, 1, 2], True)
+    assert cache.get("Text") is None
+    assert cache.hits == 1
+    with pytest.raises(ValueError, match="read-only"):
+        found[0][0] = 7
+
+
+def test_least_recently_used_goes_first() -> None:
+    cache = TokenCache(100)
+    for name in "abcdefghi":
+        cache.put(name, (ids(9), False))
+    assert cache.get("a") is not None
+    cache.put("j", (ids(9), False))
+    cache.put("k", (ids(9), False))
+    assert cache.get("a") is not None
+    assert cache.get("b") is None
+    assert cache.get("k") is not None
+
+
+def test_large_entries_and_long_texts_are_not_kept() -> None:
+    cache = TokenCache(100)
+    cache.put("large", (ids(50), False))
+    cache.put("x" * 70_000, (ids(3), False))
+    assert cache.get("large") is None
+    assert cache.get("x" * 70_000) is None
+
+
+def test_any_string_has_a_digest() -> None:
+    cache = TokenCache(100)
+    for text in ("", "\0", "\ud800", "熊猫"):
+        cache.put(text, (ids(2), False))
+        assert cache.get(text) is not None
+
+
+def test_it_never_shows(checkpoint: Path, texts: list[str]) -> None:
+    """With a cache so small that it forgets all the time, from eight threads."""
+    path = checkpoint / "tokenizer.json"
+    plain = PairTokenizer(path, ScorerConfig(max_length=128))
+    cached = PairTokenizer(path, ScorerConfig(max_length=128), TokenCache(3000))
+    expected = {text: plain.encode(["query"], [text])[0] for text in [*texts, texts[0] * 3]}
+
+    def work(number: int) -> None:
+        order = np.random.default_rng(number).permutation(list(expected))
+        for text in [*order, *order[:5]]:
+            (pair,) = cached.encode(["query"], [str(text)])
+            assert pair.truncated == expected[str(text)].truncated
+            assert pair.windows[0].tolist() == expected[str(text)].windows[0].tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
