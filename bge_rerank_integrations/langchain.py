@@ -125,7 +125,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         Raises:
             InputError: An argument cannot be scored; `.index` says which document.
         """
-        texts = self._texts(documents, rank_fields or self.rank_fields)
+        texts = self._texts(documents, self.rank_fields if rank_fields is None else rank_fields)
         return _as_dicts(self._rank(check_query(query), texts, self._top_n(top_n), None))
 
     async def arerank(
@@ -137,7 +137,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         top_n: int | EllipsisType | None = ...,
     ) -> list[dict[str, Any]]:
         """Do what `rerank` does, off the event loop."""
-        texts = self._texts(documents, rank_fields or self.rank_fields)
+        texts = self._texts(documents, self.rank_fields if rank_fields is None else rank_fields)
         return _as_dicts(await self._arank(check_query(query), texts, self._top_n(top_n), None))
 
     def rerank_many(
@@ -159,7 +159,10 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         """
         limit = self._top_n(top_n)
         prepared = check_requests(
-            requests, lambda documents: self._texts(documents, rank_fields or self.rank_fields)
+            requests,
+            lambda documents: self._texts(
+                documents, self.rank_fields if rank_fields is None else rank_fields
+            ),
         )
         scorer = self.resolve_scorer()
         if isinstance(scorer, Scorer):
