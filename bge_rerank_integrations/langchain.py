@@ -115,7 +115,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         Args:
             documents: Strings, mappings (scored as `name: value` lines) or `Document`s.
             query: What they are ranked for.
-            rank_fields: Fields of mappings and documents to score; None is as configured, and without
+            rank_fields: Fields of mappings and documents to score; None is as configured, where without
                 any a mapping is scored whole.
             top_n: Most results; None is all, and `...`, the default, is as configured.
 
@@ -182,7 +182,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     ) -> Sequence[RankedPassage]:
         with self._run(callbacks, len(texts)) as outputs:
             ranked: Sequence[RankedPassage] = []
-            if texts:
+            if texts and top_n != 0:
                 ranked = self.resolve_scorer().rank(query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
@@ -192,7 +192,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     ) -> Sequence[RankedPassage]:
         async with self._arun(callbacks, len(texts)) as outputs:
             ranked: Sequence[RankedPassage] = []
-            if texts:
+            if texts and top_n != 0:
                 scorer = await self.aresolve_scorer()
                 ranked = await scorer.arank(query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
@@ -240,11 +240,11 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
                 if key in metadata:
                     metadata["retrieval_score"] = metadata[key]
                     break
-        metadata[self.score_key] = passage.score
+        metadata[self.score_key] = float(passage.score)  # a foreign scorer's may be NumPy's
         return document.model_copy(update={"metadata": metadata})
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
-        if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
+        if isinstance(documents, str | Mapping | Document) or not isinstance(documents, Iterable):
             raise InputTypeError("documents must be a sequence of strings, mappings or Documents")
         if isinstance(rank_fields, str):
             raise InputTypeError("rank_fields must be a sequence of names, not one string")
@@ -254,7 +254,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         if isinstance(document, str):
             return document
         if isinstance(document, Document):
-            if self.document_template is not None:
+            if self.document_template is not None and rank_fields is None:
                 return _fill(self.document_template, document, index)
             return "\n".join([*_lines(document.metadata, rank_fields or ()), document.page_content])
         if isinstance(document, Mapping):
@@ -281,7 +281,7 @@ class _CrossEncoderView(BaseCrossEncoder):
             by_query.setdefault(query, []).append(index)
         for query, indices in by_query.items():
             for passage in scorer.rank(query, [passages[index] for index in indices]):
-                scores[indices[passage.index]] = passage.score
+                scores[indices[passage.index]] = float(passage.score)
         return scores
 
 
@@ -291,6 +291,8 @@ def _inherited(callbacks: Callbacks | None) -> Callbacks:
 
 
 def _check_documents(documents: Sequence[Document]) -> list[Document]:
+    if isinstance(documents, str | Document | Mapping) or not isinstance(documents, Iterable):
+        raise InputTypeError(f"documents must be a sequence of Documents, not {type(documents).__name__}")
     checked = list(documents)
     for index, document in enumerate(checked):
         if not isinstance(document, Document):
@@ -332,4 +334,4 @@ def _fill(template: str, document: Document, index: int) -> str:
 
 
 def _as_dicts(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:
-    return [{"index": passage.index, "relevance_score": passage.score} for passage in ranked]
+    return [{"index": passage.index, "relevance_score": float(passage.score)} for passage in ranked]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise missing_extra("llama-index", "llama-index-core") from error
 
-from pydantic import BaseModel, field_serializer
+from pydantic import BaseModel, field_serializer, model_validator
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_query
@@ -51,6 +51,14 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     metadata_mode: MetadataMode = MetadataMode.EMBED
     nodes_without_text: Literal["refuse", "keep_last"] = "refuse"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_class_name(cls, data: Any) -> Any:
+        # The base class writes it into every dump, where it is no option.
+        if isinstance(data, dict) and data.get("class_name") == cls.class_name():
+            return {name: value for name, value in data.items() if name != "class_name"}
+        return data
+
     @field_serializer("metadata_mode")
     def _serialize_mode(self, mode: MetadataMode) -> str:
         return mode.value
@@ -73,7 +81,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
-            if job.texts:
+            if job.texts and self.top_n != 0:
                 ranked = self.resolve_scorer().rank(
                     job.query.query_str, job.texts, self.top_n, self.score_threshold
                 )
@@ -88,7 +96,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
-            if job.texts:
+            if job.texts and self.top_n != 0:
                 scorer = await self.aresolve_scorer()
                 ranked = await scorer.arank(job.query.query_str, job.texts, self.top_n, self.score_threshold)
                 returned.extend(self._scored(job, ranked))
@@ -99,6 +107,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         if query_bundle is None:
             raise InputError("Missing query bundle in extra info.")
         check_query(query_bundle.query_str)
+        if isinstance(nodes, str | NodeWithScore) or not isinstance(nodes, Iterable):
+            raise InputTypeError(f"nodes must be a list of NodeWithScore, not {type(nodes).__name__}")
         nodes = list(nodes)
         texts: list[str] = []
         with_text: list[int] = []
@@ -142,7 +152,9 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
 
     def _scored(self, job: _Job, ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
         return [
-            self._copy(job.nodes[job.with_text[passage.index]], job.with_text[passage.index], passage.score)
+            self._copy(
+                job.nodes[job.with_text[passage.index]], job.with_text[passage.index], float(passage.score)
+            )
             for passage in ranked
         ]
 

@@ -221,6 +221,16 @@ def test_paths_are_taken_as_models(adapter_type: Callable[..., RerankOptions], t
     assert (options.model, options.cache_folder) == (str(tmp_path / "model"), str(tmp_path))
 
 
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_a_scorer_of_ones_own_shows_in_no_dump(adapter_type: Callable[..., RerankOptions]) -> None:
+    """A remote one may hold an address or a key."""
+    options = adapter_type(scorer=TableScorer({"SECRET": 1.0}))
+    assert "scorer" not in options.model_dump()
+    assert "scorer" not in options.model_dump(mode="json")
+    for shown in (repr(options), str(options), options.model_dump_json()):
+        assert "TableScorer" not in shown
+
+
 # --- the same model ----------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from bge_rerank_integrations.engine.linear import (
     onednn_linear,
     plain_linear,
     resolve_linear,
+    round_up_rows,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.runner import Runner, load_runner
@@ -133,7 +134,7 @@ def test_the_same_batch_twice_is_bit_identical(runner: Runner, vocab_size: int) 
 def test_each_way_of_linear_layers_agrees(
     checkpoint: Path, plain_model: Any, vocab_size: int, linear: LinearFactory
 ) -> None:
-    if linear is onednn_linear and resolve_linear(CPU, torch.float32) is not onednn_linear:
+    if linear is onednn_linear and resolve_linear(CPU, torch.float32).make is not onednn_linear:
         pytest.skip("needs a torch built with oneDNN")
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
@@ -151,6 +152,25 @@ def test_positions_begin_after_the_padding_index(runner: Runner) -> None:
     assert batch.seqlens.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert (batch.seqlens.lengths, batch.seqlens.max_seqlen) == ((3, 1, 2), 3)
     assert batch.ids.dtype == batch.positions.dtype == torch.int32
+
+
+def test_rows_beyond_the_last_sequence_change_nothing(checkpoint: Path, vocab_size: int) -> None:
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, linear=plain_linear, attention=sdpa_attention)
+    sequences = random_ids([9, 120, 33], vocab_size, seed=9)
+    exact = model(pack(sequences, padding_idx=1, device=CPU))
+    filled = pack(sequences, padding_idx=1, device=CPU, num_rows=lambda n: n + 37)
+    assert len(filled.ids) == len(filled.positions) == 9 + 120 + 33 + 37
+    assert filled.seqlens.cu_seqlens.tolist() == [0, 9, 129, 162]
+    assert max_difference(model(filled).tolist(), exact.tolist()) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_few_numbers_of_rows_reach_the_linear_layers() -> None:
+    rounded = [round_up_rows(n) for n in range(1, 8193)]
+    assert all(n <= r <= max(1.125 * n, n + 15) for n, r in enumerate(rounded, start=1))
+    assert all(round_up_rows(r) == r for r in rounded)
+    assert len(set(rounded)) <= 56
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:

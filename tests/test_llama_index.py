@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
 import pytest
@@ -726,6 +727,7 @@ def test_dictionaries_and_json_lose_nothing(options: dict[str, Any]) -> None:
     postprocessor = BGERerankPostprocessor(**options)
     data = postprocessor.to_dict()
     assert data == json.loads(json.dumps(data))
+    assert {type(value) for value in data.values()} <= {str, int, float, bool, NoneType}
     assert data["class_name"] == "BGERerankPostprocessor"
     for copied in (
         BGERerankPostprocessor.from_dict(data),

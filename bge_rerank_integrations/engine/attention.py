@@ -25,7 +25,8 @@ class VarlenAttention(Protocol):
         """Let each query row see the key rows of its own sequence.
 
         Args:
-            q: [Tq, heads, head_dim]; rows as `q_seqlens` says.
+            q: [Tq, heads, head_dim]; rows as `q_seqlens` says. Rows beyond the last sequence give zeros,
+                or anything finite.
             k: [Tkv, heads, head_dim]; rows as `kv_seqlens` says.
             v: Of k's shape.
             q_seqlens: B sequences of query rows.
@@ -48,6 +49,7 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
     """`scaled_dot_product_attention` over each run of sequences of equal length; runs anywhere."""
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    output[sum(q_seqlens.lengths) :].zero_()
     q_start = kv_start = sequence = 0
     for count, kv_length in kv_seqlens.runs():
         # A run shares its query length too: that is either the same as the key length or one.

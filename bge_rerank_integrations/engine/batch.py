@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -42,7 +42,7 @@ class PackedBatch:
     """B sequences of T tokens in all.
 
     Attributes:
-        ids: int32 [T] token ids.
+        ids: int32 [T] token ids. Rows beyond the last sequence, where there are any, belong to none.
         positions: int32 [T] rows of the position embedding, from `padding_idx + 1` in each sequence.
         seqlens: Where each sequence lies.
     """
@@ -53,7 +53,11 @@ class PackedBatch:
 
 
 def pack(
-    sequences: Sequence[npt.NDArray[np.int32]], *, padding_idx: int, device: torch.device
+    sequences: Sequence[npt.NDArray[np.int32]],
+    *,
+    padding_idx: int,
+    device: torch.device,
+    num_rows: Callable[[int], int] = int,
 ) -> PackedBatch:
     """Lay sequences end to end and bring them to the device in one copy.
 
@@ -61,13 +65,17 @@ def pack(
         sequences: int32 ids of each sequence, none empty.
         padding_idx: The padding token's id, after which XLM-RoBERTa's positions begin.
         device: Where the tensors go.
+        num_rows: How many rows to make of a number of tokens; the same number unless the device's linear
+            layers want another.
     """
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
     cu_seqlens = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     num_tokens = int(cu_seqlens[-1])
-    positions = np.arange(num_tokens, dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
-    host = np.concatenate([*sequences, positions + np.int32(padding_idx + 1), cu_seqlens])
-    ids, rows, cumulated = torch.from_numpy(host).to(device).split([num_tokens, num_tokens, len(cu_seqlens)])
-    seqlens = Seqlens(tuple(lengths.tolist()), cumulated, int(lengths.max()))
-    return PackedBatch(ids, rows, seqlens)
+    starts = np.repeat(cu_seqlens[:-1], lengths)
+    positions = np.arange(num_tokens, dtype=np.int32) - starts + np.int32(padding_idx + 1)
+    total = num_rows(num_tokens)
+    filling = np.full(total - num_tokens, padding_idx, dtype=np.int32)
+    host = np.concatenate([*sequences, filling, positions, filling, cu_seqlens])
+    ids, rows, cumulated = torch.from_numpy(host).to(device).split([total, total, len(cu_seqlens)])
+    return PackedBatch(ids, rows, Seqlens(tuple(lengths.tolist()), cumulated, int(lengths.max())))

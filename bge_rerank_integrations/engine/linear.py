@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +13,36 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Linear = Callable[[Tensor], Tensor]
-"""[..., in] to [..., out]."""
+"""[rows, in] to [rows, out]."""
 
 LinearFactory = Callable[[Tensor, Tensor], Linear]
 """Weight [out, in] and bias [out] to a `Linear` that may keep the weight in a layout of its own."""
+
+
+class LinearBackend(NamedTuple):
+    """A way to run linear layers.
+
+    Attributes:
+        make: Makes one.
+        num_rows: The number of rows that is best given to them for a number that is wanted.
+    """
+
+    make: LinearFactory
+    num_rows: Callable[[int], int]
+
 
 # oneDNN lays a weight out for a number of rows; it serves other numbers as well.
 _TYPICAL_ROWS = 512
 
 
-def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearFactory:
+def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearBackend:
     """Choose how linear layers run on a device in a precision, and log it."""
-    factory = onednn_linear if _has_onednn(device, dtype) else plain_linear
-    logger.info("linear layers on %s in %s: %s", device, dtype, factory.__name__)
-    return factory
+    if _has_onednn(device, dtype):
+        backend = LinearBackend(onednn_linear, round_up_rows)
+    else:
+        backend = LinearBackend(plain_linear, int)
+    logger.info("linear layers on %s in %s: %s", device, dtype, backend.make.__name__)
+    return backend
 
 
 def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
@@ -42,14 +59,32 @@ def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
 
     Through `F.linear` float32 goes to MKL, which is half as fast on AMD processors, and bfloat16 lays
     the weight out anew in each call.
+
+    oneDNN compiles a kernel for each number of rows it meets and keeps it, megabytes each and gigabytes
+    in all. So rows are filled up to one of a few numbers; whoever gives those saves a copy.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
     def linear(x: Tensor) -> Tensor:
+        num_rows = len(x)
+        num_missing = round_up_rows(num_rows) - num_rows
+        if num_missing:
+            x = F.pad(x, (0, 0, 0, num_missing))
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return result
+        return result[:num_rows]
 
     return linear
+
+
+def round_up_rows(num_rows: int) -> int:
+    """Return the next of a few numbers of rows: eight in each octave, none below 16.
+
+    Example:
+        >>> [round_up_rows(n) for n in (1, 100, 300, 1100)]
+        [16, 112, 320, 1152]
+    """
+    step = max(16, 1 << max((num_rows - 1).bit_length() - 4, 0))
+    return -(-num_rows // step) * step
 
 
 def _has_onednn(device: torch.device, dtype: torch.dtype) -> bool:

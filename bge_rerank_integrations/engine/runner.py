@@ -40,6 +40,7 @@ class Runner:
         device: Where the batches go.
         padding_idx: The padding token's id, after which positions begin.
         max_batch_tokens: Most tokens in one forward pass, to begin with.
+        num_rows: How many rows the forward pass wants for a number of tokens.
 
     Attributes:
         device: Where the batches go.
@@ -55,6 +56,7 @@ class Runner:
         device: torch.device,
         padding_idx: int,
         max_batch_tokens: int,
+        num_rows: Callable[[int], int] = int,
     ) -> None:
         self.device = device
         self.max_batch_tokens = max_batch_tokens
@@ -63,6 +65,7 @@ class Runner:
         self._num_batches_since_split = 0
         self._forward = forward
         self._padding_idx = padding_idx
+        self._num_rows = num_rows
         self._lock = threading.Lock()
 
     def run(
@@ -105,7 +108,9 @@ class Runner:
         """Run one batch; None where it was out of memory, with the budget lowered."""
         num_tokens = sum(map(len, sequences))
         try:
-            batch = pack(sequences, padding_idx=self._padding_idx, device=self.device)
+            batch = pack(
+                sequences, padding_idx=self._padding_idx, device=self.device, num_rows=self._num_rows
+            )
             values: list[float] = self._forward(batch).tolist()
             self._grow()
             return values
@@ -153,10 +158,11 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
     dtype = resolve_dtype(config, device)
     if config.sha256 is not None:
         verify_sha256(folder, config.sha256)
+    linear = resolve_linear(device, dtype)
     model = PackedCrossEncoder(
         shape,
         load_weights(folder, shape, device=device, dtype=dtype),
-        linear=resolve_linear(device, dtype),
+        linear=linear.make,
         attention=resolve_attention(device, dtype, shape.head_dim),
     )
     return Runner(
@@ -164,4 +170,5 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
         device=device,
         padding_idx=shape.padding_idx,
         max_batch_tokens=resolve_max_batch_tokens(config, device),
+        num_rows=linear.num_rows,
     )
