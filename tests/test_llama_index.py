@@ -530,7 +530,7 @@ async def test_nodes_without_text_can_be_kept_last(
     before = copy.deepcopy(given)
     returned = await postprocess(postprocessor, given)
     assert [(node.node_id, node.score) for node in returned] == expected
-    assert scorer.asked == [(QUERY, [TEA, PANDA])]
+    assert scorer.asked == ([] if top_n == 0 else [(QUERY, [TEA, PANDA])]), "none needs no scores"
     assert given == before
 
 
