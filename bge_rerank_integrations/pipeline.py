@@ -32,8 +32,8 @@ _OnProgress = Callable[[int], object]
 
 # Threads that tokenize for async callers; the tokenizer itself spreads a call over the cores.
 _NUM_TOKENIZERS: Final = 2
-# 4 MB: some ten thousand passages of a hundred tokens.
-_MAX_CACHED_TOKENS: Final = 1 << 20
+# 8 MB: some ten thousand passages of a hundred tokens.
+_MAX_CACHED_TOKENS: Final = 1 << 21
 _TIMED_OUT: Final = "not finished within the timeout; what had not started was dropped"
 
 

@@ -85,6 +85,7 @@ class MicroBatcher:
         self._queued_tokens = 0
         self._worker: threading.Thread | None = None
         self._closed = False
+        self._abandoned = False
         self._lost: BaseException | None = None
         self._recorder = Recorder()
         _live.add(self)
@@ -111,6 +112,8 @@ class MicroBatcher:
             self._check_open(request.queued_tokens)
             if not sequences:
                 request.future.set_result([])
+                return request.future
+            if self._abandoned:
                 return request.future
             mark_process_in_use()
             self._waiting.append(request)
@@ -177,7 +180,7 @@ class MicroBatcher:
         if _process_in_use not in (None, os.getpid()):
             return None
         with self._changed:
-            self._closed = True
+            self._closed = self._abandoned = True
             self._waiting.clear()
             self._queued_tokens = 0
             self._changed.notify_all()
@@ -186,6 +189,8 @@ class MicroBatcher:
     def _check_open(self, num_tokens: int) -> None:
         if self._lost is not None:
             raise _device_lost(self._lost)
+        if self._abandoned and threading.current_thread().daemon:
+            return  # it waits, like those before it, for the end it is about to meet
         if self._closed:
             raise ScorerClosedError("this scorer was closed; make a new one")
         limit = self._max_queued_tokens

@@ -15,6 +15,8 @@ Encoded = tuple[npt.NDArray[np.int32], bool]
 
 # Hashing a longer text costs more than the first of its tokens do.
 _MAX_CHARACTERS: Final = 1 << 16
+# What an entry takes besides its ids, in ids.
+_ENTRY_TOKENS: Final = 100
 
 
 class TokenCache:
@@ -23,7 +25,7 @@ class TokenCache:
     Texts are kept as digests only. Least recently used entries go first.
 
     Args:
-        max_tokens: Most ids to keep, four bytes each.
+        max_tokens: Most ids to keep, four bytes each; an entry counts as a hundred more than it has.
 
     Attributes:
         hits: How often a text was found.
@@ -50,7 +52,7 @@ class TokenCache:
 
     def put(self, text: str, encoded: Encoded) -> None:
         """Keep a text's ids; one that would take more than an eighth of the cache is not kept."""
-        size = len(encoded[0]) + 1
+        size = len(encoded[0]) + _ENTRY_TOKENS
         key = _digest(text) if size <= self._max_tokens // 8 else None
         if key is None:
             return
@@ -62,7 +64,7 @@ class TokenCache:
             self._num_tokens += size
             while self._num_tokens > self._max_tokens:
                 _, (ids, _) = self._entries.popitem(last=False)
-                self._num_tokens -= len(ids) + 1
+                self._num_tokens -= len(ids) + _ENTRY_TOKENS
 
 
 def _digest(text: str) -> bytes | None:

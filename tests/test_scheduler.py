@@ -574,9 +574,11 @@ def test_the_interpreter_ends_with_requests_in_the_queue(checkpoint: Path) -> No
         import sys, threading, time
         from bge_rerank_integrations import Scorer
         scorer = Scorer(sys.argv[1], device="cpu", max_batch_tokens=512)
+        def ask(n):
+            while True:  # some are queued at the end, some are tokenizing, some are about to ask again
+                scorer.score([(f"query {n}", "word " * 300 + str(i)) for i in range(4)])
         for n in range(100):
-            pairs = [(f"query {n}", "word " * 300 + str(i)) for i in range(40)]
-            threading.Thread(target=scorer.score, args=(pairs,), daemon=True).start()
+            threading.Thread(target=ask, args=(n,), daemon=True).start()
         while scorer.health().queued_requests < 50:
             time.sleep(0.01)
         print(time.time())

@@ -16,7 +16,7 @@ def ids(length: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 
 def test_what_was_put_is_found_and_cannot_be_written() -> None:
-    cache = TokenCache(1000)
+    cache = TokenCache(10_000)
     cache.put("text", (ids(3), True))
     found = cache.get("text")
     assert found is not None
@@ -28,7 +28,7 @@ def test_what_was_put_is_found_and_cannot_be_written() -> None:
 
 
 def test_least_recently_used_goes_first() -> None:
-    cache = TokenCache(100)
+    cache = TokenCache(1100)  # room for ten of these
     for name in "abcdefghi":
         cache.put(name, (ids(9), False))
     assert cache.get("a") is not None
@@ -40,7 +40,7 @@ def test_least_recently_used_goes_first() -> None:
 
 
 def test_large_entries_and_long_texts_are_not_kept() -> None:
-    cache = TokenCache(100)
+    cache = TokenCache(1000)
     cache.put("large", (ids(50), False))
     cache.put("x" * 70_000, (ids(3), False))
     assert cache.get("large") is None
@@ -48,7 +48,7 @@ def test_large_entries_and_long_texts_are_not_kept() -> None:
 
 
 def test_any_string_has_a_digest() -> None:
-    cache = TokenCache(100)
+    cache = TokenCache(10_000)
     for text in ("", "\0", "\ud800", "熊猫"):
         cache.put(text, (ids(2), False))
         assert cache.get(text) is not None
@@ -58,7 +58,7 @@ def test_it_never_shows(checkpoint: Path, texts: list[str]) -> None:
     """With a cache so small that it forgets all the time, from eight threads."""
     path = checkpoint / "tokenizer.json"
     plain = PairTokenizer(path, ScorerConfig(max_length=128))
-    cached = PairTokenizer(path, ScorerConfig(max_length=128), TokenCache(3000))
+    cached = PairTokenizer(path, ScorerConfig(max_length=128), TokenCache(6000))
     expected = {text: plain.encode(["query"], [text])[0] for text in [*texts, texts[0] * 3]}
 
     def work(number: int) -> None:
