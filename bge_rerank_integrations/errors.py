@@ -147,9 +147,10 @@ def missing_extra(extra: str, package: str) -> MissingExtraError:
     Example:
         >>> raise missing_extra("langchain", "langchain-core")
         Traceback (most recent call last):
-        bge_rerank_integrations.errors.MissingExtraError: langchain-core is not installed. Install it
-        with: pip install "bge-rerank-integrations[langchain]"
+        bge_rerank_integrations.errors.MissingExtraError: langchain-core is not installed, or too old.
+        Install it with: pip install "bge-rerank-integrations[langchain]"
     """
     return MissingExtraError(
-        f'{package} is not installed. Install it with: pip install "bge-rerank-integrations[{extra}]"'
+        f"{package} is not installed, or too old. Install it with: "
+        f'pip install "bge-rerank-integrations[{extra}]"'
     )

@@ -272,13 +272,15 @@ class MicroBatcher:
                 budget=self._max_batch_tokens(),
                 compute_s=time.monotonic() - started,
             )
-            self._running = [request for request in self._running if request not in batch]
         values = iter(logits)
         for request, indices in batch.items():
             for index in indices:
                 request.logits[index] = next(values)
             request.num_unfinished -= len(indices)
             self._report(request, len(indices))
+        with self._changed:
+            # Not before: a worker that ended on the way here would have forgotten whom it owes an answer.
+            self._running = [request for request in self._running if request not in batch]
 
     def _report(self, request: _Request, num_finished: int) -> None:
         """Tell a request's owner of progress, and of the result if that was the last of it."""
