@@ -1,0 +1,87 @@
+"""What the modules of figures share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.tokenization import PairTokenizer
+
+MAX_DIFFERENCE: Final = 1e-5
+# No wait here takes a tenth of it, unless it hangs.
+PATIENCE_S: Final = 60.0
+
+
+class Outcome(NamedTuple):
+    """What a figure came to."""
+
+    passed: bool
+    measured: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the figures share.
+
+    Attributes:
+        folder: For files; emptied at the end.
+        checkpoint: A small model with random weights.
+        scorer: It, loaded on the CPU in float32.
+        texts: Passages in English and Chinese.
+        scale: How much of the full number of repetitions to run.
+    """
+
+    folder: Path
+    checkpoint: Path
+    scorer: Scorer
+    texts: list[str]
+    scale: float
+
+    def count(self, full: int) -> int:
+        """Scale a number of repetitions."""
+        return max(1, round(full * self.scale))
+
+    def passages(self, count: int) -> list[str]:
+        """Return distinct passages."""
+        return [f"{self.texts[n % len(self.texts)]} {n}" for n in range(count)]
+
+    def phrases(self) -> list[str]:
+        """Return distinct short passages, of 1 to 12 words."""
+        words = [text.split() for text in self.texts]
+        return list(
+            dict.fromkeys(" ".join(row[n : n + 1 + n % 12]) for row in words for n in range(len(row)))
+        )
+
+    def tokenizer(self) -> PairTokenizer:
+        """Return a tokenizer of the checkpoint's."""
+        return PairTokenizer(self.checkpoint / "tokenizer.json", ScorerConfig())
+
+
+def overflowing_checkpoint(bench: Bench, word: str) -> tuple[Path, int]:
+    """Copy the checkpoint so that a word's embedding overflows; return the word's id as well."""
+    folder = bench.folder / "overflowing"
+    if not folder.exists():
+        shutil.copytree(bench.checkpoint, folder)
+    (pair,) = bench.tokenizer().encode([""], [word])
+    word_id = int(pair.windows[0][3])
+    tensors = read_tensors(bench.checkpoint)
+    tensors["roberta.embeddings.word_embeddings.weight"][word_id] = 3e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, word_id
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Load a checkpoint's tensors into memory, apart from its file."""
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return by how much two lists of scores differ at most."""
+    return max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
