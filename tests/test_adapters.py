@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,9 +24,10 @@ from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 from pydantic_core import PydanticUndefined
 
-from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, RankedPassage, Scorer, ScorerConfig
+from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer, ScorerConfig
 from bge_rerank_integrations.errors import CheckpointNotFoundError, InputTypeError
 from bge_rerank_integrations.options import RerankOptions
+from tests.doubles import TableScorer
 from tests.tolerances import LOGIT_TOLERANCE
 
 T = TypeVar("T")
@@ -35,25 +36,6 @@ QUERY = "what does a panda eat?"
 TIBETAN_OM = "\u0f00"  # unknown to the small tokenizer, so that a long run of it is one token
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 CONFIG_FIELDS = {field.name: field.default for field in dataclasses.fields(ScorerConfig)}
-
-
-class TableScorer:
-    """Scores passages by a table, others 0.0."""
-
-    def __init__(self, scores: Mapping[str, float]) -> None:
-        self.scores = scores
-
-    def rank(
-        self, query: str, passages: Sequence[str], top_n: int | None = None, threshold: float | None = None
-    ) -> list[RankedPassage]:
-        scored = [RankedPassage(index, self.scores.get(text, 0.0)) for index, text in enumerate(passages)]
-        kept = [passage for passage in scored if threshold is None or passage.score >= threshold]
-        return sorted(kept, key=lambda passage: -passage.score)[:top_n]
-
-    async def arank(
-        self, query: str, passages: Sequence[str], top_n: int | None = None, threshold: float | None = None
-    ) -> list[RankedPassage]:
-        return self.rank(query, passages, top_n, threshold)
 
 
 class ForbiddenPool(ThreadPoolExecutor):

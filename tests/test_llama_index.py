@@ -7,7 +7,7 @@ import copy
 import json
 import pickle
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol
@@ -37,56 +37,13 @@ from llama_index.core.schema import (
 )
 from pydantic import Field, ValidationError
 
-from bge_rerank_integrations import BGERerankPostprocessor, RankedPassage, Scorer
+from bge_rerank_integrations import BGERerankPostprocessor, Scorer
 from bge_rerank_integrations.errors import InputError, InputTypeError
+from tests.doubles import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
 from tests.tolerances import LOGIT_TOLERANCE
 
 QUERY = "what does a panda eat?"
-PANDA, BEAR, TEA = "TEXT-CANARY pandas eat bamboo", "TEXT-CANARY bears eat fish", "TEXT-CANARY tea is hot"
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
-SCORES = {PANDA: 0.9, BEAR: 0.5, TEA: 0.1}
-BEST_FIRST = [PANDA, BEAR, TEA]
-
-
-class TableScorer:
-    """Scores passages by a table, others 0.0, and remembers what it was asked."""
-
-    def __init__(self, scores: Mapping[str, float] = SCORES) -> None:
-        self.scores = scores
-        self.asked: list[tuple[str, list[str]]] = []
-
-    def rank(
-        self, query: str, passages: Sequence[str], top_n: int | None = None, threshold: float | None = None
-    ) -> list[RankedPassage]:
-        self.asked.append((query, list(passages)))
-        scored = [RankedPassage(index, self.scores.get(text, 0.0)) for index, text in enumerate(passages)]
-        kept = [passage for passage in scored if threshold is None or passage.score >= threshold]
-        return sorted(kept, key=lambda passage: -passage.score)[:top_n]
-
-    async def arank(
-        self, query: str, passages: Sequence[str], top_n: int | None = None, threshold: float | None = None
-    ) -> list[RankedPassage]:
-        return self.rank(query, passages, top_n, threshold)
-
-
-class BrokenScorer(TableScorer):
-    """Fails at every call."""
-
-    def rank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
-        raise RuntimeError("the device is on fire")
-
-
-class StuckScorer(TableScorer):
-    """Says when an async call has begun, and never ends it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.begun = asyncio.Event()
-
-    async def arank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
-        self.begun.set()
-        await asyncio.Event().wait()
-        raise AssertionError("unreachable")
 
 
 class UnpicklableScorer(TableScorer):

@@ -1,0 +1,54 @@
+"""Scorers that the adapters are tested with, and the passages they know."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bge_rerank_integrations import RankedPassage
+
+PANDA, BEAR, TEA = "TEXT-CANARY pandas eat bamboo", "TEXT-CANARY bears eat fish", "TEXT-CANARY tea is hot"
+SCORES = {PANDA: 0.9, BEAR: 0.5, TEA: 0.1}
+BEST_FIRST = [PANDA, BEAR, TEA]
+
+
+class TableScorer:
+    """Scores passages by a table, others 0.0, and remembers what it was asked."""
+
+    def __init__(self, scores: Mapping[str, float] = SCORES) -> None:
+        self.scores = scores
+        self.asked: list[tuple[str, list[str]]] = []
+
+    def rank(
+        self, query: str, passages: Sequence[str], top_n: int | None = None, threshold: float | None = None
+    ) -> list[RankedPassage]:
+        self.asked.append((query, list(passages)))
+        scored = [RankedPassage(index, self.scores.get(text, 0.0)) for index, text in enumerate(passages)]
+        kept = [passage for passage in scored if threshold is None or passage.score >= threshold]
+        return sorted(kept, key=lambda passage: -passage.score)[:top_n]
+
+    async def arank(
+        self, query: str, passages: Sequence[str], top_n: int | None = None, threshold: float | None = None
+    ) -> list[RankedPassage]:
+        return self.rank(query, passages, top_n, threshold)
+
+
+class BrokenScorer(TableScorer):
+    """Fails at every call."""
+
+    def rank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
+        raise RuntimeError("the device is on fire")
+
+
+class StuckScorer(TableScorer):
+    """Says when an async call has begun, and never ends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = asyncio.Event()
+
+    async def arank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
+        self.begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
