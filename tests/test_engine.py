@@ -173,6 +173,30 @@ def test_few_numbers_of_rows_reach_the_linear_layers() -> None:
     assert len(set(rounded)) <= 56
 
 
+def test_requests_of_changing_shape_reach_the_linear_layers_as_few(checkpoint: Path, vocab_size: int) -> None:
+    """Memory that oneDNN keeps for each number of rows must not grow with every new request."""
+    seen: set[int] = set()
+
+    def recording_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        plain = plain_linear(weight, bias)
+
+        def linear(x: Tensor) -> Tensor:
+            seen.add(len(x))
+            return plain(x)
+
+        return linear
+
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, linear=recording_linear, attention=sdpa_attention)
+    runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, num_rows=round_up_rows)
+    for length in range(1, 401, 3):
+        runner.run(random_ids([length, length // 2 + 1], vocab_size, seed=length))
+    first_token_rows = {1, 2}  # which `onednn_linear` rounds up itself
+    assert seen - first_token_rows <= {round_up_rows(n) for n in range(1, 602)}
+    assert len(seen) < 40
+
+
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
     """Softmax over explicit scores in float64, sequence by sequence and head by head."""
     output = torch.empty_like(q, dtype=torch.float64)

@@ -174,8 +174,12 @@ def test_windows_take_the_best(checkpoint: Path, texts: list[str]) -> None:
 
 
 def test_every_length_stays_within_the_positions(scorer: Scorer) -> None:
-    for ranking in scorer.rank_many([("q", ["a " * n]) for n in (*range(1, 600, 13), 505, 506, 507, 508)]):
-        assert ranking.num_tokens <= 512
+    rankings = scorer.rank_many([("q", ["a " * n]) for n in range(1, 601)])
+    shortest, per_word = rankings[0].num_tokens, rankings[1].num_tokens - rankings[0].num_tokens
+    for number, ranking in enumerate(rankings):
+        whole = shortest + number * per_word
+        assert ranking.num_tokens == min(whole, 512)
+        assert ranking[0].truncated == (whole > 512)
 
 
 BAD_CALLS = [
