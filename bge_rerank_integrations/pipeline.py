@@ -19,7 +19,8 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.inputs import check_timeout
 from bge_rerank_integrations.pairs import PairResult, PreparedPairs, prepare
-from bge_rerank_integrations.scheduler import MicroBatcher, check_process, mark_process_in_use
+from bge_rerank_integrations.process import check_process, mark_process_in_use
+from bge_rerank_integrations.scheduler import MicroBatcher
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.token_cache import TokenCache
 from bge_rerank_integrations.tokenization import PairTokenizer

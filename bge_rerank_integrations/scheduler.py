@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
@@ -17,11 +16,11 @@ from typing import Final
 
 from bge_rerank_integrations.errors import (
     DeviceLostError,
-    ForkedProcessError,
     QueueFullError,
     ScorerClosedError,
     WorkerDiedError,
 )
+from bge_rerank_integrations.process import check_process, mark_process_in_use, was_forked
 from bge_rerank_integrations.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.tokenization import IntArray
 
@@ -34,7 +33,6 @@ _OLDEST_SHARE: Final = 0.25
 _EXIT_S: Final = 4.0
 
 _live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
-_process_in_use: int | None = None
 
 _Batch = dict["_Request", list[int]]
 """Which of each request's sequences are in a batch."""
@@ -139,7 +137,7 @@ class MicroBatcher:
         Args:
             timeout: Seconds after which those that are not finished get `ScorerClosedError`.
         """
-        if _process_in_use not in (None, os.getpid()):
+        if was_forked():
             return  # the worker and whoever waits for it are in the parent process
         with self._changed:
             self._closed = True
@@ -177,7 +175,7 @@ class MicroBatcher:
 
     def _abandon(self) -> threading.Thread | None:
         """Refuse new requests, forget those that wait, and return the worker, which ends with its batch."""
-        if _process_in_use not in (None, os.getpid()):
+        if was_forked():
             return None
         with self._changed:
             self._closed = self._abandoned = True
@@ -369,21 +367,6 @@ class _Request:
             self.queued_tokens -= length
             max_tokens -= length
         return taken
-
-
-def check_process() -> None:
-    """Raise `ForkedProcessError` in a child that was forked after its parent had scored."""
-    if _process_in_use not in (None, os.getpid()):
-        raise ForkedProcessError(
-            "this process was forked from one that had already scored, and neither CUDA nor a CPU's thread "
-            "pool survives that. Load the model in the child only, or start children with the 'spawn' method"
-        )
-
-
-def mark_process_in_use() -> None:
-    """Note that thread pools or a GPU are in use here, so that a forked child must not use them."""
-    global _process_in_use
-    _process_in_use = os.getpid()
 
 
 def _device_lost(cause: BaseException) -> DeviceLostError:

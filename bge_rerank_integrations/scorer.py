@@ -10,9 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar, Protocol, runtime_checkable
 
 from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
-from bge_rerank_integrations.errors import (
-    ScorerClosedError,
-)
+from bge_rerank_integrations.errors import ScorerClosedError
 from bge_rerank_integrations.inputs import (
     check_pairs,
     check_passages,

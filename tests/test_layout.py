@@ -23,6 +23,7 @@ ROOMS = [
     "tokenization",
     "pairs",
     "stats",
+    "process",
     "scheduler",
     "batching",
     "engine.batch",
