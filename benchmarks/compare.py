@@ -8,48 +8,41 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.metadata
-import io
 import json
-import logging
-import math
-import os
 import platform
-import random
-import re
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypedDict, get_args
 
 import torch
-from tokenizers import Tokenizer
 
+from benchmarks.common import (
+    Pairs,
+    cpu_features,
+    describe_hardware,
+    import_optional,
+    make_pairs,
+    quiet,
+    version,
+)
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, DType
+from bge_rerank_integrations.config import DType
 from bge_rerank_integrations.engine.checkpoint import find_checkpoint
 from bge_rerank_integrations.tokenization import PairTokenizer
-from examples.random_checkpoint import build_random_checkpoint, read_texts
+from examples.random_checkpoint import build_random_checkpoint
 
 OURS: Final = "bge-rerank-integrations"
 SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
 FLAG_EMBEDDING: Final = "FlagEmbedding"
 DISTRIBUTIONS: Final = ("torch", "transformers", "tokenizers", SENTENCE_TRANSFORMERS, FLAG_EMBEDDING)
 
-MAX_LENGTH: Final = 512
-MEDIAN_LENGTH: Final = 110
-# Our assumption of how retrieved passages spread: a tenth under 51 tokens, a tenth over 237.
-LENGTH_SIGMA: Final = 0.6
-NUM_QUERY_WORDS: Final = 8
-MIN_PASSAGE_TOKENS: Final = 8
 
 MAX_FLOAT32_DIFFERENCE: Final = 1e-4
 MIN_SCORE_STD: Final = 0.1
@@ -60,7 +53,6 @@ SHAPES: Final[dict[str, dict[str, int]]] = {
 }
 VOCAB_SIZE: Final = 250_002
 
-Pairs = list[tuple[str, str]]
 Ids = tuple[int, ...]
 
 
@@ -106,10 +98,10 @@ class Result(TypedDict):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; the exit status is 1 where contenders do not agree."""
     args = _parse(argv)
-    with ExitStack() as stack, _quiet():
+    with ExitStack() as stack, quiet():
         model = args.model or _build(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
         tokenizer_path = find_checkpoint(ScorerConfig(model=model)) / "tokenizer.json"
-        pairs = _make_pairs(tokenizer_path, args.num_pairs, args.seed)
+        pairs = make_pairs(tokenizer_path, args.num_pairs, args.seed)
         ids = _read_ids(tokenizer_path, pairs)
         contenders = list(_load_ours(stack, model, args.device, pairs))
         peers, missing = _load_peers(model, args.device, pairs, half=args.half_peers)
@@ -120,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     score_std = statistics.pstdev(logits[0])
     problems = _find_problems(results, score_std)
     report = {
-        "hardware": _describe_hardware(args.device),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}},
+        "hardware": describe_hardware(args.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in DISTRIBUTIONS}},
         "workload": {
             "model": args.model or f"{args.shape}, random weights",
             "device": args.device,
@@ -159,54 +151,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and warnings off the terminal; errors still come through as exceptions."""
-    for name in ("transformers", "sentence_transformers", "FlagEmbedding"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _build(folder: Path, shape: str) -> str:
     return str(build_random_checkpoint(folder, vocab_size=VOCAB_SIZE, **SHAPES[shape]))
-
-
-def _make_pairs(tokenizer_path: Path, num_pairs: int, seed: int) -> Pairs:
-    """Make one query and `num_pairs` passages of words from the example corpus, of log-normal length."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    words = [word for text in read_texts() for word in text.split() if "<" not in word]
-    encodings = tokenizer.encode_batch(words, add_special_tokens=False)
-    # Words are tokenized apart from each other, so their counts add up.
-    counted = [
-        (word, len(encoding.ids))
-        for word, encoding in zip(words, encodings, strict=True)
-        if encoding.ids and "<unk>" not in encoding.tokens
-    ]
-    rng = random.Random(seed)
-    query = rng.sample(counted, NUM_QUERY_WORDS)
-    taken = NUM_SPECIAL_TOKENS + sum(count for _, count in query)
-    query_text = " ".join(word for word, _ in query)
-    pairs = []
-    for _ in range(num_pairs):
-        length = min(round(rng.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SIGMA)), MAX_LENGTH)
-        pairs.append((query_text, _make_passage(rng, counted, max(length - taken, MIN_PASSAGE_TOKENS))))
-    return pairs
-
-
-def _make_passage(rng: random.Random, counted: Sequence[tuple[str, int]], num_tokens: int) -> str:
-    chosen = []
-    while num_tokens:
-        word, count = rng.choice(counted)
-        if count > num_tokens:
-            fitting = [candidate for candidate in counted if candidate[1] <= num_tokens]
-            if not fitting:
-                break
-            word, count = rng.choice(fitting)
-        chosen.append(word)
-        num_tokens -= count
-    return " ".join(chosen)
 
 
 def _read_ids(tokenizer_path: Path, pairs: Pairs) -> list[Ids]:
@@ -234,20 +180,12 @@ def _load_peers(
         (SENTENCE_TRANSFORMERS, "sentence_transformers", _load_cross_encoder),
         (FLAG_EMBEDDING, "FlagEmbedding", _load_flag_reranker),
     ):
-        package, why_not = _import(module)
+        package, why_not = import_optional(module)
         if package is None:
             missing[name] = f"pip install {name}  ({why_not})"
         else:
             contenders += load(package, model, device, pairs, dtypes)
     return contenders, missing
-
-
-def _import(module: str) -> tuple[Any, str]:
-    """Import a package that may not be there; None and the reason if it is not."""
-    try:
-        return importlib.import_module(module), ""
-    except ImportError as error:
-        return None, str(error)
 
 
 def _load_cross_encoder(
@@ -278,12 +216,7 @@ def _half_dtypes(device: str) -> list[str]:
     """Return the half precisions that a device computes fast in."""
     if device.startswith("cuda"):
         return ["float16", "bfloat16"]
-    return ["bfloat16"] if device == "cpu" and _cpu_features("bf16") else []
-
-
-def _cpu_features(*substrings: str) -> list[str]:
-    read: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return sorted(name for name, has in read().items() if has is True and any(s in name for s in substrings))
+    return ["bfloat16"] if device == "cpu" and cpu_features("bf16") else []
 
 
 def _check(contender: Contender) -> tuple[list[float], set[Ids], int]:
@@ -368,39 +301,6 @@ def _find_problems(results: Sequence[Result], score_std: float) -> list[str]:
         if not difference <= MAX_FLOAT32_DIFFERENCE
     ]
     return problems
-
-
-def _describe_hardware(device: str) -> dict[str, Any]:
-    affinity = getattr(os, "sched_getaffinity", None)
-    description: dict[str, Any] = {
-        "cpu": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_features": _cpu_features("avx512_f", "bf16", "vnni", "amx"),
-    }
-    if device.startswith("cuda"):
-        description["gpu"] = torch.cuda.get_device_name(device)
-        description["cuda"] = torch.version.cuda
-    return description
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return platform.processor() or platform.machine()
-    # The name alone does not tell generations apart on virtual machines.
-    found = dict(
-        re.findall(r"^(model name|cpu family|model)\s*: (.*)$", path.read_text(encoding="utf-8"), re.M)
-    )
-    return ", ".join(f"{key} {found[key]}" for key in sorted(found, reverse=True)) or platform.machine()
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _print(report: dict[str, Any], results: Sequence[Result]) -> None:

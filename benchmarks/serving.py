@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.compare import _describe_hardware, _import, _make_pairs, _quiet, _version
+from benchmarks.common import describe_hardware, import_optional, make_pairs, quiet, version
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint import find_checkpoint
 from bge_rerank_integrations.pairs import prepare
@@ -155,7 +155,7 @@ class Requests:
 
 
 def _request(tokenizer_path: Path, num_passages: int, seed: int) -> Request:
-    pairs = _make_pairs(tokenizer_path, num_passages, seed)
+    pairs = make_pairs(tokenizer_path, num_passages, seed)
     return pairs[0][0], [passage for _, passage in pairs]
 
 
@@ -172,7 +172,7 @@ def _load_contenders(scorer: Scorer, model: str, device: str) -> tuple[list[Cont
     contenders = [_load_ours(scorer), _load_ours_async(scorer)]
     missing: dict[str, str] = {}
     for (name, (module, command)), load in zip(PEERS.items(), (_load_locked, _load_llama_index), strict=True):
-        package, why_not = _import(module)
+        package, why_not = import_optional(module)
         try:
             contenders.append(load(package, model, device))
         except (AttributeError, ImportError) as error:
@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all loads; the exit status is 1 where contenders disagree or a request to us fails."""
     args = _parse(argv)
     with ExitStack() as stack:
-        with _quiet():
+        with quiet():
             model = args.model or _build(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             scorer = Scorer(model, device=args.device, dtype="float32", normalize=True)
             stack.enter_context(scorer)
@@ -374,10 +374,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             contenders, missing = _load_contenders(scorer, model, args.device)
             differences = _largest_differences(contenders, requests.mixed())
         report: dict[str, Any] = {
-            "hardware": _describe_hardware(args.device),
+            "hardware": describe_hardware(args.device),
             "versions": {
                 "python": platform.python_version(),
-                **{name: _version(name) for name in DISTRIBUTIONS},
+                **{name: version(name) for name in DISTRIBUTIONS},
             },
             "workload": {
                 "model": args.model or f"random weights, {SHAPE}",
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
         }
         _print_header(report)
-        with _quiet():
+        with quiet():
             lone = _lone_overhead(scorer)
             cells = _run_loads(contenders, requests, args.callers, args.seconds)
     problems = _find_problems(cells, differences)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import stress
-from benchmarks.compare import _describe_hardware, _quiet, _version
+from benchmarks.common import describe_hardware, quiet, version
 from benchmarks.stress.callers import concurrent_calls, event_loop_gaps, identical_pairs, shared_documents
 from benchmarks.stress.checkpoints import bad_checkpoints
 from benchmarks.stress.common import Bench, Outcome
@@ -73,8 +73,8 @@ FIGURES: Final = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the figures; the exit status is 1 where one fails."""
     args = _parse(argv)
-    hardware = _describe_hardware("cpu")
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}}
+    hardware = describe_hardware("cpu")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in DISTRIBUTIONS}}
     for title, values in (("hardware", hardware), ("versions", versions)):
         print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
     print(f"\n{'':>2}  {'what':41}{'expected':34}{'':6}{'seconds':>7}  measured")
@@ -103,7 +103,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def _fixtures(folder: Path, scale: float) -> Iterator[Bench]:
-    with _quiet():
+    with quiet():
         checkpoint = build_random_checkpoint(folder / "small")
     with Scorer(checkpoint, device="cpu") as scorer:
         yield Bench(folder, checkpoint, scorer, read_texts(), scale)
@@ -115,7 +115,7 @@ def _measure(number: int, bench: Bench) -> dict[str, Any]:
     began = time.monotonic()
     faulthandler.dump_traceback_later(FIGURE_LIMIT_S, exit=True)
     try:
-        with _quiet():
+        with quiet():
             outcome = figure.run(bench)
     except Exception as error:
         outcome = Outcome(False, type(error).__name__)
