@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, get_args
 from bge_rerank_integrations.errors import ConfigError
 
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
+EMBEDDED_MODEL: Final = "embedded"
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongPassages = Literal["truncate", "windows"]
@@ -30,7 +31,8 @@ class ScorerConfig:
     the hub library's own login or the `HF_TOKEN` environment variable.
 
     Attributes:
-        model: Hub id, or path of a local folder, of a one-label `XLMRobertaForSequenceClassification`.
+        model: Hub id, or path of a local folder, of a one-label `XLMRobertaForSequenceClassification`;
+            `embedded` is the small English one that comes with this package (no BGE model).
         revision: Branch, tag or commit on the hub; None is the default branch.
         sha256: What `cat model*.safetensors | sha256sum` must give, in the checkpoint's folder, for the
             weights to be loaded; None does not check.
@@ -43,6 +45,8 @@ class ScorerConfig:
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
         query_max_length: Longest query in tokens; None is three quarters of `max_length`.
         max_batch_tokens: Most tokens in one forward pass; None lets the device decide.
+        num_threads: CPU threads that the forward pass computes with; None is as many as torch is set to. A
+            web server with workers of its own wants fewer. Other threads' torch settings stay as they are.
         max_wait_ms: How long a request may wait for others to share a batch that is not full. 0, the
             default: those that are waiting go together, and an idle device never waits.
         max_queued_tokens: Most tokens that may wait for the device; a request beyond it is refused with
@@ -72,6 +76,7 @@ class ScorerConfig:
     max_length: int = 512
     query_max_length: int | None = None
     max_batch_tokens: int | None = None
+    num_threads: int | None = None
     max_wait_ms: float = 0.0
     max_queued_tokens: int | None = None
     normalize: bool = False
@@ -86,6 +91,7 @@ class ScorerConfig:
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         self._check_types()
+        self._check_model()
         self._check_device()
         self._check_lengths()
 
@@ -128,7 +134,7 @@ class ScorerConfig:
         for name, choices in (("dtype", get_args(DType)), ("long_passages", get_args(LongPassages))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {list(choices)}")
-        for name in ("query_max_length", "max_batch_tokens", "max_queued_tokens"):
+        for name in ("query_max_length", "max_batch_tokens", "num_threads", "max_queued_tokens"):
             if getattr(self, name) is not None:
                 self._check_integer(name, minimum=1)
         self._check_integer("max_length", minimum=NUM_SPECIAL_TOKENS + 2)
@@ -147,6 +153,12 @@ class ScorerConfig:
             raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
         if self.device.startswith("cpu") and self.dtype == "float16":
             raise ConfigError(FLOAT16_ON_CPU)
+
+    def _check_model(self) -> None:
+        if self.model == EMBEDDED_MODEL and self.revision is not None:
+            raise ConfigError(
+                f"model {EMBEDDED_MODEL!r} comes with this package and has no revisions; leave revision out"
+            )
 
     def _check_lengths(self) -> None:
         room = self.max_length - NUM_SPECIAL_TOKENS - self.effective_query_max_length

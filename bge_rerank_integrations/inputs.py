@@ -26,13 +26,18 @@ def check_passages(passages: Any) -> list[str]:
     return checked
 
 
-def check_pairs(pairs: Any) -> tuple[list[str], list[str]]:
-    """Return (queries, passages) of an iterable of pairs, else raise `InputTypeError` with the index."""
+def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
+    """Return (queries, passages) of an iterable of pairs, else raise `InputTypeError` with the index.
+
+    Args:
+        pairs: The pairs.
+        start: The index of the first.
+    """
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise InputTypeError(f"pairs must be a list of (query, passage) pairs, not {_kind(pairs)}")
     queries: list[str] = []
     passages: list[str] = []
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs, start=start):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InputTypeError(
                 f"pair {index} must be a (query, passage) tuple, not {_kind(pair)}; a single pair goes "

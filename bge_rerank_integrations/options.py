@@ -58,6 +58,7 @@ class RerankOptions(BaseModel):
     max_length: int = 512
     query_max_length: int | None = None
     max_batch_tokens: int | None = None
+    num_threads: int | None = None
     max_wait_ms: float = 0.0
     max_queued_tokens: int | None = None
     query_instruction: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
-    ConfigError,
+    QueueFullError,
     RequestTimeoutError,
     ScorerClosedError,
     UnsupportedCheckpointError,
@@ -86,6 +86,43 @@ class Pipeline:
             logits = _wait(future, remaining())
         return prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
+    def score_stream(
+        self,
+        chunks: Iterable[tuple[list[str], list[str]]],
+        *,
+        timeout: float | None = None,
+        progress: bool = False,
+    ) -> Iterator[list[PairResult]]:
+        """Score chunks of (queries, passages) as they come: one is read and encoded while another is run.
+
+        Args:
+            chunks: Read one ahead of what is given.
+            timeout: Most seconds for all of them.
+            progress: Show a progress bar on stderr.
+        """
+        remaining = _countdown(timeout)
+        running: tuple[PreparedPairs, Future[list[float]]] | None = None
+        with _progress_bar(shown=progress) as (_, on_progress):
+            try:
+                for queries, passages in chunks:
+                    try:
+                        begun = self._begin(queries, passages, None, on_progress)
+                    except QueueFullError:
+                        if running is None:
+                            raise
+                        yield self._finish(running, remaining())  # what fills the queue may be our own
+                        running = None
+                        begun = self._begin(queries, passages, None, on_progress)
+                    if running is not None:
+                        finished, running = running, begun
+                        yield self._finish(finished, remaining())
+                    running = begun
+                if running is not None:
+                    yield self._finish(running, remaining())
+            finally:
+                if running is not None:
+                    running[1].cancel()  # does nothing to what has ended
+
     async def ascore(
         self, queries: list[str], passages: list[str], *, timeout: float | None = None
     ) -> list[PairResult]:
@@ -117,6 +154,13 @@ class Pipeline:
         self._executor.shutdown(wait=True)  # what was accepted is then in the queue
         self._batcher.close(timeout)
 
+    def _finish(
+        self, begun: tuple[PreparedPairs, Future[list[float]]], timeout: float | None
+    ) -> list[PairResult]:
+        prepared, future = begun
+        logits = _wait(future, timeout)
+        return prepared.results(logits, normalize=self._normalize)
+
     def _begin(
         self,
         queries: list[str],
@@ -142,17 +186,18 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         CheckpointError, ConfigError, DeviceError, ForkedProcessError: As `Scorer` says.
     """
     # Here and not above, so that naming a scorer in a signature does not cost the import of torch.
-    from bge_rerank_integrations.engine.checkpoint import find_checkpoint, read_shape, require_file
+    from bge_rerank_integrations.engine.checkpoint import (
+        check_max_length,
+        find_checkpoint,
+        read_shape,
+        require_file,
+    )
     from bge_rerank_integrations.engine.runner import is_device_lost, load_runner
 
     check_process()
     folder = find_checkpoint(config)
     shape = read_shape(folder)
-    if config.max_length > shape.max_length:
-        raise ConfigError(
-            f"max_length {config.max_length} is more than the {shape.max_length} tokens that "
-            f"{config.model!r} has positions for"
-        )
+    check_max_length(config, shape)
     cache = TokenCache(_MAX_CACHED_TOKENS)
     tokenizer = PairTokenizer(require_file(folder, "tokenizer.json"), config, cache)
     if tokenizer.max_id >= shape.vocab_size:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ClassVar, Protocol, runtime_checkable
+from itertools import islice
+from typing import ClassVar, Final, Protocol, runtime_checkable
 
 from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
-from bge_rerank_integrations.errors import ScorerClosedError
+from bge_rerank_integrations.errors import NonFiniteScoreError, ScorerClosedError
 from bge_rerank_integrations.inputs import (
     check_pairs,
     check_passages,
@@ -22,6 +23,9 @@ from bge_rerank_integrations.pairs import PairResult
 from bge_rerank_integrations.pipeline import Pipeline, load_pipeline
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n, select
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
+
+# Of a stream: enough to fill batches with pairs of like lengths, few enough to be held twice over.
+_NUM_STREAMED_PAIRS: Final = 4096
 
 
 @runtime_checkable
@@ -89,6 +93,7 @@ class Scorer:
         max_length: int = 512,
         query_max_length: int | None = None,
         max_batch_tokens: int | None = None,
+        num_threads: int | None = None,
         max_wait_ms: float = 0.0,
         max_queued_tokens: int | None = None,
         normalize: bool = False,
@@ -108,6 +113,7 @@ class Scorer:
             max_length=max_length,
             query_max_length=query_max_length,
             max_batch_tokens=max_batch_tokens,
+            num_threads=num_threads,
             max_wait_ms=max_wait_ms,
             max_queued_tokens=max_queued_tokens,
             normalize=normalize,
@@ -157,6 +163,9 @@ class Scorer:
     ) -> list[float]:
         """Score pairs.
 
+        An iterator, such as a generator, is read as it is scored, so that a million pairs need no more
+        memory than their scores do; a pair of it that is malformed ends the call when its turn comes.
+
         Args:
             pairs: (query, passage) pairs.
             timeout: Most seconds to take; None is no limit.
@@ -172,8 +181,12 @@ class Scorer:
             QueueFullError: More is waiting than `max_queued_tokens` allows.
             ScorerClosedError, DeviceLostError, ForkedProcessError: The scorer cannot be used any more.
         """
+        pipeline = self._require_pipeline()
+        if isinstance(pairs, Iterator):
+            stream = pipeline.score_stream(_chunks(pairs), timeout=timeout, progress=progress)
+            return list(_scores_of(stream))
         queries, passages = check_pairs(pairs)
-        results = self._require_pipeline().score(queries, passages, timeout=timeout, progress=progress)
+        results = pipeline.score(queries, passages, timeout=timeout, progress=progress)
         return [result.score for result in results]
 
     def compute_score(
@@ -387,3 +400,27 @@ def _rank(results: list[PairResult], top_n: int | None, threshold: float | None)
         num_tokens=sum(result.num_tokens for result in results),
         num_truncated=sum(result.truncated for result in results),
     )
+
+
+def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
+    start = 0
+    while chunk := list(islice(pairs, _NUM_STREAMED_PAIRS)):
+        yield check_pairs(chunk, start=start)
+        start += len(chunk)
+
+
+def _scores_of(stream: Iterator[list[PairResult]]) -> Iterator[float]:
+    """Give the scores of a stream's chunks, and errors the index of the pair in the whole stream."""
+    start = 0
+    while True:
+        try:
+            results = next(stream, None)
+        except NonFiniteScoreError as error:
+            index = start + (error.index or 0)
+            raise NonFiniteScoreError(
+                f"the model's score of pair {index} is not finite", index=index
+            ) from None
+        if results is None:
+            return
+        yield from (result.score for result in results)
+        start += len(results)

@@ -185,6 +185,7 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
         "max_length": 256,
         "query_max_length": 64,
         "max_batch_tokens": 1024,
+        "num_threads": 1,
         "max_wait_ms": 2.5,
         "max_queued_tokens": 100_000,
         "normalize": False,

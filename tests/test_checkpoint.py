@@ -319,3 +319,61 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 def test_float16_where_auto_means_the_cpu(folder: Path) -> None:
     with pytest.raises(ConfigError, match="not supported on a CPU"):
         Scorer(folder, dtype="float16")
+
+
+def quantized(tensors: Tensors) -> Tensors:
+    """Store every matrix of the encoder as int8 with a scale for each row."""
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and not name.startswith("classifier."):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            stored[name], stored[f"{name}_scale"] = (tensor / scale).round().to(torch.int8), scale
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def test_weights_stored_as_int8_by_row_are_multiplied_out(folder: Path) -> None:
+    def multiplied_out(tensors: Tensors) -> Tensors:
+        stored = quantized(tensors)
+        return {
+            name: stored[name].float() * stored[f"{name}_scale"]
+            if f"{name}_scale" in stored
+            else stored[name]
+            for name in tensors
+        }
+
+    packed = Path(shutil.copytree(folder, folder.with_name("packed")))
+    edit_weights(folder, multiplied_out)
+    edit_weights(packed, quantized)
+    assert (packed / "model.safetensors").stat().st_size < 0.5 * (folder / "model.safetensors").stat().st_size
+    with Scorer(folder, device="cpu") as plain, Scorer(packed, device="cpu") as scorer:
+        assert scorer.score(PAIRS) == plain.score(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("output.dense.weight_scale", None, UnsupportedCheckpointError, "stored as I8"),
+        ("output.dense.weight_scale", lambda t: t[:-1], CorruptCheckpointError, "has shape"),
+        ("output.dense.weight_scale", lambda t: t.squeeze(1), CorruptCheckpointError, "has shape"),
+        ("output.dense.weight_scale", lambda t: t.to(torch.int8), UnsupportedCheckpointError, "stored as I8"),
+        ("output.dense.weight_scale", lambda t: t * float("nan"), CorruptCheckpointError, "NaN"),
+        ("output.dense.weight", lambda t: t.to(torch.uint8), CorruptCheckpointError, "do not belong"),
+    ],
+)
+def test_quantized_weights_without_their_scales_are_refused(
+    folder: Path,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+    error: type[CheckpointError],
+    message: str,
+) -> None:
+    def edit(tensors: Tensors) -> Tensors:
+        stored = quantized(tensors)
+        full_name = f"roberta.encoder.layer.1.{name}"
+        tensor = stored.pop(full_name)
+        return stored if change is None else {**stored, full_name: change(tensor).contiguous()}
+
+    edit_weights(folder, edit)
+    refuse(folder, error, message)

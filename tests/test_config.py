@@ -70,6 +70,8 @@ def test_unknown_keys_are_named() -> None:
         ({"query_max_length": 508}, "leaves no room for a passage .* at most 507"),
         ({"max_length": 16}, "leaves no room"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be an integer of at least 1"),
+        ({"num_threads": 0}, "num_threads must be an integer of at least 1"),
+        ({"model": "embedded", "revision": "main"}, "no revisions"),
         ({"window_overlap_tokens": -1}, "window_overlap_tokens must be an integer of at least 0"),
         ({"long_passages": "windows", "window_overlap_tokens": 124}, "must be less than the 124"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
     flash_attention,
+    matmul_attention,
     resolve_attention,
     sdpa_attention,
 )
@@ -210,12 +212,15 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
     return output
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [9, 4, 4, 1, 1], [64, 3]])
+# 1,500 tokens have more scores than `matmul_attention` computes at a time.
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [9, 4, 4, 1, 1], [64, 3], [1500]])
 @pytest.mark.parametrize(
     ("attention", "device", "dtype", "tolerance"),
     [
         pytest.param(sdpa_attention, "cpu", torch.float32, 1e-5, id="sdpa-float32"),
         pytest.param(sdpa_attention, "cpu", torch.bfloat16, 2e-2, id="sdpa-bfloat16"),
+        pytest.param(matmul_attention, "cpu", torch.float32, 1e-5, id="matmul-float32"),
+        pytest.param(matmul_attention, "cpu", torch.bfloat16, 2e-2, id="matmul-bfloat16"),
         pytest.param(flash_attention, "cuda", torch.float16, 2e-3, id="flash-float16", marks=needs_cuda),
         pytest.param(flash_attention, "cuda", torch.bfloat16, 2e-2, id="flash-bfloat16", marks=needs_cuda),
     ],
@@ -239,9 +244,29 @@ def test_attention_agrees_with_explicit_scores(
 def test_what_was_chosen_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
         assert resolve_attention(CPU, torch.float32, 64) is sdpa_attention
+        assert resolve_attention(CPU, torch.bfloat16, 64) is matmul_attention
         resolve_linear(CPU, torch.float32)
     assert "sdpa_attention" in caplog.text
     assert "linear layers on cpu" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_are_as_many_as_asked_for_and_only_in_the_forward_pass(fails: bool) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def forward(batch: Any) -> Tensor:
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise RuntimeError("broken")
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    wanted = before + 3
+    runner = Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=100, num_threads=wanted)
+    with pytest.raises(RuntimeError, match="broken") if fails else nullcontext():
+        runner.run(random_ids([5, 7], 100))
+    assert seen == [wanted]
+    assert torch.get_num_threads() == before
 
 
 @needs_cuda

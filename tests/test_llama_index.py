@@ -658,6 +658,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "max_length": 1024,
     "query_max_length": 128,
     "max_batch_tokens": 4096,
+    "num_threads": 1,
     "max_wait_ms": 2.5,
     "max_queued_tokens": 100_000,
     "query_instruction": "query: ",

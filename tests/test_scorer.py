@@ -26,6 +26,7 @@ from bge_rerank_integrations.errors import (
     InputError,
     InputTypeError,
     NonFiniteScoreError,
+    QueueFullError,
     ScorerClosedError,
 )
 from bge_rerank_integrations.ranking import sigmoid
@@ -149,6 +150,40 @@ def test_iterators_are_taken(scorer: Scorer, texts: list[str]) -> None:
     assert scorer.rank(QUERY, tuple(texts[:3])) == scorer.rank(QUERY, texts[:3])
 
 
+def test_an_iterator_is_read_as_it_is_scored(scorer: Scorer, texts: list[str]) -> None:
+    queries = [f"{number} {text[:12]}" for number in range(150) for text in texts]
+    pairs = [(query, "a panda") for query in queries]
+    assert len(pairs) > 2 * 4096
+    done_when_read: list[int] = []
+
+    def generate() -> Iterator[tuple[str, str]]:
+        before = scorer.stats().pairs
+        for pair in pairs:
+            done_when_read.append(scorer.stats().pairs - before)
+            yield pair
+
+    streamed = scorer.score(generate())
+    assert streamed == pytest.approx(scorer.score(pairs), abs=TOLERANCE)
+    ahead = [read - done for read, done in enumerate(done_when_read, start=1)]
+    assert max(ahead) <= 2 * 4096
+
+
+def test_a_stream_ends_at_a_malformed_pair_with_its_index(scorer: Scorer) -> None:
+    good = [("panda", str(number)) for number in range(4100)]
+    with pytest.raises(InputTypeError, match="pair 4100 ") as caught:
+        scorer.score(iter([*good, ("panda", 5), ("panda", "x")]))  # type: ignore[arg-type]
+    assert caught.value.index == 4100
+    assert scorer.health().queued_requests == 0
+
+
+def test_a_stream_waits_for_itself_where_the_queue_is_full(checkpoint: Path) -> None:
+    pairs = [("panda", str(number)) for number in range(9000)]
+    with Scorer(checkpoint, device="cpu", max_queued_tokens=40_000) as scorer:
+        assert len(scorer.score(iter(pairs))) == 9000
+        with pytest.raises(QueueFullError):
+            scorer.score(pairs)
+
+
 def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
     ranking = scorer.rank(QUERY, [texts[0], " ".join(texts), texts[1]])
     assert {p.index: p.truncated for p in ranking} == {0: False, 1: True, 2: False}
@@ -244,6 +279,9 @@ def test_scores_that_are_not_finite_are_never_returned(checkpoint: Path, tmp_pat
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with Scorer(folder, device="cpu") as broken:
         assert len(broken.score([("a", "b")])) == 1
+        with pytest.raises(NonFiniteScoreError, match="pair 4500 ") as streaming:
+            broken.score(("a", "panda" if number == 4500 else "b") for number in range(4600))
+        assert streaming.value.index == 4500
         for call in (
             lambda: broken.score([("a", "b"), ("a", "panda"), ("a", "c")]),
             lambda: broken.rank("a", ["b", "panda", "panda"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 _VARLEN_CAPABILITY = (8, 0)  # FlashAttention, which torch.nn.attention.varlen calls, begins with Ampere
 _VARLEN_MAX_HEAD_DIM = 256
+# 16 MB of scores stay in a processor's cache; only sequences of thousands of tokens have more.
+_MAX_SCORES = 1 << 23
 
 
 class VarlenAttention(Protocol):
@@ -42,27 +45,20 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
     attention: VarlenAttention = sdpa_attention
     if _has_varlen_kernel(device, dtype, head_dim):
         attention = flash_attention
+    elif device.type == "cpu" and dtype is torch.bfloat16:
+        attention = matmul_attention
     logger.info("attention on %s in %s: %s", device, dtype, getattr(attention, "__name__", attention))
     return attention
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
     """`scaled_dot_product_attention` over each run of sequences of equal length; runs anywhere."""
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    output[sum(q_seqlens.lengths) :].zero_()
-    q_start = kv_start = sequence = 0
-    for count, kv_length in kv_seqlens.runs():
-        # A run shares its query length too: that is either the same as the key length or one.
-        q_length = q_seqlens.lengths[sequence]
-        q_end, kv_end = q_start + count * q_length, kv_start + count * kv_length
-        heads_first = [
-            rows.unflatten(0, (count, -1)).transpose(1, 2)
-            for rows in (q[q_start:q_end], k[kv_start:kv_end], v[kv_start:kv_end])
-        ]
-        attended = F.scaled_dot_product_attention(*heads_first)
-        output[q_start:q_end].unflatten(0, (count, -1)).copy_(attended.transpose(1, 2))
-        q_start, kv_start, sequence = q_end, kv_end, sequence + count
-    return output
+    return _attend_runs(F.scaled_dot_product_attention, q, k, v, q_seqlens, kv_seqlens)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Batched products and a softmax: in bfloat16 on CPUs, faster than torch's fused kernel."""
+    return _attend_runs(_attend_by_products, q, k, v, q_seqlens, kv_seqlens)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
@@ -80,6 +76,44 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
     )
     assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
     return attended
+
+
+def _attend_runs(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_seqlens: Seqlens,
+    kv_seqlens: Seqlens,
+) -> Tensor:
+    """Apply `attend`, on [sequences, heads, length, head_dim], to runs of sequences of equal length."""
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    output[sum(q_seqlens.lengths) :].zero_()
+    q_start = kv_start = sequence = 0
+    for count, kv_length in kv_seqlens.runs():
+        # A run shares its query length too: that is either the same as the key length or one.
+        q_length = q_seqlens.lengths[sequence]
+        q_end, kv_end = q_start + count * q_length, kv_start + count * kv_length
+        attended = attend(
+            *(
+                rows.unflatten(0, (count, -1)).transpose(1, 2)
+                for rows in (q[q_start:q_end], k[kv_start:kv_end], v[kv_start:kv_end])
+            )
+        )
+        output[q_start:q_end].unflatten(0, (count, -1)).copy_(attended.transpose(1, 2))
+        q_start, kv_start, sequence = q_end, kv_end, sequence + count
+    return output
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Each head's rows next to each other: products over strided ones are several times slower.
+    scaled = (q * q.shape[-1] ** -0.5).contiguous().flatten(0, 1)
+    keys = k.contiguous().flatten(0, 1).transpose(1, 2)
+    values = v.contiguous().flatten(0, 1)
+    rows = max(_MAX_SCORES // (len(scaled) * keys.shape[-1]), 1)
+    parts = [torch.bmm(torch.softmax(torch.bmm(part, keys), -1), values) for part in scaled.split(rows, 1)]
+    attended: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return attended.view(*q.shape)
 
 
 def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

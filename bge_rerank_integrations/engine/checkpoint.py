@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -12,16 +13,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
+    ConfigError,
     CorruptCheckpointError,
     HubUnreachableError,
     UnsupportedCheckpointError,
 )
 
 ARCHITECTURE: Final = "XLMRobertaForSequenceClassification"
+EMBEDDED_FOLDER: Final = Path(__file__).parents[1] / "embedded"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 
@@ -35,6 +38,9 @@ _UNUSED: Final = frozenset(
     }
 )
 _FLOATING: Final = ("F64", "F32", "F16", "BF16")
+# A matrix may be stored as int8, with what each row is to be multiplied by beside it.
+_QUANTIZED: Final = "I8"
+_SCALE: Final = "_scale"
 _LFS_POINTER: Final = b"version https://git-lfs"
 _TO_SAFETENSORS: Final = (
     "Convert it once with: AutoModelForSequenceClassification.from_pretrained(MODEL)"
@@ -45,11 +51,19 @@ _TO_SAFETENSORS: Final = (
 def find_checkpoint(config: ScorerConfig) -> Path:
     """Return the local folder of a checkpoint, downloading it from the hub where needed.
 
+    `embedded` is the one that comes with this package, also where the working directory has a folder of
+    that name (which is `./embedded`).
+
     Raises:
         CheckpointNotFoundError: The folder, repository or revision does not exist or may not be read.
         HubUnreachableError: The hub does not answer and the cache does not have the model.
     """
-    path = Path(config.model).expanduser()
+    if config.model == EMBEDDED_MODEL:
+        return EMBEDDED_FOLDER
+    try:
+        path = Path(config.model).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
     if path.is_dir():
         return path
     if path.exists():
@@ -112,6 +126,33 @@ def read_shape(folder: Path) -> EncoderShape:
     )
 
 
+def check_max_length(config: ScorerConfig, shape: EncoderShape) -> None:
+    """Raise `ConfigError` if a config wants longer pairs than a model has positions for."""
+    if config.max_length > shape.max_length:
+        raise ConfigError(
+            f"max_length {config.max_length} is more than the {shape.max_length} tokens that "
+            f"{config.model!r} has positions for"
+        )
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what tells a checkpoint from another without reading all of it.
+
+    The digest is of its config and tokenizer, and of the sizes, beginnings and ends of its weights.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        digest.update(require_file(folder, name).read_bytes())
+    for path in _weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(size - (1 << 20), 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
 def verify_sha256(folder: Path, sha256: str) -> None:
     """Hash the weight files, in the order of their names.
 
@@ -135,11 +176,15 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Verify every tensor's name, shape and type, then load them; the classifier stays in float32.
 
+    A matrix stored as int8 `NAME` beside float `NAME_scale` of shape [rows, 1], which is how weights
+    quantized by row are published, is multiplied out.
+
     Raises:
         CheckpointNotFoundError: There are no weights, or a shard is missing.
         CorruptCheckpointError: A file is damaged, a tensor is missing, superfluous or of the wrong
             shape, or a value is not finite in `dtype`.
-        UnsupportedCheckpointError: The weights are pickled, quantized or without a relevance head.
+        UnsupportedCheckpointError: The weights are pickled, quantized in another way than by row to
+            int8, or without a relevance head.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -159,7 +204,7 @@ def load_weights(
         for name in shape.parameter_shapes():
             target = torch.float32 if name.startswith("classifier.") else dtype
             # A copy always: what is left mapped would change, or fault, with the file.
-            tensor = holders[name].get_tensor(name).to(device=device, dtype=target, copy=True)
+            tensor = _read(holders, name).to(device=device, dtype=target, copy=True)
             if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
                 raise CorruptCheckpointError(
                     f"{folder}: tensor {name} holds NaN or infinity in {target}; fetch the checkpoint "
@@ -218,8 +263,9 @@ def _download(config: ScorerConfig) -> Path:
         raise HubUnreachableError(
             f"{what} is not an existing local folder, not in the local cache, and the hub could not be "
             "asked. To work offline, fetch it once on a connected machine "
-            f"(`hf download {config.model}`), copy the folder here and pass its path as the model; or "
-            "point cache_folder at a cache that has it, with local_files_only=True"
+            f"(`hf download {config.model}`), copy the folder here and pass its path as the model; "
+            "point cache_folder at a cache that has it, with local_files_only=True; or use "
+            f'model="{EMBEDDED_MODEL}", the small English model that comes with this package'
         ) from error
 
 
@@ -243,6 +289,14 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _read(holders: Mapping[str, Any], name: str) -> Tensor:
+    tensor: Tensor = holders[name].get_tensor(name)
+    if tensor.dtype is not torch.int8:
+        return tensor
+    scale: Tensor = holders[name + _SCALE].get_tensor(name + _SCALE)
+    return tensor.float() * scale.float()
+
+
 def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) -> None:
     expected = shape.parameter_shapes()
     missing = sorted(set(expected) - set(holders))
@@ -257,6 +311,10 @@ def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) 
             f"{folder}: {len(missing)} tensor(s) that config.json calls for are missing, the first is "
             f"{missing[0]}; fetch the checkpoint again"
         )
+    for name, dimensions in shape.parameter_shapes().items():
+        quantized = len(dimensions) == 2 and holders[name].get_slice(name).get_dtype() == _QUANTIZED
+        if quantized and name + _SCALE in holders:
+            expected[name + _SCALE] = (dimensions[0], 1)
     extra = sorted(set(holders) - set(expected) - _UNUSED)
     if extra:
         raise CorruptCheckpointError(
@@ -270,10 +328,10 @@ def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) 
                 f"{folder}: tensor {name} has shape {tuple(header.get_shape())}, but config.json calls "
                 f"for {dimensions}; config and weights must be of one checkpoint"
             )
-        if header.get_dtype() not in _FLOATING:
+        if header.get_dtype() not in _FLOATING and name + _SCALE not in expected:
             raise UnsupportedCheckpointError(
-                f"{folder}: tensor {name} is stored as {header.get_dtype()}; only unquantized weights "
-                f"({', '.join(_FLOATING)}) can be loaded"
+                f"{folder}: tensor {name} is stored as {header.get_dtype()}; only plain weights "
+                f"({', '.join(_FLOATING)}) and matrices of int8 with a scale for each row can be loaded"
             )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ class Runner:
         padding_idx: The padding token's id, after which positions begin.
         max_batch_tokens: Most tokens in one forward pass, to begin with.
         num_rows: How many rows the forward pass wants for a number of tokens.
+        num_threads: CPU threads to compute with; None is as many as torch is set to.
 
     Attributes:
         device: Where the batches go.
@@ -57,6 +59,7 @@ class Runner:
         padding_idx: int,
         max_batch_tokens: int,
         num_rows: Callable[[int], int] = int,
+        num_threads: int | None = None,
     ) -> None:
         self.device = device
         self.max_batch_tokens = max_batch_tokens
@@ -66,6 +69,7 @@ class Runner:
         self._forward = forward
         self._padding_idx = padding_idx
         self._num_rows = num_rows
+        self._num_threads = num_threads
         self._lock = threading.Lock()
 
     def run(
@@ -91,7 +95,7 @@ class Runner:
         pending = deque(plan_batches(lengths, self.max_batch_tokens))
         while pending:
             batch = pending.popleft()
-            with self._lock:
+            with self._lock, _cpu_threads(self._num_threads):
                 values = self._try([sequences[index] for index in batch])
             if values is None:
                 rest = [index for later in (batch, *pending) for index in later]
@@ -138,6 +142,20 @@ class Runner:
                 self.max_batch_tokens = min(2 * self.max_batch_tokens, self._full_budget)
 
 
+@contextmanager
+def _cpu_threads(num_threads: int | None) -> Iterator[None]:
+    """Compute with a number of threads inside the block; torch counts them for each calling thread apart."""
+    before = torch.get_num_threads()
+    if num_threads is None or num_threads == before:
+        yield
+        return
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Whether an error of a forward pass means that every later one fails too, until a new process."""
     message = str(error)
@@ -171,4 +189,5 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
         padding_idx=shape.padding_idx,
         max_batch_tokens=resolve_max_batch_tokens(config, device),
         num_rows=linear.num_rows,
+        num_threads=config.num_threads,
     )
