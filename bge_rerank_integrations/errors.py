@@ -10,6 +10,7 @@ RerankError
 │   ├── HubUnreachableError             the model hub did not answer
 │   ├── UnsupportedCheckpointError      intact, but not a one-label XLM-RoBERTa cross-encoder
 │   └── CorruptCheckpointError          damaged, incomplete or not finite
+├── DatasetError                        a file of queries, passages, judgements or results is unusable
 ├── DeviceError (RuntimeError)          the device is not there
 │   └── DeviceLostError                 ... or failed for good while it was in use
 ├── NonFiniteScoreError                 the model returned NaN or inf; has .index
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ConfigError",
     "CorruptCheckpointError",
+    "DatasetError",
     "DeviceError",
     "DeviceLostError",
     "ForkedProcessError",
@@ -93,6 +95,10 @@ class CorruptCheckpointError(CheckpointError):
     """The checkpoint's files are damaged, incomplete or hold values that are not finite."""
 
 
+class DatasetError(RerankError):
+    """A file of queries, passages, judgements or results is missing or malformed; says which line."""
+
+
 class DeviceError(RerankError, RuntimeError):
     """The device, or something named explicitly for it, is not available."""
 
@@ -141,7 +147,7 @@ def missing_extra(extra: str, package: str) -> MissingExtraError:
     """Build the error for an optional dependency that is not installed.
 
     Args:
-        extra: Name of this package's extra that brings it.
+        extra: The extra of this package that brings it.
         package: What is missing, as the user knows it.
 
     Example:

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import sys
-import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,9 +28,6 @@ except ImportError as error:
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 DEFAULT_QUESTION = "Which planet is the hottest?"
 NUM_CANDIDATES = 20
-RANDOM_WEIGHTS = (
-    "Random weights: order and scores mean nothing; pass --model BAAI/bge-reranker-base for real ranking."
-)
 
 # Chinese is written without spaces; single characters and words of other scripts are told apart here.
 _WORD = re.compile(r"[\u4e00-\u9fff]+|[^\W\u4e00-\u9fff]+")
@@ -142,7 +138,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
-        "--model", help="hub id or folder of a BGE reranker; without it, a small one with random weights"
+        "--model",
+        default="embedded",
+        help="hub id or folder of a BGE reranker; the default is the small model that comes with the package",
     )
     parser.add_argument("--top-n", type=_positive, default=5, help="passages to show (default 5)")
     return parser
@@ -159,31 +157,12 @@ def make_rag_parser(description: str) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def open_model(model: str | None) -> Iterator[str]:
-    """Give the model to use: the one asked for or, where none is, one with random weights.
-
-    This package's own errors inside the block end the program with their message.
-    """
+def errors_end_the_program() -> Iterator[None]:
+    """Turn this package's own errors inside the block into a line on stderr and exit status 1."""
     try:
-        if model:
-            yield model
-            return
-        print(RANDOM_WEIGHTS)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield _build_random_checkpoint(Path(folder))
-        print(RANDOM_WEIGHTS)
+        yield
     except RerankError as error:
         sys.exit(f"error: {error}")
-
-
-def _build_random_checkpoint(folder: Path) -> str:
-    # transformers takes a second to import, which a run with a real model need not pay.
-    from transformers.utils.logging import disable_progress_bar
-
-    from examples.random_checkpoint import build_random_checkpoint
-
-    disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
-    return str(build_random_checkpoint(folder))
 
 
 def load_scorer(reranker: RerankOptions) -> SupportsRank:

@@ -28,11 +28,11 @@ from examples.answer import (
     Passage,
     Result,
     Timer,
+    errors_end_the_program,
     find_quote,
     format_quote,
     load_scorer,
     make_rag_parser,
-    open_model,
     print_results,
     read_corpus,
 )
@@ -120,9 +120,9 @@ def main() -> None:
     """Run the app."""
     args = make_rag_parser(__doc__ or "").parse_args()
     llm = None if args.llm is None else load_llm(args.llm)
-    with open_model(args.model) as model:
+    with errors_end_the_program():
         first_stage = KeywordRetriever(KeywordSearch(read_corpus()))
-        reranker = make_reranker(model, args.top_n)
+        reranker = make_reranker(args.model, args.top_n)
 
         with Timer() as loading:
             scorer = load_scorer(reranker)

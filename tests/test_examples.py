@@ -12,7 +12,6 @@ from examples.answer import KeywordSearch, format_quote, read_corpus, split_word
 from examples.random_checkpoint import SPECIAL_TOKENS, TOKENIZER, read_texts, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SAYS_SO = "Random weights: order and scores mean nothing"
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,27 +30,19 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_rag_app_answers_without_key_hub_or_model(module: str) -> None:
     result = run(module, "Which planet is the hottest?", "--top-n", "3")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(SAYS_SO) == 2, "said first and last"
-    for part in ("Question: Which planet", "Before: BM25, 3 of", "After: BGERer", "Answer: “", "from "):
+    for part in ("Question: Which planet", "Before: BM25, 3 of", "After: BGERer", "Answer: “", "from Venus"):
         assert part in result.stdout
+    assert max(map(len, result.stdout.splitlines()[:12])) <= 110
 
 
 @pytest.mark.parametrize("module", ["langchain_rag", "llama_index_rag"])
-def test_a_real_checkpoint_is_not_called_random(module: str, checkpoint: Path) -> None:
+def test_a_rag_app_takes_another_model(module: str, checkpoint: Path) -> None:
     result = run(module, "--model", str(checkpoint))
     assert result.returncode == 0, result.stderr
-    assert SAYS_SO not in result.stdout
+    assert "Answer: " in result.stdout
 
 
-def test_the_demo_shows_both_frameworks_agreeing() -> None:
-    result = run("demo")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Both frameworks give the same order") == 3
-    assert result.stdout.count(SAYS_SO) == 2
-    assert max(map(len, result.stdout.splitlines())) <= 110
-
-
-@pytest.mark.parametrize("module", ["demo", "langchain_rag", "llama_index_rag"])
+@pytest.mark.parametrize("module", ["langchain_rag", "llama_index_rag"])
 def test_an_error_is_one_line_that_says_what_to_do(module: str) -> None:
     result = run(module, "--model", "/no/such/folder")
     assert result.returncode == 1

@@ -1,0 +1,53 @@
+"""The first stage that needs no model: BM25."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bge_rerank_integrations.datasets import Run
+from bge_rerank_integrations.errors import DatasetError, missing_extra
+
+
+class Bm25:
+    """BM25 with bm25s's defaults, English stop words left in.
+
+    Args:
+        corpus: Passage id to text.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+        DatasetError: The corpus has no words.
+    """
+
+    def __init__(self, corpus: Mapping[str, str]) -> None:
+        try:
+            import bm25s
+        except ImportError as error:
+            raise missing_extra("eval", "bm25s") from error
+        self._bm25s: Any = bm25s
+        self._ids = list(corpus)
+        self._retriever = bm25s.BM25()
+        tokens = self._tokenize(list(corpus.values()))
+        if not tokens.vocab:
+            raise DatasetError("the corpus has no words that BM25 could find")
+        self._retriever.index(tokens, show_progress=False)
+
+    def search(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Return the `depth` best passages of each query, fewer where no more share a word with it."""
+        if not queries:
+            return {}
+        found, scores = self._retriever.retrieve(
+            self._tokenize(list(queries.values())), k=min(depth, len(self._ids)), show_progress=False
+        )
+        return {
+            query_id: {
+                self._ids[index]: score
+                for index, score in zip(indices.tolist(), row.tolist(), strict=True)
+                if score > 0
+            }
+            for query_id, indices, row in zip(queries, found, scores, strict=True)
+        }
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self._bm25s.tokenize(texts, stopwords=None, show_progress=False)

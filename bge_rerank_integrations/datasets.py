@@ -1,0 +1,161 @@
+"""Files that retrieval is evaluated with: BEIR folders and TREC runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_integrations.errors import DatasetError
+
+Run = dict[str, dict[str, float]]
+"""Query id to the scores of its passages' ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeirDataset:
+    """A BEIR folder.
+
+    Attributes:
+        corpus: Passage id to its text, the title first where there is one.
+        queries: Query id to its text.
+        qrels: Query id to the relevance of its judged passages.
+    """
+
+    corpus: dict[str, str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+    def judged_queries(self) -> dict[str, str]:
+        """Return the queries that have at least one relevant passage, which are those that count."""
+        return {
+            query_id: text
+            for query_id, text in self.queries.items()
+            if any(relevance > 0 for relevance in self.qrels.get(query_id, {}).values())
+        }
+
+
+def read_corpus(folder: Path) -> dict[str, str]:
+    """Read `corpus.jsonl`: `_id`, `text` and maybe `title` in each line.
+
+    Raises:
+        DatasetError: It is missing or malformed; the message says which line.
+    """
+    corpus: dict[str, str] = {}
+    for number, row in _rows(folder / "corpus.jsonl"):
+        title, text = row.get("title") or "", row.get("text")
+        if not isinstance(title, str) or not isinstance(text, str):
+            raise DatasetError(f"{folder / 'corpus.jsonl'}, line {number}: title and text must be strings")
+        corpus[row["_id"]] = f"{title} {text}".strip()
+    return corpus
+
+
+def read_queries(folder: Path) -> dict[str, str]:
+    """Read `queries.jsonl`: `_id` and `text` in each line.
+
+    Raises:
+        DatasetError: It is missing or malformed; the message says which line.
+    """
+    queries: dict[str, str] = {}
+    for number, row in _rows(folder / "queries.jsonl"):
+        if not isinstance(row.get("text"), str):
+            raise DatasetError(f"{folder / 'queries.jsonl'}, line {number}: text must be a string")
+        queries[row["_id"]] = row["text"]
+    return queries
+
+
+def read_beir(folder: Path, split: str = "test") -> BeirDataset:
+    """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
+
+    Raises:
+        DatasetError: A file is missing or malformed, or no query of the split has a relevant passage.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    path = folder / "qrels" / f"{split}.tsv"
+    for number, line in _lines(path):
+        fields = line.rstrip("\n").split("\t")
+        if (number == 1 and fields[-1] == "score") or not line.strip():
+            continue
+        try:
+            query_id, passage_id, text = fields
+            relevance = int(text)
+        except ValueError as error:
+            raise DatasetError(
+                f"{path}, line {number}: not `query-id TAB corpus-id TAB whole number`"
+            ) from error
+        if passage_id in qrels.setdefault(query_id, {}):
+            raise DatasetError(f"{path}, line {number}: passage judged twice for its query")
+        qrels[query_id][passage_id] = relevance
+    dataset = BeirDataset(corpus=read_corpus(folder), queries=read_queries(folder), qrels=qrels)
+    if not dataset.judged_queries():
+        raise DatasetError(f"{path} names no relevant passage for any query of {folder / 'queries.jsonl'}")
+    return dataset
+
+
+def read_run(path: Path) -> Run:
+    """Read a TREC run with finite scores: `query-id Q0 passage-id rank score tag` in each line.
+
+    Passages are ordered by score, equal ones as they come in the file.
+
+    Raises:
+        DatasetError: It is missing or malformed, or lists a passage twice; the message says which line.
+    """
+    run: Run = {}
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            query_id, _, passage_id, _, score, _ = line.split()
+            value = float(score)
+            if not math.isfinite(value):
+                raise ValueError(score)
+        except ValueError as error:
+            raise DatasetError(
+                f"{path}, line {number}: not `query-id Q0 passage-id rank score tag`"
+            ) from error
+        if passage_id in run.setdefault(query_id, {}):
+            raise DatasetError(f"{path}, line {number}: passage listed twice for its query")
+        run[query_id][passage_id] = value
+    return {query_id: sorted_run(scores) for query_id, scores in run.items()}
+
+
+def format_run(run: Mapping[str, Mapping[str, float]], tag: str) -> Iterator[str]:
+    """Give the lines of a TREC run, best first."""
+    for query_id, scores in run.items():
+        for rank, (passage_id, score) in enumerate(sorted_run(scores).items(), start=1):
+            yield f"{query_id} Q0 {passage_id} {rank} {score!r} {tag}\n"
+
+
+def sorted_run(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the passages of one query best first, equal ones in their order."""
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    seen: set[str] = set()
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DatasetError(f"{path}, line {number}: not valid JSON") from error
+        if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
+            raise DatasetError(f"{path}, line {number}: not an object with a string `_id`")
+        if row["_id"] in seen:
+            raise DatasetError(f"{path}, line {number}: its `_id` was there before")
+        seen.add(row["_id"])
+        yield number, row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from enumerate(file, start=1)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8") from error

@@ -1,0 +1,195 @@
+"""How well a ranking puts the relevant passages first, and whether reranking changed that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from bge_rerank_integrations.datasets import BeirDataset, Run, sorted_run
+from bge_rerank_integrations.errors import DatasetError, missing_extra
+from bge_rerank_integrations.reranking import rerank_run
+from bge_rerank_integrations.scorer import Scorer
+
+MEASURES: Final = ("nDCG@10", "MRR@10", "MAP")
+PER_QUERY: Final = "nDCG@10"
+
+_NUM_RESAMPLES: Final = 10_000
+_CURVE: Final = (2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000)
+_NAMES: Final = {"MRR@10": "RR@10", "MAP": "AP"}  # ir_measures names what one query has, not the mean
+
+
+class Interval(NamedTuple):
+    """A mean difference and the 95 % interval that a paired bootstrap over the queries gives it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def measure(
+    qrels: Mapping[str, Mapping[str, int]], run: Run, measures: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Measure a run through ir_measures (and so through trec_eval).
+
+    Args:
+        qrels: Judgements; every query in them counts, with 0 where the run has nothing for it.
+        run: Scores; equal ones count in the run's order.
+        measures: Such as `nDCG@10`, `MRR@10`, `MAP` or `R@50`.
+
+    Returns:
+        Measure to query id to value.
+
+    Raises:
+        MissingExtraError: ir_measures is not installed.
+    """
+    try:
+        import ir_measures
+    except ImportError as error:
+        raise missing_extra("eval", "ir-measures") from error
+
+    parsed = {ir_measures.parse_measure(_NAMES.get(name, name)): name for name in measures}
+    # trec_eval breaks ties by passage id; the order that was really given is what is to be measured.
+    strict = {
+        query_id: {passage_id: -rank for rank, passage_id in enumerate(sorted_run(scores))}
+        for query_id, scores in run.items()
+        if scores
+    }
+    values = {name: dict.fromkeys(qrels, 0.0) for name in measures}
+    plain = {query_id: dict(judged) for query_id, judged in qrels.items()}
+    for metric in ir_measures.iter_calc(list(parsed), plain, strict):
+        values[parsed[metric.measure]][metric.query_id] = float(metric.value)
+    return values
+
+
+def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
+    """Return the run in which only the first stage's best `depth` were reranked, above the rest.
+
+    Args:
+        first: What the first stage gave.
+        reranked: The reranker's score of each passage of `first`.
+        depth: How many of each query are reranked.
+    """
+    combined: Run = {}
+    for query_id, scores in first.items():
+        order = list(sorted_run(scores))
+        top = sorted(order[:depth], key=lambda passage_id: -reranked[query_id][passage_id])
+        combined[query_id] = {passage_id: -rank for rank, passage_id in enumerate(top + order[depth:])}
+    return combined
+
+
+def bootstrap(before: Sequence[float], after: Sequence[float], *, seed: int = 0) -> Interval:
+    """Return the mean of `after - before` over queries, with its interval; the same for the same input."""
+    differences = np.asarray(after) - np.asarray(before)
+    rng = np.random.default_rng(seed)
+    means = [
+        differences[rng.integers(len(differences), size=len(differences))].mean()
+        for _ in range(_NUM_RESAMPLES)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(differences.mean()), float(low), float(high))
+
+
+class Change(NamedTuple):
+    """What reranking did to one query, in nDCG@10."""
+
+    query_id: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The quality of a first stage before and after reranking.
+
+    Attributes:
+        depth: How many passages of each query were reranked, at most.
+        before: Measure to mean over the queries, of the first stage.
+        after: The same, reranked.
+        intervals: Measure to the mean difference and its 95 % interval.
+        changes: nDCG@10 of each query, in the order of the judgements.
+        curve: Number of passages reranked to mean nDCG@10; 0 is the first stage.
+        num_unanswered: Queries that the first stage has nothing for; they count as 0.
+        num_pairs: Pairs scored.
+        num_tokens: Their tokens.
+        seconds: What scoring them took.
+    """
+
+    depth: int
+    before: dict[str, float]
+    after: dict[str, float]
+    intervals: dict[str, Interval]
+    changes: list[Change]
+    curve: dict[int, float]
+    num_unanswered: int
+    num_pairs: int
+    num_tokens: int
+    seconds: float
+
+    def helped(self, count: int) -> list[Change]:
+        """Return the queries that gained most."""
+        ordered = sorted(self.changes, key=lambda change: change.before - change.after)
+        return [change for change in ordered[:count] if change.after > change.before]
+
+    def hurt(self, count: int) -> list[Change]:
+        """Return the queries that lost most."""
+        ordered = sorted(self.changes, key=lambda change: change.after - change.before)
+        return [change for change in ordered[:count] if change.after < change.before]
+
+
+def evaluate(scorer: Scorer, dataset: BeirDataset, first: Run, depth: int, *, progress: bool) -> Report:
+    """Rerank a first stage's best passages and compare.
+
+    Args:
+        scorer: The reranker.
+        dataset: Texts and judgements; only queries with a relevant passage count.
+        first: The first stage's run.
+        depth: How many passages of each query to rerank; recall is measured at this depth.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        DatasetError: The run has nothing for any query that is judged, or a passage that the corpus lacks.
+        MissingExtraError: ir_measures is not installed.
+    """
+    queries = dataset.judged_queries()
+    qrels = {query_id: dataset.qrels[query_id] for query_id in queries}
+    first = {query_id: dict(list(first.get(query_id, {}).items())[:depth]) for query_id in queries}
+    num_unanswered = sum(not scores for scores in first.values())
+    if num_unanswered == len(first):
+        raise DatasetError(
+            "the run has no passage for any query that is judged; are the ids of one data set?"
+        )
+    names = [*MEASURES, f"R@{min(10, depth)}", f"R@{depth}"]
+    before = measure(qrels, first, names)
+    tokens_before = scorer.stats().tokens
+    started = time.perf_counter()
+    scores = rerank_run(scorer, queries, dataset.corpus, first, progress=progress)
+    seconds = time.perf_counter() - started
+    after = measure(qrels, scores, names)
+    return Report(
+        depth=depth,
+        before={name: _mean(values) for name, values in before.items()},
+        after={name: _mean(values) for name, values in after.items()},
+        intervals={
+            name: bootstrap(list(before[name].values()), list(after[name].values())) for name in names
+        },
+        changes=[
+            Change(query_id, value, after[PER_QUERY][query_id])
+            for query_id, value in before[PER_QUERY].items()
+        ],
+        curve={
+            cut: _mean(measure(qrels, reranked_to_depth(first, scores, cut), [PER_QUERY])[PER_QUERY])
+            for cut in sorted({0, *(cut for cut in _CURVE if cut < depth), depth})
+        },
+        num_unanswered=num_unanswered,
+        num_pairs=sum(map(len, first.values())),
+        num_tokens=scorer.stats().tokens - tokens_before,
+        seconds=seconds,
+    )
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return float(np.mean(list(values.values())))

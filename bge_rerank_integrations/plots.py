@@ -1,0 +1,58 @@
+"""Pictures of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bge_rerank_integrations.errors import DatasetError, missing_extra
+from bge_rerank_integrations.evaluation import Report
+
+_BETTER, _WORSE, _LINE = "#2a7f62", "#c1443c", "#2b4c7e"
+
+
+def plot_report(report: Report, path: Path, *, title: str) -> None:
+    """Draw the change of each query and the quality by the number of passages reranked.
+
+    Args:
+        report: What `evaluate` returned.
+        path: Where to; the suffix (.png, .svg, .pdf) decides the format.
+        title: What was measured.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        DatasetError: The file cannot be written, or its suffix is of no format that matplotlib writes.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("eval", "matplotlib") from error
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    figure.suptitle(title)
+    queries, depths = figure.subplots(1, 2)
+
+    changes = sorted((change.after - change.before for change in report.changes), reverse=True)
+    queries.bar(
+        range(len(changes)), changes, width=1.0, color=[_BETTER if c > 0 else _WORSE for c in changes]
+    )
+    queries.axhline(0, color="black", linewidth=0.8)
+    better, worse = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
+    queries.set_title(f"{better} queries better, {worse} worse, {len(changes) - better - worse} the same")
+    queries.set_xlabel("queries, by change")
+    queries.set_ylabel("change of nDCG@10")
+
+    depths.plot(list(report.curve), list(report.curve.values()), marker="o", color=_LINE)
+    depths.axhline(report.curve[0], color="grey", linestyle="--", linewidth=1, label="first stage alone")
+    depths.set_title("quality by depth")
+    depths.set_xlabel("passages reranked, of each query")
+    depths.set_ylabel("nDCG@10")
+    depths.legend(loc="lower right")
+    for axes in (queries, depths):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"the plot cannot be written to {path}: {error}") from error

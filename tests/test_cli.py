@@ -1,0 +1,241 @@
+"""The command line as a shell sees it: output, messages, exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bge_rerank_integrations import Scorer, __version__, published
+from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.stdlib_docs import QUESTIONS, read_stdlib_docs
+
+REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
+COMMANDS = ("demo", "rank", "rerank-run", "eval", "info", "check")
+
+
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture
+def on(checkpoint: Path) -> list[str]:
+    """Return the options that choose the small checkpoint."""
+    return ["--model", str(checkpoint), "--device", "cpu"]
+
+
+def test_help_shows_every_command_with_an_example() -> None:
+    overview = run("--help").output
+    assert "Exit status" in overview
+    for command in COMMANDS:
+        assert command in overview
+        shown = run(command, "-h")
+        assert shown.exit_code == 0
+        assert f"\n  bge-rerank {command} " in shown.output.replace("demo\n", "demo \n").replace(
+            "info\n", "info \n"
+        )
+    assert __version__ in run("--version").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["rank", "--dtype", "int3"], 2, "Invalid value for '--dtype'"),
+        (["rank", "--max-length", "3"], 2, "max_length must be an integer of at least"),
+        (["rank", "--device", "tpu"], 2, "device must be"),
+        (["rank", "/no/such/file"], 2, "does not exist"),
+        (["eval", "/no/such/folder"], 2, "does not exist"),
+        (["rank", "--model", "/no/such/model"], 1, "model folder '/no/such/model' does not exist"),
+        (["rank", "--threshold", "nan"], 2, "threshold"),
+        (["rank", "-o", "/no/such/folder/out.jsonl"], 2, "folder '/no/such/folder' does not exist"),
+        (["rank", "--model", "~nobody/model"], 1, "does not exist"),
+        (["check", "--model", "BAAI/bge-m3"], 2, "no scores are published for 'BAAI/bge-m3'"),
+        (["rank", "--model", "embedded", "--revision", "v1"], 2, "has no revisions"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_an_error_is_a_message_and_a_status(arguments: list[str], status: int, message: str) -> None:
+    result = run(*arguments, stdin=json.dumps(REQUEST))
+    assert result.exit_code == status
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+
+
+def test_without_a_hub_the_embedded_model_is_offered() -> None:
+    result = run("rank", stdin=json.dumps(REQUEST))
+    assert result.exit_code == 1
+    assert 'model="embedded"' in result.stderr
+
+
+def test_rank_reads_stdin_and_writes_stdout(on: list[str], scorer: Scorer) -> None:
+    result = run("rank", "--top-n", 2, *on, stdin=json.dumps(REQUEST) + "\n{\n")
+    assert result.exit_code == 0
+    [row] = map(json.loads, result.stdout.splitlines())
+    expected = scorer.rank("what is a panda?", ["A bear.", "A car.", "A house."], top_n=2)
+    assert [found["index"] for found in row["results"]] == [passage.index for passage in expected]
+    assert "line 2: not valid JSON; left out" in result.stderr
+    assert "1 request(s), 3 pair(s) ranked; 1 malformed line(s) left out." in result.stderr
+
+
+def test_rank_normalizes_on_demand(on: list[str]) -> None:
+    raw = json.loads(run("rank", *on, stdin=json.dumps(REQUEST)).stdout)
+    normalized = json.loads(run("rank", "--normalize", *on, stdin=json.dumps(REQUEST)).stdout)
+    assert [found["index"] for found in raw["results"]] == [f["index"] for f in normalized["results"]]
+    assert all(0 < found["score"] < 1 for found in normalized["results"])
+    assert raw["results"][0]["score"] != normalized["results"][0]["score"]
+
+
+def test_rank_strict_ends_with_status_3(on: list[str]) -> None:
+    result = run("rank", "--strict", *on, stdin=json.dumps(REQUEST) + "\n{\n")
+    assert result.exit_code == 3
+    assert "line 2: not valid JSON" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_rank_to_a_file_is_done_once(on: list[str], tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(REQUEST) + "\n")
+    first = run("rank", source, "-o", output, *on)
+    assert first.exit_code == 0
+    assert first.stdout == ""
+    written = output.read_text()
+    again = run("rank", source, "-o", output, *on)
+    assert again.exit_code == 0
+    assert "complete already" in again.stderr
+    other = run("rank", source, "-o", output, "--top-n", 1, *on)
+    assert other.exit_code == 1
+    assert "other settings (top_n)" in other.stderr
+    assert output.read_text() == written
+    anew = run("rank", source, "-o", output, "--top-n", 1, "--overwrite", *on)
+    assert anew.exit_code == 0
+    assert len(json.loads(output.read_text())["results"]) == 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a BEIR folder of three passages and two queries."""
+    texts = {"a": "pandas eat bamboo", "b": "cars need fuel", "c": "bears eat fish and berries"}
+    queries = {"q1": "what do pandas eat", "q2": "what do bears eat"}
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": name, "title": "", "text": text}) + "\n" for name, text in texts.items())
+    )
+    (tmp_path / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": name, "text": text}) + "\n" for name, text in queries.items())
+    )
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\nq2\tc\t2\n")
+    return tmp_path
+
+
+def test_nothing_is_written_over_an_input(on: list[str], folder: Path) -> None:
+    trec = folder / "first.trec"
+    trec.write_text("q1 Q0 a 1 3.0 bm25\n")
+    for output in (trec, folder / "corpus.jsonl"):
+        before = output.read_text()
+        assert run("rerank-run", trec, folder, "-o", output, *on).exit_code == 2
+        assert output.read_text() == before
+    result = run("rank", folder / "corpus.jsonl", "-o", folder / "corpus.jsonl", "--overwrite", *on)
+    assert result.exit_code == 1
+    assert "is the input" in result.stderr
+
+
+def test_the_numbers_are_printed_even_if_the_plot_cannot_be(on: list[str], folder: Path) -> None:
+    result = run("eval", folder, "--plot", folder / "plot.nonsense", *on)
+    assert result.exit_code == 1
+    assert "nDCG@10" in result.stdout
+
+
+def test_rerank_run_gives_a_run_in_the_scorers_order(on: list[str], folder: Path, scorer: Scorer) -> None:
+    trec = folder / "first.trec"
+    trec.write_text("q1 Q0 a 1 3.0 bm25\nq1 Q0 b 2 2.0 bm25\nq1 Q0 c 3 1.0 bm25\n")
+    result = run("rerank-run", trec, folder, "--depth", 2, "--tag", "mine", *on)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines()]
+    expected = scorer.rank("what do pandas eat", ["pandas eat bamboo", "cars need fuel"])
+    assert [row[2] for row in rows] == ["ab"[passage.index] for passage in expected]
+    assert [row[3] for row in rows] == ["1", "2"]
+    assert [float(row[4]) for row in rows] == pytest.approx([passage.score for passage in expected], abs=1e-5)
+    assert {row[5] for row in rows} == {"mine"}
+    output = folder / "out.trec"
+    assert run("rerank-run", trec, folder, "--depth", 2, "--tag", "mine", "-o", output, *on).exit_code == 0
+    assert output.read_text() == result.stdout
+    assert run("rerank-run", trec, folder, "--tag", "two words", *on).exit_code == 2
+
+
+def test_eval_prints_a_table_and_json(on: list[str], folder: Path) -> None:
+    table = run("eval", folder, *on)
+    assert table.exit_code == 0
+    for word in ("nDCG@10", "MRR@10", "MAP", "R@50", "95 % interval", "pairs/s", "First stage: BM25"):
+        assert word in table.stdout
+    plot = folder / "plot.svg"
+    record = json.loads(run("eval", folder, "--json", "--plot", plot, *on).stdout)
+    assert record["num_pairs"] == 4  # of five: cars share no word with bears
+    assert record["before"]["MRR@10"] == 1
+    assert set(record["intervals"]["MAP"]) == {"mean", "low", "high"}
+    assert {change["query_id"] for change in record["changes"]} == {"q1", "q2"}
+    assert "<svg" in plot.read_text()
+
+
+def test_eval_takes_a_run_as_first_stage(on: list[str], folder: Path) -> None:
+    trec = folder / "first.trec"
+    trec.write_text("q1 Q0 b 1 3.0 x\nq1 Q0 a 2 2.0 x\nunjudged Q0 a 1 1.0 x\n")
+    record = json.loads(run("eval", folder, "--run", trec, "--json", *on).stdout)
+    assert record["num_pairs"] == 2
+    assert record["before"]["MRR@10"] == pytest.approx((0.5 + 0) / 2)
+
+
+def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
+    text = run("info", *on).stdout
+    assert "cpu (chosen)" in text
+    assert "float32 (default on cpu)" in text
+    record = json.loads(run("info", "--json", *on).stdout)
+    assert record["machine"]["attention"] == "sdpa_attention"
+    assert record["model"]["max_length"] == 512
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert record["model"]["num_bytes"] == size
+    assert record["versions"]["torch"]
+
+
+def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
+    assert "max_length 600 is more than the 512 tokens" in run("info", *on, "--max-length", 600).stdout
+
+
+def test_info_needs_no_model() -> None:
+    result = run("info", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "not usable" in result.stdout
+    assert "error" in json.loads(run("info", "--json").stdout)["model"]
+
+
+def test_check_compares_with_what_is_published(
+    on: list[str], scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = run("check", "--as", "BAAI/bge-reranker-large", *on)
+    assert wrong.exit_code == 3
+    assert "DISAGREE" in wrong.stdout
+    right = tuple(scorer.score(published.PAIRS))
+    monkeypatch.setitem(published.PUBLISHED, "mine", (right[0] + 0.01, right[1], right[2] - 0.01))
+    agreeing = run("check", "--as", "mine", *on)
+    assert agreeing.exit_code == 0
+    assert "They agree." in agreeing.stdout
+    assert json.loads(run("check", "--as", "mine", "--json", *on).stdout)["agrees"] is True
+
+
+def test_the_demos_corpus_documents_the_standard_library() -> None:
+    docs = read_stdlib_docs()
+    assert len(docs) > 3000
+    assert docs["textwrap.dedent"].startswith("textwrap.dedent: Remove any common leading whitespace")
+    assert "itertools.chain" in docs
+    assert not any("._" in name for name in docs)
+    assert len(QUESTIONS) == 10
+
+
+def test_the_demo_answers_a_question_through_both_frameworks(on: list[str]) -> None:
+    result = run("demo", *on, "--depth", 5, "remove leading whitespace", "zzzqqq")
+    assert result.exit_code == 0
+    assert "textwrap.dedent" in result.stdout
+    assert "No passage shares a word with it." in result.stdout
+    assert "LangChain and LlamaIndex gave the same order" in result.stdout

@@ -1,0 +1,215 @@
+"""Measures, datasets and runs, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.bm25 import Bm25
+from bge_rerank_integrations.datasets import BeirDataset, format_run, read_beir, read_run, sorted_run
+from bge_rerank_integrations.errors import DatasetError
+from bge_rerank_integrations.evaluation import bootstrap, evaluate, measure, reranked_to_depth
+from bge_rerank_integrations.plots import plot_report
+from bge_rerank_integrations.reranking import rerank_run
+
+QRELS = {"q1": {"a": 2, "b": 1}, "q2": {"c": 1}}
+
+
+def test_measures_are_those_of_the_definitions() -> None:
+    run = {"q1": {"x": 3.0, "b": 2.0, "a": 1.0}, "q2": {"c": 9.0, "a": 8.0}}
+    values = measure(QRELS, run, ["nDCG@10", "MRR@10", "MAP", "R@2"])
+    ideal = 2 / math.log2(2) + 1 / math.log2(3)
+    assert values["nDCG@10"]["q1"] == pytest.approx((1 / math.log2(3) + 2 / math.log2(4)) / ideal)
+    assert values["nDCG@10"]["q2"] == 1
+    assert values["MRR@10"] == {"q1": 0.5, "q2": 1}
+    assert values["MAP"]["q1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert values["R@2"] == {"q1": 0.5, "q2": 1}
+
+
+def test_a_query_that_the_run_lacks_counts_as_zero() -> None:
+    values = measure(QRELS, {"q2": {"c": 1.0}, "q1": {}}, ["nDCG@10", "MRR@10"])
+    assert values == {"nDCG@10": {"q1": 0, "q2": 1}, "MRR@10": {"q1": 0, "q2": 1}}
+
+
+def test_equal_scores_count_in_the_order_given_not_by_id() -> None:
+    for order, expected in ((["a", "z"], 1.0), (["z", "a"], 0.5)):
+        values = measure({"q": {"a": 1}}, {"q": dict.fromkeys(order, 1.0)}, ["MRR@10"])
+        assert values["MRR@10"]["q"] == expected
+
+
+def test_reranking_to_a_depth_leaves_the_rest_below() -> None:
+    first = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}}
+    scores = {"q": {"a": 0.0, "b": 5.0, "c": 9.0}}
+    orders = [list(sorted_run(reranked_to_depth(first, scores, depth)["q"])) for depth in (0, 1, 2, 3)]
+    assert orders == [["a", "b", "c"], ["a", "b", "c"], ["b", "a", "c"], ["c", "b", "a"]]
+
+
+def test_the_bootstrap_is_paired_and_repeatable() -> None:
+    before = [index / 100 for index in range(100)]
+    constant = bootstrap(before, [value + 0.5 for value in before])
+    assert constant == pytest.approx((0.5, 0.5, 0.5))  # no spread of the differences, however wide the values
+    noisy = bootstrap(before, before[::-1])
+    assert noisy == bootstrap(before, before[::-1])
+    assert noisy.low < 0 < noisy.high
+    assert noisy.mean == pytest.approx(0)
+    assert noisy.high == pytest.approx(1.96 * 0.577 / 10, rel=0.1)  # differences are uniform on -1..1
+
+
+@pytest.fixture
+def folder(tmp_path: Path, texts: list[str]) -> Path:
+    """Return a BEIR folder of the example passages; each one's beginning is a query for it."""
+    (tmp_path / "qrels").mkdir()
+    english = [text for text in texts if text.isascii()][:30]
+    corpus = [{"_id": f"p{i}", "title": "" if i % 2 else "T", "text": text} for i, text in enumerate(english)]
+    queries = [{"_id": f"q{i}", "text": text[:60]} for i, text in enumerate(english[:10])]
+    queries.append({"_id": "unjudged", "text": "nobody knows"})
+    rows = ["query-id\tcorpus-id\tscore", *(f"q{i}\tp{i}\t1" for i in range(10)), "unjudged\tp0\t0"]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)) + "\n")
+    (tmp_path / "qrels" / "test.tsv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_a_beir_folder_is_read(folder: Path) -> None:
+    dataset = read_beir(folder)
+    assert len(dataset.corpus) == 30
+    assert dataset.corpus["p0"].startswith("T ")
+    assert not dataset.corpus["p1"].startswith(" ")
+    assert len(dataset.queries) == 11
+    assert list(dataset.judged_queries()) == [f"q{i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": 5, "text": "t"}\n', "line 2: not an object"),
+        ("corpus.jsonl", '{"_id": "a"}\n', "line 1: title and text"),
+        ("corpus.jsonl", "\n{\n", "line 2: not valid JSON"),
+        ("queries.jsonl", '{"_id": "a"}\n', "line 1: text must"),
+        ("queries.jsonl", '{"_id": "a", "text": "t"}\n', "no relevant passage"),
+        ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": "a", "text": "u"}\n', "line 2: its `_id` was"),
+        ("qrels/test.tsv", "q0\tp0\t1\nq0\tp0\t0\n", "line 2: passage judged twice"),
+        ("qrels/test.tsv", "q\tp\n", "line 1: not"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tp\tmuch\n", "line 2: not"),
+    ],
+)
+def test_a_malformed_dataset_is_reported_by_file_and_line(
+    folder: Path, name: str, text: str, message: str
+) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        read_beir(folder)
+
+
+def test_a_missing_or_undecodable_file_is_reported(folder: Path) -> None:
+    with pytest.raises(DatasetError, match=r"train\.tsv cannot be read"):
+        read_beir(folder, "train")
+    (folder / "queries.jsonl").write_bytes(b"\xff")
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        read_beir(folder)
+
+
+def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
+    run = {"q1": {"b": 0.1 + 0.2, "a": -3.5}, "q2": {"c": 1e-9}}
+    path = tmp_path / "run.trec"
+    path.write_text("".join(format_run(run, "tag")))
+    assert read_run(path) == run
+    assert list(read_run(path)["q1"]) == ["b", "a"]
+    assert path.read_text().splitlines()[0].split() == ["q1", "Q0", "b", "1", repr(0.1 + 0.2), "tag"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("q Q0 a 1 2.0\n", "line 1: not"),
+        ("q Q0 a 1 high tag\n", "line 1: not"),
+        ("q Q0 a 1 nan tag\n", "line 1: not"),
+        ("\nq Q0 a 1 2 t\nq Q0 a 2 1 t\n", "line 3: passage listed twice"),
+    ],
+)
+def test_a_malformed_run_is_reported_by_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run").write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        read_run(tmp_path / "run")
+
+
+def test_a_byte_order_mark_and_blank_lines_do_no_harm(folder: Path) -> None:
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        path = folder / name
+        path.write_text(path.read_text() + "\n", encoding="utf-8-sig")
+    assert len(read_beir(folder).judged_queries()) == 10
+
+
+def test_a_corpus_without_words_is_reported() -> None:
+    for corpus in ({}, {"a": "? !"}):
+        with pytest.raises(DatasetError, match="no words"):
+            Bm25(corpus)
+
+
+def test_a_run_of_another_data_set_is_reported(scorer: Scorer, folder: Path) -> None:
+    dataset = read_beir(folder)
+    with pytest.raises(DatasetError, match="no passage for any query"):
+        evaluate(scorer, dataset, {"other": {"p1": 1.0}}, 10, progress=False)
+    report = evaluate(scorer, dataset, {"q0": {"p0": 1.0}}, 10, progress=False)
+    assert report.num_unanswered == 9
+    assert report.after["MRR@10"] == pytest.approx(0.1)
+
+
+def test_bm25_finds_the_passage_of_its_own_words() -> None:
+    search = Bm25({"a": "the cat sat on the mat", "b": "dogs bark at night", "c": "the the the"})
+    run = search.search({"q": "bark at a dog", "nothing": "zebra"}, depth=10)
+    assert list(run["q"]) == ["b"]
+    assert run["nothing"] == {}
+    assert search.search({}, 5) == {}
+    assert "c" in search.search({"q": "the"}, 5)["q"]  # stop words count
+
+
+def test_a_run_is_reranked_by_the_scorer(scorer: Scorer, folder: Path) -> None:
+    dataset = read_beir(folder)
+    first = Bm25(dataset.corpus).search(dataset.judged_queries(), 8)
+    reranked = rerank_run(scorer, dataset.queries, dataset.corpus, first)
+    for query_id, scores in reranked.items():
+        assert set(scores) == set(first[query_id])
+        expected = scorer.rank(dataset.queries[query_id], [dataset.corpus[p] for p in first[query_id]])
+        assert list(scores.values()) == pytest.approx([p.score for p in expected], abs=1e-5)
+
+
+def test_ids_that_are_not_there_are_reported(scorer: Scorer) -> None:
+    with pytest.raises(DatasetError, match="query that the queries lack: id 'q'"):
+        rerank_run(scorer, {}, {"a": "text"}, {"q": {"a": 1.0}})
+    with pytest.raises(DatasetError, match="passage that the corpus lacks: id 'b'"):
+        rerank_run(scorer, {"q": "text"}, {"a": "text"}, {"q": {"a": 1.0, "b": 0.5}})
+
+
+def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
+    dataset = read_beir(folder)
+    first = Bm25(dataset.corpus).search(dataset.judged_queries(), 20)
+    report = evaluate(scorer, dataset, first, 10, progress=False)
+    assert report.before["nDCG@10"] == pytest.approx(1)  # its own beginning finds each passage
+    changes = [change.after - change.before for change in report.changes]
+    assert sum(changes) / 10 == pytest.approx(report.intervals["nDCG@10"].mean)
+    assert report.after["nDCG@10"] - report.before["nDCG@10"] == pytest.approx(sum(changes) / 10)
+    assert list(report.curve) == [0, 2, 5, 10]
+    assert report.curve[0] == pytest.approx(report.before["nDCG@10"])
+    assert report.curve[10] == pytest.approx(report.after["nDCG@10"])
+    assert report.after["R@10"] == report.before["R@10"]
+    assert report.num_pairs == sum(min(10, len(scores)) for scores in first.values())
+    assert report.num_tokens > report.num_pairs
+    hurt = report.hurt(3)
+    assert [c.after - c.before for c in hurt] == sorted(c.after - c.before for c in hurt)
+    assert report.helped(3) == []
+    plot_report(report, tmp_path / "plot.png", title="test")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DatasetError, match="cannot be written"):
+        plot_report(report, tmp_path / "plot.nonsense", title="test")
+
+
+def test_queries_without_a_relevant_passage_do_not_count() -> None:
+    dataset = BeirDataset(
+        corpus={"a": "x"}, queries={"q": "x", "r": "x"}, qrels={"q": {"a": 1}, "r": {"a": 0}}
+    )
+    assert list(dataset.judged_queries()) == ["q"]

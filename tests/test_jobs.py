@@ -1,0 +1,346 @@
+"""A job's output has every row once, however its input looks and however often it is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.errors import DatasetError, NonFiniteScoreError
+from bge_rerank_integrations.jobs import MalformedLineError, Progress, RankJob, parse_request, rank_lines
+
+REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
+
+
+def lines(*rows: object) -> list[bytes]:
+    return [json.dumps(row).encode() + b"\n" for row in rows]
+
+
+def rank_all(
+    scorer: Scorer, source: Iterable[bytes], **options: Any
+) -> tuple[list[Any], list[int], Progress]:
+    malformed: list[int] = []
+    progress = Progress()
+    batches = rank_lines(
+        scorer, source, on_malformed=lambda error: malformed.append(error.line), progress=progress, **options
+    )
+    return [json.loads(row) for rows in batches for row in rows], malformed, progress
+
+
+def test_a_request_comes_back_with_its_ids_best_first(scorer: Scorer) -> None:
+    row = {"id": "q7", "query": "panda", "passages": ["A bear.", {"id": 12, "text": "A car."}]}
+    [result], malformed, progress = rank_all(scorer, lines(row))
+    assert (result["line"], result["id"], malformed) == (1, "q7", [])
+    assert {found["index"]: found.get("id") for found in result["results"]} == {0: None, 1: 12}
+    expected = scorer.rank("panda", ["A bear.", "A car."])
+    assert [(found["index"], found["score"]) for found in result["results"]] == [
+        (passage.index, pytest.approx(passage.score, abs=1e-6)) for passage in expected
+    ]
+    assert (progress.rows, progress.pairs, progress.malformed) == (1, 2, 0)
+
+
+def test_many_small_requests_give_what_each_gives_alone(scorer: Scorer, texts: list[str]) -> None:
+    rng = random.Random(5)
+    rows = [{"query": rng.choice(texts)[:40], "passages": rng.sample(texts, 7)} for _ in range(200)]
+    together, _, progress = rank_all(scorer, lines(*rows))
+    assert [row["line"] for row in together] == list(range(1, 201))
+    assert progress.pairs == 1400
+    for index in (0, 80, 199):
+        [alone], _, _ = rank_all(scorer, lines(rows[index]))
+        scores = [found["score"] for found in together[index]["results"]]
+        assert scores == pytest.approx([found["score"] for found in alone["results"]], abs=1e-5)
+
+
+def test_top_n_and_threshold_cut(scorer: Scorer) -> None:
+    [row], _, _ = rank_all(scorer, lines(REQUEST), top_n=1)
+    assert len(row["results"]) == 1
+    [row], _, _ = rank_all(scorer, lines(REQUEST), threshold=1e6)
+    assert row["results"] == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b'{"passages": []}', "`query` is not a string"),
+        (b'{"query": "q"}', "`passages` is not a list"),
+        (b'{"query": "q", "passages": "p"}', "`passages` is not a list"),
+        (b'{"query": "q", "passages": ["p", 5]}', r"`passages\[1\]` is neither"),
+        (b'{"query": "q", "passages": [{"id": 1}]}', r"`passages\[0\]` is neither"),
+        (b'{"query": "q", "passages": [], "id": 1.5}', "`id` is neither"),
+        (b'{"query": "q", "passages": [{"id": true, "text": "p"}]}', "`id` is neither"),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_number(raw: bytes, reason: str) -> None:
+    with pytest.raises(MalformedLineError, match=f"^line 17: .*{reason}") as caught:
+        parse_request(17, raw)
+    assert caught.value.line == 17
+
+
+def test_malformed_lines_are_left_out_and_the_rest_is_ranked(scorer: Scorer) -> None:
+    source = [b"{\n", *lines(REQUEST), b"\n", b"nonsense\n", *lines(REQUEST), b"null"]
+    rows, malformed, progress = rank_all(scorer, source)
+    assert [row["line"] for row in rows] == [2, 5]
+    assert malformed == [1, 4, 6]
+    assert progress.malformed == 3
+
+
+def test_a_byte_order_mark_and_odd_ids_do_no_harm(scorer: Scorer) -> None:
+    row = {**REQUEST, "id": "\ud800"}
+    rows, malformed, _ = rank_all(scorer, [b"\xef\xbb\xbf" + lines(row)[0].replace(b"\n", b"\r\n")])
+    assert (rows[0]["id"], malformed) == ("\ud800", [])
+
+
+def test_a_score_that_is_not_finite_is_named_by_line_and_passage() -> None:
+    class Broken:
+        def rank_many(self, *_: object) -> None:
+            raise NonFiniteScoreError("pair 3", index=3)
+
+    broken: Any = Broken()
+    with pytest.raises(NonFiniteScoreError, match=r"line 3: .* passage 1 ") as caught:
+        rank_all(broken, [*lines(REQUEST), b"\n", *lines(REQUEST)])
+    assert caught.value.index == 1
+
+
+def test_strict_gives_the_rows_before_the_malformed_line_and_raises(scorer: Scorer) -> None:
+    batches = rank_lines(
+        scorer,
+        [*lines(REQUEST), b"{\n", *lines(REQUEST)],
+        strict=True,
+        on_malformed=lambda _: pytest.fail("strict raises"),
+        progress=Progress(),
+    )
+    assert len(next(batches)) == 1
+    with pytest.raises(MalformedLineError, match="line 2"):
+        next(batches)
+
+
+def test_no_more_than_a_bounded_part_of_the_input_is_read_ahead(scorer: Scorer) -> None:
+    read = 0
+
+    def endless() -> Iterable[bytes]:
+        nonlocal read
+        while True:
+            read += 1
+            yield lines({"query": "panda", "passages": [f"passage {read}"]})[0]
+
+    batches = rank_lines(scorer, endless(), on_malformed=lambda _: None, progress=Progress())
+    num_rows = len(next(batches))
+    assert read == num_rows <= 1024
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "ranked.jsonl"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "requests.jsonl"
+    path.write_bytes(b"{}\n")
+    return path
+
+
+def leave_behind(output: Path, settings: dict[str, Any], source: Path, text: str) -> None:
+    """Leave what a killed job leaves."""
+    with RankJob(output, settings, source) as job:
+        job.begin()
+    Path(f"{output}.partial").write_text(text)
+
+
+def test_a_finished_job_has_its_rows_and_nothing_else_under_its_name(output: Path, source: Path) -> None:
+    with RankJob(output, {"model": "m"}, source) as job:
+        assert job.begin() == 0
+        job.write([['{"line": 1}\n'], ['{"line": 2}\n', '{"line": 3}\n']])
+    assert output.read_text() == '{"line": 1}\n{"line": 2}\n{"line": 3}\n'
+    assert not Path(f"{output}.partial").exists()
+    with RankJob(output, {"model": "m"}, source) as job:
+        assert job.begin() is None
+
+
+@pytest.mark.parametrize(
+    ("left", "done", "kept"),
+    [
+        ("", 0, ""),
+        ('{"line": 1}\n{"line": 4}\n', 4, '{"line": 1}\n{"line": 4}\n'),
+        ('{"line": 1}\n{"line": 4', 1, '{"line": 1}\n'),
+        ('{"li', 0, ""),
+        ('{"line": 1}\n{"line": 2, "x": "' + "y" * 200_000, 1, '{"line": 1}\n'),
+        ('{"line": 7, "x": "' + "y" * 200_000 + '"}\n{"li', 7, '{"line": 7, "x": "' + "y" * 200_000 + '"}\n'),
+    ],
+)
+def test_half_a_row_is_cut_off(output: Path, source: Path, left: str, done: int, kept: str) -> None:
+    leave_behind(output, {}, source, left)
+    with RankJob(output, {}, source) as job:
+        assert job.begin() == done
+    assert Path(f"{output}.partial").read_text() == kept
+
+
+def test_another_job_is_refused(output: Path, source: Path) -> None:
+    leave_behind(output, {"model": "one", "top_n": 3}, source, '{"line": 1}\n')
+    with (
+        RankJob(output, {"model": "two", "top_n": 3}, source) as job,
+        pytest.raises(DatasetError, match=r"other settings \(model\)"),
+    ):
+        job.begin()
+    source.write_bytes(b"{}\n{}\n")
+    with (
+        RankJob(output, {"model": "one", "top_n": 3}, source) as job,
+        pytest.raises(DatasetError, match=r"\(input_sha256\)"),
+    ):
+        job.begin()
+
+
+def test_overwriting_begins_again_and_keeps_what_is_finished_until_the_end(
+    output: Path, source: Path
+) -> None:
+    output.write_text("old\n")
+    with RankJob(output, {}, source, overwrite=True) as job:
+        assert job.begin() == 0
+    assert output.read_text() == "old\n"
+    with RankJob(output, {}, source) as job:
+        assert job.begin() == 0, "the old file is not taken for this job's"
+        job.write([["new\n"]])
+    assert output.read_text() == "new\n"
+
+
+def test_a_file_of_unknown_origin_is_refused(output: Path, source: Path) -> None:
+    output.write_text("precious\n")
+    with RankJob(output, {}, source) as job, pytest.raises(DatasetError, match="from something else"):
+        job.begin()
+    assert output.read_text() == "precious\n"
+
+
+def test_a_job_of_a_stream_is_never_gone_on_with(output: Path) -> None:
+    with RankJob(output, {}, None) as job:
+        assert job.begin() == 0
+        job.write([['{"line": 1}\n']])
+    with RankJob(output, {}, None) as job, pytest.raises(DatasetError, match="was a stream"):
+        job.begin()
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".job.json"])
+def test_the_input_is_never_written_over(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_text("{}\n")
+    with pytest.raises(DatasetError, match="is the input"):
+        RankJob(tmp_path / "x", {}, path, overwrite=True)
+    assert path.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"), [("partial", "nonsense\n"), ("job.json", "{"), ("job.json", "[]")]
+)
+def test_damage_is_reported(output: Path, source: Path, damage: str, text: str) -> None:
+    leave_behind(output, {}, source, '{"line": 1}\n')
+    Path(f"{output}.{damage}").write_text(text)
+    with RankJob(output, {}, source) as job, pytest.raises(DatasetError, match=r"does not end|damaged"):
+        job.begin()
+
+
+def test_what_cannot_be_input_or_output_is_reported(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="cannot be read"):
+        RankJob(output, {}, tmp_path / "missing")
+    with pytest.raises(DatasetError, match="not a plain file"):
+        RankJob(Path("/dev/null"), {}, None)
+
+
+def test_two_processes_cannot_write_one_file(output: Path) -> None:
+    with RankJob(output, {}, None):
+        code = (
+            "import sys; from pathlib import Path; from bge_rerank_integrations.jobs import RankJob\n"
+            "with RankJob(Path(sys.argv[1]), {}, None): pass"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=False
+        )
+    assert "another process is writing" in run.stderr
+
+
+def command(source: Path, model: Path | str, *options: str) -> list[str]:
+    line = [sys.executable, "-m", "bge_rerank_integrations.cli", "rank", str(source), "--model", str(model)]
+    return [*line, "--device", "cpu", *options]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_kills", "model"),
+    [
+        pytest.param(2000, 4, None, id="small"),
+        pytest.param(5000, 20, "embedded", id="embedded", marks=pytest.mark.slow),
+    ],
+)
+def test_killing_a_job_loses_and_repeats_nothing(
+    checkpoint: Path, tmp_path: Path, texts: list[str], num_rows: int, num_kills: int, model: str | None
+) -> None:
+    rng = random.Random(3)
+    source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "whole.jsonl"))
+    rows = [
+        {"id": i, "query": rng.choice(texts)[:50], "passages": [t[:60] for t in rng.sample(texts, 3)]}
+        for i in range(num_rows)
+    ]
+    source.write_bytes(b"".join(lines(*rows)))
+    subprocess.run(
+        command(source, model or checkpoint, "-o", str(undisturbed)), check=True, capture_output=True
+    )
+    partial = Path(f"{output}.partial")
+    kills = 0
+    while kills < num_kills and not output.exists():
+        process = subprocess.Popen(
+            command(source, model or checkpoint, "-o", str(output)), stderr=subprocess.DEVNULL
+        )
+        size = partial.stat().st_size if partial.exists() else 0
+        # At any time: while it loads, just after a batch, or in the middle of one.
+        while (
+            kills % 3 and process.poll() is None and not (partial.exists() and partial.stat().st_size > size)
+        ):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    if num_kills == 20:
+        assert kills == 20, "the job must be long enough to be killed that often"
+    subprocess.run(command(source, model or checkpoint, "-o", str(output)), check=True, capture_output=True)
+    ranked = [json.loads(row) for row in output.read_text().splitlines()]
+    assert [row["id"] for row in ranked] == list(range(num_rows))
+    assert output.read_text() == undisturbed.read_text()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(checkpoint: Path, tmp_path: Path, texts: list[str]) -> None:
+    """100,000 pairs, fifty a row, take at most 300 MB more at their peak than a hundred do."""
+    rng = random.Random(4)
+    english = " ".join(texts)
+    peaks = []
+    for num_rows in (2, 2000):
+        source = tmp_path / f"{num_rows}.jsonl"
+        with source.open("wb") as file:
+            for _ in range(num_rows):
+                starts = [rng.randrange(len(english)) for _ in range(50)]
+                passages = [english[start : start + rng.randint(100, 900)] for start in starts]
+                file.writelines(lines({"query": rng.choice(texts)[:50], "passages": passages}))
+        options = ["-o", str(tmp_path / f"{num_rows}.out"), "--max-length", "128"]
+        code = (
+            "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True)\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, *command(source, checkpoint, *options)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(run.stdout) / 1024)  # kilobytes on Linux
+    assert peaks[1] - peaks[0] <= 300, peaks
+    print(f"peak {peaks[1]:.0f} MiB, {peaks[1] - peaks[0]:.0f} MiB more than for a hundred pairs")

@@ -1,0 +1,168 @@
+"""The steps that make the embedded model, on small and random things."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification
+
+from bge_rerank_integrations import Scorer
+from training.labels import Labels, load
+from training.original import CLS, SEP, VOCAB_SIZE, Original, to_xlm_roberta
+from training.pack import pack, quantize_rows
+from training.pairs import make_groups
+from training.student import EOS, Vocabulary, config, keep_layers, save
+from training.texts import Document
+
+TOLERANCE = 1e-4  # of logits that spread by about one
+
+
+@pytest.fixture(scope="module")
+def bert() -> Any:
+    torch.manual_seed(0)
+    model: Any = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            layer_norm_eps=1e-12,
+            id2label={0: "relevance"},
+            initializer_range=0.1,
+        )
+    )
+    model.train(False)
+    return model
+
+
+def renamed(bert: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in bert.state_dict().items() if "position_ids" not in name}
+
+
+def test_the_original_computes_what_bert_does(bert: Any) -> None:
+    rng = np.random.default_rng(1)
+    pairs = [
+        (rng.integers(1000, 2000, n).astype(np.int32), rng.integers(1000, 2000, m).astype(np.int32))
+        for n, m in ((3, 20), (9, 4), (5, 600), (1, 1))
+    ]
+    expected = []
+    for query, passage in pairs:
+        first, second = [CLS, *query, SEP], [*passage[: 512 - 3 - len(query)], SEP]
+        types = [0] * len(first) + [1] * len(second)
+        with torch.no_grad():
+            output = bert(input_ids=torch.tensor([first + second]), token_type_ids=torch.tensor([types]))
+        expected.append(output.logits.item())
+    scores = Original(renamed(bert), torch.float32, num_layers=3)(pairs)
+    assert scores == pytest.approx(expected, abs=TOLERANCE)
+    assert np.std(expected) > 100 * TOLERANCE
+
+
+def small_tokenizer() -> dict[str, Any]:
+    pieces = ["[PAD]", "[unused0]", *"abcdef", *(f"##{c}" for c in "abcdef"), "bed", "cab", "##ed", "fade"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    vocabulary |= {"[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    parsed: dict[str, Any] = json.loads(tokenizer.to_str())
+    return parsed
+
+
+def test_a_vocabulary_gives_each_piece_the_id_of_its_own_embedding(tmp_path: Path) -> None:
+    parsed = small_tokenizer()
+    vocabulary = Vocabulary(parsed, [0] * VOCAB_SIZE)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary.to_tokenizer()))
+    before = Tokenizer.from_str(json.dumps(parsed))
+    after = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("bed", "a faded cab", "fab", "zebra bed"):
+        old = np.asarray(before.encode(text, add_special_tokens=False).ids, np.int32)
+        new = after.encode(text, add_special_tokens=False).ids
+        assert vocabulary.remap(old).tolist() == new
+    assert [after.token_to_id(piece) for piece in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert after.token_to_id("[unused0]") is None
+    assert after.encode("bed", "cab").ids == [0, 17, EOS, EOS, 18, EOS]
+
+
+def test_a_smaller_vocabulary_keeps_the_frequent_and_can_spell_the_rest() -> None:
+    parsed = small_tokenizer()
+    frequencies = [0] * VOCAB_SIZE
+    frequencies[parsed["model"]["vocab"]["cab"]] = 7
+    vocabulary = Vocabulary(parsed, frequencies, size=5 + 12 + 1)
+    tokenizer = Tokenizer.from_str(json.dumps(vocabulary.to_tokenizer()))
+    assert tokenizer.get_vocab_size() == 18
+    assert tokenizer.encode("cab bed", add_special_tokens=False).tokens == ["cab", "b", "##e", "##d"]
+
+
+def test_a_packed_student_scores_nearly_as_the_plain_one(bert: Any, tmp_path: Path) -> None:
+    parsed = small_tokenizer()
+    vocabulary = Vocabulary(parsed, [0] * VOCAB_SIZE)
+    weights = renamed(bert)
+    words = weights["bert.embeddings.word_embeddings.weight"][torch.from_numpy(vocabulary.kept)]
+    from transformers import XLMRobertaForSequenceClassification
+
+    model = XLMRobertaForSequenceClassification(config(vocab_size=len(vocabulary.kept), num_layers=3))
+    model.load_state_dict(to_xlm_roberta(weights, words=words, layers=range(3)))
+    save(model, vocabulary, tmp_path / "plain")
+    pack(tmp_path / "plain", tmp_path / "packed")
+    pairs = [("a bed", "cab"), ("fade", "a cab faced a bed"), ("bed", "dead")]
+    with (
+        Scorer(tmp_path / "plain", device="cpu") as plain,
+        Scorer(tmp_path / "packed", device="cpu") as packed,
+    ):
+        exact = plain.score(pairs)
+        assert packed.score(pairs) == pytest.approx(exact, abs=0.1)
+    shorter = keep_layers(model, (0, 2))
+    assert shorter.config.num_hidden_layers == 2
+    kept = shorter.state_dict()["roberta.encoder.layer.1.output.dense.weight"]
+    assert torch.equal(kept, model.state_dict()["roberta.encoder.layer.2.output.dense.weight"])
+
+
+def test_rows_are_quantized_each_by_its_own_range() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.5], [100.0, 0.0, -50.0], [0.0, 0.0, 0.0]])
+    stored, scale = quantize_rows(weight)
+    assert stored.dtype is torch.int8
+    assert stored.abs().amax(1).tolist() == [127, 127, 0]
+    assert (
+        torch.allclose(stored * scale, weight, atol=0, rtol=0)
+        or ((stored * scale - weight).abs() <= scale / 2 + 1e-9).all()
+    )
+
+
+def test_queries_come_with_their_own_passage_and_what_resembles_it(texts: list[str]) -> None:
+    english = [text for text in texts if text.isascii()]
+    documents = [Document(text[:30], text) for text in english]
+    groups = make_groups(documents, 40, seed=3)
+    assert groups == make_groups(documents, 40, seed=3)
+    assert groups != make_groups(documents, 40, seed=4)
+    assert all(len(group.passages) == 7 and group.query for group in groups)
+    assert len(Counter(group.query for group in groups)) > 30
+    overlap = [
+        [len(set(group.query.lower().split()) & set(passage.lower().split())) for passage in group.passages]
+        for group in groups
+    ]
+    assert np.mean([row[0] for row in overlap]) > np.mean([row[-1] for row in overlap])
+
+
+def test_labels_survive_writing_and_reading(tmp_path: Path) -> None:
+    ids = [np.asarray(row, np.int32) for row in ([1, 2], [3], [4, 5, 6])]
+    written = Labels(ids, ids[::-1], np.asarray([0, 0, 1], np.int32), np.asarray([0.5, -1, 2], np.float32))
+    written.save(tmp_path / "labels.npz")
+    read = load(tmp_path / "labels.npz")
+    for ours, theirs in zip([*read.queries, *read.passages], [*ids, *ids[::-1]], strict=True):
+        assert ours.tolist() == theirs.tolist()
+    assert read.groups.tolist() == [0, 0, 1]
+    assert read.logits.tolist() == [0.5, -1, 2]
