@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -239,3 +241,29 @@ def test_the_demo_answers_a_question_through_both_frameworks(on: list[str]) -> N
     assert "textwrap.dedent" in result.stdout
     assert "No passage shares a word with it." in result.stdout
     assert "LangChain and LlamaIndex gave the same order" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "extra"),
+    [
+        (["demo"], "bm25s", "demo"),
+        (["demo"], "langchain_core", "demo"),
+        (["demo"], "llama_index.core", "demo"),
+        (["eval"], "bm25s", "eval"),
+        (["eval"], "ir_measures", "eval"),
+        (["eval", "--plot", "x.png"], "matplotlib", "eval"),
+    ],
+)
+def test_a_missing_extra_is_named_with_its_command(
+    command: list[str], library: str, extra: str, on: list[str], folder: Path
+) -> None:
+    # A module that is None in sys.modules is one that cannot be imported.
+    code = f"import sys; sys.modules[{library!r}] = None; import runpy\n"
+    code += "runpy.run_module('bge_rerank_integrations.cli', run_name='__main__')"
+    arguments = [*command, *([str(folder)] if command[0] == "eval" else []), *on]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert result.returncode == 1
+    assert f'pip install "bge-rerank-integrations[{extra}]"' in result.stderr
+    assert "Traceback" not in result.stderr

@@ -9,7 +9,7 @@ import click
 from bge_rerank_integrations.bm25 import Bm25
 from bge_rerank_integrations.cli.options import config_options
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
-from bge_rerank_integrations.errors import RerankError, missing_extra
+from bge_rerank_integrations.errors import MissingExtraError, RerankError, missing_extra
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.stdlib_docs import QUESTIONS, read_stdlib_docs
 
@@ -48,7 +48,10 @@ def demo(config: ScorerConfig, questions: tuple[str, ...], top_n: int, depth: in
         raise missing_extra("demo", "langchain-core or llama-index-core") from error
 
     docs = read_stdlib_docs()
-    search = Bm25(docs)
+    try:
+        search = Bm25(docs)
+    except MissingExtraError as error:
+        raise missing_extra("demo", "bm25s") from error
     with Scorer.from_config(config) as scorer:
         click.echo(
             f"{len(docs)} passages: what Python's standard library says of itself. Model: {config.model}"
