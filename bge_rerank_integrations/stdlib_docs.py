@@ -66,9 +66,9 @@ def _of_source(module: str, path: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # some are there to test parsers
         return
-    todo: list[tuple[str, ast.AST]] = [(module, node) for node in tree.body]
-    while todo:
-        prefix, node = todo.pop()
+    pending: list[tuple[str, ast.AST]] = [(module, node) for node in tree.body]
+    while pending:
+        prefix, node = pending.pop()
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if node.name.startswith("_"):
@@ -77,7 +77,7 @@ def _of_source(module: str, path: Path) -> Iterator[tuple[str, str]]:
         if text := _passage(name, ast.get_docstring(node)):
             yield name, text
         if isinstance(node, ast.ClassDef):
-            todo.extend((name, child) for child in node.body)
+            pending.extend((name, child) for child in node.body)
 
 
 def _of_compiled(module: str) -> Iterator[tuple[str, str]]:
