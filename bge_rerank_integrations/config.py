@@ -13,7 +13,7 @@ from bge_rerank_integrations.errors import ConfigError
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
 EMBEDDED_MODEL: Final = "embedded"
 
-DType = Literal["auto", "float32", "float16", "bfloat16"]
+DType = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 LongPassages = Literal["truncate", "windows"]
 
 # <s> query </s></s> passage </s>
@@ -39,8 +39,9 @@ class ScorerConfig:
         cache_folder: Where hub downloads are kept; None is the hub library's own cache.
         local_files_only: Never ask the network; use what is in the cache.
         device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16` or `bfloat16`.
-            float16 is refused on a CPU, which has no fast arithmetic for it.
+        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16` or `int8`.
+            float16 is refused on a CPU, which has no fast arithmetic for it; int8 is for CPUs alone, those
+            with VNNI instructions, and needs the extra `int8`.
         max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
         query_max_length: Longest query in tokens; None is three quarters of `max_length`.
@@ -153,6 +154,8 @@ class ScorerConfig:
             raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
         if self.device.startswith("cpu") and self.dtype == "float16":
             raise ConfigError(FLOAT16_ON_CPU)
+        if self.device.startswith(("cuda", "mps")) and self.dtype == "int8":
+            raise ConfigError(INT8_OFF_CPU)
 
     def _check_model(self) -> None:
         if self.model == EMBEDDED_MODEL and self.revision is not None:
@@ -179,3 +182,4 @@ FLOAT16_ON_CPU: Final = (
     "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
     "a CUDA device"
 )
+INT8_OFF_CPU: Final = "dtype 'int8' runs on CPUs alone; use 'float16', or device='cpu'"

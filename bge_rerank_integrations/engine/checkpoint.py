@@ -176,6 +176,9 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Verify every tensor's name, shape and type, then load them; the classifier stays in float32.
 
+    For int8, which is made of them later, matrices are loaded in float32, and word embeddings, which are only
+    looked up, in float16.
+
     A matrix stored as int8 `NAME` beside float `NAME_scale` of shape [rows, 1], which is how weights
     quantized by row are published, is multiplied out.
 
@@ -202,7 +205,7 @@ def load_weights(
             holders |= dict.fromkeys(shard.keys(), shard)
         _verify_headers(folder, holders, shape)
         for name in shape.parameter_shapes():
-            target = torch.float32 if name.startswith("classifier.") else dtype
+            target = _loaded_dtype(name, dtype)
             # A copy always: what is left mapped would change, or fault, with the file.
             tensor = _read(holders, name).to(device=device, dtype=target, copy=True)
             if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
@@ -212,6 +215,14 @@ def load_weights(
                 )
             weights[name] = tensor
     return weights
+
+
+def _loaded_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    if name.startswith("classifier."):
+        return torch.float32
+    if dtype is torch.int8:
+        return torch.float16 if name.endswith("word_embeddings.weight") else torch.float32
+    return dtype
 
 
 def require_file(folder: Path, name: str) -> Path:

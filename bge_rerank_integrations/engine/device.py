@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from bge_rerank_integrations.config import FLOAT16_ON_CPU, ScorerConfig
+from bge_rerank_integrations.config import FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
 # On a CPU small batches stay in the cache; a GPU wants enough rows to fill it.
@@ -42,12 +42,14 @@ def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
     """Return the precision of the encoder on a device.
 
     Raises:
-        ConfigError: float16 on a CPU.
+        ConfigError: float16 on a CPU, or int8 elsewhere.
     """
     if config.dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if config.dtype == "float16" and device.type == "cpu":
         raise ConfigError(FLOAT16_ON_CPU)
+    if config.dtype == "int8" and device.type != "cpu":
+        raise ConfigError(INT8_OFF_CPU)
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
 

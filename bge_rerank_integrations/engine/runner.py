@@ -16,16 +16,15 @@ from torch import Tensor
 
 from bge_rerank_integrations.batching import plan_batches
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
-from bge_rerank_integrations.engine.checkpoint import load_weights, verify_sha256
+from bge_rerank_integrations.engine.build import build_model
+from bge_rerank_integrations.engine.checkpoint import verify_sha256
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
 )
-from bge_rerank_integrations.engine.linear import resolve_linear
-from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
+from bge_rerank_integrations.engine.model import EncoderShape
 
 logger = logging.getLogger(__name__)
 
@@ -176,18 +175,12 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
     dtype = resolve_dtype(config, device)
     if config.sha256 is not None:
         verify_sha256(folder, config.sha256)
-    linear = resolve_linear(device, dtype)
-    model = PackedCrossEncoder(
-        shape,
-        load_weights(folder, shape, device=device, dtype=dtype),
-        linear=linear.make,
-        attention=resolve_attention(device, dtype, shape.head_dim),
-    )
+    model = build_model(folder, shape, device=device, dtype=dtype, num_threads=config.num_threads)
     return Runner(
-        model,
+        model.forward,
         device=device,
         padding_idx=shape.padding_idx,
         max_batch_tokens=resolve_max_batch_tokens(config, device),
-        num_rows=linear.num_rows,
+        num_rows=model.num_rows,
         num_threads=config.num_threads,
     )

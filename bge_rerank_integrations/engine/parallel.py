@@ -1,0 +1,135 @@
+"""A forward pass over the cores of a CPU: each takes some of the sequences and never waits for the others."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
+
+Forward = Callable[[PackedBatch], Tensor]
+"""A packed batch to its B logits, float32 [B], on the device."""
+
+_Task = tuple[Forward, PackedBatch, "Future[Tensor]"]
+
+# From so many tokens on, attention, which grows with the square, costs a token as much as all else does.
+_LENGTH_OF_DOUBLE_COST: Final = 1024
+
+
+class SplitForward:
+    """Runs parts of a batch side by side, each on one thread; safe under any number of callers.
+
+    Threads that share each operation wait for each other after each; threads with sequences of their own
+    wait once, at the end. Where there are fewer sequences than threads, operations are shared as usual.
+
+    Args:
+        forward: Runs a batch; from several threads at once.
+        num_threads: How many.
+    """
+
+    def __init__(self, forward: Forward, num_threads: int) -> None:
+        self._forward = forward
+        self._num_threads = num_threads
+        self._start = threading.Lock()
+        self._tasks: SimpleQueue[_Task | None] | None = None
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Return the B logits."""
+        parts = split_evenly(batch.seqlens.lengths, self._num_threads)
+        if len(parts) < max(self._num_threads, 2):
+            return self._forward(batch)
+        tasks = self._require_threads()
+        futures: list[Future[Tensor]] = [Future() for _ in parts]
+        for part, future in zip(parts, futures, strict=True):
+            tasks.put((self._forward, select(batch, part), future))
+        # All of them, so that nothing is still running when an error of one comes through.
+        results = [future.exception() for future in futures]
+        for error in results:
+            if error is not None:
+                raise error
+        logits = torch.empty(len(batch.seqlens.lengths))
+        for part, future in zip(parts, futures, strict=True):
+            logits[torch.tensor(part)] = future.result()
+        return logits
+
+    def _require_threads(self) -> SimpleQueue[_Task | None]:
+        with self._start:
+            if self._tasks is None:
+                self._tasks = _start_threads(self, self._num_threads)
+            return self._tasks
+
+
+def split_evenly(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Deal sequences out so that each part costs about the same, longest first.
+
+    Returns:
+        Indices into `lengths`, ascending in each part; no part is empty.
+
+    Example:
+        >>> split_evenly([100, 60, 50, 10], 2)
+        [[0, 3], [1, 2]]
+    """
+    parts: list[list[int]] = [[] for _ in range(min(num_parts, len(lengths)))]
+    loads = [(0.0, number) for number in range(len(parts))]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, number = loads[0]
+        parts[number].append(index)
+        cost = lengths[index] * (1 + lengths[index] / _LENGTH_OF_DOUBLE_COST)
+        heapq.heapreplace(loads, (load + cost, number))
+    return [sorted(part) for part in parts]
+
+
+def select(batch: PackedBatch, indices: Sequence[int]) -> PackedBatch:
+    """Return a batch of some of the sequences of another."""
+    bounds = batch.seqlens.cu_seqlens.tolist()
+    slices = [slice(bounds[index], bounds[index + 1]) for index in indices]
+    lengths = tuple(batch.seqlens.lengths[index] for index in indices)
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
+    return PackedBatch(
+        torch.cat([batch.ids[part] for part in slices]),
+        torch.cat([batch.positions[part] for part in slices]),
+        Seqlens(lengths, cu_seqlens, max(lengths)),
+    )
+
+
+def _start_threads(owner: SplitForward, num_threads: int) -> SimpleQueue[_Task | None]:
+    """Start daemon threads that take tasks until their owner is gone."""
+    tasks: SimpleQueue[_Task | None] = SimpleQueue()
+    ready = threading.Barrier(num_threads + 1)
+    for number in range(num_threads):
+        threading.Thread(
+            target=_work, args=(tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True
+        ).start()
+    ready.wait()
+    # torch gives threads that come later what was last set by any thread; this thread's is as it was.
+    torch.set_num_threads(torch.get_num_threads())
+    weakref.finalize(owner, _end_threads, tasks, num_threads)
+    return tasks
+
+
+def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
+    torch.set_num_threads(1)
+    ready.wait()
+    while (task := tasks.get()) is not None:
+        forward, batch, future = task
+        try:
+            result = forward(batch)
+        except BaseException as error:  # whoever waits must not wait for ever
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        # Nothing of a model may stay alive because its last batch is remembered here.
+        del forward, batch, future, task
+
+
+def _end_threads(tasks: SimpleQueue[_Task | None], num_threads: int) -> None:
+    for _ in range(num_threads):
+        tasks.put(None)

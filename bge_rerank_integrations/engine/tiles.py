@@ -1,0 +1,141 @@
+"""Small matrices in a processor's vector registers, for kernels that numba compiles.
+
+A compiler's own vectorizer does not keep a block of a matrix product in registers, so these are written out
+in LLVM's vectors of 16 floats: the widest of AVX-512, and two of AVX2's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+ROWS = 6
+"""Rows of a tile: with 64 columns, 24 of 32 registers hold sums."""
+WIDTH = 16
+"""Floats of a vector."""
+
+_FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+_VECTOR = ir.VectorType(_FLOAT, WIDTH)
+_FUSE = ("contract",)  # a product and a sum may become one instruction
+
+
+@intrinsic
+def as_float(typing_context, bits):
+    """Read the bits of an int32 as a float32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+def _make_multiply(num_vectors: int) -> Any:
+    """Make what computes c = a b for ROWS rows, any depth, and `num_vectors` vectors of columns.
+
+    Its arguments are, for each matrix, a flat float32 array, where in it the matrix begins and how far apart
+    its rows are; and the depth, at least 1.
+    """
+
+    @intrinsic
+    def multiply(typing_context, a, a_start, a_step, b, b_start, b_step, c, c_start, c_step, depth):
+        index = types.intp
+        signature = types.void(a, index, index, b, index, index, c, index, index, index)
+
+        def generate(context, builder, signature, arguments):
+            def pointer(position: int) -> Any:
+                array = context.make_array(signature.args[position])(context, builder, arguments[position])
+                return builder.gep(array.data, [arguments[position + 1]])
+
+            a, b, c = (pointer(position) for position in (0, 3, 6))
+            a_step, b_step, c_step, depth = (arguments[position] for position in (2, 5, 8, 9))
+            a_rows = [builder.gep(a, [builder.mul(a_step, _LONG(row))]) for row in range(ROWS)]
+            before = builder.block
+            loop, after = builder.append_basic_block("depth"), builder.append_basic_block("done")
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            k = builder.phi(_LONG)
+            k.add_incoming(_LONG(0), before)
+            sums = [[builder.phi(_VECTOR) for _ in range(num_vectors)] for _ in range(ROWS)]
+            b_row = builder.gep(b, [builder.mul(k, b_step)])
+            vectors = [_load(builder, b_row, column) for column in range(num_vectors)]
+            results = []
+            for a_row, row_sums in zip(a_rows, sums, strict=True):
+                factor = _spread(builder, builder.load(builder.gep(a_row, [k])))
+                products = [builder.fmul(factor, vector, flags=_FUSE) for vector in vectors]
+                results.append(
+                    [builder.fadd(s, p, flags=_FUSE) for s, p in zip(row_sums, products, strict=True)]
+                )
+            for row_sums, row_results in zip(sums, results, strict=True):
+                for phi, result in zip(row_sums, row_results, strict=True):
+                    phi.add_incoming(ir.Constant(_VECTOR, [0.0] * WIDTH), before)
+                    phi.add_incoming(result, loop)
+            next_k = builder.add(k, _LONG(1))
+            k.add_incoming(next_k, loop)
+            builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, after)
+
+            builder.position_at_end(after)
+            for row, row_results in enumerate(results):
+                c_row = builder.gep(c, [builder.mul(c_step, _LONG(row))])
+                for column, result in enumerate(row_results):
+                    _store(builder, result, c_row, column)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return multiply
+
+
+multiply_64, multiply_32, multiply_16 = (_make_multiply(num_vectors) for num_vectors in (4, 2, 1))
+
+
+@intrinsic
+def transpose_16(typing_context, source, source_start, source_step, target, target_start, target_step):
+    """Write the transpose of WIDTH x WIDTH floats; both in flat arrays, as in the products."""
+    index = types.intp
+    signature = types.void(source, index, index, target, index, index)
+
+    def generate(context, builder, signature, arguments):
+        def row(position: int, number: int) -> Any:
+            array = context.make_array(signature.args[position])(context, builder, arguments[position])
+            start = builder.add(arguments[position + 1], builder.mul(arguments[position + 2], _LONG(number)))
+            return builder.gep(array.data, [start])
+
+        rows = [_load(builder, row(0, number), 0) for number in range(WIDTH)]
+        step = WIDTH // 2
+        while step:
+            # Rows that lie `step` apart trade the blocks of `step` columns that are off the diagonal.
+            lower = [WIDTH + i - step if i & step else i for i in range(WIDTH)]
+            upper = [WIDTH + i if i & step else i + step for i in range(WIDTH)]
+            for first in (number for number in range(WIDTH) if not number & step):
+                pair = rows[first], rows[first + step]
+                rows[first], rows[first + step] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(_INT, WIDTH), mask))
+                    for mask in (lower, upper)
+                )
+            step //= 2
+        for number, vector in enumerate(rows):
+            _store(builder, vector, row(3, number), 0)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _load(builder: Any, row: Any, vector: int) -> Any:
+    address = builder.bitcast(builder.gep(row, [_LONG(vector * WIDTH)]), _VECTOR.as_pointer())
+    return builder.load(address, align=4)
+
+
+def _store(builder: Any, value: Any, row: Any, vector: int) -> None:
+    address = builder.bitcast(builder.gep(row, [_LONG(vector * WIDTH)]), _VECTOR.as_pointer())
+    builder.store(value, address, align=4)
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, value, _INT(0))
+    zeros = ir.Constant(ir.VectorType(_INT, WIDTH), [0] * WIDTH)
+    return builder.shuffle_vector(first, undefined, zeros)
