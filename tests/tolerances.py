@@ -11,4 +11,6 @@ LOGIT_TOLERANCE: Final = {
     # Eight bits of mantissa through every layer; the logits they are tried on spread by 0.8.
     torch.bfloat16: 0.08,
     torch.float16: 0.01,
+    # A 255th of each row's spread, in every product.
+    torch.int8: 0.15,
 }

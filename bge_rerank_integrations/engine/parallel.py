@@ -116,6 +116,7 @@ def _start_threads(owner: SplitForward, num_threads: int) -> SimpleQueue[_Task |
 
 
 def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first use of torch sets the number anew
     torch.set_num_threads(1)
     ready.wait()
     while (task := tasks.get()) is not None:

@@ -1,0 +1,124 @@
+"""A batch dealt out to threads gives what it gives whole, whatever goes wrong."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations.engine.batch import PackedBatch, pack
+from bge_rerank_integrations.engine.parallel import SplitForward, select, split_evenly
+from tests.test_engine import CPU, random_ids
+
+
+def batch_of(lengths: list[int], seed: int = 0) -> PackedBatch:
+    return pack(random_ids(lengths, 1000, seed), padding_idx=1, device=CPU)
+
+
+def sums(batch: PackedBatch) -> Tensor:
+    """Give each sequence a number that its ids, positions and place decide."""
+    rows = batch.ids.double() * 1000 + batch.positions
+    return torch.stack([part.sum() for part in rows.split(list(batch.seqlens.lengths))]).float()
+
+
+def own_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank-cpu")]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 16])
+@pytest.mark.parametrize("lengths", [[5], [9, 3, 3, 3], [512, 1, 1, 1, 1], list(range(1, 60))])
+def test_every_sequence_is_in_one_part(lengths: Sequence[int], num_parts: int) -> None:
+    parts = split_evenly(lengths, num_parts)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    assert all(part == sorted(part) for part in parts)
+    assert len(parts) == min(num_parts, len(lengths))
+
+
+def test_parts_cost_about_the_same() -> None:
+    lengths = [int(length) for length in torch.randint(20, 500, (200,), generator=torch.manual_seed(0))]
+    loads = [sum(lengths[index] for index in part) for part in split_evenly(lengths, 4)]
+    assert max(loads) < 1.1 * min(loads)
+
+
+def test_a_part_is_a_batch_of_its_own() -> None:
+    batch = batch_of([7, 5, 9, 3])
+    part = select(batch, [1, 3])
+    alone = pack(random_ids([7, 5, 9, 3], 1000)[1::2], padding_idx=1, device=CPU)
+    assert torch.equal(part.ids, alone.ids)
+    assert torch.equal(part.positions, alone.positions)
+    assert part.seqlens.lengths == alone.seqlens.lengths
+    assert torch.equal(part.seqlens.cu_seqlens, alone.seqlens.cu_seqlens)
+    assert part.seqlens.cu_seqlens.dtype is torch.int32
+    assert part.seqlens.max_seqlen == 5
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_split_equals_whole_from_any_number_of_callers(num_threads: int) -> None:
+    split = SplitForward(sums, num_threads)
+    batches = [batch_of([seed + 1, 40, 3, 9, 200, 7][: seed % 6 + 1], seed) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        for batch, logits in zip(batches, pool.map(split, batches), strict=True):
+            assert torch.equal(logits, sums(batch))
+
+
+def test_parts_run_side_by_side_and_one_thread_each() -> None:
+    meeting = threading.Barrier(3, timeout=20)
+    seen: list[int] = []
+
+    def forward(batch: PackedBatch) -> Tensor:
+        seen.append(torch.get_num_threads())
+        meeting.wait()
+        return sums(batch)
+
+    SplitForward(forward, 3)(batch_of([4, 5, 6]))
+    assert seen == [1, 1, 1]
+
+
+def test_other_threads_keep_their_settings() -> None:
+    before = torch.get_num_threads()
+    SplitForward(sums, 2)(batch_of([4, 5]))
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_of_one_part_comes_through_when_all_have_ended() -> None:
+    running = threading.Semaphore(0)
+
+    def forward(batch: PackedBatch) -> Tensor:
+        if batch.seqlens.lengths == (9,):
+            raise MemoryError("too long")
+        time.sleep(0.05)
+        running.release()
+        return sums(batch)
+
+    split = SplitForward(forward, 3)
+    with pytest.raises(MemoryError, match="too long"):
+        split(batch_of([9, 5, 4]))
+    assert running.acquire(blocking=False)
+    assert running.acquire(blocking=False)
+    assert torch.equal(split(batch_of([5, 4, 3])), sums(batch_of([5, 4, 3]))), "it goes on working"
+
+
+def test_threads_end_with_their_owner() -> None:
+    gc.collect()
+    before = len(own_threads())
+    split = SplitForward(sums, 4)
+    assert len(own_threads()) == before, "none is started before it is needed"
+    split(batch_of([4, 5, 6, 7]))
+    threads = own_threads()
+    assert len(threads) == before + 4
+    del split
+    gc.collect()
+    for thread in threads:
+        thread.join(5)
+    assert len(own_threads()) <= before
