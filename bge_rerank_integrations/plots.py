@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bge_rerank_integrations.errors import DatasetError, missing_extra
-from bge_rerank_integrations.evaluation import Report
+from bge_rerank_integrations.evaluation import PER_QUERY, Report
 
-_BETTER, _WORSE, _LINE = "#2a7f62", "#c1443c", "#2b4c7e"
+_BETTER, _WORSE, _LINE, _OTHER = "#2a7f62", "#c1443c", "#2b4c7e", "#b3701e"
 
 
 def plot_report(report: Report, path: Path, *, title: str) -> None:
@@ -45,12 +45,16 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
 
     depths.plot(list(report.curve), list(report.curve.values()), marker="o", color=_LINE)
     depths.axhline(report.curve[0], color="grey", linestyle="--", linewidth=1, label="first stage alone")
+    if report.compared is not None:
+        compared = report.compared
+        depths.axhline(compared.means[PER_QUERY], color=_OTHER, linestyle=":", label=compared.name)
     depths.set_title("quality by depth")
     depths.set_xlabel("passages reranked, of each query")
     depths.set_ylabel("nDCG@10")
     depths.legend(loc="lower right")
     for axes in (queries, depths):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
     try:
         figure.savefig(path, dpi=150)
