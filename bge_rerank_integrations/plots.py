@@ -10,6 +10,24 @@ from bge_rerank_integrations.evaluation import PER_QUERY, Report
 _BETTER, _WORSE, _LINE, _OTHER = "#2a7f62", "#c1443c", "#2b4c7e", "#b3701e"
 
 
+def check_plot(path: Path) -> None:
+    """Refuse what could not be drawn, before there is anything to draw.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        DatasetError: The suffix is of no format that matplotlib writes.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise missing_extra("eval", "matplotlib") from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise DatasetError(
+            f"the plot cannot be written to {path}: its suffix must be one of {', '.join(sorted(formats))}"
+        )
+
+
 def plot_report(report: Report, path: Path, *, title: str) -> None:
     """Draw the change of each query and the quality by the number of passages reranked.
 
@@ -22,11 +40,9 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
         MissingExtraError: matplotlib is not installed.
         DatasetError: The file cannot be written, or its suffix is of no format that matplotlib writes.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("eval", "matplotlib") from error
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
@@ -58,5 +74,5 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
         axes.grid(axis="y", alpha=0.3)
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"the plot cannot be written to {path}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"the plot cannot be written to {path}: {error.strerror}") from error

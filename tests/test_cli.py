@@ -145,9 +145,19 @@ def test_nothing_is_written_over_an_input(on: list[str], folder: Path) -> None:
 
 
 def test_the_numbers_are_printed_even_if_the_plot_cannot_be(on: list[str], folder: Path) -> None:
-    result = run("eval", folder, "--plot", folder / "plot.nonsense", *on)
+    plot = folder / "plot.png"
+    plot.symlink_to("/no/such/folder/plot.png")
+    result = run("eval", folder, "--plot", plot, *on)
     assert result.exit_code == 1
+    assert "plot.png: No such file" in result.stderr
     assert "nDCG@10" in result.stdout
+
+
+def test_a_plot_of_an_unknown_format_is_refused_before_any_work(folder: Path) -> None:
+    result = run("eval", folder, "--plot", folder / "plot.nonsense", "--model", "/no/such/model")
+    assert result.exit_code == 1
+    assert "its suffix must be one of" in result.stderr
+    assert result.stdout == ""
 
 
 def test_rerank_run_gives_a_run_in_the_scorers_order(on: list[str], folder: Path, scorer: Scorer) -> None:
@@ -241,6 +251,10 @@ def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> N
     text = run("info", *on).stdout
     assert "cpu (chosen)" in text
     assert "float32 (default on cpu)" in text
+    assert "sdpa_attention (scaled_dot_product_attention over each run" in text
+    assert "cores (torch's choice)" in text
+    assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
+    assert "cores (chosen)" in threads
     record = json.loads(run("info", "--json", *on).stdout)
     assert record["machine"]["attention"] == "sdpa_attention"
     assert record["model"]["max_length"] == 512
@@ -256,8 +270,9 @@ def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
 def test_info_needs_no_model() -> None:
     result = run("info", "--device", "cpu")
     assert result.exit_code == 0
-    assert "not usable" in result.stdout
+    assert "not on this machine; the first use asks the hub for it" in result.stdout
     assert "error" in json.loads(run("info", "--json").stdout)["model"]
+    assert "not usable: model folder '/no/such' does not exist" in run("info", "--model", "/no/such").stdout
 
 
 def test_check_compares_with_what_is_published(

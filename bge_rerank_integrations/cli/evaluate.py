@@ -21,7 +21,7 @@ from bge_rerank_integrations.cli.options import (
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.datasets import BeirDataset, read_beir, read_run
 from bge_rerank_integrations.evaluation import Change, Interval, Report, evaluate
-from bge_rerank_integrations.plots import plot_report
+from bge_rerank_integrations.plots import check_plot, plot_report
 from bge_rerank_integrations.scorer import Scorer
 
 _NUM_SHOWN = 5
@@ -81,6 +81,8 @@ def evaluate_command(
     bge-rerank eval scifact/ --run dense.trec --depth 100 --plot scifact.png --json
     bge-rerank eval scifact/ --model embedded --compare other-reranker.trec
     """
+    if plot is not None:
+        check_plot(plot)
     dataset = read_beir(folder, split)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
