@@ -93,6 +93,23 @@ def bootstrap(before: Sequence[float], after: Sequence[float], *, seed: int = 0)
     return Interval(float(differences.mean()), float(low), float(high))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Another reranker over the same first stage, and how the model stands to it.
+
+    Attributes:
+        name: What it is called.
+        means: Measure to its mean over the queries.
+        shares: Measure to what part of its mean the model reaches; None where that mean is 0.
+        intervals: Measure to the mean difference, the model's value less the other's, and its 95 % interval.
+    """
+
+    name: str
+    means: dict[str, float]
+    shares: dict[str, float | None]
+    intervals: dict[str, Interval]
+
+
 class Change(NamedTuple):
     """What reranking did to one query, in nDCG@10."""
 
@@ -112,6 +129,7 @@ class Report:
         intervals: Measure to the mean difference and its 95 % interval.
         changes: nDCG@10 of each query, in the order of the judgements.
         curve: Number of passages reranked to mean nDCG@10; 0 is the first stage.
+        compared: What `evaluate` was given to compare with; None where it was given nothing.
         num_unanswered: Queries that the first stage has nothing for; they count as 0.
         num_pairs: Pairs scored.
         num_tokens: Their tokens.
@@ -124,6 +142,7 @@ class Report:
     intervals: dict[str, Interval]
     changes: list[Change]
     curve: dict[int, float]
+    compared: Comparison | None
     num_unanswered: int
     num_pairs: int
     num_tokens: int
@@ -140,7 +159,15 @@ class Report:
         return [change for change in ordered[:count] if change.after < change.before]
 
 
-def evaluate(scorer: Scorer, dataset: BeirDataset, first: Run, depth: int, *, progress: bool) -> Report:
+def evaluate(
+    scorer: Scorer,
+    dataset: BeirDataset,
+    first: Run,
+    depth: int,
+    *,
+    compared: tuple[str, Run] | None = None,
+    progress: bool,
+) -> Report:
     """Rerank a first stage's best passages and compare.
 
     Args:
@@ -148,10 +175,13 @@ def evaluate(scorer: Scorer, dataset: BeirDataset, first: Run, depth: int, *, pr
         dataset: Texts and judgements; only queries with a relevant passage count.
         first: The first stage's run.
         depth: How many passages of each query to rerank; recall is measured at this depth.
+        compared: Name and run of another reranker. What it ranked beyond the passages that are reranked
+            here does not count.
         progress: Show a progress bar on stderr.
 
     Raises:
-        DatasetError: The run has nothing for any query that is judged, or a passage that the corpus lacks.
+        DatasetError: The run has nothing for any query that is judged, or a passage that the corpus lacks;
+            or the compared run lacks a query or a passage that is reranked.
         MissingExtraError: ir_measures is not installed.
     """
     queries = dataset.judged_queries()
@@ -164,6 +194,7 @@ def evaluate(scorer: Scorer, dataset: BeirDataset, first: Run, depth: int, *, pr
         )
     names = [*MEASURES, f"R@{min(10, depth)}", f"R@{depth}"]
     before = measure(qrels, first, names)
+    other = None if compared is None else (compared[0], measure(qrels, _cut_to(first, *compared), names))
     tokens_before = scorer.stats().tokens
     started = time.perf_counter()
     scores = rerank_run(scorer, queries, dataset.corpus, first, progress=progress)
@@ -173,9 +204,7 @@ def evaluate(scorer: Scorer, dataset: BeirDataset, first: Run, depth: int, *, pr
         depth=depth,
         before={name: _mean(values) for name, values in before.items()},
         after={name: _mean(values) for name, values in after.items()},
-        intervals={
-            name: bootstrap(list(before[name].values()), list(after[name].values())) for name in names
-        },
+        intervals=_intervals(before, after),
         changes=[
             Change(query_id, value, after[PER_QUERY][query_id])
             for query_id, value in before[PER_QUERY].items()
@@ -184,11 +213,54 @@ def evaluate(scorer: Scorer, dataset: BeirDataset, first: Run, depth: int, *, pr
             cut: _mean(measure(qrels, reranked_to_depth(first, scores, cut), [PER_QUERY])[PER_QUERY])
             for cut in sorted({0, *(cut for cut in _CURVE if cut < depth), depth})
         },
+        compared=None if other is None else _compare(*other, after),
         num_unanswered=num_unanswered,
         num_pairs=sum(map(len, first.values())),
         num_tokens=scorer.stats().tokens - tokens_before,
         seconds=seconds,
     )
+
+
+def _cut_to(first: Run, name: str, run: Run) -> Run:
+    """Return of a run what the first stage has, in the run's order."""
+    for query_id, scores in first.items():
+        ranked = run.get(query_id, {})
+        if scores and not ranked:
+            raise DatasetError(f"the compared run {name!r} lacks a query of the first stage: id {query_id!r}")
+        missing = next((passage_id for passage_id in scores if passage_id not in ranked), None)
+        if missing is not None:
+            raise DatasetError(
+                f"the compared run {name!r} lacks a passage of the first stage: id {missing!r}, for query "
+                f"{query_id!r}"
+            )
+    return {
+        query_id: {
+            passage_id: score for passage_id, score in run.get(query_id, {}).items() if passage_id in scores
+        }
+        for query_id, scores in first.items()
+    }
+
+
+def _compare(
+    name: str, others: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> Comparison:
+    means = {measured: _mean(values) for measured, values in others.items()}
+    return Comparison(
+        name=name,
+        means=means,
+        shares={
+            measured: _mean(after[measured]) / mean if mean > 0 else None for measured, mean in means.items()
+        },
+        intervals=_intervals(others, after),
+    )
+
+
+def _intervals(
+    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> dict[str, Interval]:
+    return {
+        name: bootstrap(list(values.values()), list(after[name].values())) for name, values in before.items()
+    }
 
 
 def _mean(values: Mapping[str, float]) -> float:

@@ -5,9 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from bge_rerank_integrations.errors import DatasetError, missing_extra
-from bge_rerank_integrations.evaluation import Report
+from bge_rerank_integrations.evaluation import PER_QUERY, Report
 
-_BETTER, _WORSE, _LINE = "#2a7f62", "#c1443c", "#2b4c7e"
+_BETTER, _WORSE, _LINE, _OTHER = "#2a7f62", "#c1443c", "#2b4c7e", "#b3701e"
+
+
+def check_plot(path: Path) -> None:
+    """Refuse what could not be drawn, before there is anything to draw.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        DatasetError: The suffix is of no format that matplotlib writes.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise missing_extra("eval", "matplotlib") from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise DatasetError(
+            f"the plot cannot be written to {path}: its suffix must be one of {', '.join(sorted(formats))}"
+        )
 
 
 def plot_report(report: Report, path: Path, *, title: str) -> None:
@@ -22,11 +40,9 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
         MissingExtraError: matplotlib is not installed.
         DatasetError: The file cannot be written, or its suffix is of no format that matplotlib writes.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("eval", "matplotlib") from error
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
@@ -45,14 +61,18 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
 
     depths.plot(list(report.curve), list(report.curve.values()), marker="o", color=_LINE)
     depths.axhline(report.curve[0], color="grey", linestyle="--", linewidth=1, label="first stage alone")
+    if report.compared is not None:
+        compared = report.compared
+        depths.axhline(compared.means[PER_QUERY], color=_OTHER, linestyle=":", label=compared.name)
     depths.set_title("quality by depth")
     depths.set_xlabel("passages reranked, of each query")
     depths.set_ylabel("nDCG@10")
     depths.legend(loc="lower right")
     for axes in (queries, depths):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"the plot cannot be written to {path}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"the plot cannot be written to {path}: {error.strerror}") from error

@@ -145,9 +145,19 @@ def test_nothing_is_written_over_an_input(on: list[str], folder: Path) -> None:
 
 
 def test_the_numbers_are_printed_even_if_the_plot_cannot_be(on: list[str], folder: Path) -> None:
-    result = run("eval", folder, "--plot", folder / "plot.nonsense", *on)
+    plot = folder / "plot.png"
+    plot.symlink_to("/no/such/folder/plot.png")
+    result = run("eval", folder, "--plot", plot, *on)
     assert result.exit_code == 1
+    assert "plot.png: No such file" in result.stderr
     assert "nDCG@10" in result.stdout
+
+
+def test_a_plot_of_an_unknown_format_is_refused_before_any_work(folder: Path) -> None:
+    result = run("eval", folder, "--plot", folder / "plot.nonsense", "--model", "/no/such/model")
+    assert result.exit_code == 1
+    assert "its suffix must be one of" in result.stderr
+    assert result.stdout == ""
 
 
 def test_rerank_run_gives_a_run_in_the_scorers_order(on: list[str], folder: Path, scorer: Scorer) -> None:
@@ -189,10 +199,62 @@ def test_eval_takes_a_run_as_first_stage(on: list[str], folder: Path) -> None:
     assert record["before"]["MRR@10"] == pytest.approx((0.5 + 0) / 2)
 
 
+def test_eval_puts_another_rerankers_run_beside_the_models(on: list[str], folder: Path) -> None:
+    first, other = folder / "first.trec", folder / "other.trec"
+    first.write_text("q1 Q0 b 1 3.0 x\nq1 Q0 a 2 2.0 x\nq2 Q0 a 1 2.0 x\nq2 Q0 c 2 1.0 x\n")
+    # Puts each right one first, and ranks a passage and a query that the first stage has not.
+    other.write_text(
+        "q1 Q0 c 1 9 y\nq1 Q0 a 2 8 y\nq1 Q0 b 3 7 y\nq2 Q0 c 1 9 y\nq2 Q0 a 2 8 y\nz Q0 a 1 1 y\n"
+    )
+    asked = ("eval", folder, "--run", first, "--compare", other, *on)
+    table = run(*asked)
+    assert table.exit_code == 0, table.stderr
+    header = next(line for line in table.stdout.splitlines() if "before" in line)
+    assert header.split()[:3] == ["before", "other", "after"]
+    record = json.loads(run(*asked, "--json").stdout)
+    compared = record["compared"]
+    assert compared["name"] == "other"
+    assert compared["means"]["MRR@10"] == 1
+    assert compared["shares"]["MRR@10"] == pytest.approx(record["after"]["MRR@10"])
+    assert compared["intervals"]["MRR@10"]["mean"] == pytest.approx(record["after"]["MRR@10"] - 1)
+    row = next(line for line in table.stdout.partition("against other")[2].splitlines() if "nDCG@10" in line)
+    assert f"{compared['shares']['nDCG@10']:.1%}" in row
+    plain = json.loads(run("eval", folder, "--run", first, "--json", *on).stdout)
+    assert plain["compared"] is None
+    assert plain["after"] == record["after"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "q1 Q0 a 1 9 y\n",
+            "the compared run 'other' lacks a passage of the first stage: id 'b', for query 'q1'",
+        ),
+        ("q2 Q0 a 1 9 y\n", "the compared run 'other' lacks a query of the first stage: id 'q1'"),
+        ("q1 Q0 a\n", "other.trec, line 1: not `query-id"),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_refused(
+    on: list[str], folder: Path, text: str, message: str
+) -> None:
+    first, other = folder / "first.trec", folder / "other.trec"
+    first.write_text("q1 Q0 b 1 3.0 x\nq1 Q0 a 2 2.0 x\n")
+    other.write_text(text)
+    result = run("eval", folder, "--run", first, "--compare", other, *on)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
 def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
     text = run("info", *on).stdout
     assert "cpu (chosen)" in text
     assert "float32 (default on cpu)" in text
+    assert "sdpa_attention (scaled_dot_product_attention over each run" in text
+    assert "cores (torch's choice)" in text
+    assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
+    assert "cores (chosen)" in threads
     record = json.loads(run("info", "--json", *on).stdout)
     assert record["machine"]["attention"] == "sdpa_attention"
     assert record["model"]["max_length"] == 512
@@ -208,8 +270,9 @@ def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
 def test_info_needs_no_model() -> None:
     result = run("info", "--device", "cpu")
     assert result.exit_code == 0
-    assert "not usable" in result.stdout
+    assert "not on this machine; the first use asks the hub for it" in result.stdout
     assert "error" in json.loads(run("info", "--json").stdout)["model"]
+    assert "not usable: model folder '/no/such' does not exist" in run("info", "--model", "/no/such").stdout
 
 
 def test_check_compares_with_what_is_published(

@@ -208,6 +208,56 @@ def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> 
         plot_report(report, tmp_path / "plot.nonsense", title="test")
 
 
+def test_a_model_compared_with_itself_reaches_all_of_it(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
+    dataset = read_beir(folder)
+    first = Bm25(dataset.corpus).search(dataset.judged_queries(), 8)
+    own = rerank_run(scorer, dataset.queries, dataset.corpus, first)
+    report = evaluate(scorer, dataset, first, 8, compared=("itself", own), progress=False)
+    assert report.compared is not None
+    assert report.compared.means == report.after
+    assert set(report.compared.shares.values()) == {1.0}
+    assert set(report.compared.intervals.values()) == {(0.0, 0.0, 0.0)}
+    plot_report(report, tmp_path / "plot.svg", title="test")
+    assert "itself" in (tmp_path / "plot.svg").read_text()
+
+
+def test_a_comparison_is_over_the_passages_that_are_reranked(scorer: Scorer, folder: Path) -> None:
+    dataset = read_beir(folder)
+    first = {f"q{i}": {f"p{i}": 2.0, "p20": 1.0, "p21": 0.5} for i in range(9)}  # nothing for q9
+    # Always right, if what was not to be reranked is left out; best of all what is beyond the depth.
+    other = {f"q{i}": {"p21": 9.0, "p29": 8.0, f"p{i}": 7.0, "p20": 6.0} for i in range(9)}
+    report = evaluate(scorer, dataset, first, 2, compared=("other", other), progress=False)
+    assert report.compared is not None
+    assert report.compared.means["MRR@10"] == pytest.approx(0.9)
+    assert report.compared.shares["MRR@10"] == pytest.approx(report.after["MRR@10"] / 0.9)
+    assert report.compared.intervals["MRR@10"].mean == pytest.approx(report.after["MRR@10"] - 0.9)
+    never = {f"q{i}": {f"p{i}": 1.0, "p20": 2.0} for i in range(9)}
+    first = {query_id: {"p20": 1.0} for query_id in first}
+    report = evaluate(scorer, dataset, first, 2, compared=("never", never), progress=False)
+    assert report.compared is not None
+    assert set(report.compared.shares.values()) == {None}, "no share of nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q3": {}}, "the compared run 'other' lacks a query of the first stage: id 'q3'"),
+        (
+            {"q3": {"p3": 1.0}},
+            "the compared run 'other' lacks a passage of the first stage: id 'p20', for query 'q3'",
+        ),
+    ],
+)
+def test_a_compared_run_that_lacks_something_is_refused_before_any_scoring(
+    scorer: Scorer, folder: Path, change: dict[str, dict[str, float]], message: str
+) -> None:
+    first = {f"q{i}": {f"p{i}": 2.0, "p20": 1.0} for i in range(10)}
+    scored = scorer.stats().pairs
+    with pytest.raises(DatasetError, match=message):
+        evaluate(scorer, read_beir(folder), first, 2, compared=("other", {**first, **change}), progress=False)
+    assert scorer.stats().pairs == scored
+
+
 def test_queries_without_a_relevant_passage_do_not_count() -> None:
     dataset = BeirDataset(
         corpus={"a": "x"}, queries={"q": "x", "r": "x"}, qrels={"q": {"a": 1}, "r": {"a": 0}}

@@ -317,6 +317,31 @@ def test_killing_a_job_loses_and_repeats_nothing(
     assert output.read_text() == undisturbed.read_text()
 
 
+def test_an_interrupted_job_says_that_it_can_be_gone_on_with(
+    checkpoint: Path, tmp_path: Path, texts: list[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"".join(lines(*({"query": texts[0], "passages": texts[:9]} for _ in range(2000)))))
+    process = subprocess.Popen(
+        command(source, checkpoint, "-o", str(output)), stderr=subprocess.PIPE, text=True
+    )
+    partial = Path(f"{output}.partial")
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate()
+    assert process.returncode == 1
+    assert "Stopped. The same command goes on from here." in message
+    assert "Traceback" not in message
+    num_rows = partial.read_bytes().count(b"\n")
+    assert 0 < num_rows < 2000
+    again = subprocess.run(
+        command(source, checkpoint, "-o", str(output)), capture_output=True, text=True, check=True
+    )
+    assert f"Going on after line {num_rows}." in again.stderr
+    assert [json.loads(row)["line"] for row in output.read_text().splitlines()] == list(range(1, 2001))
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(checkpoint: Path, tmp_path: Path, texts: list[str]) -> None:
     """100,000 pairs, fifty a row, take at most 300 MB more at their peak than a hundred do."""

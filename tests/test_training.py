@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification
 
 from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.datasets import BeirDataset, Run, read_run
 from training.labels import Labels, load
 from training.original import CLS, SEP, VOCAB_SIZE, Original, to_xlm_roberta
 from training.pack import pack, quantize_rows
 from training.pairs import make_groups
 from training.student import EOS, Vocabulary, config, keep_layers, save
+from training.table import score_run
 from training.texts import Document
 
 TOLERANCE = 1e-4  # of logits that spread by about one
@@ -166,3 +168,67 @@ def test_labels_survive_writing_and_reading(tmp_path: Path) -> None:
         assert ours.tolist() == theirs.tolist()
     assert read.groups.tolist() == [0, 0, 1]
     assert read.logits.tolist() == [0.5, -1, 2]
+
+
+RUN = {f"q{i}": {f"p{n}": float(-n) for n in range(i, i + 3)} for i in range(4)}
+TEXTS = BeirDataset(
+    corpus={f"p{n}": "word " * n for n in range(6)},
+    queries={f"q{i}": f"query {i}" for i in range(4)},
+    qrels={},
+)
+
+
+def score_by_length(asked: list[str], num_queries: int = 99) -> Any:
+    """Return a model that longer passages please, and that is interrupted after some queries."""
+
+    def score(pairs: list[tuple[str, str]]) -> list[float]:
+        if len(asked) == num_queries:
+            raise KeyboardInterrupt
+        asked.append(pairs[0][0])
+        return [len(passage) / 3 for _, passage in pairs]
+
+    return score
+
+
+def test_a_run_that_is_kept_is_scored_once(tmp_path: Path) -> None:
+    kept = tmp_path / "original.trec"
+    asked: list[str] = []
+    whole = score_run(score_by_length(asked), TEXTS, RUN, kept)
+    assert whole["q1"] == {"p1": 5 / 3, "p2": 10 / 3, "p3": 15 / 3}
+    assert read_run(kept) == whole
+    assert score_run(score_by_length(asked), TEXTS, RUN, kept) == whole
+    assert asked == [f"query {i}" for i in range(4)]
+
+
+def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path) -> None:
+    kept = tmp_path / "original.trec"
+    asked: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        score_run(score_by_length(asked, 2), TEXTS, RUN, kept)
+    assert list(read_run(kept)) == ["q0", "q1"]
+    score_run(score_by_length(asked), TEXTS, RUN, kept)
+    assert asked == [f"query {i}" for i in range(4)]
+    assert list(read_run(kept)) == list(RUN)
+
+
+def test_half_of_the_last_query_is_dropped_wherever_the_file_ends(tmp_path: Path) -> None:
+    kept = tmp_path / "original.trec"
+    whole = score_run(score_by_length([]), TEXTS, RUN, kept)
+    text = kept.read_bytes()
+    for end in range(len(text)):
+        kept.write_bytes(text[:end])
+        asked: list[str] = []
+        assert score_run(score_by_length(asked), TEXTS, RUN, kept) == whole
+        assert kept.read_bytes() == text
+        assert len(asked) == 4 - text[:end].count(b"\n") // 3  # what was whole is not scored again
+
+
+def test_what_other_queries_got_is_kept_and_what_no_longer_fits_is_scored_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "original.trec"
+    whole = score_run(score_by_length([]), TEXTS, RUN, kept)
+    asked: list[str] = []
+    fewer: Run = {"q3": RUN["q3"], "q1": {"p1": 2.0, "p5": 1.0}}
+    found = score_run(score_by_length(asked), TEXTS, fewer, kept)
+    assert asked == ["query 1"]
+    assert found == {"q3": whole["q3"], "q1": {"p1": 5 / 3, "p5": 25 / 3}}
+    assert read_run(kept) == {**whole, "q1": found["q1"]}

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.bm25 import Bm25
-from bge_rerank_integrations.datasets import BeirDataset, Run, read_beir
+from bge_rerank_integrations.datasets import BeirDataset, Run, format_run, read_beir, read_run
 from bge_rerank_integrations.evaluation import measure
 from bge_rerank_integrations.reranking import rerank_run
 from training import sources
@@ -25,6 +23,8 @@ from training.original import MAX_LENGTH
 
 DEPTH = 50
 MEASURE = "nDCG@10"
+
+_TAG = "ms-marco-MiniLM-L-12-v2"
 
 
 class Row(NamedTuple):
@@ -44,6 +44,9 @@ class OnnxReranker:
     """
 
     def __init__(self, folder: Path) -> None:
+        # Here alone, so that the rest can be imported and tested without it.
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
@@ -73,7 +76,8 @@ def make_table(
     """Rerank BM25's best 50 of each dataset with everything.
 
     Args:
-        cache: Where the pinned sources lie; the original's scores are kept there, since they take long.
+        cache: Where the pinned sources lie. The original's runs are kept there, since they take long, as
+            original-NAME.trec for a folder called NAME.
         folders: BEIR folders.
         checkpoints: What was made.
         dtype: Precision of the checkpoints.
@@ -87,7 +91,7 @@ def make_table(
     original = OnnxReranker(folder)
     started = time.perf_counter()
     scored = [
-        _original_run(original, dataset, run, cache / f"scores-{path.name}.jsonl")
+        score_run(original.score, dataset, run, cache / f"original-{path.resolve().name}.trec")
         for path, dataset, run in zip(folders, datasets, runs, strict=True)
     ]
     values = [_mean(*both) for both in zip(datasets, scored, strict=True)]
@@ -105,6 +109,46 @@ def make_table(
             size = (checkpoint / "model.safetensors").stat().st_size
             rows.append(Row(checkpoint.name, size / 1e6, values, time.perf_counter() - started))
     return rows
+
+
+def score_run(
+    score: Callable[[Sequence[tuple[str, str]]], list[float]], dataset: BeirDataset, run: Run, kept: Path
+) -> Run:
+    """Score a run, but for what an earlier call has left in a TREC run, also one that was killed.
+
+    Args:
+        score: Logits of (query, passage) pairs.
+        dataset: Texts.
+        run: What to score.
+        kept: The TREC run; each query is added to it when it is done.
+    """
+    known = _keep_whole_queries(run, kept)
+    with kept.open("a", encoding="utf-8", newline="\n") as file:
+        for query_id, passages in tqdm(run.items(), unit="query", desc=kept.stem):
+            if query_id not in known:
+                pairs = [(dataset.queries[query_id], dataset.corpus[passage]) for passage in passages]
+                known[query_id] = dict(zip(passages, score(pairs), strict=True))
+                file.write("".join(format_run({query_id: known[query_id]}, _TAG)))
+                file.flush()
+    return {query_id: {passage: known[query_id][passage] for passage in run[query_id]} for query_id in run}
+
+
+def _keep_whole_queries(run: Run, kept: Path) -> Run:
+    """Read what was scored earlier, and drop from it what does not cover its query."""
+    if not kept.exists():
+        return {}
+    text = kept.read_bytes()
+    temporary = kept.with_name(kept.name + ".tmp")
+    temporary.write_bytes(text[: text.rfind(b"\n") + 1])  # the last line may be half a line
+    found = read_run(temporary)
+    known = {
+        query_id: scores
+        for query_id, scores in found.items()
+        if query_id not in run or run[query_id].keys() <= scores.keys()
+    }
+    temporary.write_text("".join(format_run(known, _TAG)), encoding="utf-8", newline="\n")
+    temporary.replace(kept)
+    return known
 
 
 def format_table(folders: Sequence[Path], rows: Sequence[Row]) -> str:
@@ -130,24 +174,6 @@ def _thinned(dataset: BeirDataset, every: int) -> BeirDataset:
         queries={query_id: dataset.queries[query_id] for query_id in chosen},
         qrels={query_id: dataset.qrels[query_id] for query_id in chosen},
     )
-
-
-def _original_run(original: OnnxReranker, dataset: BeirDataset, run: Run, kept: Path) -> Run:
-    """Score a run, but for what an earlier call has left in the file `kept`."""
-    known: Run = {}
-    if kept.exists():
-        known = dict(map(json.loads, kept.read_text(encoding="utf-8").splitlines()))
-    scored: Run = {}
-    with kept.open("a", encoding="utf-8") as file:
-        for query_id, passages in tqdm(run.items(), unit="query", desc=kept.stem):
-            found = known.get(query_id, {})
-            if not passages.keys() <= found.keys():
-                pairs = [(dataset.queries[query_id], dataset.corpus[passage]) for passage in passages]
-                found = dict(zip(passages, original.score(pairs), strict=True))
-                file.write(json.dumps([query_id, found]) + "\n")
-                file.flush()
-            scored[query_id] = {passage: found[passage] for passage in passages}
-    return scored
 
 
 def _mean(dataset: BeirDataset, run: Run) -> float:

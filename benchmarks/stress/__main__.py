@@ -22,7 +22,7 @@ from benchmarks.stress.callers import concurrent_calls, event_loop_gaps, identic
 from benchmarks.stress.checkpoints import bad_checkpoints
 from benchmarks.stress.common import Bench, Outcome
 from benchmarks.stress.inputs import every_length, malformed_inputs, scores_not_finite
-from benchmarks.stress.memory import memory_growth
+from benchmarks.stress.memory import memory_growth, memory_of_a_job
 from benchmarks.stress.privacy import canaries
 from benchmarks.stress.process import fork_after_use, interpreter_exit
 from benchmarks.stress.queue import (
@@ -67,6 +67,7 @@ FIGURES: Final = {
     15: Figure("identical pairs in random batches", "1e-5; bit-identical repeated", identical_pairs),
     16: Figure("interpreter exit with 100 queued", "5 s, exit code 0, silent", interpreter_exit),
     17: Figure("fork after use", "typed error in 1 s", fork_after_use),
+    18: Figure("memory of a job of 100,000 pairs", "300 MB above the model", memory_of_a_job),
 }
 
 

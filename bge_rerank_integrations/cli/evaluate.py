@@ -20,8 +20,8 @@ from bge_rerank_integrations.cli.options import (
 )
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.datasets import BeirDataset, read_beir, read_run
-from bge_rerank_integrations.evaluation import Change, Report, evaluate
-from bge_rerank_integrations.plots import plot_report
+from bge_rerank_integrations.evaluation import Change, Interval, Report, evaluate
+from bge_rerank_integrations.plots import check_plot, plot_report
 from bge_rerank_integrations.scorer import Scorer
 
 _NUM_SHOWN = 5
@@ -31,7 +31,17 @@ _MAX_CHARACTERS = 70
 @click.command("eval")
 @click.argument("folder", type=EXISTING_FOLDER)
 @click.option(
-    "--run", type=EXISTING_FILE, help="First stage: a TREC run.  [default: BM25 over the folder's corpus]"
+    "--run",
+    type=EXISTING_FILE,
+    metavar="RUN",
+    help="First stage: a TREC run.  [default: BM25 over the folder's corpus]",
+)
+@click.option(
+    "--compare",
+    type=EXISTING_FILE,
+    metavar="RUN",
+    help="Another reranker of the same passages, to set beside the model: a TREC run, such as `rerank-run` "
+    "writes.",
 )
 @click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv to judge by.")
 @click.option(
@@ -49,6 +59,7 @@ def evaluate_command(
     config: ScorerConfig,
     folder: Path,
     run: Path | None,
+    compare: Path | None,
     split: str,
     depth: int,
     plot: Path | None,
@@ -61,17 +72,27 @@ def evaluate_command(
     and recall of the first stage and after reranking, with the 95 % interval of a paired bootstrap over
     the queries, and the queries that gained and lost most.
 
+    --compare puts another reranker's run beside it: what it measures, the share of that which the model
+    reaches, and the interval of the difference. It must rank all passages that are reranked here; what
+    it ranks beyond them does not count.
+
     \b
     bge-rerank eval scifact/ --model embedded
     bge-rerank eval scifact/ --run dense.trec --depth 100 --plot scifact.png --json
+    bge-rerank eval scifact/ --model embedded --compare other-reranker.trec
     """
+    if plot is not None:
+        check_plot(plot)
     dataset = read_beir(folder, split)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
+    compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
-        report = evaluate(scorer, dataset, first, depth, progress=shows_progress(quiet))
+        report = evaluate(scorer, dataset, first, depth, compared=compared, progress=shows_progress(quiet))
     if as_json:
         record = {"model": config.model, "folder": str(folder), **dataclasses.asdict(report)}
-        record["intervals"] = {name: interval._asdict() for name, interval in report.intervals.items()}
+        record["intervals"] = _plain(report.intervals)
+        if report.compared is not None:
+            record["compared"]["intervals"] = _plain(report.compared.intervals)
         record["changes"] = [change._asdict() for change in report.changes]
         click.echo(json.dumps(record))
     else:
@@ -84,12 +105,22 @@ def _print(report: Report, dataset: BeirDataset, first: str, model: str) -> None
     click.echo(f"First stage: {first}; {len(report.changes)} queries, {report.num_pairs} pairs; {model}\n")
     if report.num_unanswered:
         click.echo(f"{report.num_unanswered} queries have no passage to rerank and count as 0.\n")
-    click.echo(f"{'':10}{'before':>9}{'after':>9}{'change':>9}   95 % interval")
+    other = report.compared
+    width = 0 if other is None else max(len(other.name) + 2, 9)
+    between = "" if other is None else f"{other.name:>{width}}"
+    click.echo(f"{'':10}{'before':>9}{between}{'after':>9}{'change':>9}   95 % interval")
     for name, interval in report.intervals.items():
+        between = "" if other is None else f"{other.means[name]:{width}.4f}"
         click.echo(
-            f"{name:10}{report.before[name]:9.4f}{report.after[name]:9.4f}{interval.mean:+9.4f}"
-            f"   {interval.low:+.4f} to {interval.high:+.4f}"
+            f"{name:10}{report.before[name]:9.4f}{between}{report.after[name]:9.4f}{_format(interval)}"
         )
+    if other is not None:
+        click.echo(f"\nAfter, against {other.name}:")
+        click.echo(f"{'':10}{'share':>9}{'difference':>12}   95 % interval")
+        for name, interval in other.intervals.items():
+            share = other.shares[name]
+            shown = "-" if share is None else f"{share:.1%}"
+            click.echo(f"{name:10}{shown:>9}   {_format(interval)}")
     better = sum(change.after > change.before for change in report.changes)
     worse = sum(change.after < change.before for change in report.changes)
     same = len(report.changes) - better - worse
@@ -100,6 +131,14 @@ def _print(report: Report, dataset: BeirDataset, first: str, model: str) -> None
         f"\n{report.seconds:.1f} s: {report.num_pairs / report.seconds:.0f} pairs/s, "
         f"{report.num_tokens / report.seconds:.0f} tokens/s"
     )
+
+
+def _format(interval: Interval) -> str:
+    return f"{interval.mean:+9.4f}   {interval.low:+.4f} to {interval.high:+.4f}"
+
+
+def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
+    return {name: interval._asdict() for name, interval in intervals.items()}
 
 
 def _print_changes(title: str, changes: list[Change], dataset: BeirDataset) -> None:

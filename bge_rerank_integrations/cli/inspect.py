@@ -10,8 +10,8 @@ import click
 
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, config_options, json_option
-from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.errors import CheckpointError, ConfigError
+from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
+from bge_rerank_integrations.errors import CheckpointError, ConfigError, HubUnreachableError
 from bge_rerank_integrations.published import TOLERANCE, check_published, require_published
 from bge_rerank_integrations.scorer import Scorer
 
@@ -37,8 +37,14 @@ def info(config: ScorerConfig, as_json: bool) -> None:
     try:
         checkpoint = describe_checkpoint(config)
         missing = None
+    except HubUnreachableError:  # it was not asked: nothing is downloaded here
+        checkpoint = None
+        missing = (
+            "not on this machine; the first use asks the hub for it. Where none can be reached, name a "
+            f"folder, or take --model {EMBEDDED_MODEL}"
+        )
     except (CheckpointError, ConfigError) as error:
-        checkpoint, missing = None, str(error)
+        checkpoint, missing = None, f"not usable: {error}"
     if as_json:
         model = {"error": missing} if checkpoint is None else dataclasses.asdict(checkpoint)
         record = {"machine": dataclasses.asdict(machine), "model": {"name": config.model, **model}}
@@ -48,16 +54,16 @@ def info(config: ScorerConfig, as_json: bool) -> None:
     rows = {
         "device": f"{machine.device} ({machine.device_reason}): {machine.device_name}",
         "dtype": f"{machine.dtype} ({machine.dtype_reason}); fast bfloat16: {fast}",
-        "attention": machine.attention,
-        "linear layers": machine.linear,
+        "attention": f"{machine.attention} ({machine.attention_reason})",
+        "linear layers": f"{machine.linear} ({machine.linear_reason})",
         "batches": f"up to {machine.max_batch_tokens} tokens",
-        "CPU threads": f"{machine.threads} of {machine.cores} cores",
+        "CPU threads": f"{machine.threads} of {machine.cores} cores ({machine.threads_reason})",
         "Python": machine.python,
         **{name: number or "not installed" for name, number in versions.items()},
         "model": config.model,
     }
     if checkpoint is None:
-        rows["  not usable"] = str(missing)
+        rows[""] = str(missing)
     else:
         rows["  folder"] = checkpoint.folder
         rows["  size"] = (

@@ -100,7 +100,12 @@ def rank(
             progress=progress,
         )
         if job is not None:
-            job.write(rows)
+            try:
+                job.write(rows)
+            except KeyboardInterrupt:
+                if input_path is not None:
+                    click.echo("Stopped. The same command goes on from here.", err=True)
+                raise
         else:
             for batch in rows:
                 click.echo("".join(batch), nl=False)

@@ -37,8 +37,11 @@ class MachineReport:
         dtype: Precision of the encoder.
         dtype_reason: Why this one.
         attention: Implementation of attention.
+        attention_reason: What it does.
         linear: Implementation of linear layers.
+        linear_reason: What it does.
         threads: CPU threads that compute.
+        threads_reason: Why so many.
         cores: CPU cores that there are.
         max_batch_tokens: Most tokens in one forward pass.
         bfloat16: Whether the device computes in bfloat16 faster than in float32; None if unknown.
@@ -52,8 +55,11 @@ class MachineReport:
     dtype: str
     dtype_reason: str
     attention: str
+    attention_reason: str
     linear: str
+    linear_reason: str
     threads: int
+    threads_reason: str
     cores: int
     max_batch_tokens: int
     bfloat16: bool | None
@@ -96,15 +102,20 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     chosen = "chosen"
+    attention = resolve_attention(device, dtype, _BGE_HEAD_DIM)
+    linear = resolve_linear(device, dtype).make
     return MachineReport(
         device=str(device),
         device_name=_device_name(device),
         device_reason=_why_device(device) if config.device == "auto" else chosen,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=f"default on {device.type}" if config.dtype == "auto" else chosen,
-        attention=_name(resolve_attention(device, dtype, _BGE_HEAD_DIM)),
-        linear=_name(resolve_linear(device, dtype).make),
+        attention=_name(attention),
+        attention_reason=_summary(attention),
+        linear=_name(linear),
+        linear_reason=_summary(linear),
         threads=config.num_threads or torch.get_num_threads(),
+        threads_reason=chosen if config.num_threads else "torch's choice",
         cores=os.cpu_count() or 1,
         max_batch_tokens=resolve_max_batch_tokens(config, device),
         bfloat16=_has_fast_bfloat16(device),
@@ -155,6 +166,10 @@ def _has_fast_bfloat16(device: torch.device) -> bool | None:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return None
+
+
+def _summary(function: Callable[..., object]) -> str:
+    return (function.__doc__ or "").partition("\n")[0].rstrip(".").replace("`", "")
 
 
 def _name(function: Callable[..., object]) -> str:
