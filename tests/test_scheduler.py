@@ -35,7 +35,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
-from bge_rerank_integrations.scheduler import MicroBatcher
+from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.tokenization import IntArray
 from tests.tolerances import LOGIT_TOLERANCE
 
@@ -89,7 +89,7 @@ def make() -> Iterator[Callable[..., MicroBatcher]]:
     def build(
         score: Callable[[list[IntArray]], list[float]], budget: int = 100, **options: Any
     ) -> MicroBatcher:
-        made.append(MicroBatcher(score, lambda: budget, **options))
+        made.append(MicroBatcher([Replica(score, lambda: budget)], **options))
         return made[-1]
 
     yield build
@@ -109,7 +109,7 @@ def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroB
     ]
     futures = [batcher.submit(request) for request in requests]
     assert results(futures) == [firsts(request) for request in requests]
-    stats = batcher.stats(cache_hits=0, splits=0)
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
     assert (stats.requests, stats.pairs, stats.failed, stats.cancelled) == (60, 420, 0, 0)
     assert (stats.queued_requests, stats.queued_tokens) == (0, 0)
     assert stats.tokens == sum(len(sequence) for request in requests for sequence in request)
@@ -129,7 +129,7 @@ def test_what_is_waiting_shares_a_batch(make: Callable[..., MicroBatcher], gate:
     gate.let_through()
     results(futures)
     assert [sorted(batch) for batch in gate.batches] == [[0], list(range(1, 11))]
-    assert batcher.stats(cache_hits=0, splits=0).requests_per_batch == 5.5
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).requests_per_batch == 5.5
 
 
 def test_batches_stay_within_the_budget(make: Callable[..., MicroBatcher], gate: Gate) -> None:
@@ -217,7 +217,7 @@ def test_cancelled_work_is_not_computed(make: Callable[..., MicroBatcher], gate:
     assert all(666 not in batch for batch in gate.batches)
     with pytest.raises(CancelledError):
         doomed.result(0)
-    stats = batcher.stats(cache_hits=0, splits=0)
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
     assert (stats.cancelled, stats.queued_requests, stats.queued_tokens) == (1, 0, 0)
 
 
@@ -253,7 +253,7 @@ def test_one_bad_request_among_sixteen_fails_alone(
                 future.result(PATIENCE_S)
         else:
             assert future.result(PATIENCE_S) == [20.0 + number]
-    assert batcher.stats(cache_hits=0, splits=0).failed == 1
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).failed == 1
 
 
 def test_an_error_reaches_its_caller_unchanged(make: Callable[..., MicroBatcher]) -> None:
@@ -354,7 +354,7 @@ def test_a_worker_killed_from_outside_leaves_nobody_waiting(
     futures = [batcher.submit([ids(0)])]
     gate.wait_until_entered()
     futures += [batcher.submit([ids(number)]) for number in range(50)]
-    (worker,) = [t for t in threading.enumerate() if t is batcher._worker]
+    (worker,) = batcher._workers.values()
     assert worker.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     gate.let_through()
@@ -389,12 +389,12 @@ def test_close_within_a_time_limit_fails_what_is_not_finished(
 
 
 def test_a_forgotten_batcher_goes_away() -> None:
-    batcher = MicroBatcher(firsts, lambda: 10, idle_s=0.05)
+    batcher = MicroBatcher([Replica(firsts, lambda: 10)], idle_s=0.05)
     assert batcher.submit([ids(3)]).result(PATIENCE_S) == [3.0]
-    worker = batcher._worker
+    workers = list(batcher._workers.values())
     reference = weakref.ref(batcher)
     del batcher
-    if worker is not None:
+    for worker in workers:
         worker.join(PATIENCE_S)
     gc.collect()
     assert reference() is None
@@ -429,7 +429,8 @@ class FlakyForward:
 def test_two_thousand_requests_through_injected_errors(make: Callable[..., MicroBatcher]) -> None:
     forward = FlakyForward()
     runner = Runner(forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=200)
-    batcher = MicroBatcher(runner.run, lambda: runner.max_batch_tokens, is_device_lost=is_device_lost)
+    replica = Replica(runner.run, lambda: runner.max_batch_tokens)
+    batcher = MicroBatcher([replica], is_device_lost=is_device_lost)
     numbers = random.Random(1)
     requests = [[sized(number, numbers.randrange(1, 30)) for _ in range(3)] for number in range(2000)]
     with ThreadPoolExecutor(16) as pool:
