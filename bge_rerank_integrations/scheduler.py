@@ -380,6 +380,7 @@ class MicroBatcher:
 
     def _forget_cancelled(self, request: Request) -> None:
         if request.future.cancelled():
+            self._claim(request)  # lest those hang who wait for several futures at once
             with self._changed:
                 self._recorder.cancelled += 1
                 self._drop(request)

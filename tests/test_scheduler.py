@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +37,8 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.tokenization import IntArray
+from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
 from tests.tolerances import LOGIT_TOLERANCE
-
-PATIENCE_S = 20.0  # nothing here takes a hundredth of it, unless it hangs
-
-
-def ids(*values: int) -> IntArray:
-    """Return a sequence whose score, below, is its first id."""
-    return np.array(values, dtype=np.int32)
-
-
-def sized(value: int, length: int) -> IntArray:
-    return np.full(length, value, dtype=np.int32)
-
-
-def firsts(batch: list[IntArray]) -> list[float]:
-    return [float(sequence[0]) for sequence in batch]
-
-
-class Gate:
-    """A score callable that waits to be let through and remembers its batches."""
-
-    def __init__(self) -> None:
-        self.entered = threading.Semaphore(0)
-        self.open = threading.Semaphore(0)
-        self.batches: list[list[float]] = []
-
-    def __call__(self, batch: list[IntArray]) -> list[float]:
-        self.entered.release()
-        assert self.open.acquire(timeout=PATIENCE_S)
-        self.batches.append(firsts(batch))
-        return firsts(batch)
-
-    def wait_until_entered(self) -> None:
-        assert self.entered.acquire(timeout=PATIENCE_S)
-
-    def let_through(self, count: int = 1000) -> None:
-        self.open.release(count)
 
 
 @pytest.fixture
@@ -95,10 +60,6 @@ def make() -> Iterator[Callable[..., MicroBatcher]]:
     yield build
     for batcher in made:
         batcher.close(timeout=1.0)
-
-
-def results(futures: list[Future[list[float]]]) -> list[list[float]]:
-    return [future.result(PATIENCE_S) for future in futures]
 
 
 def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroBatcher]) -> None:
