@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -23,6 +25,13 @@ def sized(value: int, length: int) -> IntArray:
 
 def firsts(batch: list[IntArray]) -> list[float]:
     return [float(sequence[0]) for sequence in batch]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 class Gate:

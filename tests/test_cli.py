@@ -207,8 +207,9 @@ def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
 
 
 def test_info_needs_no_model() -> None:
-    result = run("info", "--device", "cpu")
+    result = run("info", "--devices", "cpu")
     assert result.exit_code == 0
+    assert "cpu (chosen)" in result.stdout
     assert "not usable" in result.stdout
     assert "error" in json.loads(run("info", "--json").stdout)["model"]
 

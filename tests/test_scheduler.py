@@ -512,9 +512,10 @@ def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[st
 def test_passages_that_come_back_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
     with Scorer(checkpoint, device="cpu") as scorer:
         first = scorer.score([("query", text) for text in texts])
-        assert scorer.stats().cache_hits == 0
+        assert (scorer.stats().cache_hits, scorer.stats().cache_hit_rate) == (0, 0.0)
         assert scorer.score([("query", text) for text in texts]) == first
-        assert scorer.stats().cache_hits == len(texts)
+        assert scorer.stats().cache_hits == scorer.stats().cache_misses == len(texts)
+        assert scorer.stats().to_dict()["cache_hit_rate"] == 0.5
         scorer.score([("other", texts[0]), ("another", texts[0]), ("other", "new")])
         assert scorer.stats().cache_hits == len(texts) + 1
 
