@@ -272,12 +272,12 @@ class MicroBatcher:
 
     def _take(self, replica: Replica, max_tokens: int) -> Batch:
         batch = self._waiting.take(max_tokens)
+        self._running[replica] = dict(batch)
         now = time.monotonic()
         for request in batch:
             if not request.has_started:
                 request.has_started = True
                 self._recorder.started(now - request.submitted_at)
-        self._running[replica] = dict(batch)
         return batch
 
     def _run(self, replica: Replica, batch: Batch) -> None:
