@@ -33,7 +33,7 @@ import torch
 from benchmarks.common import describe_hardware, import_optional, make_pairs, quiet, version
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint import find_checkpoint
-from bge_rerank_integrations.pairs import prepare
+from bge_rerank_integrations.pairs import PreparedPairs
 from examples.random_checkpoint import build_random_checkpoint
 
 OURS: Final = "Scorer.rank, threads"
@@ -345,8 +345,9 @@ def _lone_overhead(scorer: Scorer) -> dict[str, float]:
     query, passage = "what is a panda?", "The giant panda is a bear."
 
     def direct() -> float:
-        prepared = prepare(pipeline.tokenizer, [query], [passage])
-        return prepared.results(pipeline.runner.run(prepared.windows), normalize=True)[0].score
+        prepared = PreparedPairs([query], [passage])
+        (windows,) = prepared.encode(pipeline.tokenizer, 1)
+        return prepared.results(pipeline.runners[0].run(windows), normalize=True)[0].score
 
     ways: dict[str, Callable[[], object]] = {
         "scorer_us": lambda: scorer.score([(query, passage)]),

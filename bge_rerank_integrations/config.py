@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
 from bge_rerank_integrations.errors import ConfigError
@@ -39,6 +39,8 @@ class ScorerConfig:
         cache_folder: Where hub downloads are kept; None is the hub library's own cache.
         local_files_only: Never ask the network; use what is in the cache.
         device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
+        devices: Several devices of one kind, such as `("cuda:0", "cuda:1")`, instead of `device`: each holds
+            a copy of the model, and all take batches from one queue. Any sequence; kept as a tuple.
         dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16` or `int8`.
             float16 is refused on a CPU, which has no fast arithmetic for it; int8 is for CPUs alone, those
             with VNNI instructions, and needs the extra `int8`.
@@ -73,6 +75,7 @@ class ScorerConfig:
     cache_folder: str | None = None
     local_files_only: bool = False
     device: str = "auto"
+    devices: tuple[str, ...] | None = None
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None
@@ -91,6 +94,8 @@ class ScorerConfig:
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
+        if isinstance(self.devices, Sequence) and not isinstance(self.devices, str):
+            object.__setattr__(self, "devices", tuple(self.devices))
         self._check_types()
         self._check_model()
         self._check_device()
@@ -102,6 +107,12 @@ class ScorerConfig:
         if self.query_max_length is not None:
             return self.query_max_length
         return self.max_length * 3 // 4
+
+    def per_device(self) -> list[ScorerConfig]:
+        """Return these settings once for each device, as those of a scorer on that device alone."""
+        if self.devices is None:
+            return [self]
+        return [dataclasses.replace(self, device=device, devices=None) for device in self.devices]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ScorerConfig:
@@ -116,9 +127,10 @@ class ScorerConfig:
             raise ConfigError(f"unknown setting(s) {unknown}; known are {known}")
         return cls(**data)
 
-    def to_dict(self) -> dict[str, str | float | bool | None]:
+    def to_dict(self) -> dict[str, str | float | bool | list[str] | None]:
         """Return the settings as a dict that JSON can hold; `from_dict` takes it back unchanged."""
-        return dataclasses.asdict(self)
+        devices = None if self.devices is None else list(self.devices)
+        return {**dataclasses.asdict(self), "devices": devices}
 
     def _check_types(self) -> None:
         for name in ("model", "device"):
@@ -150,12 +162,29 @@ class ScorerConfig:
             raise ConfigError(f"{name} must be an integer of at least {minimum}")
 
     def _check_device(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
-        if self.device.startswith("cpu") and self.dtype == "float16":
-            raise ConfigError(FLOAT16_ON_CPU)
-        if self.device.startswith(("cuda", "mps")) and self.dtype == "int8":
-            raise ConfigError(INT8_OFF_CPU)
+        if self.devices is not None:
+            self._check_devices(self.devices)
+        for device in self.devices or (self.device,):
+            if not _DEVICE.fullmatch(device):
+                raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+            if device.startswith("cpu") and self.dtype == "float16":
+                raise ConfigError(FLOAT16_ON_CPU)
+            if device.startswith(("cuda", "mps")) and self.dtype == "int8":
+                raise ConfigError(INT8_OFF_CPU)
+
+    def _check_devices(self, devices: tuple[str, ...]) -> None:
+        if not isinstance(devices, tuple) or not all(isinstance(device, str) for device in devices):
+            raise ConfigError("devices must be a list of strings or None")
+        if self.device != "auto":
+            raise ConfigError("device and devices cannot both be given")
+        if not devices or "auto" in devices:
+            raise ConfigError("devices must name at least one device, and each by its own name, not 'auto'")
+        if len({device.partition(":")[0] for device in devices}) > 1:
+            raise ConfigError("devices must be of one kind, so that scores do not depend on which is idle")
+        # 'cuda' is the first CUDA device, and 'cpu:N' the only CPU.
+        distinct = {"cpu" if device.startswith("cpu") else device for device in devices}
+        if len({"cuda:0" if device == "cuda" else device for device in distinct}) < len(devices):
+            raise ConfigError("devices must not name a device twice")
 
     def _check_model(self) -> None:
         if self.model == EMBEDDED_MODEL and self.revision is not None:

@@ -7,7 +7,15 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import Self
 
@@ -24,6 +32,8 @@ def _path_to_str(value: Any) -> Any:
 
 
 PathOrName = Annotated[str, BeforeValidator(_path_to_str)]
+# A list where JSON has one, so that what is dumped equals what is read back.
+DeviceNames = Annotated[tuple[str, ...], PlainSerializer(list, return_type=list[str])]
 
 
 class RerankOptions(BaseModel):
@@ -38,7 +48,8 @@ class RerankOptions(BaseModel):
             `retrieval_score` (where it gave one) and `retrieval_rank` (from 0).
         scorer: A scorer of one's own: anything with `rank` and `arank`. It scores by its own settings,
             so none of those above may be given beside it, and `normalize` is not applied. None, the
-            default, uses the process's shared scorer for these settings, loaded at first use.
+            default, uses the process's shared scorer for these settings, loaded at first use. It is in no
+            dump, since it may hold an address or a key: give it again to what is read back from one.
     """
 
     model_config = ConfigDict(
@@ -54,6 +65,7 @@ class RerankOptions(BaseModel):
     cache_folder: PathOrName | None = None
     local_files_only: bool = False
     device: str = "auto"
+    devices: DeviceNames | None = None
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from bge_rerank_integrations.errors import NonFiniteScoreError
@@ -23,22 +22,40 @@ class PairResult(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True)
 class PreparedPairs:
-    """The pairs of one request, in the caller's order, and the ids of each distinct one."""
+    """The pairs of one request, in the caller's order, and the ids of each distinct one.
 
-    pairs: Sequence[Pair]
-    encoded: dict[Pair, EncodedPair]
+    Args:
+        queries: The query of each pair.
+        passages: The passage of each pair, of equal number.
+
+    Attributes:
+        pairs: All of them.
+        encoded: The distinct ones that are encoded, in order.
+    """
+
+    def __init__(self, queries: Sequence[str], passages: Sequence[str]) -> None:
+        self.pairs: list[Pair] = list(zip(queries, passages, strict=True))
+        self.encoded: dict[Pair, EncodedPair] = {}
+        self._distinct = list(dict.fromkeys(self.pairs))
+
+    def encode(self, tokenizer: PairTokenizer, num_pairs: int) -> Iterator[list[IntArray]]:
+        """Encode the distinct pairs, so many at a time, and yield their windows, which is what to score."""
+        queries, passages = [query for query, _ in self._distinct], [passage for _, passage in self._distinct]
+        pairs = iter(self._distinct)
+        for encoded in tokenizer.stream(queries, passages, num_pairs):
+            self.encoded.update((pair, each) for each, pair in zip(encoded, pairs, strict=False))
+            yield [window for each in encoded for window in each.windows]
 
     @property
-    def windows(self) -> list[IntArray]:
-        """The sequences to score: all windows of all distinct pairs."""
-        return [window for pair in self.encoded.values() for window in pair.windows]
+    def num_left(self) -> int:
+        """How many distinct pairs are still to be encoded."""
+        return len(self._distinct) - len(self.encoded)
 
     @property
     def num_duplicates(self) -> int:
         """How many pairs are scored by way of an equal one."""
-        return len(self.pairs) - len(self.encoded)
+        return len(self.pairs) - len(self._distinct)
 
     @property
     def num_truncated(self) -> int:
@@ -49,7 +66,7 @@ class PreparedPairs:
         """Give each pair its best window's score.
 
         Args:
-            logits: One a window, in the order of `windows`.
+            logits: One a window, in the order in which `encode` gave them.
             normalize: Put scores through a sigmoid.
 
         Raises:
@@ -70,11 +87,3 @@ class PreparedPairs:
                 num_tokens=sum(map(len, encoded.windows)),
             )
         return [results[pair] for pair in self.pairs]
-
-
-def prepare(tokenizer: PairTokenizer, queries: Sequence[str], passages: Sequence[str]) -> PreparedPairs:
-    """Encode the pairs `zip(queries, passages)`, each distinct one once."""
-    pairs = list(zip(queries, passages, strict=True))
-    distinct = list(dict.fromkeys(pairs))
-    encoded = tokenizer.encode([query for query, _ in distinct], [passage for _, passage in distinct])
-    return PreparedPairs(pairs, dict(zip(distinct, encoded, strict=True)))

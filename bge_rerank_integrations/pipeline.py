@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.inputs import check_timeout
-from bge_rerank_integrations.pairs import PairResult, PreparedPairs, prepare
+from bge_rerank_integrations.pairs import PairResult, PreparedPairs
 from bge_rerank_integrations.process import check_process, mark_process_in_use
-from bge_rerank_integrations.scheduler import MicroBatcher
+from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.token_cache import TokenCache
 from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.waiting import Request
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _OnProgress = Callable[[int], object]
 
+# Of a request with more pairs, the device gets so many as soon as they are encoded, and is busy with them
+# while others are.
+_NUM_PAIRS_AT_ONCE: Final = 512
 # Threads that tokenize for async callers; the tokenizer itself spreads a call over the cores.
 _NUM_TOKENIZERS: Final = 2
 # 8 MB: some ten thousand passages of a hundred tokens.
@@ -39,12 +44,12 @@ _TIMED_OUT: Final = "not finished within the timeout; what had not started was d
 
 
 class Pipeline:
-    """A tokenizer, a device and the queue between them.
+    """A tokenizer, a device or several, and the queue between them.
 
     Args:
         tokenizer: Texts to ids, in the caller's thread.
         cache: The tokenizer's.
-        runner: Ids to logits, in the queue's.
+        runners: Ids to logits, in the queue's; one a device.
         config: How to queue, and whether to normalize.
         is_device_lost: Whether an error means that the device will not work again.
     """
@@ -53,17 +58,18 @@ class Pipeline:
         self,
         tokenizer: PairTokenizer,
         cache: TokenCache,
-        runner: Runner,
+        runners: Sequence[Runner],
         config: ScorerConfig,
         is_device_lost: Callable[[BaseException], bool],
     ) -> None:
         self.tokenizer = tokenizer
-        self.runner = runner
+        self.runners = runners
         self._cache = cache
         self._normalize = config.normalize
+        # A request that does not fit is refused before any of it is computed, so all of it has to be known.
+        self._num_pairs_at_once = _NUM_PAIRS_AT_ONCE if config.max_queued_tokens is None else sys.maxsize
         self._batcher = MicroBatcher(
-            runner.run,
-            lambda: runner.max_batch_tokens,
+            list(map(_replica, runners)),
             max_wait_ms=config.max_wait_ms,
             max_queued_tokens=config.max_queued_tokens,
             is_device_lost=is_device_lost,
@@ -82,8 +88,9 @@ class Pipeline:
         """Score `zip(queries, passages)` and wait for it; see `Scorer.score` for the errors."""
         remaining = _countdown(timeout)
         with _progress_bar(shown=progress) as (set_total, on_progress):
-            prepared, future = self._begin(queries, passages, set_total, on_progress)
-            logits = _wait(future, remaining())
+            request = Request(on_progress)
+            prepared = self._feed(request, queries, passages, remaining, set_total)
+            logits = _wait(request.future, remaining())
         return prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
     def score_stream(
@@ -103,16 +110,21 @@ class Pipeline:
         remaining = _countdown(timeout)
         running: tuple[PreparedPairs, Future[list[float]]] | None = None
         with _progress_bar(shown=progress) as (_, on_progress):
+
+            def begin(queries: list[str], passages: list[str]) -> tuple[PreparedPairs, Future[list[float]]]:
+                request = Request(on_progress)
+                return self._feed(request, queries, passages, remaining), request.future
+
             try:
                 for queries, passages in chunks:
                     try:
-                        begun = self._begin(queries, passages, None, on_progress)
+                        begun = begin(queries, passages)
                     except QueueFullError:
                         if running is None:
                             raise
                         yield self._finish(running, remaining())  # what fills the queue may be our own
                         running = None
-                        begun = self._begin(queries, passages, None, on_progress)
+                        begun = begin(queries, passages)
                     if running is not None:
                         finished, running = running, begun
                         yield self._finish(finished, remaining())
@@ -128,22 +140,26 @@ class Pipeline:
     ) -> list[PairResult]:
         """Score `zip(queries, passages)` without blocking the event loop."""
         remaining = _countdown(timeout)
+        request = Request()
         try:
-            beginning = self._executor.submit(self._begin, queries, passages)
+            feeding = self._executor.submit(self._feed, request, queries, passages, remaining)
         except RuntimeError as error:  # shut down a moment ago
             raise ScorerClosedError("this scorer was closed; make a new one") from error
         try:
-            prepared, future = await _await(beginning, remaining())
+            prepared = await _await(feeding, remaining())
         except (asyncio.CancelledError, RequestTimeoutError):
-            # A thread that is tokenizing cannot be stopped, but what it goes on to submit can.
-            beginning.add_done_callback(_cancel_begun)
+            request.future.cancel()  # which ends the feeding where it has begun
             raise
-        logits = await _await(future, remaining())
+        logits = await _await(request.future, remaining())
         return prepared.results(logits, normalize=self._normalize)
 
     def stats(self) -> ScorerStats:
         """Return counts and times so far."""
-        return self._batcher.stats(cache_hits=self._cache.hits, splits=self.runner.num_splits)
+        return self._batcher.stats(
+            cache_hits=self._cache.hits,
+            cache_misses=self._cache.misses,
+            splits=sum(runner.num_splits for runner in self.runners),
+        )
 
     def health(self) -> ScorerHealth:
         """Return whether requests are taken."""
@@ -161,22 +177,31 @@ class Pipeline:
         logits = _wait(future, timeout)
         return prepared.results(logits, normalize=self._normalize)
 
-    def _begin(
+    def _feed(
         self,
+        request: Request,
         queries: list[str],
         passages: list[str],
+        remaining: Callable[[], float | None],
         set_total: _OnProgress | None = None,
-        on_progress: _OnProgress | None = None,
-    ) -> tuple[PreparedPairs, Future[list[float]]]:
-        """Encode pairs and hand them to the device."""
+    ) -> PreparedPairs:
+        """Encode pairs and hand them to the device, many pairs in parts, while anybody waits for them."""
         self._batcher.check_open()  # before the work of tokenizing for a queue that is full
-        prepared = prepare(self.tokenizer, queries, passages)
-        windows = prepared.windows
-        if set_total is not None:
-            set_total(len(windows))
-        future = self._batcher.submit(windows, on_progress)
+        prepared = PreparedPairs(queries, passages)
+        num_windows = 0
+        try:
+            for windows in prepared.encode(self.tokenizer, self._num_pairs_at_once):
+                num_windows += len(windows)
+                if set_total is not None:
+                    set_total(num_windows + prepared.num_left)
+                self._batcher.add(request, windows, is_last=prepared.num_left == 0)
+                if prepared.num_left and (request.is_over or remaining() == 0):
+                    return prepared  # for an error, a cancellation or a timeout, which is about to be raised
+        except BaseException:
+            request.future.cancel()
+            raise
         self._batcher.count(duplicates=prepared.num_duplicates, truncations=prepared.num_truncated)
-        return prepared, future
+        return prepared
 
 
 def load_pipeline(config: ScorerConfig) -> Pipeline:
@@ -192,7 +217,7 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         read_shape,
         require_file,
     )
-    from bge_rerank_integrations.engine.runner import is_device_lost, load_runner
+    from bge_rerank_integrations.engine.runner import is_device_lost, load_runners
 
     check_process()
     folder = find_checkpoint(config)
@@ -206,7 +231,11 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
             f"{shape.vocab_size}; tokenizer.json and weights must be of one checkpoint"
         )
     mark_process_in_use()
-    return Pipeline(tokenizer, cache, load_runner(config, folder, shape), config, is_device_lost)
+    return Pipeline(tokenizer, cache, load_runners(config, folder, shape), config, is_device_lost)
+
+
+def _replica(runner: Runner) -> Replica:
+    return Replica(runner.run, lambda: runner.max_batch_tokens)
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:
@@ -247,11 +276,6 @@ async def _await(future: Future[T], timeout: float | None) -> T:
     raise RequestTimeoutError(_TIMED_OUT)
 
 
-def _cancel_begun(beginning: Future[tuple[PreparedPairs, Future[list[float]]]]) -> None:
-    if not beginning.cancelled() and beginning.exception() is None:
-        beginning.result()[1].cancel()
-
-
 @contextmanager
 def _progress_bar(*, shown: bool) -> Iterator[tuple[_OnProgress | None, _OnProgress | None]]:
     """Give what sets the bar's total and what moves it on; both None where none is shown."""
@@ -261,4 +285,9 @@ def _progress_bar(*, shown: bool) -> Iterator[tuple[_OnProgress | None, _OnProgr
     from tqdm.auto import tqdm
 
     with tqdm(desc="scoring", unit="pair") as bar:
-        yield bar.reset, bar.update
+
+        def set_total(num_pairs: int) -> None:
+            bar.total = num_pairs
+            bar.refresh()
+
+        yield set_total, bar.update

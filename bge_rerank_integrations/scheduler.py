@@ -1,6 +1,6 @@
-"""Many callers, one device: requests become futures, and whoever is waiting shares the next batch.
+"""Many callers, one queue, one device or several: whoever is waiting shares the next batch.
 
-Pure policy over a score callable; nothing here knows of texts or tensors.
+Pure policy over score callables; nothing here knows of texts or tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Final
 
 from bge_rerank_integrations.errors import (
@@ -23,65 +24,71 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.process import check_process, mark_process_in_use, was_forked
 from bge_rerank_integrations.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.waiting import Batch, Request, WaitingList
 
 logger = logging.getLogger(__name__)
 
-# A share of each batch goes to whoever waits longest, the rest to whoever needs least: short requests pass
-# long ones, and long ones are never at a standstill.
-_OLDEST_SHARE: Final = 0.25
-# How long interpreter exit waits for the batch that is being computed.
+# How long interpreter exit waits for the batches that are being computed.
 _EXIT_S: Final = 4.0
 
 _live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
 
-_Batch = dict["_Request", list[int]]
-"""Which of each request's sequences are in a batch."""
+
+@dataclass(frozen=True, eq=False)
+class Replica:
+    """One device's copy of the model.
+
+    Attributes:
+        score: Sequences to logits, in order; called by one thread.
+        max_batch_tokens: Gives the most tokens of its next batch; a longer sequence is a batch by itself.
+    """
+
+    score: Callable[[list[IntArray]], list[float]]
+    max_batch_tokens: Callable[[], int]
 
 
 class MicroBatcher:
-    """Feeds one device from any number of threads; each request ends in a result, an error or cancelled.
+    """Feeds devices from any number of threads; each request ends in a result, an error or cancelled.
 
-    Batches are filled across requests, by tokens. Cancelling a request's future drops what of it has not
-    started. An error of a batch that several requests share is retried once, each request alone, so that
-    it reaches only who causes it.
+    Batches are filled across requests, by tokens, and each replica takes its next one from the same queue
+    as soon as it is idle. Cancelling a request's future drops what of it has not started. An error of a
+    batch that several requests share is retried once, each request alone, so that it reaches only who
+    causes it. A replica whose device is lost is left out; what it was computing goes to another, once.
 
     Args:
-        score: Sequences to logits, in order; called by one thread.
-        max_batch_tokens: Gives the most tokens of the next batch; a longer sequence is a batch by itself.
+        replicas: At least one; their scores are the same.
         max_wait_ms: How long a request may wait for company while its batch is not full.
         max_queued_tokens: Most tokens that may wait; None is no limit.
         is_device_lost: Whether an error means that the device will not work again.
-        idle_s: How long the worker waits for more before it ends, and with it the last hold on a model
-            that was forgotten; the next request starts another.
+        idle_s: How long a worker waits for more before it ends, and with the last one the last hold on a
+            model that was forgotten; the next request starts others.
 
     Example:
-        >>> batcher = MicroBatcher(lambda batch: [float(len(ids)) for ids in batch], lambda: 512)
-        >>> batcher.submit([np.array([0, 2, 2, 2], dtype=np.int32)]).result()
+        >>> lengths = Replica(lambda batch: [float(len(ids)) for ids in batch], lambda: 512)
+        >>> MicroBatcher([lengths]).submit([np.array([0, 2, 2, 2], dtype=np.int32)]).result()
         [4.0]
     """
 
     def __init__(
         self,
-        score: Callable[[list[IntArray]], list[float]],
-        max_batch_tokens: Callable[[], int],
+        replicas: Sequence[Replica],
         *,
         max_wait_ms: float = 0.0,
         max_queued_tokens: int | None = None,
         is_device_lost: Callable[[BaseException], bool] | None = None,
         idle_s: float = 5.0,
     ) -> None:
-        self._score = score
-        self._max_batch_tokens = max_batch_tokens
+        self._num_replicas = len(replicas)
         self._max_wait_s = max_wait_ms / 1000
         self._max_queued_tokens = max_queued_tokens
         self._is_device_lost = is_device_lost
         self._idle_s = idle_s
         self._changed = threading.Condition()
         # All that follows is read and written under the condition's lock.
-        self._waiting: list[_Request] = []  # oldest first: those with sequences that have not started
-        self._running: list[_Request] = []  # those with sequences in the current batch
-        self._queued_tokens = 0
-        self._worker: threading.Thread | None = None
+        self._replicas = list(replicas)  # those whose devices work
+        self._workers: dict[Replica, threading.Thread] = {}
+        self._waiting = WaitingList()
+        self._running: dict[Replica, Batch] = {}  # what of its current batch each still owes
         self._closed = False
         self._abandoned = False
         self._lost: BaseException | None = None
@@ -91,39 +98,46 @@ class MicroBatcher:
     def submit(
         self, sequences: Sequence[IntArray], on_progress: Callable[[int], object] | None = None
     ) -> Future[list[float]]:
-        """Queue a request.
+        """Queue a request and return the future of its logits; for the errors see `add`.
 
         Args:
             sequences: int32 ids of each sequence, none empty.
-            on_progress: Called by the worker with the number of sequences that a batch finished.
+            on_progress: As in `Request`.
+        """
+        request = Request(on_progress)
+        self.add(request, sequences)
+        return request.future
 
-        Returns:
-            A future of the logits, in order; cancelling it drops what has not started.
+    def add(self, request: Request, sequences: Sequence[IntArray], *, is_last: bool = True) -> None:
+        """Queue sequences of a request; of one that has ended, none.
+
+        Args:
+            request: A new one, or one to which this was done before.
+            sequences: int32 ids of each sequence, none empty.
+            is_last: Whether these are all there will be; until then the request does not end by itself.
 
         Raises:
-            QueueFullError: The request does not fit under `max_queued_tokens`.
-            ScorerClosedError, DeviceLostError, ForkedProcessError: No request can be taken any more.
+            QueueFullError: They do not fit under `max_queued_tokens`.
+            ScorerClosedError, DeviceLostError, ForkedProcessError: Nothing can be taken any more. The
+                request's future does not get this error.
         """
-        request = _Request(sequences, on_progress)
         check_process()
+        is_first = bool(sequences) and not request.sequences
         with self._changed:
-            self._check_open(request.queued_tokens)
-            if not sequences:
-                request.future.set_result([])
-                return request.future
-            if self._abandoned:
-                return request.future
-            mark_process_in_use()
-            self._waiting.append(request)
-            self._queued_tokens += request.queued_tokens
-            self._recorder.requests += 1
-            if self._worker is None or not self._worker.is_alive():
-                self._worker = threading.Thread(target=self._work, name="bge-rerank-worker", daemon=True)
-                self._worker.start()
-            self._changed.notify_all()
-        # Not under the lock: on a future that is done already the callback is called at once.
-        request.future.add_done_callback(lambda future: self._drop(request) if future.cancelled() else None)
-        return request.future
+            self._check_open(sum(map(len, sequences)))
+            if self._abandoned or request.is_over:
+                return
+            request.is_whole = is_last
+            if sequences:
+                mark_process_in_use()
+                self._recorder.requests += is_first
+                self._waiting.add(request, request.grow(sequences))
+                self._wake_workers()
+            elif request.is_finished and self._claim(request):
+                request.future.set_result(request.logits)
+        if is_first:
+            # Not under the lock: on a future that is done already the callback is called at once.
+            request.future.add_done_callback(lambda _: self._forget_cancelled(request))
 
     def check_open(self) -> None:
         """Raise what `submit` would raise for the smallest request."""
@@ -138,13 +152,15 @@ class MicroBatcher:
             timeout: Seconds after which those that are not finished get `ScorerClosedError`.
         """
         if was_forked():
-            return  # the worker and whoever waits for it are in the parent process
+            return  # the workers and whoever waits for them are in the parent process
         with self._changed:
             self._closed = True
-            worker = self._worker
             self._changed.notify_all()
-        if worker is not None and worker is not threading.current_thread():
-            worker.join(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while worker := self._worker_to_join():
+            worker.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+            if worker.is_alive():
+                break
         self._fail_all(ScorerClosedError("the scorer was closed before this request was finished"))
 
     def count(self, *, duplicates: int, truncations: int) -> None:
@@ -153,14 +169,15 @@ class MicroBatcher:
             self._recorder.duplicates += duplicates
             self._recorder.truncations += truncations
 
-    def stats(self, *, cache_hits: int, splits: int) -> ScorerStats:
-        """Return what happened so far, with what the tokenizer's and the device's side count."""
+    def stats(self, *, cache_hits: int, cache_misses: int, splits: int) -> ScorerStats:
+        """Return what happened so far, with what the tokenizer's and the devices' side count."""
         check_process()
         with self._changed:
             return self._recorder.stats(
                 queued_requests=len(self._waiting),
-                queued_tokens=self._queued_tokens,
+                queued_tokens=self._waiting.num_tokens,
                 cache_hits=cache_hits,
+                cache_misses=cache_misses,
                 splits=splits,
             )
 
@@ -169,20 +186,21 @@ class MicroBatcher:
         check_process()
         with self._changed:
             state: HealthState = "closed" if self._closed else "ok"
-            if self._lost is not None:
+            if not self._replicas:
                 state = "device lost"
-            return ScorerHealth(state, len(self._waiting), self._queued_tokens)
+            return ScorerHealth(
+                state, len(self._waiting), self._waiting.num_tokens, self._num_replicas, len(self._replicas)
+            )
 
-    def _abandon(self) -> threading.Thread | None:
-        """Refuse new requests, forget those that wait, and return the worker, which ends with its batch."""
+    def _abandon(self) -> list[threading.Thread]:
+        """Refuse new requests, forget those that wait, and return the workers, which end with their batch."""
         if was_forked():
-            return None
+            return []
         with self._changed:
             self._closed = self._abandoned = True
             self._waiting.clear()
-            self._queued_tokens = 0
             self._changed.notify_all()
-            return self._worker
+            return list(self._workers.values())
 
     def _check_open(self, num_tokens: int) -> None:
         if self._lost is not None:
@@ -192,133 +210,167 @@ class MicroBatcher:
         if self._closed:
             raise ScorerClosedError("this scorer was closed; make a new one")
         limit = self._max_queued_tokens
-        if limit is not None and self._queued_tokens + num_tokens > limit:
+        if limit is not None and self._waiting.num_tokens + num_tokens > limit:
             raise QueueFullError(
-                f"{self._queued_tokens} tokens are waiting and this request has {num_tokens} or more; "
+                f"{self._waiting.num_tokens} tokens are waiting and this request has {num_tokens} or more; "
                 f"max_queued_tokens is {limit}"
             )
 
-    def _work(self) -> None:
-        """Run batches until there has been nothing to do for a while; the worker's whole life."""
+    def _wake_workers(self) -> None:
+        for replica in self._replicas:
+            worker = self._workers.get(replica)
+            if worker is None or not worker.is_alive():
+                worker = threading.Thread(
+                    target=self._work, args=(replica,), name="bge-rerank-worker", daemon=True
+                )
+                worker.start()
+                self._workers[replica] = worker
+        self._changed.notify_all()
+
+    def _worker_to_join(self) -> threading.Thread | None:
+        with self._changed:
+            workers = [worker for worker in self._workers.values() if worker.is_alive()]
+        # One that closes the queue itself waits for none, lest two of them wait for each other.
+        return None if threading.current_thread() in workers else next(iter(workers), None)
+
+    def _work(self, replica: Replica) -> None:
+        """Run batches until there has been nothing to do for a while; a worker's whole life."""
         try:
-            while batch := self._next_batch():
-                self._run(batch)
+            while batch := self._next_batch(replica):
+                self._run(replica, batch)
         except BaseException as error:  # whatever ends this thread must not leave anybody waiting
-            logger.error("the worker thread ended by %s", type(error).__name__)
+            logger.error("a worker thread ended by %s", type(error).__name__)
         finally:
             with self._changed:
-                died = self._worker is threading.current_thread()
-                if died:
-                    self._worker = None
-            if died:
-                self._fail_all(WorkerDiedError("the worker thread ended while this request waited"))
+                orphans: list[Request] = []
+                if self._workers.get(replica) is threading.current_thread():
+                    del self._workers[replica]
+                    orphans += self._running.pop(replica, {})
+                    orphans += [] if self._workers else self._waiting  # else the others serve them
+            for request in orphans:
+                self._fail(request, WorkerDiedError("the worker thread ended while this request waited"))
 
-    def _next_batch(self) -> _Batch:
+    def _next_batch(self, replica: Replica) -> Batch:
         """Wait for work and take a batch of it; nothing means that the worker is to end."""
         with self._changed:
-            while True:
-                if not self._waiting:
-                    if self._closed or not (self._changed.wait(self._idle_s) or self._waiting):
-                        # Decided under the lock, so that the next request starts another worker.
-                        self._worker = None
-                        return {}
-                    continue
-                budget = self._max_batch_tokens()
-                patience_s = self._waiting[0].submitted_at + self._max_wait_s - time.monotonic()
-                if self._queued_tokens >= budget or patience_s <= 0 or self._closed:
-                    return self._take(budget)
-                self._changed.wait(patience_s)
+            self._running.pop(replica, None)
+            while replica in self._replicas:
+                if self._waiting:
+                    budget = replica.max_batch_tokens()
+                    patience_s = self._waiting.oldest.submitted_at + self._max_wait_s - time.monotonic()
+                    if patience_s <= 0 or self._closed:
+                        num_idle = len(self._replicas) - len(self._running)
+                        return self._take(replica, min(budget, self._waiting.even_share(num_idle)))
+                    if self._waiting.num_tokens >= budget:
+                        return self._take(replica, budget)
+                    self._changed.wait(patience_s)
+                elif self._closed or not (self._changed.wait(self._idle_s) or self._waiting):
+                    break
+            # Decided under the lock, so that the next request starts another worker.
+            del self._workers[replica]
+            return {}
 
-    def _take(self, budget: int) -> _Batch:
-        """Move sequences from those who wait into a batch."""
-        batch: _Batch = {}
+    def _take(self, replica: Replica, max_tokens: int) -> Batch:
+        batch = self._waiting.take(max_tokens)
+        self._running[replica] = dict(batch)
         now = time.monotonic()
-        oldest = self._waiting[0]
-        quotas = [(oldest, int(budget * _OLDEST_SHARE))]
-        quotas += [(request, budget) for request in sorted(self._waiting, key=lambda r: r.queued_tokens)]
-        left = budget
-        for request, quota in quotas:
-            before = request.queued_tokens
-            indices = request.take(min(left, quota), at_least_one=not batch)
-            if indices:
-                batch.setdefault(request, []).extend(indices)
-                left -= before - request.queued_tokens
-        self._queued_tokens -= budget - left
         for request in batch:
             if not request.has_started:
                 request.has_started = True
                 self._recorder.started(now - request.submitted_at)
-        self._waiting = [request for request in self._waiting if request.queued]
-        self._running = list(batch)
         return batch
 
-    def _run(self, batch: _Batch) -> None:
+    def _run(self, replica: Replica, batch: Batch) -> None:
         sequences = [request.sequences[index] for request, indices in batch.items() for index in indices]
         started = time.monotonic()
         try:
-            logits = self._score(sequences)
+            logits = replica.score(sequences)
             if len(logits) != len(sequences):
                 raise RuntimeError(f"{len(sequences)} sequences gave {len(logits)} scores")
         except Exception as error:
-            self._recover(batch, error)
+            self._recover(replica, batch, error)
             return
         with self._changed:
             self._recorder.computed(
                 num_requests=len(batch),
                 num_pairs=len(sequences),
                 num_tokens=sum(map(len, sequences)),
-                budget=self._max_batch_tokens(),
+                budget=replica.max_batch_tokens(),
                 compute_s=time.monotonic() - started,
             )
         values = iter(logits)
         for request, indices in batch.items():
-            for index in indices:
-                request.logits[index] = next(values)
-            request.num_unfinished -= len(indices)
-            self._report(request, len(indices))
+            self._report(request, {index: next(values) for index in indices})
         with self._changed:
             # Not before: a worker that ended on the way here would have forgotten whom it owes an answer.
-            self._running = [request for request in self._running if request not in batch]
+            for request in batch:
+                del self._running[replica][request]
 
-    def _report(self, request: _Request, num_finished: int) -> None:
+    def _report(self, request: Request, logits: dict[int, float]) -> None:
         """Tell a request's owner of progress, and of the result if that was the last of it."""
         try:
             if request.on_progress is not None:
-                request.on_progress(num_finished)
+                with request.progress_lock:
+                    request.on_progress(len(logits))
         except Exception as error:  # a fault of the caller's own
             self._fail(request, error)
-        if request.num_unfinished == 0 and self._claim(request):
+        with self._changed:  # other replicas may have others of its sequences, and its owner may add some
+            for index, logit in logits.items():
+                request.logits[index] = logit
+            request.num_unfinished -= len(logits)
+            is_finished = request.is_finished
+        if is_finished and self._claim(request):
             request.future.set_result(request.logits)
 
-    def _recover(self, batch: _Batch, error: Exception) -> None:
+    def _recover(self, replica: Replica, batch: Batch, error: Exception) -> None:
         if self._is_device_lost is not None and self._is_device_lost(error):
-            with self._changed:
-                self._lost = error
-            logger.error("the device is lost: %s", type(error).__name__)
-            self._fail_all(_device_lost(error))
+            self._lose(replica, error)
         elif len(batch) == 1:
             for request in batch:
                 self._fail(request, error)
         else:
             for request, indices in batch.items():
-                if not request.future.done():
-                    self._run({request: indices})
+                if replica in self._replicas and not request.future.done():
+                    self._run(replica, {request: indices})
 
-    def _fail(self, request: _Request, error: BaseException) -> None:
-        self._drop(request)
-        if self._claim(request):
-            with self._changed:
-                self._recorder.failed += 1
+    def _lose(self, replica: Replica, error: Exception) -> None:
+        """Go on without a replica, and let the others do what it has not done."""
+        failed: list[Request] = []
+        with self._changed:
+            self._replicas.remove(replica)
+            self._recorder.lost_replicas += 1
+            if not self._replicas:
+                self._lost = error
+                failed += self._waiting
+            for request, indices in self._running.pop(replica).items():
+                # A request that fails one device after the other is not to fail them all.
+                if request.has_lost_device or not self._replicas:
+                    failed.append(request)
+                elif not (request.is_over or self._abandoned):
+                    self._waiting.add(request, indices)
+                request.has_lost_device = True
+            if self._waiting:
+                self._wake_workers()
+        logger.error("a device is lost: %s; %d left", type(error).__name__, len(self._replicas))
+        for request in failed:
+            self._fail(request, _device_lost(error))
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        is_first = self._claim(request)
+        with self._changed:
+            self._drop(request)
+            self._recorder.failed += is_first
+        if is_first:
             request.future.set_exception(error)
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
-            requests = dict.fromkeys([*self._running, *self._waiting])
-            self._running = []
+            running = [request for batch in self._running.values() for request in batch]
+            requests = dict.fromkeys([*running, *self._waiting])
         for request in requests:
             self._fail(request, error)
 
-    def _claim(self, request: _Request) -> bool:
+    def _claim(self, request: Request) -> bool:
         """Whether the caller, of all threads that may want to, is the one to end this request."""
         with self._changed:
             if request.is_claimed:
@@ -326,47 +378,17 @@ class MicroBatcher:
             request.is_claimed = True
         return request.future.set_running_or_notify_cancel()
 
-    def _drop(self, request: _Request) -> None:
-        """Forget what of a request has not started."""
-        with self._changed:
-            if request.future.cancelled():
+    def _forget_cancelled(self, request: Request) -> None:
+        if request.future.cancelled():
+            self._claim(request)  # lest those hang who wait for several futures at once
+            with self._changed:
                 self._recorder.cancelled += 1
-            if request in self._waiting:
-                self._waiting.remove(request)
-                self._queued_tokens -= request.queued_tokens
-                request.queued.clear()
-                self._changed.notify_all()
+                self._drop(request)
 
-
-class _Request:
-    """One caller's sequences on their way."""
-
-    def __init__(
-        self, sequences: Sequence[IntArray], on_progress: Callable[[int], object] | None = None
-    ) -> None:
-        self.sequences = sequences
-        self.on_progress = on_progress
-        self.future: Future[list[float]] = Future()
-        self.logits = [0.0] * len(sequences)
-        self.num_unfinished = len(sequences)
-        # Longest last, to be taken from the end: neighbours in a batch are then of like length.
-        self.queued = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), -index))
-        self.queued_tokens = sum(map(len, sequences))
-        self.submitted_at = time.monotonic()
-        self.has_started = False
-        self.is_claimed = False
-
-    def take(self, max_tokens: int, *, at_least_one: bool) -> list[int]:
-        """Take the longest sequences that fit, or one that does not where one must be taken."""
-        taken: list[int] = []
-        while self.queued:
-            length = len(self.sequences[self.queued[-1]])
-            if length > max_tokens and (taken or not at_least_one):
-                break
-            taken.append(self.queued.pop())
-            self.queued_tokens -= length
-            max_tokens -= length
-        return taken
+    def _drop(self, request: Request) -> None:
+        """Forget what of a request has not started."""
+        self._waiting.drop(request)
+        self._changed.notify_all()
 
 
 def _device_lost(cause: BaseException) -> DeviceLostError:
@@ -381,10 +403,9 @@ def _end_all() -> None:
     Who still waits is a daemon thread, to be torn down as well: an error would only be printed.
     """
     deadline = time.monotonic() + _EXIT_S
-    workers = [batcher._abandon() for batcher in list(_live)]
+    workers = [worker for batcher in list(_live) for worker in batcher._abandon()]
     for worker in workers:
-        if worker is not None:
-            worker.join(max(deadline - time.monotonic(), 0))
+        worker.join(max(deadline - time.monotonic(), 0))
 
 
 atexit.register(_end_all)

@@ -54,9 +54,9 @@ class SupportsRank(Protocol):
 class Scorer:
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
-    One scorer holds one model on one device. Any number of threads and tasks may use it at once: what is
-    waiting shares batches, and each gets what it would get alone. Settings are those of `ScorerConfig`,
-    where each is explained.
+    One scorer holds one model, on one device or a copy on each of several. Any number of threads and tasks
+    may use it at once: what is waiting shares batches, and each gets what it would get alone. Settings are
+    those of `ScorerConfig`, where each is explained.
 
     Every call that scores takes a `timeout` in seconds, None being no limit. When it is over, or an async
     call is cancelled, what has not started is dropped and never computed.
@@ -89,6 +89,7 @@ class Scorer:
         cache_folder: str | None = None,
         local_files_only: bool = False,
         device: str = "auto",
+        devices: Sequence[str] | None = None,
         dtype: DType = "auto",
         max_length: int = 512,
         query_max_length: int | None = None,
@@ -109,6 +110,7 @@ class Scorer:
             cache_folder=cache_folder,
             local_files_only=local_files_only,
             device=device,
+            devices=devices,  # type: ignore[arg-type]  # which the config makes a tuple
             dtype=dtype,
             max_length=max_length,
             query_max_length=query_max_length,
@@ -330,7 +332,9 @@ class Scorer:
     def health(self) -> ScorerHealth:
         """Return whether requests are taken and how many are waiting; never raises for a closed scorer."""
         pipeline = self._pipeline
-        return ScorerHealth("closed", 0, 0) if pipeline is None else pipeline.health()
+        if pipeline is None:
+            return ScorerHealth("closed", 0, 0, len(self.config.per_device()), 0)
+        return pipeline.health()
 
     def close(self, timeout: float | None = None) -> None:
         """Refuse further calls, finish what was accepted and release the model. May be called twice.
@@ -353,8 +357,8 @@ class Scorer:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._pipeline is None else str(self._pipeline.runner.device)
-        return f"Scorer(model={self.config.model!r}, {state})"
+        devices = [] if self._pipeline is None else [str(r.device) for r in self._pipeline.runners]
+        return f"Scorer(model={self.config.model!r}, {', '.join(devices) or 'closed'})"
 
     # A scorer is a device's resource: copies are the same scorer, and a pickle holds its settings, so
     # that another process loads its own.

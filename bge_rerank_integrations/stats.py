@@ -41,8 +41,10 @@ class ScorerStats:
         queued_tokens: Tokens waiting now.
         duplicates: Pairs that were scored with an equal one of the same request.
         cache_hits: Passages whose ids were known from an earlier request.
+        cache_misses: Passages that had to be tokenized.
         truncations: Pairs that lost tokens.
         splits: Batches that were out of memory and tried again in parts.
+        lost_replicas: Devices that failed for good and were left out.
     """
 
     requests: int
@@ -59,12 +61,19 @@ class ScorerStats:
     queued_tokens: int
     duplicates: int
     cache_hits: int
+    cache_misses: int
     truncations: int
     splits: int
+    lost_replicas: int
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the passages whose ids were known; zero before the first."""
+        return self.cache_hits / max(self.cache_hits + self.cache_misses, 1)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the figures as a dict that JSON can hold."""
-        return asdict(self)
+        """Return the figures, and the cache's hit rate, as a dict that JSON can hold."""
+        return {**asdict(self), "cache_hit_rate": self.cache_hit_rate}
 
 
 @dataclass(frozen=True)
@@ -72,14 +81,18 @@ class ScorerHealth:
     """Whether a scorer takes requests.
 
     Attributes:
-        state: `ok`, `closed`, or `device lost`: the device failed and only a new process helps.
+        state: `ok`, `closed`, or `device lost`: the last device failed and only a new process helps.
         queued_requests: Requests waiting now.
         queued_tokens: Tokens waiting now.
+        replicas: Devices that a copy of the model was loaded onto.
+        replicas_alive: Of those, not lost; none once the model is released.
     """
 
     state: HealthState
     queued_requests: int
     queued_tokens: int
+    replicas: int
+    replicas_alive: int
 
     @property
     def ok(self) -> bool:
@@ -93,7 +106,7 @@ class Recorder:
     def __init__(self) -> None:
         self.requests = self.failed = self.cancelled = 0
         self.pairs = self.tokens = self.batches = 0
-        self.duplicates = self.truncations = 0
+        self.duplicates = self.truncations = self.lost_replicas = 0
         self._fill_sum = 0.0
         self._batch_requests = 0
         self._waiting_s: deque[float] = deque(maxlen=_WINDOW)
@@ -114,7 +127,9 @@ class Recorder:
         self._fill_sum += num_tokens / budget
         self._compute_s.append(compute_s)
 
-    def stats(self, *, queued_requests: int, queued_tokens: int, cache_hits: int, splits: int) -> ScorerStats:
+    def stats(
+        self, *, queued_requests: int, queued_tokens: int, cache_hits: int, cache_misses: int, splits: int
+    ) -> ScorerStats:
         """Return a snapshot, with the counts that others keep."""
         batches = max(self.batches, 1)
         return ScorerStats(
@@ -132,8 +147,10 @@ class Recorder:
             queued_tokens=queued_tokens,
             duplicates=self.duplicates,
             cache_hits=cache_hits,
+            cache_misses=cache_misses,
             truncations=self.truncations,
             splits=splits,
+            lost_replicas=self.lost_replicas,
         )
 
 

@@ -36,10 +36,17 @@ _METRICS: Final = (
     _Metric("batches", "counter", "{batch}", "Forward passes.", lambda s: s.batches),
     _Metric("duplicates", "counter", "{pair}", "Pairs scored with an equal one.", lambda s: s.duplicates),
     _Metric("cache_hits", "counter", "{passage}", "Passages whose ids were known.", lambda s: s.cache_hits),
+    _Metric(
+        "cache_misses", "counter", "{passage}", "Passages that were tokenized.", lambda s: s.cache_misses
+    ),
     _Metric("truncations", "counter", "{pair}", "Pairs that lost tokens.", lambda s: s.truncations),
     _Metric("splits", "counter", "{batch}", "Batches that were out of memory.", lambda s: s.splits),
+    _Metric("lost_replicas", "counter", "{device}", "Devices lost for good.", lambda s: s.lost_replicas),
     _Metric("queued_requests", "gauge", "{request}", "Requests waiting.", lambda s: s.queued_requests),
     _Metric("queued_tokens", "gauge", "{token}", "Tokens waiting.", lambda s: s.queued_tokens),
+    _Metric(
+        "cache_hit_rate", "gauge", "1", "Share of passages whose ids were known.", lambda s: s.cache_hit_rate
+    ),
     _Metric("batch_fill", "gauge", "1", "Mean share of the token budget used.", lambda s: s.fill),
     _Metric("waiting_p50", "gauge", "ms", "Median wait for a batch.", lambda s: s.waiting.p50_ms),
     _Metric("waiting_p99", "gauge", "ms", "99th percentile of the wait.", lambda s: s.waiting.p99_ms),

@@ -29,32 +29,38 @@ class TokenCache:
 
     Attributes:
         hits: How often a text was found.
+        misses: How often one was not.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self.hits = 0
+        self.hits = self.misses = 0
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._entries: OrderedDict[bytes, Encoded] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, text: str) -> Encoded | None:
-        """Return what was put for a text, if it is still there."""
-        key = _digest(text)
-        if key is None:
+    @staticmethod
+    def key(text: str) -> bytes | None:
+        """Return a text's digest; None for one too long to be kept."""
+        if len(text) > _MAX_CHARACTERS:
             return None
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+    def get(self, key: bytes | None) -> Encoded | None:
+        """Return what was put for a text, if it is still there."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-                self.hits += 1
+            entry = None if key is None else self._entries.get(key)
+            if key is None or entry is None:
+                self.misses += 1
+                return None
+            self._entries.move_to_end(key)
+            self.hits += 1
             return entry
 
-    def put(self, text: str, encoded: Encoded) -> None:
-        """Keep a text's ids; one that would take more than an eighth of the cache is not kept."""
+    def put(self, key: bytes | None, encoded: Encoded) -> None:
+        """Keep a text's ids; what would take more than an eighth of the cache is not kept."""
         size = len(encoded[0]) + _ENTRY_TOKENS
-        key = _digest(text) if size <= self._max_tokens // 8 else None
-        if key is None:
+        if key is None or size > self._max_tokens // 8:
             return
         encoded[0].flags.writeable = False
         with self._lock:
@@ -65,9 +71,3 @@ class TokenCache:
             while self._num_tokens > self._max_tokens:
                 _, (ids, _) = self._entries.popitem(last=False)
                 self._num_tokens -= len(ids) + _ENTRY_TOKENS
-
-
-def _digest(text: str) -> bytes | None:
-    if len(text) > _MAX_CHARACTERS:
-        return None
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -55,6 +55,10 @@ class PairTokenizer:
     id-level rule of FlagReranker (`prepare_for_model(..., truncation="only_second")` of transformers 4).
     Special tokens spelled out in a text are read as text.
 
+    The texts of one call are spread over the cores, whichever thread it comes from: the Rust library has
+    one pool of threads for all. In a child that was forked after its parent had tokenized anything, and
+    where `TOKENIZERS_PARALLELISM=false` is set, it uses one core only.
+
     Args:
         path: A `tokenizer.json`.
         config: Lengths, instructions and what to do with long passages.
@@ -94,17 +98,25 @@ class PairTokenizer:
         Returns:
             One `EncodedPair` a pair, in order.
         """
-        passage_limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
-        query_ids = self._encode_distinct(queries, self._query_prefix, self._query_limit)
-        passage_ids = self._recall(passages)
-        new = [passage for passage in passages if passage not in passage_ids]
-        encoded = self._encode_distinct(new, self._passage_prefix, passage_limit)
-        self._remember(encoded)
-        passage_ids |= encoded
-        return [
-            self._pair(query_ids[query], passage_ids[passage])
-            for query, passage in zip(queries, passages, strict=True)
-        ]
+        (pairs,) = self.stream(queries, passages, max(len(queries), 1))
+        return pairs
+
+    def stream(
+        self, queries: Sequence[str], passages: Sequence[str], num_pairs: int
+    ) -> Iterator[list[EncodedPair]]:
+        """Yield what `encode` returns in chunks of `num_pairs`, each encoded when its turn comes."""
+        query_ids: dict[str, Encoded] = {}
+        passage_ids: dict[str, Encoded] = {}
+        for start in range(0, max(len(queries), 1), num_pairs):
+            some_queries = queries[start : start + num_pairs]
+            some_passages = passages[start : start + num_pairs]
+            new = [query for query in some_queries if query not in query_ids]
+            query_ids |= self._encode_distinct(new, self._query_prefix, self._query_limit)
+            passage_ids |= self._encode_passages([text for text in some_passages if text not in passage_ids])
+            yield [
+                self._pair(query_ids[query], passage_ids[passage])
+                for query, passage in zip(some_queries, some_passages, strict=True)
+            ]
 
     def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
         query_ids, query_cut = query
@@ -123,31 +135,31 @@ class PairTokenizer:
         lost_tail = not self._windows and len(passage_ids) > room
         return EncodedPair(windows, truncated=query_cut or passage_cut or lost_tail)
 
-    def _recall(self, texts: Sequence[str]) -> dict[str, Encoded]:
+    def _encode_passages(self, texts: Sequence[str]) -> dict[str, Encoded]:
+        """Map each distinct passage to its ids, those of recently seen ones from the cache."""
+        limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
         if self._cache is None:
-            return {}
-        found = {text: self._cache.get(text) for text in dict.fromkeys(texts)}
-        return {text: encoded for text, encoded in found.items() if encoded is not None}
-
-    def _remember(self, encoded: dict[str, Encoded]) -> None:
-        if self._cache is not None:
-            for text, ids in encoded.items():
-                self._cache.put(text, ids)
+            return self._encode_distinct(texts, self._passage_prefix, limit)
+        keys = {text: self._cache.key(text) for text in dict.fromkeys(texts)}
+        found = {text: self._cache.get(key) for text, key in keys.items()}
+        known = {text: encoded for text, encoded in found.items() if encoded is not None}
+        new = self._encode_distinct([text for text in keys if text not in known], self._passage_prefix, limit)
+        for text, encoded in new.items():
+            self._cache.put(keys[text], encoded)
+        return known | new
 
     def _encode_distinct(self, texts: Sequence[str], prefix: str, limit: int | None) -> dict[str, Encoded]:
         """Map each distinct text to its first `limit` ids and whether it has more."""
-        distinct = list(dict.fromkeys(texts))
-        heads = [_heads(text, limit) for text in distinct]
-        firsts = [next(text_heads) for text_heads in heads]
-        first_ids = self._ids([prefix + head for head, _, _ in firsts])
         encoded: dict[str, Encoded] = {}
-        for text, text_heads, first, ids in zip(distinct, heads, firsts, first_ids, strict=True):
-            _, needed, is_whole = first
-            while len(ids) < needed:
-                head, needed, is_whole = next(text_heads)
-                (ids,) = self._ids([prefix + head])
-            has_more = limit is not None and (len(ids) > limit or not is_whole)
-            encoded[text] = np.array(ids[:limit], dtype=np.int32), has_more
+        pending = {text: _heads(text, limit) for text in dict.fromkeys(texts)}
+        while pending:  # hardly ever twice
+            heads = {text: next(text_heads) for text, text_heads in pending.items()}
+            all_ids = self._ids([prefix + head for head, _, _ in heads.values()])
+            for (text, (_, needed, is_whole)), ids in zip(heads.items(), all_ids, strict=True):
+                if len(ids) >= needed:
+                    has_more = limit is not None and (len(ids) > limit or not is_whole)
+                    encoded[text] = np.array(ids[:limit], dtype=np.int32), has_more
+                    del pending[text]
         return encoded
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

@@ -181,6 +181,7 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
         "cache_folder": "cache",
         "local_files_only": True,
         "device": "cuda:1",
+        "devices": ("cuda:0", "cuda:1"),
         "dtype": "bfloat16",
         "max_length": 256,
         "query_max_length": 64,

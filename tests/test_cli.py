@@ -47,6 +47,7 @@ def test_help_shows_every_command_with_an_example() -> None:
         (["rank", "--dtype", "int3"], 2, "Invalid value for '--dtype'"),
         (["rank", "--max-length", "3"], 2, "max_length must be an integer of at least"),
         (["rank", "--device", "tpu"], 2, "device must be"),
+        (["rank", "--devices", "cuda:0,cuda:0"], 2, "twice"),
         (["rank", "/no/such/file"], 2, "does not exist"),
         (["eval", "/no/such/folder"], 2, "does not exist"),
         (["rank", "--model", "/no/such/model"], 1, "model folder '/no/such/model' does not exist"),
@@ -268,8 +269,9 @@ def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
 
 
 def test_info_needs_no_model() -> None:
-    result = run("info", "--device", "cpu")
+    result = run("info", "--devices", "cpu")
     assert result.exit_code == 0
+    assert "cpu (chosen)" in result.stdout
     assert "not on this machine; the first use asks the hub for it" in result.stdout
     assert "error" in json.loads(run("info", "--json").stdout)["model"]
     assert "not usable: model folder '/no/such' does not exist" in run("info", "--model", "/no/such").stdout

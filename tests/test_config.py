@@ -28,6 +28,25 @@ def test_json_round_trip_and_hash() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+def test_devices_are_kept_as_a_tuple_and_dumped_as_a_list() -> None:
+    config = ScorerConfig(devices=["cuda:0", "cuda:1"], dtype="float16")  # type: ignore[arg-type]
+    assert config == ScorerConfig(devices=("cuda:0", "cuda:1"), dtype="float16")
+    assert config.to_dict()["devices"] == ["cuda:0", "cuda:1"]
+    again = ScorerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert {config: 1}[again] == 1
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_per_device_gives_each_its_own_config() -> None:
+    several = ScorerConfig(devices=("cuda:0", "cuda:1"), max_length=256)
+    assert several.per_device() == [
+        ScorerConfig(device="cuda:0", max_length=256),
+        ScorerConfig(device="cuda:1", max_length=256),
+    ]
+    one = ScorerConfig(device="cpu")
+    assert one.per_device() == [one]
+
+
 def test_paths_become_strings() -> None:
     config = ScorerConfig(model=Path("a") / "b", cache_folder=Path("c"))  # type: ignore[arg-type]
     assert (config.model, config.cache_folder) == (str(Path("a") / "b"), "c")
@@ -59,6 +78,20 @@ def test_unknown_keys_are_named() -> None:
         ({"normalize": "yes"}, "normalize must be True or False"),
         ({"device": "gpu"}, "device must be"),
         ({"device": "cuda:x"}, "device must be"),
+        ({"devices": []}, "devices must name at least one"),
+        ({"devices": "cuda:0"}, "devices must be a list of strings"),
+        ({"devices": 2}, "devices must be a list of strings"),
+        ({"devices": [0, 1]}, "devices must be a list of strings"),
+        ({"devices": {"cuda:0", "cuda:1"}}, "devices must be a list of strings"),
+        ({"devices": ["auto"]}, "each by its own name, not 'auto'"),
+        ({"devices": ["cuda:0", "gpu"]}, "devices must be of one kind"),
+        ({"devices": ["cuda:0", "cuda:x"]}, "device must be 'auto'"),
+        ({"devices": ["cuda:0", "cpu"]}, "devices must be of one kind"),
+        ({"devices": ["cuda:1", "cuda:1"]}, "must not name a device twice"),
+        ({"devices": ["cuda", "cuda:0"]}, "must not name a device twice"),
+        ({"devices": ["cpu", "cpu:1"]}, "must not name a device twice"),
+        ({"devices": ["cuda:0"], "device": "cuda:0"}, "cannot both be given"),
+        ({"devices": ["cpu"], "dtype": "float16"}, "not supported on a CPU"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"device": "cpu", "dtype": "float16"}, "not supported on a CPU"),
         ({"device": "cpu:0", "dtype": "float16"}, "not supported on a CPU"),
@@ -85,6 +118,8 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
     "settings",
     [
         {"device": "mps"},
+        {"devices": ["cpu"]},
+        {"devices": ("cuda", "cuda:1"), "device": "auto"},
         {"device": "cuda:12", "dtype": "float16"},
         {"query_max_length": 507},
         {"max_length": 6, "query_max_length": 1},

@@ -22,6 +22,7 @@ ROOMS = [
     "token_cache",
     "tokenization",
     "pairs",
+    "waiting",
     "stats",
     "process",
     "scheduler",

@@ -653,7 +653,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "sha256": "0" * 64,
     "cache_folder": "cache",
     "local_files_only": True,
-    "device": "cuda:1",
+    "devices": ("cuda:0", "cuda:1"),
     "dtype": "bfloat16",
     "max_length": 1024,
     "query_max_length": 128,
@@ -675,7 +675,9 @@ ALL_OPTIONS: dict[str, Any] = {
 
 
 def test_the_options_above_are_all_there_are() -> None:
-    assert set(ALL_OPTIONS) == set(BGERerankPostprocessor.model_fields) - {"scorer", "callback_manager"}
+    """But for `device`, which `devices` excludes."""
+    others = {"device", "scorer", "callback_manager"}
+    assert set(ALL_OPTIONS) == set(BGERerankPostprocessor.model_fields) - others
     defaults = BGERerankPostprocessor()
     assert not [name for name, value in ALL_OPTIONS.items() if value == getattr(defaults, name)]
 
@@ -685,7 +687,7 @@ def test_dictionaries_and_json_lose_nothing(options: dict[str, Any]) -> None:
     postprocessor = BGERerankPostprocessor(**options)
     data = postprocessor.to_dict()
     assert data == json.loads(json.dumps(data))
-    assert {type(value) for value in data.values()} <= {str, int, float, bool, NoneType}
+    assert {type(value) for value in data.values()} <= {str, int, float, bool, list, NoneType}
     assert data["class_name"] == "BGERerankPostprocessor"
     for copied in (
         BGERerankPostprocessor.from_dict(data),

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +35,10 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
-from bge_rerank_integrations.scheduler import MicroBatcher
+from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.tokenization import IntArray
+from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
 from tests.tolerances import LOGIT_TOLERANCE
-
-PATIENCE_S = 20.0  # nothing here takes a hundredth of it, unless it hangs
-
-
-def ids(*values: int) -> IntArray:
-    """Return a sequence whose score, below, is its first id."""
-    return np.array(values, dtype=np.int32)
-
-
-def sized(value: int, length: int) -> IntArray:
-    return np.full(length, value, dtype=np.int32)
-
-
-def firsts(batch: list[IntArray]) -> list[float]:
-    return [float(sequence[0]) for sequence in batch]
-
-
-class Gate:
-    """A score callable that waits to be let through and remembers its batches."""
-
-    def __init__(self) -> None:
-        self.entered = threading.Semaphore(0)
-        self.open = threading.Semaphore(0)
-        self.batches: list[list[float]] = []
-
-    def __call__(self, batch: list[IntArray]) -> list[float]:
-        self.entered.release()
-        assert self.open.acquire(timeout=PATIENCE_S)
-        self.batches.append(firsts(batch))
-        return firsts(batch)
-
-    def wait_until_entered(self) -> None:
-        assert self.entered.acquire(timeout=PATIENCE_S)
-
-    def let_through(self, count: int = 1000) -> None:
-        self.open.release(count)
 
 
 @pytest.fixture
@@ -89,16 +54,12 @@ def make() -> Iterator[Callable[..., MicroBatcher]]:
     def build(
         score: Callable[[list[IntArray]], list[float]], budget: int = 100, **options: Any
     ) -> MicroBatcher:
-        made.append(MicroBatcher(score, lambda: budget, **options))
+        made.append(MicroBatcher([Replica(score, lambda: budget)], **options))
         return made[-1]
 
     yield build
     for batcher in made:
         batcher.close(timeout=1.0)
-
-
-def results(futures: list[Future[list[float]]]) -> list[list[float]]:
-    return [future.result(PATIENCE_S) for future in futures]
 
 
 def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroBatcher]) -> None:
@@ -109,7 +70,7 @@ def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroB
     ]
     futures = [batcher.submit(request) for request in requests]
     assert results(futures) == [firsts(request) for request in requests]
-    stats = batcher.stats(cache_hits=0, splits=0)
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
     assert (stats.requests, stats.pairs, stats.failed, stats.cancelled) == (60, 420, 0, 0)
     assert (stats.queued_requests, stats.queued_tokens) == (0, 0)
     assert stats.tokens == sum(len(sequence) for request in requests for sequence in request)
@@ -129,7 +90,7 @@ def test_what_is_waiting_shares_a_batch(make: Callable[..., MicroBatcher], gate:
     gate.let_through()
     results(futures)
     assert [sorted(batch) for batch in gate.batches] == [[0], list(range(1, 11))]
-    assert batcher.stats(cache_hits=0, splits=0).requests_per_batch == 5.5
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).requests_per_batch == 5.5
 
 
 def test_batches_stay_within_the_budget(make: Callable[..., MicroBatcher], gate: Gate) -> None:
@@ -217,7 +178,7 @@ def test_cancelled_work_is_not_computed(make: Callable[..., MicroBatcher], gate:
     assert all(666 not in batch for batch in gate.batches)
     with pytest.raises(CancelledError):
         doomed.result(0)
-    stats = batcher.stats(cache_hits=0, splits=0)
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
     assert (stats.cancelled, stats.queued_requests, stats.queued_tokens) == (1, 0, 0)
 
 
@@ -253,7 +214,7 @@ def test_one_bad_request_among_sixteen_fails_alone(
                 future.result(PATIENCE_S)
         else:
             assert future.result(PATIENCE_S) == [20.0 + number]
-    assert batcher.stats(cache_hits=0, splits=0).failed == 1
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).failed == 1
 
 
 def test_an_error_reaches_its_caller_unchanged(make: Callable[..., MicroBatcher]) -> None:
@@ -354,7 +315,7 @@ def test_a_worker_killed_from_outside_leaves_nobody_waiting(
     futures = [batcher.submit([ids(0)])]
     gate.wait_until_entered()
     futures += [batcher.submit([ids(number)]) for number in range(50)]
-    (worker,) = [t for t in threading.enumerate() if t is batcher._worker]
+    (worker,) = batcher._workers.values()
     assert worker.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     gate.let_through()
@@ -389,12 +350,12 @@ def test_close_within_a_time_limit_fails_what_is_not_finished(
 
 
 def test_a_forgotten_batcher_goes_away() -> None:
-    batcher = MicroBatcher(firsts, lambda: 10, idle_s=0.05)
+    batcher = MicroBatcher([Replica(firsts, lambda: 10)], idle_s=0.05)
     assert batcher.submit([ids(3)]).result(PATIENCE_S) == [3.0]
-    worker = batcher._worker
+    workers = list(batcher._workers.values())
     reference = weakref.ref(batcher)
     del batcher
-    if worker is not None:
+    for worker in workers:
         worker.join(PATIENCE_S)
     gc.collect()
     assert reference() is None
@@ -429,7 +390,8 @@ class FlakyForward:
 def test_two_thousand_requests_through_injected_errors(make: Callable[..., MicroBatcher]) -> None:
     forward = FlakyForward()
     runner = Runner(forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=200)
-    batcher = MicroBatcher(runner.run, lambda: runner.max_batch_tokens, is_device_lost=is_device_lost)
+    replica = Replica(runner.run, lambda: runner.max_batch_tokens)
+    batcher = MicroBatcher([replica], is_device_lost=is_device_lost)
     numbers = random.Random(1)
     requests = [[sized(number, numbers.randrange(1, 30)) for _ in range(3)] for number in range(2000)]
     with ThreadPoolExecutor(16) as pool:
@@ -550,9 +512,10 @@ def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[st
 def test_passages_that_come_back_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
     with Scorer(checkpoint, device="cpu") as scorer:
         first = scorer.score([("query", text) for text in texts])
-        assert scorer.stats().cache_hits == 0
+        assert (scorer.stats().cache_hits, scorer.stats().cache_hit_rate) == (0, 0.0)
         assert scorer.score([("query", text) for text in texts]) == first
-        assert scorer.stats().cache_hits == len(texts)
+        assert scorer.stats().cache_hits == scorer.stats().cache_misses == len(texts)
+        assert scorer.stats().to_dict()["cache_hit_rate"] == 0.5
         scorer.score([("other", texts[0]), ("another", texts[0]), ("other", "new")])
         assert scorer.stats().cache_hits == len(texts) + 1
 

@@ -24,6 +24,11 @@ def test_prometheus(checkpoint: Path) -> None:
         assert registry.get_sample_value("bge_rerank_requests_total", labels) == 1
         assert registry.get_sample_value("bge_rerank_pairs_total", labels) == 2
         assert registry.get_sample_value("bge_rerank_queued_tokens", labels) == 0
+        assert registry.get_sample_value("bge_rerank_lost_replicas_total", labels) == 0
+        scorer.score([("canary", "canary"), ("canary", "third canary")])
+        assert registry.get_sample_value("bge_rerank_cache_hits_total", labels) == 1
+        assert registry.get_sample_value("bge_rerank_cache_misses_total", labels) == 3
+        assert registry.get_sample_value("bge_rerank_cache_hit_rate", labels) == 0.25
         assert (registry.get_sample_value("bge_rerank_compute_p50_ms", labels) or 0) > 0
         assert b"canary" not in generate_latest(registry)
     assert registry.get_sample_value("bge_rerank_up", labels) == 0
@@ -48,6 +53,7 @@ def test_opentelemetry(checkpoint: Path) -> None:
         values = read()
         assert (values["bge_rerank.up"], values["bge_rerank.requests"]) == (1, 1)
         assert (values["bge_rerank.pairs"], values["bge_rerank.duplicates"]) == (1, 1)
+        assert (values["bge_rerank.cache_misses"], values["bge_rerank.cache_hit_rate"]) == (1, 0)
     assert read() == {"bge_rerank.up": 0}
 
 

@@ -17,12 +17,12 @@ def ids(length: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 def test_what_was_put_is_found_and_cannot_be_written() -> None:
     cache = TokenCache(10_000)
-    cache.put("text", (ids(3), True))
-    found = cache.get("text")
+    cache.put(cache.key("text"), (ids(3), True))
+    found = cache.get(cache.key("text"))
     assert found is not None
     assert (found[0].tolist(), found[1]) == ([0, 1, 2], True)
-    assert cache.get("Text") is None
-    assert cache.hits == 1
+    assert cache.get(cache.key("Text")) is None
+    assert (cache.hits, cache.misses) == (1, 1)
     with pytest.raises(ValueError, match="read-only"):
         found[0][0] = 7
 
@@ -30,28 +30,28 @@ def test_what_was_put_is_found_and_cannot_be_written() -> None:
 def test_least_recently_used_goes_first() -> None:
     cache = TokenCache(1100)  # room for ten of these
     for name in "abcdefghi":
-        cache.put(name, (ids(9), False))
-    assert cache.get("a") is not None
-    cache.put("j", (ids(9), False))
-    cache.put("k", (ids(9), False))
-    assert cache.get("a") is not None
-    assert cache.get("b") is None
-    assert cache.get("k") is not None
+        cache.put(cache.key(name), (ids(9), False))
+    assert cache.get(cache.key("a")) is not None
+    cache.put(cache.key("j"), (ids(9), False))
+    cache.put(cache.key("k"), (ids(9), False))
+    assert cache.get(cache.key("a")) is not None
+    assert cache.get(cache.key("b")) is None
+    assert cache.get(cache.key("k")) is not None
 
 
 def test_large_entries_and_long_texts_are_not_kept() -> None:
     cache = TokenCache(1000)
-    cache.put("large", (ids(50), False))
-    cache.put("x" * 70_000, (ids(3), False))
-    assert cache.get("large") is None
-    assert cache.get("x" * 70_000) is None
+    cache.put(cache.key("large"), (ids(50), False))
+    cache.put(cache.key("x" * 70_000), (ids(3), False))
+    assert cache.get(cache.key("large")) is None
+    assert cache.get(cache.key("x" * 70_000)) is None
 
 
 def test_any_string_has_a_digest() -> None:
     cache = TokenCache(10_000)
     for text in ("", "\0", "\ud800", "熊猫"):
-        cache.put(text, (ids(2), False))
-        assert cache.get(text) is not None
+        cache.put(cache.key(text), (ids(2), False))
+        assert cache.get(cache.key(text)) is not None
 
 
 def test_it_never_shows(checkpoint: Path, texts: list[str]) -> None:

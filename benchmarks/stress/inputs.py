@@ -19,7 +19,7 @@ from benchmarks.stress.common import (
 )
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.errors import InputTypeError, NonFiniteScoreError
-from bge_rerank_integrations.pairs import prepare
+from bge_rerank_integrations.pairs import PreparedPairs
 
 
 def scores_not_finite(bench: Bench) -> Outcome:
@@ -60,7 +60,8 @@ def scores_not_finite(bench: Bench) -> Outcome:
 def _injected_logits(bench: Bench) -> tuple[int, int]:
     """Put logits that are not finite into results; return how many, and how many were not noticed."""
     rng = random.Random(7)
-    prepared = prepare(bench.tokenizer(), ["query"] * 100, bench.phrases()[:100])
+    prepared = PreparedPairs(["query"] * 100, bench.phrases()[:100])
+    list(prepared.encode(bench.tokenizer(), 100))
     num_missed = 0
     for number in range(bench.count(100)):
         logits = [rng.uniform(-9, 9) for _ in range(100)]

@@ -20,7 +20,7 @@ from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.engine.batch import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import QueueFullError, WorkerDiedError
-from bge_rerank_integrations.scheduler import MicroBatcher
+from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.tokenization import IntArray
 
 CPU: Final = torch.device("cpu")
@@ -50,7 +50,7 @@ def cancelled_calls(bench: Bench) -> Outcome:
         tasks = [asyncio.ensure_future(asyncio.wrap_future(future)) for future in futures]
         return await _cancel_some(tasks)
 
-    batcher = MicroBatcher(score, lambda: 100)
+    batcher = MicroBatcher([Replica(score, lambda: 100)])
     outcomes, cancelled_at = asyncio.run(run_queue(batcher))
     emptied_s = _seconds_until_empty(batcher)
     batcher.close()
@@ -127,7 +127,7 @@ def queue_cap(bench: Bench) -> Outcome:
         return _firsts(batch)
 
     num_offered = bench.count(1000)
-    batcher = MicroBatcher(score, lambda: 100, max_queued_tokens=max(num_offered, 10))
+    batcher = MicroBatcher([Replica(score, lambda: 100)], max_queued_tokens=max(num_offered, 10))
     accepted: list[tuple[int, Future[list[float]]]] = []
     refusals: list[float] = []
     for number in range(num_offered):
@@ -165,7 +165,7 @@ def poisoned_batches(bench: Bench) -> Outcome:
         return _firsts(batch)
 
     # The budget is sixteen callers', and whoever comes waits until it is reached.
-    batcher = MicroBatcher(score, lambda: 160, max_wait_ms=10_000)
+    batcher = MicroBatcher([Replica(score, lambda: 160)], max_wait_ms=10_000)
     num_rounds = bench.count(200)
     tally: Counter[str] = Counter()
     with ThreadPoolExecutor(16) as pool:
@@ -215,7 +215,7 @@ def injected_errors(bench: Bench) -> Outcome:
         budgets.append(runner.max_batch_tokens)
         return runner.max_batch_tokens
 
-    batcher = MicroBatcher(runner.run, budget, is_device_lost=is_device_lost)
+    batcher = MicroBatcher([Replica(runner.run, budget)], is_device_lost=is_device_lost)
     rng = random.Random(4)
     poisoned = set(rng.sample(range(num_requests), num_bad))
     requests = [
@@ -282,7 +282,7 @@ class Worker:
 def killed_workers(bench: Bench) -> Outcome:
     """The worker's thread ends, from inside or outside, while fifty wait for it."""
     worker = Worker()
-    batcher = MicroBatcher(worker, lambda: 3)
+    batcher = MicroBatcher([Replica(worker, lambda: 3)])
     rng = random.Random(5)
     num_kills = bench.count(20)
     waits: list[float] = []

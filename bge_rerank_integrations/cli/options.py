@@ -25,6 +25,10 @@ def _in_a_folder(_: click.Context, parameter: click.Parameter, path: Path | None
     return path
 
 
+def _split(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else value.split(",")
+
+
 def output_option(*names: str, text: str) -> Callable[[_Command], _Command]:
     """Add an option that names a file to be written.
 
@@ -58,6 +62,11 @@ def config_options(default_model: str = DEFAULT_MODEL) -> Callable[[_Command], _
         click.option("--cache-folder", type=click.Path(), help="Where hub downloads are kept."),
         click.option("--local-files-only", is_flag=True, help="Never ask the network."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+        click.option(
+            "--devices",
+            callback=_split,
+            help="Several devices instead, a copy of the model on each: cuda:0,cuda:1.",
+        ),
         click.option("--dtype", type=click.Choice(get_args(DType)), default="auto", show_default=True),
         click.option(
             "--max-length", type=int, default=512, show_default=True, help="Longest pair, in tokens."
@@ -78,6 +87,7 @@ def config_options(default_model: str = DEFAULT_MODEL) -> Callable[[_Command], _
                 "cache_folder",
                 "local_files_only",
                 "device",
+                "devices",
                 "dtype",
                 "max_length",
                 "query_max_length",

@@ -27,8 +27,9 @@ from bge_rerank_integrations.ranking import check_threshold, check_top_n
 from bge_rerank_integrations.reranking import rerank_run
 from bge_rerank_integrations.scorer import Scorer
 
-# Where the model is kept and how requests wait: a job may be gone on with even if these change.
-_NOT_DECISIVE = ("cache_folder", "local_files_only", "max_wait_ms", "max_queued_tokens")
+# Where the model is kept, how many copies of it run and how requests wait: a job may be gone on with even
+# if these change.
+_NOT_DECISIVE = ("cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens")
 
 
 @click.command()

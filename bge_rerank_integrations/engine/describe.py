@@ -31,8 +31,8 @@ class MachineReport:
     """What a config comes to on this machine.
 
     Attributes:
-        device: Such as `cpu` or `cuda:0`.
-        device_name: What the vendor calls it.
+        device: Such as `cpu`, `cuda:0` or, where a config names several, `cuda:0, cuda:1`.
+        device_name: What the vendor calls it, or the first of them, which all that follows is about.
         device_reason: Why this one.
         dtype: Precision of the encoder.
         dtype_reason: Why this one.
@@ -99,15 +99,16 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         ConfigError: The precision does not go with the device.
         DeviceError: The device is not there.
     """
-    device = resolve_device(config)
+    devices = [resolve_device(each) for each in config.per_device()]
+    device = devices[0]
     dtype = resolve_dtype(config, device)
     chosen = "chosen"
     attention = resolve_attention(device, dtype, _BGE_HEAD_DIM)
     linear = resolve_linear(device, dtype).make
     return MachineReport(
-        device=str(device),
+        device=", ".join(map(str, devices)),
         device_name=_device_name(device),
-        device_reason=_why_device(device) if config.device == "auto" else chosen,
+        device_reason=_why_device(device) if config.device == "auto" and not config.devices else chosen,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=f"default on {device.type}" if config.dtype == "auto" else chosen,
         attention=_name(attention),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ class Runner:
         pending = deque(plan_batches(lengths, self.max_batch_tokens))
         while pending:
             batch = pending.popleft()
-            with self._lock, _cpu_threads(self._num_threads):
+            with self._lock, _cpu_threads(self._num_threads), _current(self.device):
                 values = self._try([sequences[index] for index in batch])
             if values is None:
                 rest = [index for later in (batch, *pending) for index in later]
@@ -155,12 +156,31 @@ def _cpu_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the thread's current one, where kernels go that are not torch's own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Whether an error of a forward pass means that every later one fails too, until a new process."""
     message = str(error)
     if not isinstance(error, RuntimeError) or "out of memory" in message or "CUBLAS" in message:
         return False
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in message
+
+
+def load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> list[Runner]:
+    """Load a verified checkpoint onto each device the config means.
+
+    Raises:
+        RerankError: As `load_runner` says.
+    """
+    first, *others = config.per_device()
+    for other in others:
+        resolve_device(other)  # before the first is loaded for nothing
+    # The digest of the same files need be compared but once.
+    others = [dataclasses.replace(other, sha256=None) for other in others]
+    return [load_runner(each, folder, shape) for each in (first, *others)]
 
 
 def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runner:
