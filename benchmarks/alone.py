@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import Pairs, quiet
 from benchmarks.models import Setup
-from benchmarks.peers.registry import load, prepare
+from benchmarks.peers.registry import load, needs_preparing, prepare
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,13 +36,19 @@ def peak_bytes(key: str, setup: Setup, pairs: Pairs, batch_size: int | None) -> 
     Raises:
         NotAvailableError: The contender is not installed, or this machine cannot run it.
     """
-    _alone(prepare, key, setup)  # converting a model takes more memory than running it
+    if needs_preparing(key):
+        _alone(_prepare, key, setup)  # converting a model takes more memory than running it
     return _alone(_peak, key, setup, pairs, batch_size)
 
 
 def _alone(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def _prepare(key: str, setup: Setup) -> None:
+    with quiet():
+        prepare(key, setup)
 
 
 def _peak(key: str, setup: Setup, pairs: Pairs, batch_size: int | None) -> dict[str, int]:

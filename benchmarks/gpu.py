@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(shape="large")
     parser.add_argument("--also", nargs="*", choices=SHAPES, default=["base"], help="shapes for latency only")
     parser.add_argument("--num-pairs", type=int, default=10_000, help="most pairs for throughput")
-    parser.add_argument("--seconds", type=float, default=50.0, help="for the throughput of each precision")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for the throughput of each precision")
     parser.add_argument("--matrix-size", type=int, default=8192, help="of the product that the ceiling is of")
 
 
@@ -55,15 +55,12 @@ def run(args: argparse.Namespace) -> int:
     found: list[str] = []
     document["latency"] = {}
     for shape in dict.fromkeys([args.shape, *args.also]):
-        with quiet():
-            manager = prepared_model(shape=shape, model=None, device=args.device)
-            setup = manager.__enter__()
-        try:
+        with ExitStack() as stack:
+            with quiet():
+                setup = stack.enter_context(prepared_model(shape=shape, model=None, device=args.device))
             if shape == args.shape:
                 document["throughput"], missing = _throughput(args, setup, ceiling)
             document["latency"][shape] = _latency(args, shape, setup, missing, found)
-        finally:
-            manager.__exit__(None, None, None)
     return report.end(document, missing=missing, problems=found)
 
 
@@ -116,10 +113,7 @@ def _throughput(
             contender.score(reworded(trial, "trial"))
             rate = len(trial) / (time.perf_counter() - began)
             num_pairs = min(args.num_pairs, max(int(rate * args.seconds / args.repeats), 2))
-            name = f"E, {num_pairs}"
-            runs.append(
-                Run(key, contender, maker.make("E", num_pairs=num_pairs, length=MAX_LENGTH, name=name))
-            )
+            runs.append(Run(key, contender, workload.first(num_pairs)))
         if runs:
             interleave(runs, args.repeats)
     shape = setup.shape()
@@ -176,6 +170,5 @@ def _latency(
 
 
 def _synchronize(device: str) -> None:
-    synchronize: Callable[[str], None] | None = torch.cuda.synchronize if device.startswith("cuda") else None
-    if synchronize is not None:
-        synchronize(device)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

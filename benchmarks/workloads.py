@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 from collections.abc import Sequence
@@ -76,6 +77,15 @@ class Workload:
     def texts(self, repeat: int) -> list[Pairs]:
         """Return the pairs of each call of one repeat; no passage of one is in another."""
         return [reworded(self.pairs, f"{self.name} {repeat} {call}") for call in range(self.num_calls)]
+
+    def first(self, num_pairs: int) -> Workload:
+        """Return a workload of its first pairs alone."""
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}, {num_pairs}",
+            pairs=self.pairs[:num_pairs],
+            num_tokens=self.num_tokens[:num_pairs],
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return what a report says of it."""

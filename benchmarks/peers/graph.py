@@ -17,6 +17,7 @@ from benchmarks.peers.contender import IdBatch
 
 INPUTS = ("input_ids", "attention_mask")
 CALIBRATION_PAIRS = 32
+DEFAULT_BATCH_SIZE = 8
 
 
 class GraphScorer:
@@ -37,7 +38,7 @@ class GraphScorer:
         sequences = self._encode(pairs)
         order = sorted(range(len(pairs)), key=lambda row: -len(sequences[row]))
         logits = np.empty(len(pairs))
-        size = batch_size or len(pairs)
+        size = batch_size or DEFAULT_BATCH_SIZE
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             ids, mask = self._encode.pad([sequences[row] for row in rows])

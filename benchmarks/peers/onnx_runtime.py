@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.models import Setup
 from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError, batch_sizes
-from benchmarks.peers.graph import INPUTS, GraphScorer, num_cores, traceable
+from benchmarks.peers.graph import DEFAULT_BATCH_SIZE, INPUTS, GraphScorer, num_cores, traceable
 
 _OPSET = 17
 # A protobuf holds less; what is larger keeps its weights in files beside it.
@@ -36,7 +36,12 @@ def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
 
     scorer = GraphScorer(setup, infer)
     return Contender(
-        name="ONNX Runtime", dtype=dtype, run=scorer, watch=scorer.watch, batch_sizes=batch_sizes(setup)
+        name="ONNX Runtime",
+        dtype=dtype,
+        run=scorer,
+        watch=scorer.watch,
+        batch_sizes=batch_sizes(setup),
+        batch_size=DEFAULT_BATCH_SIZE,
     )
 
 

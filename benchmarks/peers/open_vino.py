@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.models import Setup
 from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError, batch_sizes
-from benchmarks.peers.graph import GraphScorer, calibration, num_cores, traceable
+from benchmarks.peers.graph import DEFAULT_BATCH_SIZE, GraphScorer, calibration, num_cores, traceable
 
 
 def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
@@ -35,7 +35,12 @@ def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
 
     scorer = GraphScorer(setup, infer)
     return Contender(
-        name="OpenVINO", dtype=dtype, run=scorer, watch=scorer.watch, batch_sizes=batch_sizes(setup)
+        name="OpenVINO",
+        dtype=dtype,
+        run=scorer,
+        watch=scorer.watch,
+        batch_sizes=batch_sizes(setup),
+        batch_size=DEFAULT_BATCH_SIZE,
     )
 
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import ModuleType
 from typing import Final, NamedTuple, TypeVar, get_args
 
 from benchmarks.models import Setup
@@ -23,12 +24,14 @@ class Entry(NamedTuple):
         kind: What its `load` is told: a precision, or how.
         install: What to install where it is missing.
         load: The function that loads it.
+        converts: Whether the file has a `prepare` that converts the model first.
     """
 
     module: str
     kind: str
     install: str
     load: str = "load"
+    converts: bool = False
 
 
 OURS: Final = [f"ours-{dtype}" for dtype in get_args(DType) if dtype != "auto"]
@@ -45,10 +48,10 @@ ENTRIES: Final = {
     "cross-encoder-best": Entry("cross_encoder", "best", _SENTENCE_TRANSFORMERS),
     "flag-reranker-default": Entry("flag_reranker", "default", "FlagEmbedding"),
     "flag-reranker-best": Entry("flag_reranker", "best", "FlagEmbedding"),
-    "onnx-float32": Entry("onnx_runtime", "float32", "onnx onnxruntime"),
-    "onnx-int8": Entry("onnx_runtime", "int8", "onnx onnxruntime"),
-    "openvino-bfloat16": Entry("open_vino", "bfloat16", "openvino"),
-    "openvino-int8": Entry("open_vino", "int8", "openvino nncf"),
+    "onnx-float32": Entry("onnx_runtime", "float32", "onnx onnxruntime", converts=True),
+    "onnx-int8": Entry("onnx_runtime", "int8", "onnx onnxruntime", converts=True),
+    "openvino-bfloat16": Entry("open_vino", "bfloat16", "openvino", converts=True),
+    "openvino-int8": Entry("open_vino", "int8", "openvino nncf", converts=True),
     "langchain-ours": Entry("ours", "auto", "langchain-core", "load_langchain"),
     "langchain-theirs": Entry("langchain_reranker", "default", _LANGCHAIN),
     "llama-index-ours": Entry("ours", "auto", "llama-index-core", "load_llama_index"),
@@ -110,13 +113,21 @@ def available(get: Callable[[], T]) -> T | str:
         return str(error)
 
 
+def needs_preparing(key: str) -> bool:
+    """Whether a contender is converted into files of its own before it is loaded."""
+    return ENTRIES[key].converts
+
+
 def prepare(key: str, setup: Setup) -> None:
-    """Do what a contender does once before it is loaded, so that loading it alone can be measured."""
+    """Convert the model for a contender that needs it, so that loading it alone can be measured.
+
+    Raises:
+        NotAvailableError: It is not installed.
+    """
     entry = ENTRIES[key]
     try:
-        convert = getattr(_module(entry), "prepare", None)
-        if convert is not None:
-            convert(entry.kind, setup)
+        convert: Callable[[str, Setup], object] = _module(entry).prepare
+        convert(entry.kind, setup)
     except ImportError as error:
         raise NotAvailableError(f"pip install {entry.install}  ({error})") from error
 
@@ -125,5 +136,5 @@ def _means(name: str, key: str) -> bool:
     return key == name or key.startswith(f"{name}-")
 
 
-def _module(entry: Entry) -> object:
+def _module(entry: Entry) -> ModuleType:
     return importlib.import_module(f"benchmarks.peers.{entry.module}")
