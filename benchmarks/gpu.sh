@@ -1,5 +1,5 @@
 #!/bin/sh
-# One GPU in under eight minutes, from a plain checkout: needs torch, transformers, tokenizers, safetensors
+# One GPU in a few minutes, meant to end within eight, from a plain checkout: needs torch, transformers, tokenizers, safetensors
 # and sentence-transformers. The last line is everything as JSON.
 #     sh benchmarks/gpu.sh
 #     PYTHON=python3.11 sh benchmarks/gpu.sh --seconds 30
