@@ -1,6 +1,6 @@
 #!/bin/sh
-# One GPU in a few minutes, meant to end within eight, from a plain checkout: needs torch, transformers, tokenizers, safetensors
-# and sentence-transformers. The last line is everything as JSON.
+# One GPU in a few minutes, meant to end within eight, from a plain checkout: needs torch, transformers,
+# tokenizers, safetensors and sentence-transformers. The last line is everything as JSON.
 #     sh benchmarks/gpu.sh
 #     PYTHON=python3.11 sh benchmarks/gpu.sh --seconds 30
 #     DEVICE=cpu SHAPE=tiny sh benchmarks/gpu.sh      # the same path where there is no GPU
