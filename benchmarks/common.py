@@ -12,7 +12,7 @@ import platform
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final
@@ -42,26 +42,71 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def make_pairs(tokenizer_path: Path, num_pairs: int, seed: int) -> Pairs:
-    """Make one query and `num_pairs` passages of words from the example corpus, of log-normal length."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    words = [word for text in read_texts() for word in text.split() if "<" not in word]
-    encodings = tokenizer.encode_batch(words, add_special_tokens=False)
-    # Words are tokenized apart from each other, so their counts add up.
-    counted = [
-        (word, len(encoding.ids))
-        for word, encoding in zip(words, encodings, strict=True)
-        if encoding.ids and "<unk>" not in encoding.tokens
-    ]
+class PairMaker:
+    """Makes pairs of words from the example corpus, with known numbers of tokens.
+
+    Args:
+        tokenizer_path: Of the model; words are tokenized apart from each other, so their counts add up.
+    """
+
+    def __init__(self, tokenizer_path: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        words = [word for text in read_texts() for word in text.split() if "<" not in word]
+        encodings = tokenizer.encode_batch(words, add_special_tokens=False)
+        self._counted = [
+            (word, len(encoding.ids))
+            for word, encoding in zip(words, encodings, strict=True)
+            if encoding.ids and "<unk>" not in encoding.tokens
+        ]
+
+    def pairs(
+        self,
+        num_pairs: int,
+        seed: int,
+        *,
+        length: int | None = None,
+        num_query_words: int = NUM_QUERY_WORDS,
+    ) -> Pairs:
+        """Make one query and `num_pairs` passages.
+
+        Args:
+            num_pairs: How many.
+            seed: The same pairs for the same seed.
+            length: Tokens of each pair, special ones included; None is log-normal.
+            num_query_words: Words of the query.
+        """
+        rng = random.Random(seed)
+        query = rng.sample(self._counted, num_query_words)
+        taken = NUM_SPECIAL_TOKENS + sum(count for _, count in query)
+        text = " ".join(word for word, _ in query)
+        return [
+            (text, self._passage(rng, max((length or _log_normal(rng)) - taken, MIN_PASSAGE_TOKENS)))
+            for _ in range(num_pairs)
+        ]
+
+    def _passage(self, rng: random.Random, num_tokens: int) -> str:
+        chosen = []
+        while num_tokens:
+            word, count = rng.choice(self._counted)
+            if count > num_tokens:
+                fitting = [candidate for candidate in self._counted if candidate[1] <= num_tokens]
+                if not fitting:
+                    break
+                word, count = rng.choice(fitting)
+            chosen.append(word)
+            num_tokens -= count
+        return " ".join(chosen)
+
+
+def reworded(pairs: Pairs, seed: str) -> Pairs:
+    """Return pairs with the words of each passage in another order: as many tokens, but in no cache."""
     rng = random.Random(seed)
-    query = rng.sample(counted, NUM_QUERY_WORDS)
-    taken = NUM_SPECIAL_TOKENS + sum(count for _, count in query)
-    query_text = " ".join(word for word, _ in query)
-    pairs = []
-    for _ in range(num_pairs):
-        length = min(round(rng.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SIGMA)), MAX_LENGTH)
-        pairs.append((query_text, _make_passage(rng, counted, max(length - taken, MIN_PASSAGE_TOKENS))))
-    return pairs
+    shuffled = []
+    for query, passage in pairs:
+        words = passage.split()
+        rng.shuffle(words)
+        shuffled.append((query, " ".join(words)))
+    return shuffled
 
 
 def import_optional(module: str) -> tuple[Any, str]:
@@ -102,18 +147,8 @@ def cpu_features(*substrings: str) -> list[str]:
     return sorted(name for name, has in read().items() if has is True and any(s in name for s in substrings))
 
 
-def _make_passage(rng: random.Random, counted: Sequence[tuple[str, int]], num_tokens: int) -> str:
-    chosen = []
-    while num_tokens:
-        word, count = rng.choice(counted)
-        if count > num_tokens:
-            fitting = [candidate for candidate in counted if candidate[1] <= num_tokens]
-            if not fitting:
-                break
-            word, count = rng.choice(fitting)
-        chosen.append(word)
-        num_tokens -= count
-    return " ".join(chosen)
+def _log_normal(rng: random.Random) -> int:
+    return min(round(rng.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SIGMA)), MAX_LENGTH)
 
 
 def _cpu_model() -> str:

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.common import describe_hardware, import_optional, make_pairs, quiet, version
+from benchmarks.common import PairMaker, describe_hardware, import_optional, quiet, version
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint import find_checkpoint
 from bge_rerank_integrations.pairs import PreparedPairs
@@ -135,10 +135,11 @@ class Requests:
 
     def __init__(self, tokenizer_path: Path) -> None:
         rng = random.Random(0)
+        maker = PairMaker(tokenizer_path)
         self._serial = itertools.count()
-        self._kept = [_request(tokenizer_path, rng.randint(*NUM_PASSAGES), n) for n in range(NUM_REQUESTS)]
-        self._long = _request(tokenizer_path, NUM_LONG, NUM_REQUESTS)
-        self._short = _request(tokenizer_path, NUM_SHORT, NUM_REQUESTS + 1)
+        self._kept = [_request(maker, rng.randint(*NUM_PASSAGES), n) for n in range(NUM_REQUESTS)]
+        self._long = _request(maker, NUM_LONG, NUM_REQUESTS)
+        self._short = _request(maker, NUM_SHORT, NUM_REQUESTS + 1)
 
     def mixed(self) -> Request:
         """Return a request of 20 to 100 passages."""
@@ -154,8 +155,8 @@ class Requests:
         return _marked(self._short, next(self._serial))
 
 
-def _request(tokenizer_path: Path, num_passages: int, seed: int) -> Request:
-    pairs = make_pairs(tokenizer_path, num_passages, seed)
+def _request(maker: PairMaker, num_passages: int, seed: int) -> Request:
+    pairs = maker.pairs(num_passages, seed)
     return pairs[0][0], [passage for _, passage in pairs]
 
 

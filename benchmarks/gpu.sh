@@ -1,0 +1,15 @@
+#!/bin/sh
+# One GPU in a few minutes, meant to end within eight, from a plain checkout: needs torch, transformers,
+# tokenizers, safetensors and sentence-transformers. The last line is everything as JSON.
+#     sh benchmarks/gpu.sh
+#     PYTHON=python3.11 sh benchmarks/gpu.sh --seconds 30
+#     DEVICE=cpu SHAPE=tiny sh benchmarks/gpu.sh      # the same path where there is no GPU
+set -eu
+cd "$(dirname "$0")/.."
+export HF_HUB_OFFLINE=1
+if [ "${SHAPE:-large}" = tiny ]; then
+    set -- --shape tiny --also --num-pairs 16 --seconds 1 --matrix-size 256 "$@"
+else
+    set -- --shape "${SHAPE:-large}" "$@"
+fi
+exec "${PYTHON:-python3}" -m benchmarks gpu --device "${DEVICE:-cuda}" "$@"

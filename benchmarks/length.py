@@ -1,0 +1,79 @@
+"""`length`: throughput against the length of the pairs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from benchmarks import report
+from benchmarks.common import MAX_LENGTH, quiet
+from benchmarks.measure import problems, reference
+from benchmarks.models import prepared_model
+from benchmarks.peers.registry import load_all
+from benchmarks.plots import plot_length
+from benchmarks.speed import CALIBRATION_PAIRS, compare
+from benchmarks.workloads import WorkloadMaker, sample
+
+LENGTHS: Final = (64, 128, 256, 512)
+MIN_LENGTH: Final = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this command takes beside the common options."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of each pair")
+    parser.add_argument("--num-pairs", type=int, default=100, help="of each length; default: 100")
+    parser.add_argument("--plot", type=Path, help="draw throughput to a .png, .svg or .pdf")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work."""
+    if args.num_pairs < 2:
+        parser.error("--num-pairs must be at least 2")
+    if not all(MIN_LENGTH <= length <= MAX_LENGTH for length in args.lengths):
+        parser.error(f"--lengths must be {MIN_LENGTH} to {MAX_LENGTH}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit status is 1 where contenders do not agree."""
+    with ExitStack() as stack:
+        with quiet():
+            setup = stack.enter_context(
+                prepared_model(shape=args.shape, model=args.model, device=args.device)
+            )
+            maker = WorkloadMaker(setup.tokenizer_path, args.seed)
+            workloads = {
+                length: maker.make("A", num_pairs=args.num_pairs, length=length, name=f"{length} tokens")
+                for length in sorted(set(args.lengths))
+            }
+            setup = dataclasses.replace(setup, sample=sample(list(workloads.values()), CALIBRATION_PAIRS))
+        document = report.begin(
+            "length",
+            device=args.device,
+            model=args.model or f"{args.shape}, random weights",
+            num_pairs=args.num_pairs,
+            repeats=args.repeats,
+            seed=args.seed,
+        )
+        found: list[str] = []
+        document["workloads"] = []
+        with quiet():
+            references = reference(setup, maker, list(workloads.values()))
+            contenders, missing = load_all(args.contenders, setup, stack)
+            for length, workload in workloads.items():
+                results = compare(contenders, workload, references[workload.name], setup, args.repeats)
+                found += [f"{length}: {line}" for line in problems(results, references[workload.name])]
+                document["workloads"].append({"length": length, **workload.describe(), "results": results})
+    rows = [
+        (
+            report.label(result),
+            [f"{each['results'][index]['tokens_per_s']:.0f}" for each in document["workloads"]],
+        )
+        for index, result in enumerate(document["workloads"][0]["results"])
+    ]
+    report.print_table("tokens/s, by tokens of a pair", [f"{length}" for length in workloads], rows)
+    if args.plot:
+        plot_length(document, args.plot)
+    return report.end(document, missing=missing, problems=found)

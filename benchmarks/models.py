@@ -1,0 +1,108 @@
+"""The model that all contenders of a run load, each in the form it reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.common import Pairs
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.engine.checkpoint import find_checkpoint, load_weights, read_shape
+from bge_rerank_integrations.engine.model import EncoderShape
+from examples.random_checkpoint import TOKENIZER_CONFIG, build_random_checkpoint
+
+SHAPES: Final[dict[str, dict[str, int]]] = {
+    "tiny": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128},
+    "base": {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "num_heads": 12,
+        "intermediate_size": 3072,
+        "vocab_size": 250_002,
+    },
+    "large": {
+        "num_layers": 24,
+        "hidden_size": 1024,
+        "num_heads": 16,
+        "intermediate_size": 4096,
+        "vocab_size": 250_002,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a contender is loaded from.
+
+    Attributes:
+        model: What `Scorer` takes.
+        plain: The same weights in float32, in a folder that transformers reads.
+        device: `cpu`, `cuda` or `cuda:N`.
+        exports: Where peers keep what they convert the model into.
+        sample: Pairs to calibrate a quantization with.
+    """
+
+    model: str
+    plain: Path
+    device: str
+    exports: Path
+    sample: Pairs
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer that all read."""
+        return self.plain / "tokenizer.json"
+
+    def shape(self) -> EncoderShape:
+        """Return the model's dimensions."""
+        return read_shape(self.plain)
+
+
+@contextmanager
+def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Setup]:
+    """Make a model with random weights, or copy one, into a folder that is removed at the end.
+
+    Args:
+        shape: Of the random weights.
+        model: What `Scorer` takes; None is random weights.
+        device: Where contenders run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        plain, exports = Path(folder) / "model", Path(folder) / "exports"
+        exports.mkdir()
+        if model is None:
+            build_random_checkpoint(plain, **SHAPES[shape])
+        else:
+            write_plain(find_checkpoint(ScorerConfig(model=model)), plain)
+        yield Setup(model or str(plain), plain, device, exports, [])
+
+
+def write_plain(source: Path, folder: Path) -> None:
+    """Write a checkpoint in float32, with a tokenizer configuration that every peer reads alike.
+
+    Peers would otherwise take the precision that the weights are stored in for the one to compute in, and
+    a tokenizer class by the model's type instead of the one in `tokenizer.json`.
+    """
+    folder.mkdir()
+    weights = load_weights(source, read_shape(source), device=torch.device("cpu"), dtype=torch.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), encoding="utf-8")
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")

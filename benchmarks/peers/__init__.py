@@ -1,0 +1,1 @@
+"""The contenders: this package and its peers, one file a package, each imported only when it is wanted."""

@@ -1,0 +1,115 @@
+"""Models converted into a graph: what ONNX Runtime and OpenVINO have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from benchmarks.common import MAX_LENGTH, Pairs
+from benchmarks.models import Setup
+from benchmarks.peers.contender import IdBatch
+
+INPUTS = ("input_ids", "attention_mask")
+CALIBRATION_PAIRS = 32
+DEFAULT_BATCH_SIZE = 8
+
+
+class GraphScorer:
+    """Scores pairs through a graph of padded ids: sorted by length, each batch padded to its longest.
+
+    Args:
+        setup: Whose tokenizer and padding to use.
+        infer: int64 ids and mask, [pairs, tokens] each, to the logits [pairs].
+    """
+
+    def __init__(self, setup: Setup, infer: Callable[[IdBatch, IdBatch], Any]) -> None:
+        self._encode = PairEncoder(setup)
+        self._infer = infer
+        self._record: Callable[[IdBatch], None] | None = None
+
+    def __call__(self, pairs: Pairs, batch_size: int | None) -> list[float]:
+        """Return the logits, in order."""
+        sequences = self._encode(pairs)
+        order = sorted(range(len(pairs)), key=lambda row: -len(sequences[row]))
+        logits = np.empty(len(pairs))
+        size = batch_size or DEFAULT_BATCH_SIZE
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            ids, mask = self._encode.pad([sequences[row] for row in rows])
+            if self._record is not None:
+                self._record(ids)
+            logits[rows] = self._infer(ids, mask)
+        return [float(logit) for logit in logits]
+
+    @contextmanager
+    def watch(self, record: Callable[[IdBatch], None]) -> Iterator[None]:
+        """Show each batch of ids to a function while the context lasts."""
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
+
+
+class PairEncoder:
+    """Texts to padded ids over the model's own `tokenizer.json`, all threads together."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._tokenizer = Tokenizer.from_file(str(setup.tokenizer_path))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(MAX_LENGTH)
+        self._padding_idx = setup.shape().padding_idx
+
+    def __call__(self, pairs: Pairs) -> list[list[int]]:
+        """Return the ids of each pair, cut to the longest that the benchmarks know."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(pairs)]
+
+    def pad(self, sequences: list[list[int]]) -> tuple[IdBatch, IdBatch]:
+        """Return int64 ids and mask of a batch."""
+        ids = np.full((len(sequences), max(map(len, sequences))), self._padding_idx, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = sequence
+            mask[row, : len(sequence)] = 1
+        return ids, mask
+
+
+def calibration(setup: Setup) -> list[dict[str, IdBatch]]:
+    """Return the sample's pairs, one a batch."""
+    encode = PairEncoder(setup)
+    return [
+        dict(zip(INPUTS, encode.pad([ids]), strict=True)) for ids in encode(setup.sample[:CALIBRATION_PAIRS])
+    ]
+
+
+def traceable(folder: Path, attention: str) -> tuple[Any, dict[str, Any]]:
+    """Return a module of ids and mask to logits, and an example of its inputs."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, attn_implementation=attention, dtype=torch.float32
+            )
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+
+    module = Logits().eval()
+    padding_idx = module.model.config.pad_token_id
+    ids = torch.tensor([[0, 5, 6, 7, 8, 2], [0, 9, 2, padding_idx, padding_idx, padding_idx]])
+    return module, dict(zip(INPUTS, (ids, (ids != padding_idx).long()), strict=True))
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,140 @@
+"""Which contenders there are, and how one is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from types import ModuleType
+from typing import Final, NamedTuple, TypeVar, get_args
+
+from benchmarks.models import Setup
+from benchmarks.peers.contender import Contender, NotAvailableError
+from bge_rerank_integrations.config import DType
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """Where a contender comes from.
+
+    Attributes:
+        module: The file in `benchmarks.peers`.
+        kind: What its `load` is told: a precision, or how.
+        install: What to install where it is missing.
+        load: The function that loads it.
+        converts: Whether the file has a `prepare` that converts the model first.
+    """
+
+    module: str
+    kind: str
+    install: str
+    load: str = "load"
+    converts: bool = False
+
+
+OURS: Final = [f"ours-{dtype}" for dtype in get_args(DType) if dtype != "auto"]
+REFERENCE: Final = "ours-float32"
+BASELINE: Final = "cross-encoder-default"
+
+_SENTENCE_TRANSFORMERS: Final = "sentence-transformers"
+_LANGCHAIN: Final = "langchain-classic langchain-community sentence-transformers"
+_LLAMA_INDEX: Final = "llama-index-core sentence-transformers"
+
+ENTRIES: Final = {
+    **{key: Entry("ours", key.removeprefix("ours-"), "bge-rerank-integrations") for key in OURS},
+    "cross-encoder-default": Entry("cross_encoder", "default", _SENTENCE_TRANSFORMERS),
+    "cross-encoder-best": Entry("cross_encoder", "best", _SENTENCE_TRANSFORMERS),
+    "flag-reranker-default": Entry("flag_reranker", "default", "FlagEmbedding"),
+    "flag-reranker-best": Entry("flag_reranker", "best", "FlagEmbedding"),
+    "onnx-float32": Entry("onnx_runtime", "float32", "onnx onnxruntime", converts=True),
+    "onnx-int8": Entry("onnx_runtime", "int8", "onnx onnxruntime", converts=True),
+    "openvino-bfloat16": Entry("open_vino", "bfloat16", "openvino", converts=True),
+    "openvino-int8": Entry("open_vino", "int8", "openvino nncf", converts=True),
+    "langchain-ours": Entry("ours", "auto", "langchain-core", "load_langchain"),
+    "langchain-theirs": Entry("langchain_reranker", "default", _LANGCHAIN),
+    "llama-index-ours": Entry("ours", "auto", "llama-index-core", "load_llama_index"),
+    "llama-index-theirs": Entry("llama_index_reranker", "default", _LLAMA_INDEX),
+}
+
+
+def is_ours(key: str) -> bool:
+    """Whether a contender is this package."""
+    return ENTRIES[key].module == "ours"
+
+
+def select(wanted: Sequence[str]) -> list[str]:
+    """Return the contenders that some names mean, each itself or the beginning of others.
+
+    Raises:
+        ValueError: A name means none.
+    """
+    for name in wanted:
+        if not any(_means(name, key) for key in ENTRIES):
+            raise ValueError(f"no contender {name!r}; there are {', '.join(ENTRIES)}")
+    return [key for key in ENTRIES if any(_means(name, key) for name in wanted)]
+
+
+def load(key: str, setup: Setup, stack: ExitStack) -> Contender:
+    """Load one contender.
+
+    Raises:
+        NotAvailableError: It is not installed, or this machine cannot run it.
+    """
+    entry = ENTRIES[key]
+    try:
+        loader: Callable[[str, Setup, ExitStack], Contender] = getattr(_module(entry), entry.load)
+        return loader(entry.kind, setup, stack)
+    except ImportError as error:
+        raise NotAvailableError(f"pip install {entry.install}  ({error})") from error
+
+
+def load_all(
+    keys: Sequence[str], setup: Setup, stack: ExitStack
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Load what can be had, and say of the rest why it cannot."""
+    contenders: dict[str, Contender] = {}
+    missing: dict[str, str] = {}
+    for key in keys:
+        loaded = available(partial(load, key, setup, stack))
+        if isinstance(loaded, str):
+            missing[key] = loaded
+        else:
+            contenders[key] = loaded
+    return contenders, missing
+
+
+def available(get: Callable[[], T]) -> T | str:
+    """Return what a function returns, or why the contender that it asks for is not available."""
+    try:
+        return get()
+    except NotAvailableError as error:
+        return str(error)
+
+
+def needs_preparing(key: str) -> bool:
+    """Whether a contender is converted into files of its own before it is loaded."""
+    return ENTRIES[key].converts
+
+
+def prepare(key: str, setup: Setup) -> None:
+    """Convert the model for a contender that needs it, so that loading it alone can be measured.
+
+    Raises:
+        NotAvailableError: It is not installed.
+    """
+    entry = ENTRIES[key]
+    try:
+        convert: Callable[[str, Setup], object] = _module(entry).prepare
+        convert(entry.kind, setup)
+    except ImportError as error:
+        raise NotAvailableError(f"pip install {entry.install}  ({error})") from error
+
+
+def _means(name: str, key: str) -> bool:
+    return key == name or key.startswith(f"{name}-")
+
+
+def _module(entry: Entry) -> ModuleType:
+    return importlib.import_module(f"benchmarks.peers.{entry.module}")

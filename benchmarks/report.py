@@ -1,0 +1,69 @@
+"""What every command prints: what it ran on, tables, and one line of JSON last."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from benchmarks.common import describe_hardware, version
+
+DISTRIBUTIONS: Final = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentence-transformers",
+    "FlagEmbedding",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "langchain-classic",
+    "langchain-community",
+    "llama-index-core",
+)
+
+
+def begin(command: str, *, device: str, model: str, **settings: Any) -> dict[str, Any]:
+    """Start a report, and print what it ran on."""
+    report: dict[str, Any] = {
+        "command": command,
+        "hardware": describe_hardware(device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in DISTRIBUTIONS}},
+        "settings": {"model": model, "device": device, **settings},
+    }
+    for title in ("hardware", "versions", "settings"):
+        print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in report[title].items()))
+    print(flush=True)
+    return report
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, width: int = 11
+) -> None:
+    """Print a table of figures, names first."""
+    first = max([len(title), *(len(name) for name, _ in rows)]) + 2
+    print(f"{title:{first}}" + "".join(f"{column:>{width}}" for column in columns))
+    for name, cells in rows:
+        print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    print(flush=True)
+
+
+def label(result: Mapping[str, Any]) -> str:
+    """Return how a table names a contender."""
+    return f"{result['name']}, {result['dtype']}"
+
+
+def figure(value: float | None, spec: str) -> str:
+    """Format a figure that may not be there."""
+    return "" if value is None else format(value, spec)
+
+
+def end(report: dict[str, Any], *, missing: Mapping[str, str], problems: Sequence[str]) -> int:
+    """Print what is left to say, then everything as JSON; return the exit status."""
+    for key, reason in missing.items():
+        print(f"not available: {key}: {reason}")
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print(json.dumps({**report, "missing": missing, "problems": problems}))
+    return 1 if problems else 0

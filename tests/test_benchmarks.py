@@ -1,0 +1,418 @@
+"""The benchmarks: what they score, and that a whole run of each reaches its last line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.gpu import count_flops
+from benchmarks.kendall import tau_b
+from benchmarks.measure import Reference, check, problems, tune, wrong_way
+from benchmarks.models import write_plain
+from benchmarks.peers.contender import Contender, longest_first, scored_by_query
+from benchmarks.peers.registry import ENTRIES, select
+from benchmarks.workloads import SPECS, WorkloadMaker, sample
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.engine.checkpoint import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.model import EncoderShape
+
+ROOT = Path(__file__).parents[1]
+PEERS = {"cross-encoder": "sentence_transformers", "onnx": "onnxruntime", "openvino": "nncf"}
+PADDING = 1
+
+
+@pytest.fixture(scope="module")
+def maker(checkpoint: Path) -> WorkloadMaker:
+    return WorkloadMaker(checkpoint / "tokenizer.json", seed=0)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )
+
+
+def benchmark(*arguments: str) -> tuple[dict[str, Any], str]:
+    result = run(sys.executable, "-m", "benchmarks", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert not report["problems"]
+    assert report["hardware"]["cpu"]
+    assert report["versions"]["torch"]
+    return report, result.stdout
+
+
+# Workloads.
+
+
+def test_workloads_have_the_stated_sizes(maker: WorkloadMaker) -> None:
+    queries = {"A": 1, "B": 32, "C": 1, "D": 1, "E": 100}
+    assert {letter: spec.num_queries for letter, spec in SPECS.items()} == queries
+    pairs = {"A": 100, "B": 3200, "C": 100, "D": 8, "E": 10_000}
+    assert {letter: spec.num_pairs for letter, spec in SPECS.items()} == pairs
+    made = maker.make("B", num_pairs=250)
+    assert [len(list(group)) for _, group in itertools.groupby(query for query, _ in made.pairs)] == [
+        100,
+        100,
+        50,
+    ]
+
+
+def test_mixed_lengths_are_log_normal_and_cut_at_512(maker: WorkloadMaker) -> None:
+    lengths = sorted(maker.make("E", num_pairs=2000).num_tokens)
+    assert lengths[1000] == pytest.approx(110, rel=0.06)
+    # Of a log-normal with sigma 0.6, these are the places of a tenth and of nine tenths.
+    assert lengths[200] == pytest.approx(110 * math.exp(-0.6 * 1.2816), rel=0.1)
+    assert lengths[1800] == pytest.approx(110 * math.exp(0.6 * 1.2816), rel=0.1)
+    assert lengths[-1] == 512
+
+
+@pytest.mark.parametrize(("letter", "length"), [("C", 512), ("D", 32)])
+def test_lengths_that_are_stated_are_exact(maker: WorkloadMaker, letter: str, length: int) -> None:
+    assert set(maker.make(letter).num_tokens) == {length}
+
+
+def test_workloads_are_seeded(checkpoint: Path, maker: WorkloadMaker) -> None:
+    first = maker.make("A", num_pairs=5)
+    assert maker.make("A", num_pairs=5) == first
+    other = WorkloadMaker(checkpoint / "tokenizer.json", seed=1).make("A", num_pairs=5)
+    assert not {passage for _, passage in other.pairs} & {passage for _, passage in first.pairs}
+
+
+def test_no_text_comes_twice_and_all_keep_their_length(maker: WorkloadMaker) -> None:
+    workload = maker.make("D")
+    calls = [pairs for repeat in range(3) for pairs in workload.texts(repeat)]
+    assert len(calls) == 3 * SPECS["D"].num_calls
+    assert workload.texts(1) == calls[SPECS["D"].num_calls : 2 * SPECS["D"].num_calls]
+    for pairs in calls[::7]:
+        assert maker.count(pairs) == workload.num_tokens
+    passages = [passage for pairs in calls for _, passage in pairs]
+    assert len(set(passages)) > 0.99 * len(passages)
+
+
+def test_real_text_is_what_bm25_finds(maker: WorkloadMaker, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="needs bm25s")
+    rows = [{"_id": f"p{n}", "text": f"panda number {n}"} for n in range(4)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "which panda"}) + "\n")
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q\tp1\t1\n")
+    workload = maker.make_real(tmp_path, num_pairs=3)
+    assert len(workload.pairs) == len(set(workload.pairs)) == 3
+    assert all(pair[0] == "which panda" and pair[1].startswith("panda number") for pair in workload.pairs)
+
+
+def test_a_sample_is_of_all_workloads(maker: WorkloadMaker) -> None:
+    workloads = [maker.make("A", num_pairs=20), maker.make("C", num_pairs=20)]
+    found = sample(workloads, 8)
+    assert len(found) == 8
+    assert set(found) & set(workloads[0].pairs)
+    assert set(found) & set(workloads[1].pairs)
+
+
+# Contenders and their checks, with functions in the place of models.
+
+
+def contender(maker: WorkloadMaker, logits: Any, **options: Any) -> Contender:
+    return Contender(name="a peer", dtype="float32", run=logits, **options)
+
+
+@pytest.fixture
+def held_against(maker: WorkloadMaker) -> Reference:
+    pairs = maker.make("A", num_pairs=6).pairs
+    return Reference(pairs, maker.ids(pairs), [0.5, -1.0, 2.0, 0.1, -0.3, 1.0])
+
+
+def checked(maker: WorkloadMaker, reference: Reference, values: list[float], **options: Any) -> list[str]:
+    result = check(contender(maker, lambda pairs, size: values, **options), reference, PADDING)
+    return problems([{"name": "a peer", "dtype": "float32", **result}], reference)
+
+
+def test_what_agrees_is_no_problem(maker: WorkloadMaker, held_against: Reference) -> None:
+    close = [logit + 5e-5 for logit in held_against.logits]
+    assert checked(maker, held_against, close) == []
+
+
+def test_other_logits_are_a_problem(maker: WorkloadMaker, held_against: Reference) -> None:
+    off = [held_against.logits[0] + 2e-4, *held_against.logits[1:]]
+    [problem] = checked(maker, held_against, off)
+    assert "is off by 2.00e-04" in problem
+
+
+def test_another_order_is_a_problem(maker: WorkloadMaker, held_against: Reference) -> None:
+    logits = held_against.logits
+    right = [-float(sorted(logits, reverse=True).index(logit)) for logit in logits]
+    assert checked(maker, held_against, right, gives_order=True) == []
+    swapped = [right[2], right[1], right[0], *right[3:]]
+    sigmoid = [1 / (1 + math.exp(-logit)) for logit in logits]
+    assert wrong_way(held_against, swapped) == pytest.approx(sigmoid[2] - sigmoid[0])
+    assert len(checked(maker, held_against, swapped, gives_order=True)) == 1
+
+
+def test_other_token_ids_are_a_problem(maker: WorkloadMaker, held_against: Reference) -> None:
+    rows = [np.frombuffer(ids, dtype=np.int32) for ids in held_against.ids]
+    padded = np.full((len(rows), max(map(len, rows))), PADDING, dtype=np.int64)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+
+    def shows(batch: Any) -> Any:
+        @contextlib.contextmanager
+        def watch(record: Any) -> Any:
+            record(batch)
+            yield
+
+        return watch
+
+    peer = contender(maker, lambda pairs, size: held_against.logits, watch=shows(padded))
+    result = check(peer, held_against, PADDING)
+    assert result["same_ids"]
+    assert result["rows_per_token"] == padded.size / sum(map(len, rows))
+    padded[3, 2] += 1
+    [problem] = checked(maker, held_against, held_against.logits, watch=shows(padded))
+    assert "read other token ids" in problem
+
+
+def test_scores_that_hardly_vary_say_nothing(maker: WorkloadMaker) -> None:
+    pairs = maker.make("A", num_pairs=2).pairs
+    flat = Reference(pairs, maker.ids(pairs), [1.0, 1.01])
+    assert "hardly vary" in checked(maker, flat, flat.logits)[0]
+
+
+def test_the_fastest_batch_size_is_kept(maker: WorkloadMaker) -> None:
+    def score(pairs: Any, size: int | None) -> list[float]:
+        time.sleep(0.0 if size == 8 else 0.2)
+        return [0.0] * len(pairs)
+
+    peer = contender(maker, score, batch_sizes=(1, 8, 32), batch_size=32)
+    tune(peer, maker.make("A", num_pairs=10).pairs)
+    assert peer.batch_size == 8
+
+
+def test_pairs_come_back_in_their_order() -> None:
+    pairs = [("q", "ab"), ("q", "abcd"), ("q", "a"), ("r", "abc")]
+    seen: list[Any] = []
+
+    def score(ordered: Any) -> list[float]:
+        seen.extend(ordered)
+        return [float(len(passage)) for _, passage in ordered]
+
+    assert longest_first(pairs, score) == [2, 4, 1, 3]
+    assert [len(passage) for _, passage in seen] == [4, 3, 2, 1]
+    places = scored_by_query(
+        pairs, lambda query, texts: sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    )
+    assert places == [-1, 0, -2, 0]
+
+
+def test_names_select_contenders() -> None:
+    assert select(["cross-encoder"]) == ["cross-encoder-default", "cross-encoder-best"]
+    assert select(["ours-float32", "onnx-int8"]) == ["ours-float32", "onnx-int8"]
+    assert set(ENTRIES) > set(select(["ours"]))
+    with pytest.raises(ValueError, match="no contender 'nobody'"):
+        select(["ours", "nobody"])
+
+
+def test_importing_the_command_imports_no_peer() -> None:
+    peers = ["sentence_transformers", "FlagEmbedding", "onnxruntime", "openvino", "nncf", "matplotlib"]
+    code = f"import benchmarks.__main__, sys; print([name for name in {peers} if name in sys.modules])"
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+def test_a_plain_copy_scores_the_same(tmp_path: Path) -> None:
+    write_plain(EMBEDDED_FOLDER, tmp_path / "plain")
+    pairs = [("what is a panda?", "A bear that eats bamboo."), ("what is a panda?", "The stock market fell.")]
+    with Scorer("embedded", device="cpu") as ours, Scorer(tmp_path / "plain", device="cpu") as plain:
+        assert plain.score(pairs) == pytest.approx(ours.score(pairs), abs=1e-5)
+
+
+# Arithmetic.
+
+
+def tau_b_by_definition(a: list[int], b: list[int]) -> float:
+    """Count every two things, as the definition does."""
+    agree = disagree = tied_a = tied_b = 0
+    for i, j in itertools.combinations(range(len(a)), 2):
+        product = (a[i] - a[j]) * (b[i] - b[j])
+        agree += product > 0
+        disagree += product < 0
+        tied_a += a[i] == a[j]
+        tied_b += b[i] == b[j]
+    total = len(a) * (len(a) - 1) // 2
+    return (agree - disagree) / math.sqrt((total - tied_a) * (total - tied_b))
+
+
+@pytest.mark.parametrize("num_values", [3, 8, 1000])  # the fewer, the more ties
+def test_tau_b_is_that_of_the_definition(num_values: int) -> None:
+    rng = random.Random(num_values)
+    for size in (4, 17, 60):
+        a, b = ([rng.randrange(num_values) for _ in range(size)] for _ in range(2))
+        assert tau_b(a, b) == pytest.approx(tau_b_by_definition(a, b))
+        assert tau_b(a, a) == pytest.approx(1)
+        assert tau_b(a, [-value for value in a]) == pytest.approx(-1)
+
+
+def test_tau_b_of_ties_alone_is_not_a_number() -> None:
+    assert math.isnan(tau_b([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(tau_b([1], [1]))
+    with pytest.raises(ValueError, match="not of one length"):
+        tau_b([1, 2], [1, 2, 3])
+
+
+def test_flops_are_those_of_the_products() -> None:
+    shape = EncoderShape(
+        vocab_size=10,
+        hidden_size=4,
+        num_layers=3,
+        num_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=10,
+        type_vocab_size=1,
+        padding_idx=1,
+        layer_norm_eps=1e-5,
+    )
+    # [n, k] x [k, m] is 2 n k m; a sequence of 5: query, key, value, output, up, down, scores and sums
+    products = [(5, 4, 4)] * 4 + [(5, 4, 8), (5, 8, 4), (5, 4, 5), (5, 5, 4)]
+    of_last = [(5, 4, 4)] * 2 + [(1, 4, 4)] * 2 + [(1, 4, 8), (1, 8, 4), (1, 4, 5), (1, 5, 4)]
+    head = [(1, 4, 4), (1, 4, 1)]
+
+    def flops(parts: list[tuple[int, int, int]]) -> int:
+        return sum(2 * n * k * m for n, k, m in parts)
+
+    assert count_flops(shape, [5], all_rows=True) == 3 * flops(products) + flops(head)
+    assert count_flops(shape, [5, 5]) == 2 * (2 * flops(products) + flops(of_last) + flops(head))
+
+
+# Whole runs.
+
+
+def test_speed_compares_with_what_is_installed() -> None:
+    wanted = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
+    if not wanted:
+        pytest.skip("needs one of sentence-transformers, onnxruntime and nncf")
+    report, output = benchmark(
+        "speed", "--shape", "tiny", "--device", "cpu", "--workload", "A", "D", "--num-pairs", "6", "--repeats", "2",
+        "--contenders", "ours-float32", *wanted,
+    )  # fmt: skip
+    assert [workload["name"] for workload in report["workloads"]] == ["A", "D"]
+    for workload in report["workloads"]:
+        found = {result["key"]: result for result in workload["results"]}
+        assert set(found) == set(select(["ours-float32", *wanted])) - set(report["missing"])
+        assert found["ours-float32"]["rows_per_token"] == 1
+        assert all(len(result["wall_s_all"]) == len(result["cpu_s_all"]) == 2 for result in found.values())
+        assert all(result["pairs_per_s"] > 0 and result["same_ids"] for result in found.values())
+    assert "Scorer.score, float32" in output
+
+
+def test_length_reaches_its_last_line() -> None:
+    report, _ = benchmark(
+        "length", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--contenders", "ours-float32",
+        "--lengths", "64", "128", "--num-pairs", "3",
+    )  # fmt: skip
+    assert [(each["length"], each["max_tokens"]) for each in report["workloads"]] == [(64, 64), (128, 128)]
+
+
+def test_linear_fails_where_many_pairs_are_slower() -> None:
+    result = run(
+        sys.executable, "-m", "benchmarks", "linear", "--shape", "tiny", "--device", "cpu", "--repeats", "1",
+        "--contenders", "ours-float32", "--few", "20", "--many", "200",
+    )  # fmt: skip
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [each["num_pairs"] for each in report["workloads"]] == [20, 200]
+    [found] = report["results"]
+    assert found["ratio"] == pytest.approx(found["many"]["tokens_per_s"] / found["few"]["tokens_per_s"])
+    is_slower = found["ratio"] < 0.9  # which a busy machine may make of it
+    assert (result.returncode, len(report["problems"])) == (int(is_slower), int(is_slower))
+
+
+def test_memory_is_of_one_contender_alone() -> None:
+    report, _ = benchmark(
+        "memory", "--shape", "tiny", "--device", "cpu", "--num-pairs", "3",
+        "--contenders", "ours-float32", "ours-float16",
+    )  # fmt: skip
+    assert set(report["missing"]) == {"ours-float16"}
+    measured = report["results"]["ours-float32"]
+    assert 0 < measured["before_bytes"] < measured["peak_bytes"]
+
+
+def test_fidelity_holds_precisions_against_float32(tmp_path: Path) -> None:
+    for package in ("bm25s", "ir_measures"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    topics = ["panda bamboo", "cobra venom", "stock market"]
+    rows = [
+        {"_id": f"{t}{n}", "text": f"{topic} text {n}"} for t, topic in enumerate(topics) for n in range(6)
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queries = [{"_id": f"q{t}", "text": f"{topic} text"} for t, topic in enumerate(topics)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("".join(f"q{t}\t{t}1\t1\n" for t in range(3)))
+    report, output = benchmark(
+        "fidelity", "--model", "embedded", "--device", "cpu", "--beir", str(tmp_path), "--depth", "4", "10",
+        "--every", "2", "--contenders", "ours",
+    )  # fmt: skip
+    [found] = report["sets"]
+    assert (found["num_queries"], found["num_pairs"]) == (2, 20)
+    assert [each["depth"] for each in found["depths"]] == [4, 10]
+    for each in found["depths"]:
+        for result in each["results"]:
+            assert 0.5 < result["tau_b"] <= 1
+            assert 0 <= result["nDCG@10"] <= 1
+    assert "nDCG@10, 4" in output
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
+    result = run("sh", "benchmarks/gpu.sh", DEVICE="cpu", SHAPE="tiny", PYTHON=sys.executable)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["ceiling_tflops"] > 0
+    assert {each["key"] for each in report["throughput"]["results"]} >= {"ours-float32"}
+    assert all(each["share_of_ceiling"] > 0 for each in report["throughput"]["results"])
+    assert [workload["name"] for workload in report["latency"]["tiny"]] == ["A", "C"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed", "--workload", "F"], "workload F needs --beir"),
+        (["speed", "--num-pairs", "1"], "--num-pairs must be at least 2"),
+        (["speed", "--repeats", "0"], "--repeats must be positive"),
+        (["speed", "--contenders", "nobody"], "no contender 'nobody'"),
+        (["length", "--lengths", "8"], "--lengths must be 64 to 512"),
+        (["linear", "--contenders", "onnx"], "--contenders must name one of this package's"),
+        (["linear", "--few", "20", "--many", "10"], "less than --many"),
+        (["memory", "--batch-size", "0"], "--batch-size must be positive"),
+        (["fidelity", "--beir", "."], "fidelity needs --model"),
+        (["gpu", "--model", "embedded"], "leave --model out"),
+    ],
+)
+def test_bad_usage_is_refused_before_any_work(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
