@@ -13,7 +13,7 @@ from bge_rerank_integrations.errors import ConfigError
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
 EMBEDDED_MODEL: Final = "embedded"
 
-DType = Literal["auto", "float32", "float16", "bfloat16"]
+DType = Literal["auto", "float32", "float16", "bfloat16", "float8"]
 LongPassages = Literal["truncate", "windows"]
 
 # <s> query </s></s> passage </s>
@@ -39,8 +39,9 @@ class ScorerConfig:
         cache_folder: Where hub downloads are kept; None is the hub library's own cache.
         local_files_only: Never ask the network; use what is in the cache.
         device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16` or `bfloat16`.
-            float16 is refused on a CPU, which has no fast arithmetic for it.
+        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16` or `float8`.
+            float16 is refused on a CPU, which has no fast arithmetic for it. float8 is for CUDA devices from
+            Hopper on: matrix products in e4m3 scaled by row, all else in bfloat16 or float32.
         max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
         query_max_length: Longest query in tokens; None is three quarters of `max_length`.
@@ -153,6 +154,8 @@ class ScorerConfig:
             raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
         if self.device.startswith("cpu") and self.dtype == "float16":
             raise ConfigError(FLOAT16_ON_CPU)
+        if self.dtype == "float8" and not self.device.startswith(("auto", "cuda")):
+            raise ConfigError(f"{FLOAT8_NEEDS}; device is {self.device!r}")
 
     def _check_model(self) -> None:
         if self.model == EMBEDDED_MODEL and self.revision is not None:
@@ -178,4 +181,8 @@ class ScorerConfig:
 FLOAT16_ON_CPU: Final = (
     "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
     "a CUDA device"
+)
+
+FLOAT8_NEEDS: Final = (
+    "dtype 'float8' needs a CUDA device with arithmetic for it, such as Hopper's (capability 8.9 and later)"
 )

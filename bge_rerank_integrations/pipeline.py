@@ -63,7 +63,7 @@ class Pipeline:
         self._normalize = config.normalize
         self._batcher = MicroBatcher(
             runner.run,
-            lambda: runner.max_batch_tokens,
+            lambda: runner.max_call_tokens,
             max_wait_ms=config.max_wait_ms,
             max_queued_tokens=config.max_queued_tokens,
             is_device_lost=is_device_lost,
@@ -140,6 +140,11 @@ class Pipeline:
             raise
         logits = await _await(future, remaining())
         return prepared.results(logits, normalize=self._normalize)
+
+    def warmup(self) -> None:
+        """Do what the device does once and no request should wait for."""
+        self._batcher.check_open()
+        self.runner.warmup()
 
     def stats(self) -> ScorerStats:
         """Return counts and times so far."""

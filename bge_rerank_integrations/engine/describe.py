@@ -19,11 +19,21 @@ from bge_rerank_integrations.engine.checkpoint import (
     fingerprint,
     read_shape,
 )
-from bge_rerank_integrations.engine.device import resolve_device, resolve_dtype, resolve_max_batch_tokens
+from bge_rerank_integrations.engine.device import (
+    activation_dtype,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_batch_tokens,
+)
+from bge_rerank_integrations.engine.float8 import check_float8, scaled_product
+from bge_rerank_integrations.engine.fused import resolve_fused
+from bge_rerank_integrations.engine.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.linear import resolve_linear
 
 # All BGE rerankers have heads of this width, on which the choice of attention depends.
 _BGE_HEAD_DIM = 64
+# Of the smallest of them: what kernels are tried on.
+_BGE_WIDTHS = (768, 3072)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,8 @@ class MachineReport:
         dtype_reason: Why this one.
         attention: Implementation of attention.
         linear: Implementation of linear layers.
+        between_products: What computes bias and GELU, residual and norm; the reason where it is a fallback.
+        max_graph_tokens: Most tokens of a batch that runs as a CUDA graph after a warm-up; 0 if none does.
         threads: CPU threads that compute.
         cores: CPU cores that there are.
         max_batch_tokens: Most tokens in one forward pass.
@@ -53,6 +65,8 @@ class MachineReport:
     dtype_reason: str
     attention: str
     linear: str
+    between_products: str
+    max_graph_tokens: int
     threads: int
     cores: int
     max_batch_tokens: int
@@ -95,6 +109,15 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     """
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
+    is_float8 = dtype is torch.float8_e4m3fn
+    if is_float8:
+        check_float8(device, _BGE_WIDTHS)
+    attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)
+    ops = resolve_fused(device, activation_dtype(dtype), _BGE_WIDTHS, quantizing=is_float8)
+    max_batch_tokens = resolve_max_batch_tokens(config, device)
+    max_graph_tokens = 0
+    if can_capture(device, attention):
+        max_graph_tokens = plan_buckets(config.max_length, max_batch_tokens)[-1].num_rows - 1
     chosen = "chosen"
     return MachineReport(
         device=str(device),
@@ -102,11 +125,13 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         device_reason=_why_device(device) if config.device == "auto" else chosen,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=f"default on {device.type}" if config.dtype == "auto" else chosen,
-        attention=_name(resolve_attention(device, dtype, _BGE_HEAD_DIM)),
-        linear=_name(resolve_linear(device, dtype).make),
+        attention=_name(attention),
+        linear=_name(scaled_product if is_float8 else resolve_linear(device, dtype).make),
+        between_products=ops.name,
+        max_graph_tokens=max_graph_tokens,
         threads=config.num_threads or torch.get_num_threads(),
         cores=os.cpu_count() or 1,
-        max_batch_tokens=resolve_max_batch_tokens(config, device),
+        max_batch_tokens=max_batch_tokens,
         bfloat16=_has_fast_bfloat16(device),
         python=platform.python_version(),
         torch=torch.__version__,

@@ -16,8 +16,6 @@ from bge_rerank_integrations.engine.blocks import Norm, Parameters, Quantized, R
 from bge_rerank_integrations.engine.fused import PLAIN_OPS, FusedOps
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
-# Ada has the arithmetic too, and torch the kernel for it.
-MIN_CAPABILITY: Final = (8, 9)
 _MULTIPLE: Final = 16
 # Rows that a product is tried with: one, and a number that is no multiple of anything.
 _TRIED_ROWS: Final = (1, 37)
@@ -54,9 +52,7 @@ class Float8Blocks:
 
     def embed(self, token_type: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Rows]:
         """See `Blocks`."""
-        return lambda words, positions: Rows(
-            *self._ops.add_norm_quantize(words, token_type, positions, norm)
-        )
+        return lambda words, positions: Rows(*self._ops.add_norm_quantize(words, token_type, positions, norm))
 
     def project(self, linear: Parameters) -> Callable[[Rows], Tensor]:
         """See `Blocks`."""

@@ -39,6 +39,11 @@ class FusedOps(NamedTuple):
     bias_gelu_quantize: Callable[[Tensor, Tensor], Quantized]
     add_norm_quantize: Callable[[Tensor, Tensor, Tensor, Norm], tuple[Tensor, Quantized]]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether these are torch's own operators."""
+        return self.add_norm is PLAIN_OPS.add_norm
+
 
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x.float() + bias.float())
@@ -182,15 +187,13 @@ class FusedBlocks:
 
 
 def _triton_ops() -> FusedOps:
-    import triton
-
-    from bge_rerank_integrations.engine import triton_kernels as kernels
-
-    return FusedOps(
-        f"Triton {triton.__version__}",
-        bias_gelu=kernels.bias_gelu,
-        add_norm=kernels.add_norm,
-        quantize=kernels.quantize,
-        bias_gelu_quantize=kernels.bias_gelu_quantize,
-        add_norm_quantize=kernels.add_norm_quantize,
+    from bge_rerank_integrations.engine.triton_kernels import (
+        TRITON,
+        add_norm,
+        add_norm_quantize,
+        bias_gelu,
+        bias_gelu_quantize,
+        quantize,
     )
+
+    return FusedOps(f"Triton {TRITON}", bias_gelu, add_norm, quantize, bias_gelu_quantize, add_norm_quantize)

@@ -1,7 +1,7 @@
 """The fused kernels in Triton; imported only where Triton is, and tried before they are used.
 
 A program works on one row, or a part of one. The number of rows is the size of the grid and nothing a kernel
-is told, so that no number of rows compiles anything anew; widths are a model's own and never change. What else
+is told, so no number of rows compiles anything anew; widths are a model's own and never change. What else
 Triton distinguishes is whether an address is a multiple of 16: torch's allocator gives multiples of 512, and
 every tensor that comes here begins an allocation.
 """
@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
+
+TRITON = triton.__version__
 
 # Elements that a program takes of an elementwise row.
 _MAX_BLOCK = 1024
