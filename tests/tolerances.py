@@ -11,4 +11,6 @@ LOGIT_TOLERANCE: Final = {
     # Eight bits of mantissa through every layer; the logits they are tried on spread by 0.8.
     torch.bfloat16: 0.08,
     torch.float16: 0.01,
+    # Three bits of mantissa in every product, and on the random checkpoint few terms to even it out.
+    torch.float8_e4m3fn: 0.6,
 }
