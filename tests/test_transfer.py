@@ -126,6 +126,9 @@ def test_every_other_error_surfaces_as_it_was(fails_at: int) -> None:
         runner_of(forward, transfer).run(numbered([60, 60, 60]))
     assert caught.value is error
     assert len(calls) == fails_at
+    launched = [event.removeprefix("launch ") for event in transfer.events if event.startswith("launch")]
+    read = [event.removeprefix("read ") for event in transfer.events if event.startswith("read")]
+    assert read == launched, "nothing is under way after the call"
 
 
 def test_a_call_has_as_much_as_can_be_under_way() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -189,6 +190,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         with torch.cuda.device(device):
+            self._index = torch.cuda.current_device()
             self._stream = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
 
@@ -196,11 +198,11 @@ class CudaCapture:
         """See `Capture`."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
         # This block also brings the thread's stream back where a capture fails: `torch.cuda.graph` leaves
         # its own in place if ending the capture raises.
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self._cleaning_up():
             function()  # libraries make their handles and workspaces at the first call, outside a graph
-            graph = torch.cuda.CUDAGraph()
             # Of this thread only: what others in the process do on the device is no error of ours.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 # Held for as long as the graph is, so that no later capture of the pool gets its memory.
@@ -211,6 +213,21 @@ class CudaCapture:
             return output
 
         return replay
+
+    @contextmanager
+    def _cleaning_up(self) -> Iterator[None]:
+        """Tell torch's allocator of the end of a capture that failed.
+
+        Where ending it raises, `CUDAGraph.capture_end` returns before it does so itself, and the allocator
+        would, for as long as the process lives, free nothing that more than one stream used.
+        """
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # it knows already
+                torch._C._cuda_endAllocateToPool(self._index, self._pool)
+                torch._C._cuda_releasePool(self._index, self._pool)
+            raise
 
 
 class _Captured(NamedTuple):

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -115,25 +115,30 @@ class Runner:
         logits = [0.0] * len(sequences)
         pending = deque(plan_batches(lengths, self.max_batch_tokens))
         running: deque[tuple[list[int], Callable[[], list[float]]]] = deque()
-        while pending or running:
-            # Where copies do not wait, the next batch is packed and launched while this one computes.
-            if pending and len(running) < self._transfer.depth:
-                batch = pending.popleft()
-                read = self._try([sequences[index] for index in batch], is_alone=not running)
-                if read is not None:
-                    running.append((batch, read))
-                    continue
-                if not running:
-                    rest = [index for later in (batch, *pending) for index in later]
-                    plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
-                    pending = deque([[rest[position] for position in part] for part in plan])
-                    continue
-                pending.appendleft(batch)
-            batch, read = running.popleft()
-            for index, value in zip(batch, read(), strict=True):
-                logits[index] = value
-            if on_progress is not None:
-                on_progress(len(batch))
+        try:
+            while pending or running:
+                # Where copies do not wait, the next batch is packed and launched while this one computes.
+                if pending and len(running) < self._transfer.depth:
+                    batch = pending.popleft()
+                    read = self._try([sequences[index] for index in batch], is_alone=not running)
+                    if read is not None:
+                        running.append((batch, read))
+                        continue
+                    if not running:
+                        rest = [index for later in (batch, *pending) for index in later]
+                        plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
+                        pending = deque([[rest[position] for position in part] for part in plan])
+                        continue
+                    pending.appendleft(batch)
+                batch, read = running.popleft()
+                for index, value in zip(batch, read(), strict=True):
+                    logits[index] = value
+                if on_progress is not None:
+                    on_progress(len(batch))
+        finally:
+            for _, read in running:  # after an error: nothing of a call is under way when it ends
+                with suppress(Exception):
+                    read()
         return logits
 
     def _try(

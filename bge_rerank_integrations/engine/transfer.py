@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int32]
 
-_NUM_SLOTS: Final = 2
-
 
 class Transfer(Protocol):
     """A way to and from a device, used by one thread at a time but for what `download` returns.
+
+    What is uploaded stays until the next upload but one; what `download` returns is called once.
 
     Attributes:
         depth: How many batches may be under way at once.
@@ -76,14 +76,15 @@ class PinnedTransfer:
     """Copies to and from a CUDA device that neither wait for it nor make it wait.
 
     Uploads have a stream of their own, so that the next batch's goes while this one's products run: on the
-    stream that computes it would come after them. They leave from one of two pinned buffers in turn, laid
-    out there directly, and a buffer is written anew only when the copy before has left it. All that is
-    pinned for uploads is pinned here, once.
+    stream that computes it would come after them. They take turns on two slots, each a pinned buffer, in
+    which a batch is laid out, and one on the device. A download goes on the stream that computes, so it comes
+    after the forward pass and before the next one, which may write into the same memory (a CUDA graph does).
+    To wait for it is to wait for an event behind it, not for the stream, where the next batch may be
+    computing already.
 
-    A download goes on the stream that computes, so it comes after the forward pass and before the next one,
-    which may write into the same memory (a CUDA graph does). To wait for it is to wait for an event behind
-    it, not for the stream, where the next batch may be computing already. torch fetches into pinned memory,
-    which it keeps for the next time, when a copy to the host is asked not to block.
+    All buffers are made here, once. So no request can fail for want of pinned memory, and none depends on
+    torch's allocators to tell when a stream is done with what another one wrote: those put that off for
+    good after a capture of a CUDA graph that failed.
 
     Args:
         device: To where and from where.
@@ -101,45 +102,62 @@ class PinnedTransfer:
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream()
             # Ids, positions, and bounds of sequences, of which there are no more than tokens.
-            self._slots = deque(_Slot(3 * max_tokens + 1) for _ in range(_NUM_SLOTS))
+            self._slots = deque(_Slot(3 * max_tokens + 1, device) for _ in range(self.depth))
+            # What used the memory of the slots before may still run, and uploads would not wait for it.
+            torch.cuda.synchronize()
+        self._results = [torch.empty(max_tokens, pin_memory=True) for _ in range(self.depth)]
 
     def upload(self, parts: Sequence[IntArray]) -> Tensor:
         """See `Transfer`."""
         size = sum(map(len, parts))
-        slot = self._slots[0]
-        if size > len(slot.array):
+        computing = torch.cuda.current_stream(self._device)
+        # All that was launched before now, and with it all that reads the last slot, also where a forward
+        # pass ended in an error halfway; the slot's turn comes with the upload after this one.
+        self._slots[-1].was_read.record(computing)
+        if size > len(self._slots[0].array):
             return self._plain.upload(parts)
-        self._slots.rotate()
+        slot = self._slots[0]
+        self._slots.rotate(-1)
         slot.has_left.synchronize()  # one that was never recorded has
         np.concatenate(parts, out=slot.array[:size])
+        uploaded = slot.on_device[:size]
         with torch.cuda.stream(self._stream):
-            uploaded = slot.tensor[:size].to(self._device, non_blocking=True)
+            self._stream.wait_event(slot.was_read)
+            uploaded.copy_(slot.pinned[:size], non_blocking=True)
             slot.has_left.record()
-        computing = torch.cuda.current_stream(self._device)
         computing.wait_event(slot.has_left)
-        # It was allocated for the stream of uploads, which must not have the memory back before the other
-        # is done with it.
-        uploaded.record_stream(computing)
         return uploaded
 
     def download(self, logits: Tensor) -> Callable[[], list[float]]:
         """See `Transfer`."""
-        fetched = logits.to("cpu", non_blocking=True)
+        if not self._results or len(logits) > len(self._results[0]):
+            return self._plain.download(logits)
+        result = self._results.pop()
+        fetched = result[: len(logits)]
+        fetched.copy_(logits, non_blocking=True)
         has_arrived = torch.cuda.Event()
         has_arrived.record(torch.cuda.current_stream(self._device))
 
         def read() -> list[float]:
             has_arrived.synchronize()
             values: list[float] = fetched.tolist()
+            self._results.append(result)
             return values
 
         return read
 
 
 class _Slot:
-    """A pinned buffer, and the event behind the last copy out of it."""
+    """A pinned buffer and one on the device.
 
-    def __init__(self, size: int) -> None:
-        self.tensor = torch.empty(size, dtype=torch.int32, pin_memory=True)
-        self.array: IntArray = self.tensor.numpy()
+    Attributes:
+        has_left: Comes after the last copy out of the pinned buffer.
+        was_read: Comes after all that reads the one on the device.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.pinned = torch.empty(size, dtype=torch.int32, pin_memory=True)
+        self.array: IntArray = self.pinned.numpy()
+        self.on_device = torch.empty(size, dtype=torch.int32, device=device)
         self.has_left = torch.cuda.Event()
+        self.was_read = torch.cuda.Event()
