@@ -13,7 +13,7 @@ from bge_rerank_integrations.errors import ConfigError
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
 EMBEDDED_MODEL: Final = "embedded"
 
-DType = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+DType = Literal["auto", "float32", "float16", "bfloat16", "float8", "int8"]
 LongPassages = Literal["truncate", "windows"]
 
 # <s> query </s></s> passage </s>
@@ -41,9 +41,10 @@ class ScorerConfig:
         device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
         devices: Several devices of one kind, such as `("cuda:0", "cuda:1")`, instead of `device`: each holds
             a copy of the model, and all take batches from one queue. Any sequence; kept as a tuple.
-        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16` or `int8`.
-            float16 is refused on a CPU, which has no fast arithmetic for it; int8 is for CPUs alone, those
-            with VNNI instructions, and needs the extra `int8`.
+        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16`, `float8` or
+            `int8`. float16 is refused on a CPU, which has no fast arithmetic for it. float8 is for CUDA devices from
+            Hopper on: matrix products in e4m3 scaled by row, all else in bfloat16 or float32. int8 is for
+            CPUs with VNNI instructions: products in int8, all else in float32; it needs the extra `int8`.
         max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
         query_max_length: Longest query in tokens; None is three quarters of `max_length`.
@@ -169,6 +170,8 @@ class ScorerConfig:
                 raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
             if device.startswith("cpu") and self.dtype == "float16":
                 raise ConfigError(FLOAT16_ON_CPU)
+            if self.dtype == "float8" and not device.startswith(("auto", "cuda")):
+                raise ConfigError(f"{FLOAT8_NEEDS}; device is {device!r}")
             if device.startswith(("cuda", "mps")) and self.dtype == "int8":
                 raise ConfigError(INT8_OFF_CPU)
 
@@ -212,3 +215,6 @@ FLOAT16_ON_CPU: Final = (
     "a CUDA device"
 )
 INT8_OFF_CPU: Final = "dtype 'int8' runs on CPUs alone; use 'float16', or device='cpu'"
+FLOAT8_NEEDS: Final = (
+    "dtype 'float8' needs a CUDA device with arithmetic for it, such as Hopper's (capability 8.9 and later)"
+)

@@ -153,6 +153,12 @@ class Pipeline:
         logits = await _await(request.future, remaining())
         return prepared.results(logits, normalize=self._normalize)
 
+    def warmup(self) -> None:
+        """Do what the device does once and no request should wait for."""
+        self._batcher.check_open()
+        for runner in self.runners:
+            runner.warmup()
+
     def stats(self) -> ScorerStats:
         """Return counts and times so far."""
         return self._batcher.stats(
@@ -235,7 +241,7 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
 
 
 def _replica(runner: Runner) -> Replica:
-    return Replica(runner.run, lambda: runner.max_batch_tokens)
+    return Replica(runner.run, lambda: runner.max_call_tokens)
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:

@@ -322,7 +322,11 @@ class Scorer:
         return _rank_each(checked, results, top_n, threshold)
 
     def warmup(self) -> None:
-        """Score a short and a full-length pair, so that no user's request pays for what happens once."""
+        """Do all that happens once, so that no user's request pays for it.
+
+        On CUDA that includes graphs for small requests, which nothing else captures.
+        """
+        self._require_pipeline().warmup()
         self.score([("warm up", "short"), ("warm up", "long " * self.config.max_length)])
 
     def stats(self) -> ScorerStats:

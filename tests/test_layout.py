@@ -30,6 +30,12 @@ ROOMS = [
     "engine.batch",
     "engine.attention",
     "engine.linear",
+    "engine.blocks",
+    "engine.triton_kernels",
+    "engine.fused",
+    "engine.float8",
+    "engine.graphs",
+    "engine.transfer",
     "engine.model",
     "engine.checkpoint",
     "engine.device",
@@ -39,6 +45,7 @@ ROOMS = [
     "engine.int8_kernels",
     "engine.int8_attention",
     "engine.int8",
+    "engine.cuda",
     "engine.build",
     "engine.runner",
     "engine.describe",
@@ -66,6 +73,7 @@ ROOMS = [
 ]
 ALLOWED_IN = {
     "torch": {room for room in ROOMS if room.startswith("engine.")},
+    "triton": {"engine.triton_kernels"},
     "langchain_core": {"langchain", "cli.demo"},
     "llama_index": {"llama_index", "cli.demo"},
     "pydantic": {"options", "langchain", "llama_index"},

@@ -51,11 +51,15 @@ def info(config: ScorerConfig, as_json: bool) -> None:
         click.echo(json.dumps({**record, "versions": versions}))
         return
     fast = {True: "yes", False: "no", None: "unknown"}[machine.bfloat16]
+    limit = machine.max_graph_tokens
+    graphs = f"up to {limit} tokens, once warmed up" if limit else "none"
     rows = {
         "device": f"{machine.device} ({machine.device_reason}): {machine.device_name}",
         "dtype": f"{machine.dtype} ({machine.dtype_reason}); fast bfloat16: {fast}",
         "attention": f"{machine.attention} ({machine.attention_reason})",
         "linear layers": f"{machine.linear} ({machine.linear_reason})",
+        "between them": machine.between_products,
+        "CUDA graphs": graphs,
         "batches": f"up to {machine.max_batch_tokens} tokens",
         "CPU threads": f"{machine.threads} of {machine.cores} cores ({machine.threads_reason})",
         "Python": machine.python,

@@ -58,15 +58,17 @@ def pack(
     padding_idx: int,
     device: torch.device,
     num_rows: Callable[[int], int] = int,
+    upload: Callable[[list[npt.NDArray[np.int32]]], Tensor] | None = None,
 ) -> PackedBatch:
     """Lay sequences end to end and bring them to the device in one copy.
 
     Args:
-        sequences: int32 ids of each sequence, none empty.
+        sequences: int32 ids of each sequence; empty ones only to fill a batch up.
         padding_idx: The padding token's id, after which XLM-RoBERTa's positions begin.
         device: Where the tensors go.
         num_rows: How many rows to make of a number of tokens; the same number unless the device's linear
             layers want another.
+        upload: How arrays get to the device, end to end; None is plainly.
     """
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
     cu_seqlens = np.zeros(len(sequences) + 1, dtype=np.int32)
@@ -76,6 +78,7 @@ def pack(
     positions = np.arange(num_tokens, dtype=np.int32) - starts + np.int32(padding_idx + 1)
     total = num_rows(num_tokens)
     filling = np.full(total - num_tokens, padding_idx, dtype=np.int32)
-    host = np.concatenate([*sequences, filling, positions, filling, cu_seqlens])
-    ids, rows, cumulated = torch.from_numpy(host).to(device).split([total, total, len(cu_seqlens)])
+    parts = [*sequences, filling, positions, filling, cu_seqlens]
+    flat = torch.from_numpy(np.concatenate(parts)).to(device) if upload is None else upload(parts)
+    ids, rows, cumulated = flat.split([total, total, len(cu_seqlens)])
     return PackedBatch(ids, rows, Seqlens(tuple(lengths.tolist()), cumulated, int(lengths.max())))

@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.checkpoint import load_weights
+from bge_rerank_integrations.engine.cuda import resolve_blocks, resolve_graphs
+from bge_rerank_integrations.engine.device import activation_dtype
+from bge_rerank_integrations.engine.graphs import Graphs
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from bge_rerank_integrations.engine.parallel import Forward, SplitForward
@@ -25,42 +29,55 @@ class Model(NamedTuple):
     Attributes:
         forward: Runs a batch.
         num_rows: How many rows it wants for a number of tokens.
+        graphs: What can capture its small batches, where anything can.
     """
 
     forward: Forward
     num_rows: Callable[[int], int]
+    graphs: Graphs | None = None
 
 
 def build_model(
-    folder: Path, shape: EncoderShape, *, device: torch.device, dtype: torch.dtype, num_threads: int | None
+    folder: Path,
+    shape: EncoderShape,
+    config: ScorerConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_batch_tokens: int,
 ) -> Model:
     """Load a verified checkpoint and choose how it runs.
 
     Args:
         folder: The checkpoint.
         shape: Its shape.
+        config: How long pairs may be, and how many threads may compute.
         device: Where to.
-        dtype: Precision of the encoder.
-        num_threads: CPU threads to compute with; None is as many as torch is set to.
+        dtype: Precision of the encoder's products.
+        max_batch_tokens: Most tokens of a batch.
 
     Raises:
         CheckpointError: The weights cannot be used.
-        DeviceError: The CPU has no int8 instructions.
+        ConfigError: The model's widths do not go with the precision.
+        DeviceError: The device has no arithmetic for the precision.
         MissingExtraError: int8 is asked for and numba is not installed.
     """
     if dtype is torch.int8:
-        require_int8(shape)
+        require_int8(shape.head_dim)
         # Here alone: nothing else needs numba, or pays for what it compiles.
         from bge_rerank_integrations.engine.int8 import Int8CrossEncoder
 
         weights = load_weights(folder, shape, device=device, dtype=dtype)
         model = Model(Int8CrossEncoder(shape, weights), int)
     else:
+        activations = activation_dtype(dtype)
         linear = resolve_linear(device, dtype)
-        attention = resolve_attention(device, dtype, shape.head_dim)
-        weights = load_weights(folder, shape, device=device, dtype=dtype)
-        encoder = PackedCrossEncoder(shape, weights, linear=linear.make, attention=attention)
-        model = Model(encoder, linear.num_rows)
+        attention = resolve_attention(device, activations, shape.head_dim)
+        blocks = resolve_blocks(device, dtype, shape)
+        weights = load_weights(folder, shape, device=device, dtype=activations)
+        encoder = PackedCrossEncoder(shape, weights, linear=linear.make, attention=attention, blocks=blocks)
+        graphs = resolve_graphs(encoder, device, attention, shape, config.max_length, max_batch_tokens)
+        model = Model(encoder, linear.num_rows, graphs)
     if device.type != "cpu":
         return model
-    return model._replace(forward=SplitForward(model.forward, num_threads or torch.get_num_threads()))
+    return model._replace(forward=SplitForward(model.forward, config.num_threads or torch.get_num_threads()))

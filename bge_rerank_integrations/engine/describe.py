@@ -19,11 +19,22 @@ from bge_rerank_integrations.engine.checkpoint import (
     fingerprint,
     read_shape,
 )
-from bge_rerank_integrations.engine.device import resolve_device, resolve_dtype, resolve_max_batch_tokens
+from bge_rerank_integrations.engine.device import (
+    activation_dtype,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_batch_tokens,
+)
+from bge_rerank_integrations.engine.float8 import check_float8, scaled_product
+from bge_rerank_integrations.engine.fused import resolve_fused
+from bge_rerank_integrations.engine.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.linear import resolve_linear
+from bge_rerank_integrations.engine.vnni import require_int8
 
 # All BGE rerankers have heads of this width, on which the choice of attention depends.
 _BGE_HEAD_DIM = 64
+# Of the smallest of them: what kernels are tried on.
+_BGE_WIDTHS = (768, 3072)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,8 @@ class MachineReport:
         attention_reason: What it does.
         linear: Implementation of linear layers.
         linear_reason: What it does.
+        between_products: What computes bias and GELU, residual and norm; the reason where it is a fallback.
+        max_graph_tokens: Most tokens of a batch that runs as a CUDA graph after a warm-up; 0 if none does.
         threads: CPU threads that compute.
         threads_reason: Why so many.
         cores: CPU cores that there are.
@@ -58,6 +71,8 @@ class MachineReport:
     attention_reason: str
     linear: str
     linear_reason: str
+    between_products: str
+    max_graph_tokens: int
     threads: int
     threads_reason: str
     cores: int
@@ -102,9 +117,16 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     devices = [resolve_device(each) for each in config.per_device()]
     device = devices[0]
     dtype = resolve_dtype(config, device)
+    is_float8 = dtype is torch.float8_e4m3fn
+    if is_float8:
+        check_float8(device, _BGE_WIDTHS)
+    attention, linear = _implementations(device, dtype)
+    ops = resolve_fused(device, activation_dtype(dtype), _BGE_WIDTHS, quantizing=is_float8)
+    max_batch_tokens = resolve_max_batch_tokens(config, device)
+    max_graph_tokens = 0
+    if can_capture(device, attention):
+        max_graph_tokens = plan_buckets(config.max_length, max_batch_tokens)[-1].num_rows - 1
     chosen = "chosen"
-    attention = resolve_attention(device, dtype, _BGE_HEAD_DIM)
-    linear = resolve_linear(device, dtype).make
     return MachineReport(
         device=", ".join(map(str, devices)),
         device_name=_device_name(device),
@@ -115,10 +137,12 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         attention_reason=_summary(attention),
         linear=_name(linear),
         linear_reason=_summary(linear),
+        between_products=ops.name,
+        max_graph_tokens=max_graph_tokens,
         threads=config.num_threads or torch.get_num_threads(),
         threads_reason=chosen if config.num_threads else "torch's choice",
         cores=os.cpu_count() or 1,
-        max_batch_tokens=resolve_max_batch_tokens(config, device),
+        max_batch_tokens=max_batch_tokens,
         bfloat16=_has_fast_bfloat16(device),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -145,6 +169,22 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
         max_length=shape.max_length,
         fingerprint=fingerprint(folder),
     )
+
+
+def _implementations(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[..., object], Callable[..., object]]:
+    """Return what computes attention and linear layers."""
+    if dtype is torch.int8:
+        require_int8(_BGE_HEAD_DIM)
+        from bge_rerank_integrations.engine.int8 import Int8Linear
+        from bge_rerank_integrations.engine.int8_attention import attend
+
+        return attend, Int8Linear
+    attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)
+    if dtype is torch.float8_e4m3fn:
+        return attention, scaled_product
+    return attention, resolve_linear(device, dtype).make
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,11 +6,14 @@ from typing import Final
 
 import torch
 
-from bge_rerank_integrations.config import FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
+from bge_rerank_integrations.config import FLOAT8_NEEDS, FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
-# On a CPU small batches stay in the cache; a GPU wants enough rows to fill it.
-_MAX_BATCH_TOKENS: Final = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+# On a CPU small batches stay in the cache; a GPU wants enough rows to fill it, and on CUDA two such batches
+# are under way at once.
+_MAX_BATCH_TOKENS: Final = {"cpu": 2048, "mps": 8192, "cuda": 16384}
+# Ada has the arithmetic as well as Hopper, and torch the kernels for both.
+_FLOAT8_CAPABILITY: Final = (8, 9)
 
 
 def resolve_device(config: ScorerConfig) -> torch.device:
@@ -39,10 +42,11 @@ def resolve_device(config: ScorerConfig) -> torch.device:
 
 
 def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
-    """Return the precision of the encoder on a device.
+    """Return the precision of the encoder's products on a device.
 
     Raises:
-        ConfigError: float16 on a CPU, or int8 elsewhere.
+        ConfigError: float16 on a CPU, float8 anywhere but on CUDA, or int8 anywhere but on a CPU.
+        DeviceError: float8 on a CUDA device that does not have it.
     """
     if config.dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -50,10 +54,29 @@ def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
         raise ConfigError(FLOAT16_ON_CPU)
     if config.dtype == "int8" and device.type != "cpu":
         raise ConfigError(INT8_OFF_CPU)
+    if config.dtype == "float8":
+        _check_float8(device)
+        return torch.float8_e4m3fn
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
+
+
+def activation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of what lies between products of a precision."""
+    return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
 
 def resolve_max_batch_tokens(config: ScorerConfig, device: torch.device) -> int:
     """Return the token budget of one forward pass."""
     return config.max_batch_tokens or _MAX_BATCH_TOKENS[device.type]
+
+
+def _check_float8(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"{FLOAT8_NEEDS}; device is {device.type!r}")
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < _FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise DeviceError(
+            f"{FLOAT8_NEEDS}; {device} is {name!r} of capability {'.'.join(map(str, capability))}"
+        )

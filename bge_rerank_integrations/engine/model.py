@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import VarlenAttention
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
-from bge_rerank_integrations.engine.linear import Linear, LinearFactory, plain_linear
+from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, PlainBlocks, Rows
+from bge_rerank_integrations.engine.linear import LinearFactory, plain_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,9 @@ class PackedCrossEncoder:
         shape: The checkpoint's shape.
         weights: Every tensor of `shape.parameter_shapes()`, on the device it is to run on, the
             classifier's in float32; they are taken out one by one, so that no second copy lives on.
-        linear: How the encoder's linear layers run.
         attention: How attention runs.
+        linear: How the encoder's linear layers run, with plain operators around them.
+        blocks: How the encoder's layers run instead.
     """
 
     def __init__(
@@ -77,15 +79,16 @@ class PackedCrossEncoder:
         shape: EncoderShape,
         weights: MutableMapping[str, Tensor],
         *,
-        linear: LinearFactory,
         attention: VarlenAttention,
+        linear: LinearFactory = plain_linear,
+        blocks: Blocks | None = None,
     ) -> None:
-        take = _Taker(weights, shape, linear)
+        take = _Taker(weights, shape, blocks or PlainBlocks(linear))
         self._words = weights.pop("roberta.embeddings.word_embeddings.weight")
         # The one token type there is belongs to every position.
         self._positions = weights.pop("roberta.embeddings.position_embeddings.weight")
-        self._token_type = weights.pop("roberta.embeddings.token_type_embeddings.weight")[0]
-        self._norm = take.norm("roberta.embeddings.LayerNorm")
+        token_type = weights.pop("roberta.embeddings.token_type_embeddings.weight")[0]
+        self._embed = take.blocks.embed(token_type, take.norm("roberta.embeddings.LayerNorm"))
         names = [f"roberta.encoder.layer.{index}" for index in range(shape.num_layers)]
         self._layers = [_FullLayer(take, name, attention) for name in names[:-1]]
         self._last_layer = _FirstTokenLayer(take, names[-1], attention)
@@ -96,11 +99,11 @@ class PackedCrossEncoder:
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Return the B logits, float32 [B], on the device."""
-        x = F.embedding(batch.ids, self._words) + self._token_type
-        x = self._norm(x + F.embedding(batch.positions, self._positions))
+        words, positions = F.embedding(batch.ids, self._words), F.embedding(batch.positions, self._positions)
+        x = self._embed(words, positions)
         for layer in self._layers:
             x = layer(x, batch.seqlens)
-        first = self._last_layer(x, batch.seqlens)
+        first = self._last_layer(x, batch.seqlens).values
         return self._out_proj(torch.tanh(self._dense(first.float()))).squeeze(-1)
 
 
@@ -108,12 +111,12 @@ class _FullLayer:
     """One encoder layer over all tokens."""
 
     def __init__(self, take: _Taker, name: str, attention: VarlenAttention) -> None:
-        self._qkv = take.fused(name, "query", "key", "value")
+        self._qkv = take.projection(name, "query", "key", "value")
         self._rest = _AfterAttention(take, name)
         self._attention = attention
         self._num_heads = take.shape.num_heads
 
-    def __call__(self, x: Tensor, seqlens: Seqlens) -> Tensor:
+    def __call__(self, x: Rows, seqlens: Seqlens) -> Rows:
         q, k, v = self._qkv(x).unflatten(-1, (3, self._num_heads, -1)).unbind(1)
         return self._rest(x, self._attention(q, k, v, seqlens, seqlens))
 
@@ -125,14 +128,14 @@ class _FirstTokenLayer:
     """
 
     def __init__(self, take: _Taker, name: str, attention: VarlenAttention) -> None:
-        self._q = take.fused(name, "query")
-        self._kv = take.fused(name, "key", "value")
+        self._q = take.projection(name, "query")
+        self._kv = take.projection(name, "key", "value")
         self._rest = _AfterAttention(take, name)
         self._attention = attention
         self._num_heads = take.shape.num_heads
 
-    def __call__(self, x: Tensor, seqlens: Seqlens) -> Tensor:
-        first = x[seqlens.cu_seqlens[:-1]]
+    def __call__(self, x: Rows, seqlens: Seqlens) -> Rows:
+        first = x.select(seqlens.cu_seqlens[:-1])
         q = self._q(first).unflatten(-1, (self._num_heads, -1))
         k, v = self._kv(x).unflatten(-1, (2, self._num_heads, -1)).unbind(1)
         return self._rest(first, self._attention(q, k, v, seqlens.first_tokens(), seqlens))
@@ -142,46 +145,34 @@ class _AfterAttention:
     """What follows attention in a layer: projection, residual, norm; feed-forward, residual, norm."""
 
     def __init__(self, take: _Taker, name: str) -> None:
-        self._out = take.linear(f"{name}.attention.output.dense")
-        self._attention_norm = take.norm(f"{name}.attention.output.LayerNorm")
-        self._up = take.linear(f"{name}.intermediate.dense")
-        self._down = take.linear(f"{name}.output.dense")
-        self._output_norm = take.norm(f"{name}.output.LayerNorm")
+        blocks = take.blocks
+        out = take.parameters(f"{name}.attention.output.dense")
+        self._close = blocks.close(out, take.norm(f"{name}.attention.output.LayerNorm"))
+        up, down = (take.parameters(f"{name}.{part}.dense") for part in ("intermediate", "output"))
+        self._feed_forward = blocks.feed_forward(up, down, take.norm(f"{name}.output.LayerNorm"))
 
-    def __call__(self, residual: Tensor, attended: Tensor) -> Tensor:
-        x = self._attention_norm(self._out(attended.flatten(-2)) + residual)
-        return self._output_norm(self._down(F.gelu(self._up(x))) + x)
+    def __call__(self, residual: Rows, attended: Tensor) -> Rows:
+        return self._feed_forward(self._close(attended.flatten(-2), residual))
 
 
 class _Taker:
-    """Takes parameters out of a dict of weights and makes modules of them."""
+    """Takes parameters out of a dict of weights."""
 
-    def __init__(
-        self, weights: MutableMapping[str, Tensor], shape: EncoderShape, linear: LinearFactory
-    ) -> None:
+    def __init__(self, weights: MutableMapping[str, Tensor], shape: EncoderShape, blocks: Blocks) -> None:
         self.shape = shape
+        self.blocks = blocks
         self._weights = weights
-        self._linear = linear
 
-    def parameters(self, name: str) -> tuple[Tensor, Tensor]:
-        return self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias")
+    def parameters(self, name: str) -> Parameters:
+        return Parameters(self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias"))
 
-    def linear(self, name: str) -> Linear:
-        return self._linear(*self.parameters(name))
-
-    def fused(self, layer: str, *parts: str) -> Linear:
+    def projection(self, layer: str, *parts: str) -> Callable[[Rows], Tensor]:
         pairs = [self.parameters(f"{layer}.attention.self.{part}") for part in parts]
         weights, biases = zip(*pairs, strict=True)
-        return self._linear(torch.cat(weights), torch.cat(biases))
+        return self.blocks.project(Parameters(torch.cat(weights), torch.cat(biases)))
 
-    def norm(self, name: str) -> Linear:
-        weight, bias = self.parameters(name)
-        eps = self.shape.layer_norm_eps
-
-        def layer_norm(x: Tensor) -> Tensor:
-            return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-        return layer_norm
+    def norm(self, name: str) -> Norm:
+        return Norm(*self.parameters(name), self.shape.layer_norm_eps)
 
 
 def _linear_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from bge_rerank_integrations.engine.device import (
     resolve_dtype,
     resolve_max_batch_tokens,
 )
+from bge_rerank_integrations.engine.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.transfer import PlainTransfer, Transfer, resolve_transfer
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class Runner:
         max_batch_tokens: Most tokens in one forward pass, to begin with.
         num_rows: How many rows the forward pass wants for a number of tokens.
         num_threads: CPU threads to compute with; None is as many as torch is set to.
+        transfer: How to copy, and with it how many batches may be under way at once; None is plainly.
+        graphs: What to run small batches with instead of `forward`, once they are captured.
 
     Attributes:
         device: Where the batches go.
@@ -60,6 +64,8 @@ class Runner:
         max_batch_tokens: int,
         num_rows: Callable[[int], int] = int,
         num_threads: int | None = None,
+        transfer: Transfer | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.device = device
         self.max_batch_tokens = max_batch_tokens
@@ -70,7 +76,20 @@ class Runner:
         self._padding_idx = padding_idx
         self._num_rows = num_rows
         self._num_threads = num_threads
+        self._transfer = transfer or PlainTransfer(device)
+        self._graphs = graphs
         self._lock = threading.Lock()
+
+    @property
+    def max_call_tokens(self) -> int:
+        """Most tokens that are worth one call: with fewer, nothing is under way beside a batch."""
+        return self.max_batch_tokens * self._transfer.depth
+
+    def warmup(self) -> None:
+        """Do what is done once and takes longer than a request should; without it, no request does it."""
+        if self._graphs is not None:
+            with self._lock, self._on_device():
+                self._graphs.capture()
 
     def run(
         self,
@@ -93,40 +112,59 @@ class Runner:
         lengths = [len(sequence) for sequence in sequences]
         logits = [0.0] * len(sequences)
         pending = deque(plan_batches(lengths, self.max_batch_tokens))
-        while pending:
-            batch = pending.popleft()
-            with self._lock, _cpu_threads(self._num_threads), _current(self.device):
-                values = self._try([sequences[index] for index in batch])
-            if values is None:
-                rest = [index for later in (batch, *pending) for index in later]
-                plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
-                pending = deque([[rest[position] for position in part] for part in plan])
-                continue
-            for index, value in zip(batch, values, strict=True):
-                logits[index] = value
-            if on_progress is not None:
-                on_progress(len(batch))
+        running: deque[tuple[list[int], Callable[[], list[float]]]] = deque()
+        try:
+            while pending or running:
+                # Where copies do not wait, the next batch is packed and launched while this one computes.
+                if pending and len(running) < self._transfer.depth:
+                    batch = pending.popleft()
+                    read = self._try([sequences[index] for index in batch], is_alone=not running)
+                    if read is not None:
+                        running.append((batch, read))
+                        continue
+                    if not running:
+                        rest = [index for later in (batch, *pending) for index in later]
+                        plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
+                        pending = deque([[rest[position] for position in part] for part in plan])
+                        continue
+                    pending.appendleft(batch)
+                batch, read = running.popleft()
+                for index, value in zip(batch, read(), strict=True):
+                    logits[index] = value
+                if on_progress is not None:
+                    on_progress(len(batch))
+        finally:
+            for _, read in running:  # after an error: nothing of a call is under way when it ends
+                with suppress(Exception):
+                    read()
         return logits
 
-    def _try(self, sequences: list[npt.NDArray[np.int32]]) -> list[float] | None:
-        """Run one batch; None where it was out of memory, with the budget lowered."""
+    def _try(
+        self, sequences: list[npt.NDArray[np.int32]], *, is_alone: bool
+    ) -> Callable[[], list[float]] | None:
+        """Launch one batch and return what waits for its logits; None where it was out of memory.
+
+        The budget is then lowered, but only if no other batch was under way: else the batch is to be tried
+        again alone, so that what fails is what would fail without company.
+        """
         num_tokens = sum(map(len, sequences))
         try:
-            batch = pack(
-                sequences, padding_idx=self._padding_idx, device=self.device, num_rows=self._num_rows
-            )
-            values: list[float] = self._forward(batch).tolist()
-            self._grow()
-            return values
+            with self._lock, _cpu_threads(self._num_threads), self._on_device():
+                read = self._launch(sequences)
+                self._grow()
+            return read
         except torch.cuda.OutOfMemoryError:
-            if len(sequences) == 1:
+            if len(sequences) == 1 and is_alone:
                 raise
         # Outside the handler, whose traceback keeps the failed pass's tensors alive.
-        self.num_splits += 1
-        self._num_batches_since_split = 0
-        self.max_batch_tokens = min(self.max_batch_tokens, max(num_tokens // 2, 1))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not is_alone:
+            return None
+        with self._lock:
+            self.num_splits += 1
+            self._num_batches_since_split = 0
+            self.max_batch_tokens = min(self.max_batch_tokens, max(num_tokens // 2, 1))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         logger.warning(
             "out of memory with %d tokens in %d sequences; now at most %d tokens a batch",
             num_tokens,
@@ -134,6 +172,23 @@ class Runner:
             self.max_batch_tokens,
         )
         return None
+
+    def _launch(self, sequences: list[npt.NDArray[np.int32]]) -> Callable[[], list[float]]:
+        graphs = self._graphs
+        batch = pack(
+            sequences if graphs is None else graphs.pad(sequences),
+            padding_idx=self._padding_idx,
+            device=self.device,
+            num_rows=self._num_rows,
+            upload=self._transfer.upload,
+        )
+        logits = self._forward(batch) if graphs is None else graphs(batch)
+        # Without those of sequences that filled the batch up.
+        return self._transfer.download(logits[: len(sequences)])
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Make the device the thread's current one: Triton's kernels and new streams go by that."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _grow(self) -> None:
         if self.max_batch_tokens < self._full_budget:
@@ -154,11 +209,6 @@ def _cpu_threads(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the thread's current one, where kernels go that are not torch's own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_device_lost(error: BaseException) -> bool:
@@ -195,12 +245,15 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
     dtype = resolve_dtype(config, device)
     if config.sha256 is not None:
         verify_sha256(folder, config.sha256)
-    model = build_model(folder, shape, device=device, dtype=dtype, num_threads=config.num_threads)
+    max_batch_tokens = resolve_max_batch_tokens(config, device)
+    model = build_model(folder, shape, config, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens)
     return Runner(
         model.forward,
         device=device,
         padding_idx=shape.padding_idx,
-        max_batch_tokens=resolve_max_batch_tokens(config, device),
+        max_batch_tokens=max_batch_tokens,
         num_rows=model.num_rows,
         num_threads=config.num_threads,
+        transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
+        graphs=model.graphs,
     )

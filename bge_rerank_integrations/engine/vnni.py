@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 import torch
 
-from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
 
 # Heads are worked on in vectors of so many floats.
@@ -14,7 +13,7 @@ HEAD_STEP = 16
 _INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
-def require_int8(shape: EncoderShape) -> None:
+def require_int8(head_dim: int) -> None:
     """Return where int8 works.
 
     Raises:
@@ -27,10 +26,10 @@ def require_int8(shape: EncoderShape) -> None:
     reason = why_not()
     if reason is not None:
         raise DeviceError(f"dtype 'int8' is not available: {reason}; use 'float32' or 'bfloat16'")
-    if shape.head_dim % HEAD_STEP:
+    if head_dim % HEAD_STEP:
         raise UnsupportedCheckpointError(
             f"dtype 'int8' needs attention heads of a multiple of {HEAD_STEP}, and this model's are "
-            f"{shape.head_dim} wide; use 'float32' or 'bfloat16'"
+            f"{head_dim} wide; use 'float32' or 'bfloat16'"
         )
 
 

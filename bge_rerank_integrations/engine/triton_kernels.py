@@ -1,0 +1,163 @@
+"""The fused kernels in Triton; imported only where Triton is, and tried before they are used.
+
+A program works on one row, or a part of one. The number of rows is the size of the grid and nothing a kernel
+is told, so no number of rows compiles anything anew; widths are a model's own and never change. What else
+Triton distinguishes is whether an address is a multiple of 16: torch's allocator gives multiples of 512, and
+every tensor that comes here begins an allocation.
+"""
+
+# No `annotations` of the future: Triton reads these at run time.
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bge_rerank_integrations.engine.blocks import Norm, Quantized
+
+TRITON = triton.__version__
+
+# Elements that a program takes of an elementwise row.
+_MAX_BLOCK = 1024
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias and apply the exact GELU."""
+    num_rows, width = x.shape
+    out = torch.empty_like(x)
+    block = min(triton.next_power_of_2(width), _MAX_BLOCK)
+    _bias_gelu[(num_rows, triton.cdiv(width, block))](x, bias, out, width, block)
+    return out
+
+
+def add_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+    """Add a bias and a residual and normalize."""
+    num_rows, width = x.shape
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _add_norm[(num_rows,)](
+        x, bias, residual, norm.weight, norm.bias, out, norm.eps, width, block, num_warps=_num_warps(block)
+    )
+    return out
+
+
+def quantize(x: Tensor) -> Quantized:
+    """Quantize by row."""
+    num_rows, width = x.shape
+    out = _empty(x)
+    block = triton.next_power_of_2(width)
+    _quantize[(num_rows,)](x, *out, width, block, num_warps=_num_warps(block))
+    return out
+
+
+def bias_gelu_quantize(x: Tensor, bias: Tensor) -> Quantized:
+    """Add a bias, apply the exact GELU and quantize by row."""
+    num_rows, width = x.shape
+    out = _empty(x)
+    block = triton.next_power_of_2(width)
+    _bias_gelu_quantize[(num_rows,)](x, bias, *out, width, block, num_warps=_num_warps(block))
+    return out
+
+
+def add_norm_quantize(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Quantized]:
+    """Add a bias and a residual, normalize, and quantize by row as well."""
+    num_rows, width = x.shape
+    out, quantized = torch.empty_like(x), _empty(x)
+    block = triton.next_power_of_2(width)
+    _add_norm_quantize[(num_rows,)](
+        x, bias, residual, norm.weight, norm.bias, out, *quantized, norm.eps, width, block,
+        num_warps=_num_warps(block),
+    )  # fmt: skip
+    return out, quantized
+
+
+def _empty(x: Tensor) -> Quantized:
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return Quantized(codes, torch.empty(len(x), 1, dtype=torch.float32, device=x.device))
+
+
+def _num_warps(block: int) -> int:
+    return 4 if block <= 2048 else 8
+
+
+@triton.jit
+def _bias_gelu(x, bias, out, width: tl.constexpr, block: tl.constexpr):
+    # 64 bits: the elements of a large batch are more than 32 count.
+    start = tl.program_id(0).to(tl.int64) * width
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    inside = columns < width
+    values = _load(x + start, columns, inside) + _load(bias, columns, inside)
+    tl.store(out + start + columns, _gelu(values), mask=inside)
+
+
+@triton.jit
+def _add_norm(x, bias, residual, weight, shift, out, eps, width: tl.constexpr, block: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = _load(x + start, columns, inside) + _load(bias, columns, inside)
+    values += _load(residual + start, columns, inside)
+    values = _normalize(values, weight, shift, eps, columns, inside, width)
+    tl.store(out + start + columns, values, mask=inside)
+
+
+@triton.jit
+def _quantize(x, codes, scales, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = _load(x + row * width, columns, inside)
+    _store_quantized(values, codes + row * width, scales + row, columns, inside)
+
+
+@triton.jit
+def _bias_gelu_quantize(x, bias, codes, scales, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = _gelu(_load(x + row * width, columns, inside) + _load(bias, columns, inside))
+    _store_quantized(values, codes + row * width, scales + row, columns, inside)
+
+
+@triton.jit
+def _add_norm_quantize(
+    x, bias, residual, weight, shift, out, codes, scales, eps, width: tl.constexpr, block: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = row * width
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = _load(x + start, columns, inside) + _load(bias, columns, inside)
+    values += _load(residual + start, columns, inside)
+    values = _normalize(values, weight, shift, eps, columns, inside, width)
+    tl.store(out + start + columns, values, mask=inside)
+    _store_quantized(values, codes + start, scales + row, columns, inside)
+
+
+@triton.jit
+def _load(row, columns, inside):
+    return tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _normalize(values, weight, shift, eps, columns, inside, width: tl.constexpr):
+    # The mean first and then the deviations from it: the difference of two large sums would be inexact.
+    mean = tl.sum(values, 0) / width
+    deviations = tl.where(inside, values - mean, 0.0)
+    variance = tl.sum(deviations * deviations, 0) / width
+    normalized = deviations / tl.sqrt(variance + eps)
+    return normalized * _load(weight, columns, inside) + _load(shift, columns, inside)
+
+
+@triton.jit
+def _store_quantized(values, codes, scale, columns, inside):
+    # 448 is the largest number of the type, and what rounds above it rounds to it. Nothing is clamped: that
+    # would make a number of what is none.
+    peak = tl.maximum(tl.max(tl.where(inside, tl.abs(values), 0.0), 0), 1e-12)
+    row_scale = peak / 448.0
+    tl.store(codes + columns, (values / row_scale).to(tl.float8e4nv), mask=inside)
+    tl.store(scale, row_scale)
