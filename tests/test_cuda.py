@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.engine.transfer import PinnedTransfer
 from tests.test_embedded import TRIPLES
 from tests.test_engine import max_difference, plain_logits, random_ids
+from tests.test_float8 import kendall_tau
 from tests.test_fused import check_quantizing, check_values
 from tests.tolerances import LOGIT_TOLERANCE
 
@@ -197,14 +197,6 @@ def test_memory_that_is_not_enough_splits_batches(checkpoint: Path, little_memor
 def test_float8_works_on_this_device() -> None:
     for widths in ((384, 1536), (768, 3072), (1024, 4096)):
         check_float8(CUDA, widths)
-
-
-def kendall_tau(ours: list[float], theirs: list[float]) -> float:
-    signs = [
-        np.sign(ours[i] - ours[j]) * np.sign(theirs[i] - theirs[j])
-        for i, j in combinations(range(len(ours)), 2)
-    ]
-    return float(np.mean(signs))
 
 
 @needs_float8
