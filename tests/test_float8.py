@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,42 @@ def float8_model(checkpoint: Path) -> tuple[PackedCrossEncoder, dict[str, weakre
     return model, references
 
 
+def check_on_cranfield(
+    assets: Path, make_exact: Callable[[Path], Runner], make_coarse: Callable[[Path], Runner]
+) -> None:
+    """Compare rankings of BM25's best 20 for a tenth of the queries."""
+    folder = assets / "xlmr-cross-encoder"
+    dataset = read_beir(assets / "retrieval" / "cranfield")
+    queries = {query_id: dataset.queries[query_id] for query_id in sorted(dataset.judged_queries())[::10]}
+    found = Bm25(dataset.corpus).search(queries, 20)
+    pairs = [(query_id, passage_id) for query_id, scores in found.items() for passage_id in scores]
+    prepared = prepare(
+        PairTokenizer(folder / "tokenizer.json", ScorerConfig(model=str(folder)), TokenCache(1 << 20)),
+        [queries[query_id] for query_id, _ in pairs],
+        [dataset.corpus[passage_id] for _, passage_id in pairs],
+    )
+
+    def rank(runner: Runner) -> dict[str, dict[str, float]]:
+        results = prepared.results(runner.run(prepared.windows), normalize=False)
+        run: dict[str, dict[str, float]] = {}
+        for (query_id, passage_id), result in zip(pairs, results, strict=True):
+            run.setdefault(query_id, {})[passage_id] = result.score
+        return run
+
+    def gain(run: dict[str, dict[str, float]]) -> float:
+        judged = {query_id: dataset.qrels[query_id] for query_id in queries}
+        return float(np.mean(list(measure(judged, run, ["nDCG@10"])["nDCG@10"].values())))
+
+    exact, coarse = rank(make_exact(folder)), rank(make_coarse(folder))
+    taus = [
+        kendall_tau(list(coarse[query_id].values()), list(exact[query_id].values())) for query_id in exact
+    ]
+    print(f"Kendall's tau: mean {np.mean(taus):.4f}, least {min(taus):.4f}")
+    print(f"nDCG@10: float32 {gain(exact):.4f}, float8 {gain(coarse):.4f}")
+    assert np.mean(taus) >= 0.975
+    assert abs(gain(coarse) - gain(exact)) <= 0.005
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_product_is_that_of_what_its_factors_stand_for(num_rows: int, has_bias: bool) -> None:
@@ -81,42 +118,12 @@ def test_logits_are_near_float32(checkpoint: Path, plain_model: Any) -> None:
 
 @pytest.mark.slow
 def test_the_order_of_a_real_models_ranking_is_kept(assets: Path) -> None:
-    """Cranfield, a tenth of the queries, BM25's best 20; takes several minutes on a CPU."""
-    folder = assets / "xlmr-cross-encoder"
-    dataset = read_beir(assets / "retrieval" / "cranfield")
-    queries = {query_id: dataset.queries[query_id] for query_id in sorted(dataset.judged_queries())[::10]}
-    found = Bm25(dataset.corpus).search(queries, 20)
-    pairs = [(query_id, passage_id) for query_id, scores in found.items() for passage_id in scores]
-    config = ScorerConfig(model=str(folder), device="cpu")
-    shape = read_shape(folder)
-    prepared = prepare(
-        PairTokenizer(folder / "tokenizer.json", config, TokenCache(1 << 20)),
-        [queries[query_id] for query_id, _ in pairs],
-        [dataset.corpus[passage_id] for _, passage_id in pairs],
+    """Takes several minutes on a CPU."""
+    check_on_cranfield(
+        assets,
+        lambda folder: load_runner(ScorerConfig(device="cpu"), folder, read_shape(folder)),
+        lambda folder: Runner(float8_model(folder)[0], device=CPU, padding_idx=1, max_batch_tokens=2048),
     )
-
-    def rank(runner: Runner) -> dict[str, dict[str, float]]:
-        results = prepared.results(runner.run(prepared.windows), normalize=False)
-        run: dict[str, dict[str, float]] = {}
-        for (query_id, passage_id), result in zip(pairs, results, strict=True):
-            run.setdefault(query_id, {})[passage_id] = result.score
-        return run
-
-    def gain(run: dict[str, dict[str, float]]) -> float:
-        judged = {query_id: dataset.qrels[query_id] for query_id in queries}
-        return float(np.mean(list(measure(judged, run, ["nDCG@10"])["nDCG@10"].values())))
-
-    exact = rank(load_runner(config, folder, shape))
-    coarse = rank(
-        Runner(float8_model(folder)[0], device=CPU, padding_idx=shape.padding_idx, max_batch_tokens=2048)
-    )
-    taus = [
-        kendall_tau(list(coarse[query_id].values()), list(exact[query_id].values())) for query_id in exact
-    ]
-    print(f"Kendall's tau: mean {np.mean(taus):.4f}, least {min(taus):.4f}")
-    print(f"nDCG@10: float32 {gain(exact):.4f}, float8 {gain(coarse):.4f}")
-    assert np.mean(taus) >= 0.975
-    assert abs(gain(coarse) - gain(exact)) <= 0.005
 
 
 def test_no_matrix_is_kept_twice(checkpoint: Path) -> None:
