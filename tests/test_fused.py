@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.attention import sdpa_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
 from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.fused import (
     PLAIN_OPS,
     FusedBlocks,
@@ -231,6 +233,11 @@ def test_whatever_fails_leaves_plain_operators_and_says_why(caplog: pytest.LogCa
     assert ops.name.startswith("plain operators (")
     assert caplog.text.count("between products") == 1
     assert resolve_fused(CPU, torch.bfloat16, (48, 80), quantizing=False) is PLAIN_OPS
+
+
+def test_what_would_run_here_is_told() -> None:
+    report = describe_machine(ScorerConfig(device="cpu"))
+    assert (report.between_products, report.max_graph_tokens) == ("plain operators", 0)
 
 
 def test_layers_that_leave_the_bias_to_what_follows_give_the_same(checkpoint: Path) -> None:
