@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.bm25 import Bm25
+from bge_rerank_integrations.datasets import read_beir
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Rows
@@ -20,9 +24,22 @@ from bge_rerank_integrations.engine.device import activation_dtype, resolve_dtyp
 from bge_rerank_integrations.engine.float8 import Float8Blocks, check_float8, dequantize, scaled_product
 from bge_rerank_integrations.engine.fused import PLAIN_OPS
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError
+from bge_rerank_integrations.evaluation import measure
+from bge_rerank_integrations.pairs import prepare
+from bge_rerank_integrations.token_cache import TokenCache
+from bge_rerank_integrations.tokenization import PairTokenizer
 from tests.test_engine import CPU, plain_logits, random_ids
 from tests.tolerances import LOGIT_TOLERANCE
+
+
+def kendall_tau(ours: list[float], theirs: list[float]) -> float:
+    agreements = [
+        np.sign(ours[i] - ours[j]) * np.sign(theirs[i] - theirs[j])
+        for i, j in combinations(range(len(ours)), 2)
+    ]
+    return float(np.mean(agreements))
 
 
 def float8_model(checkpoint: Path) -> tuple[PackedCrossEncoder, dict[str, weakref.ref[Tensor]]]:
@@ -34,6 +51,42 @@ def float8_model(checkpoint: Path) -> tuple[PackedCrossEncoder, dict[str, weakre
     model = PackedCrossEncoder(shape, weights, attention=attention, blocks=Float8Blocks(PLAIN_OPS))
     assert not weights
     return model, references
+
+
+def check_on_cranfield(
+    assets: Path, make_exact: Callable[[Path], Runner], make_coarse: Callable[[Path], Runner]
+) -> None:
+    """Compare rankings of BM25's best 20 for a tenth of the queries."""
+    folder = assets / "xlmr-cross-encoder"
+    dataset = read_beir(assets / "retrieval" / "cranfield")
+    queries = {query_id: dataset.queries[query_id] for query_id in sorted(dataset.judged_queries())[::10]}
+    found = Bm25(dataset.corpus).search(queries, 20)
+    pairs = [(query_id, passage_id) for query_id, scores in found.items() for passage_id in scores]
+    prepared = prepare(
+        PairTokenizer(folder / "tokenizer.json", ScorerConfig(model=str(folder)), TokenCache(1 << 20)),
+        [queries[query_id] for query_id, _ in pairs],
+        [dataset.corpus[passage_id] for _, passage_id in pairs],
+    )
+
+    def rank(runner: Runner) -> dict[str, dict[str, float]]:
+        results = prepared.results(runner.run(prepared.windows), normalize=False)
+        run: dict[str, dict[str, float]] = {}
+        for (query_id, passage_id), result in zip(pairs, results, strict=True):
+            run.setdefault(query_id, {})[passage_id] = result.score
+        return run
+
+    def gain(run: dict[str, dict[str, float]]) -> float:
+        judged = {query_id: dataset.qrels[query_id] for query_id in queries}
+        return float(np.mean(list(measure(judged, run, ["nDCG@10"])["nDCG@10"].values())))
+
+    exact, coarse = rank(make_exact(folder)), rank(make_coarse(folder))
+    taus = [
+        kendall_tau(list(coarse[query_id].values()), list(exact[query_id].values())) for query_id in exact
+    ]
+    print(f"Kendall's tau: mean {np.mean(taus):.4f}, least {min(taus):.4f}")
+    print(f"nDCG@10: float32 {gain(exact):.4f}, float8 {gain(coarse):.4f}")
+    assert np.mean(taus) >= 0.975
+    assert abs(gain(coarse) - gain(exact)) <= 0.005
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 64])
@@ -61,6 +114,16 @@ def test_logits_are_near_float32(checkpoint: Path, plain_model: Any) -> None:
     theirs = plain_logits(plain_model, sequences)
     assert np.corrcoef(ours, theirs)[0, 1] > 0.97
     assert np.abs(np.array(ours) - np.array(theirs)).max() <= LOGIT_TOLERANCE[torch.float8_e4m3fn]
+
+
+@pytest.mark.slow
+def test_the_order_of_a_real_models_ranking_is_kept(assets: Path) -> None:
+    """Takes several minutes on a CPU."""
+    check_on_cranfield(
+        assets,
+        lambda folder: load_runner(ScorerConfig(device="cpu"), folder, read_shape(folder)),
+        lambda folder: Runner(float8_model(folder)[0], device=CPU, padding_idx=1, max_batch_tokens=2048),
+    )
 
 
 def test_no_matrix_is_kept_twice(checkpoint: Path) -> None:

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.attention import sdpa_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
 from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.fused import (
     PLAIN_OPS,
     FusedBlocks,
@@ -78,8 +80,8 @@ def check_quantizing(
     torch.testing.assert_close(values, ops.add_norm(x, bias, residual, norm))
     for ours, exact in (
         (ops.quantize(x), x.float()),
-        (ops.bias_gelu_quantize(x, bias), F.gelu(x.float() + bias.float())),
-        (normed, PLAIN_OPS.add_norm(x.float(), bias, residual, norm)),
+        (ops.bias_gelu_quantize(x, bias.float()), F.gelu(x.float() + bias.float())),
+        (normed, PLAIN_OPS.add_norm(x.float(), bias, residual, norm) - norm.bias.float()),
     ):
         assert (ours.codes.dtype, ours.codes.shape) == (torch.float8_e4m3fn, x.shape)
         assert (ours.scales.dtype, ours.scales.shape) == (torch.float32, (num_rows, 1))
@@ -231,6 +233,11 @@ def test_whatever_fails_leaves_plain_operators_and_says_why(caplog: pytest.LogCa
     assert ops.name.startswith("plain operators (")
     assert caplog.text.count("between products") == 1
     assert resolve_fused(CPU, torch.bfloat16, (48, 80), quantizing=False) is PLAIN_OPS
+
+
+def test_what_would_run_here_is_told() -> None:
+    report = describe_machine(ScorerConfig(device="cpu"))
+    assert (report.between_products, report.max_graph_tokens) == ("plain operators", 0)
 
 
 def test_layers_that_leave_the_bias_to_what_follows_give_the_same(checkpoint: Path) -> None:

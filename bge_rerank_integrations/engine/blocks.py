@@ -40,7 +40,12 @@ class Quantized(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The residual stream, [rows, width], and beside it what products may read in its place."""
+    """The residual stream, [rows, width], and beside it what products may read in its place.
+
+    Attributes:
+        values: The rows.
+        quantized: The rows less the bias of the norm that made them.
+    """
 
     values: Tensor
     quantized: Quantized | None = None
@@ -61,14 +66,16 @@ class Blocks(Protocol):
     def embed(self, token_type: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Rows]:
         """Make the norm over the sum of words' and positions' embeddings and the token type's."""
 
-    def project(self, linear: Parameters) -> Callable[[Rows], Tensor]:
-        """Make a projection to what attention reads."""
+    def project(self, linear: Parameters, before: Norm) -> Callable[[Rows], Tensor]:
+        """Make a projection to what attention reads, of rows that a norm made."""
 
     def close(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
         """Make what follows attention: of attended rows and the residual, projection, sum and norm."""
 
-    def feed_forward(self, up: Parameters, down: Parameters, norm: Norm) -> Callable[[Rows], Rows]:
-        """Make the feed-forward part: two products with a GELU between them, sum and norm."""
+    def feed_forward(
+        self, up: Parameters, down: Parameters, before: Norm, norm: Norm
+    ) -> Callable[[Rows], Rows]:
+        """Make the feed-forward part: of rows that a norm made, two products with a GELU, sum and norm."""
 
 
 class PlainBlocks:
@@ -85,7 +92,7 @@ class PlainBlocks:
         """See `Blocks`."""
         return lambda words, positions: Rows(_layer_norm(words + token_type + positions, norm))
 
-    def project(self, linear: Parameters) -> Callable[[Rows], Tensor]:
+    def project(self, linear: Parameters, before: Norm) -> Callable[[Rows], Tensor]:  # noqa: ARG002
         """See `Blocks`."""
         run = self._linear(*linear)
         return lambda rows: run(rows.values)
@@ -95,7 +102,13 @@ class PlainBlocks:
         run = self._linear(*linear)
         return lambda attended, residual: Rows(_layer_norm(run(attended) + residual.values, norm))
 
-    def feed_forward(self, up: Parameters, down: Parameters, norm: Norm) -> Callable[[Rows], Rows]:
+    def feed_forward(
+        self,
+        up: Parameters,
+        down: Parameters,
+        before: Norm,  # noqa: ARG002
+        norm: Norm,
+    ) -> Callable[[Rows], Rows]:
         """See `Blocks`."""
         run_up, run_down = self._linear(*up), self._linear(*down)
 

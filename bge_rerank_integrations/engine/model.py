@@ -88,10 +88,14 @@ class PackedCrossEncoder:
         # The one token type there is belongs to every position.
         self._positions = weights.pop("roberta.embeddings.position_embeddings.weight")
         token_type = weights.pop("roberta.embeddings.token_type_embeddings.weight")[0]
-        self._embed = take.blocks.embed(token_type, take.norm("roberta.embeddings.LayerNorm"))
+        norm = take.norm("roberta.embeddings.LayerNorm")
+        self._embed = take.blocks.embed(token_type, norm)
         names = [f"roberta.encoder.layer.{index}" for index in range(shape.num_layers)]
-        self._layers = [_FullLayer(take, name, attention) for name in names[:-1]]
-        self._last_layer = _FirstTokenLayer(take, names[-1], attention)
+        self._layers: list[_FullLayer] = []
+        for name in names[:-1]:
+            self._layers.append(_FullLayer(take, name, norm, attention))
+            norm = self._layers[-1].norm
+        self._last_layer = _FirstTokenLayer(take, names[-1], norm, attention)
         # The head is B rows of work, and in float32 it costs nothing to be exact.
         self._dense = plain_linear(*take.parameters("classifier.dense"))
         self._out_proj = plain_linear(*take.parameters("classifier.out_proj"))
@@ -108,11 +112,16 @@ class PackedCrossEncoder:
 
 
 class _FullLayer:
-    """One encoder layer over all tokens."""
+    """One encoder layer over all tokens.
 
-    def __init__(self, take: _Taker, name: str, attention: VarlenAttention) -> None:
-        self._qkv = take.projection(name, "query", "key", "value")
+    Attributes:
+        norm: Its last.
+    """
+
+    def __init__(self, take: _Taker, name: str, before: Norm, attention: VarlenAttention) -> None:
+        self._qkv = take.projection(name, before, "query", "key", "value")
         self._rest = _AfterAttention(take, name)
+        self.norm: Norm = self._rest.norm
         self._attention = attention
         self._num_heads = take.shape.num_heads
 
@@ -127,9 +136,9 @@ class _FirstTokenLayer:
     Keys and values come of every token; queries and what follows attention of B rows instead of T.
     """
 
-    def __init__(self, take: _Taker, name: str, attention: VarlenAttention) -> None:
-        self._q = take.projection(name, "query")
-        self._kv = take.projection(name, "key", "value")
+    def __init__(self, take: _Taker, name: str, before: Norm, attention: VarlenAttention) -> None:
+        self._q = take.projection(name, before, "query")
+        self._kv = take.projection(name, before, "key", "value")
         self._rest = _AfterAttention(take, name)
         self._attention = attention
         self._num_heads = take.shape.num_heads
@@ -146,10 +155,11 @@ class _AfterAttention:
 
     def __init__(self, take: _Taker, name: str) -> None:
         blocks = take.blocks
-        out = take.parameters(f"{name}.attention.output.dense")
-        self._close = blocks.close(out, take.norm(f"{name}.attention.output.LayerNorm"))
+        between = take.norm(f"{name}.attention.output.LayerNorm")
+        self.norm: Norm = take.norm(f"{name}.output.LayerNorm")
+        self._close = blocks.close(take.parameters(f"{name}.attention.output.dense"), between)
         up, down = (take.parameters(f"{name}.{part}.dense") for part in ("intermediate", "output"))
-        self._feed_forward = blocks.feed_forward(up, down, take.norm(f"{name}.output.LayerNorm"))
+        self._feed_forward = blocks.feed_forward(up, down, between, self.norm)
 
     def __call__(self, residual: Rows, attended: Tensor) -> Rows:
         return self._feed_forward(self._close(attended.flatten(-2), residual))
@@ -166,10 +176,10 @@ class _Taker:
     def parameters(self, name: str) -> Parameters:
         return Parameters(self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias"))
 
-    def projection(self, layer: str, *parts: str) -> Callable[[Rows], Tensor]:
+    def projection(self, layer: str, before: Norm, *parts: str) -> Callable[[Rows], Tensor]:
         pairs = [self.parameters(f"{layer}.attention.self.{part}") for part in parts]
         weights, biases = zip(*pairs, strict=True)
-        return self.blocks.project(Parameters(torch.cat(weights), torch.cat(biases)))
+        return self.blocks.project(Parameters(torch.cat(weights), torch.cat(biases)), before)
 
     def norm(self, name: str) -> Norm:
         return Norm(*self.parameters(name), self.shape.layer_norm_eps)

@@ -59,7 +59,7 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor) -> Quantized:
 
 
 def add_norm_quantize(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Quantized]:
-    """Add a bias and a residual, normalize, and quantize by row as well."""
+    """Add a bias and a residual, normalize, and quantize by row as well, before the norm's own bias."""
     num_rows, width = x.shape
     out, quantized = torch.empty_like(x), _empty(x)
     block = triton.next_power_of_2(width)
@@ -96,7 +96,7 @@ def _add_norm(x, bias, residual, weight, shift, out, eps, width: tl.constexpr, b
     inside = columns < width
     values = _load(x + start, columns, inside) + _load(bias, columns, inside)
     values += _load(residual + start, columns, inside)
-    values = _normalize(values, weight, shift, eps, columns, inside, width)
+    values = _normalize(values, weight, eps, columns, inside, width) + _load(shift, columns, inside)
     tl.store(out + start + columns, values, mask=inside)
 
 
@@ -128,8 +128,8 @@ def _add_norm_quantize(
     inside = columns < width
     values = _load(x + start, columns, inside) + _load(bias, columns, inside)
     values += _load(residual + start, columns, inside)
-    values = _normalize(values, weight, shift, eps, columns, inside, width)
-    tl.store(out + start + columns, values, mask=inside)
+    values = _normalize(values, weight, eps, columns, inside, width)
+    tl.store(out + start + columns, values + _load(shift, columns, inside), mask=inside)
     _store_quantized(values, codes + start, scales + row, columns, inside)
 
 
@@ -144,13 +144,12 @@ def _gelu(x):
 
 
 @triton.jit
-def _normalize(values, weight, shift, eps, columns, inside, width: tl.constexpr):
+def _normalize(values, weight, eps, columns, inside, width: tl.constexpr):
     # The mean first and then the deviations from it: the difference of two large sums would be inexact.
     mean = tl.sum(values, 0) / width
     deviations = tl.where(inside, values - mean, 0.0)
     variance = tl.sum(deviations * deviations, 0) / width
-    normalized = deviations / tl.sqrt(variance + eps)
-    return normalized * _load(weight, columns, inside) + _load(shift, columns, inside)
+    return deviations / tl.sqrt(variance + eps) * _load(weight, columns, inside)
 
 
 @triton.jit
