@@ -42,9 +42,10 @@ class ScorerConfig:
         devices: Several devices of one kind, such as `("cuda:0", "cuda:1")`, instead of `device`: each holds
             a copy of the model, and all take batches from one queue. Any sequence; kept as a tuple.
         dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16`, `float8` or
-            `int8`. float16 is refused on a CPU, which has no fast arithmetic for it. float8 is for CUDA devices from
-            Hopper on: matrix products in e4m3 scaled by row, all else in bfloat16 or float32. int8 is for
-            CPUs with VNNI instructions: products in int8, all else in float32; it needs the extra `int8`.
+            `int8`. float16 is refused on a CPU, which has no fast arithmetic for it. float8 is for CUDA
+            devices from Hopper on: matrix products in e4m3 scaled by row, all else in bfloat16 or float32.
+            int8 is for CPUs with VNNI instructions: products in int8, all else in float32; it needs the extra
+            `int8`.
         max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
         query_max_length: Longest query in tokens; None is three quarters of `max_length`.

@@ -92,7 +92,7 @@ def test_unknown_keys_are_named() -> None:
         ({"devices": ["cpu", "cpu:1"]}, "must not name a device twice"),
         ({"devices": ["cuda:0"], "device": "cuda:0"}, "cannot both be given"),
         ({"devices": ["cpu"], "dtype": "float16"}, "not supported on a CPU"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"dtype": "int4"}, "dtype must be one of"),
         ({"device": "cpu", "dtype": "float16"}, "not supported on a CPU"),
         ({"device": "cpu:0", "dtype": "float16"}, "not supported on a CPU"),
         ({"long_passages": "split"}, "long_passages must be one of"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +27,7 @@ from bge_rerank_integrations.engine.attention import (
 )
 from bge_rerank_integrations.engine.batch import Seqlens, pack
 from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
     LinearFactory,
     onednn_linear,
@@ -267,6 +270,34 @@ def test_threads_are_as_many_as_asked_for_and_only_in_the_forward_pass(fails: bo
         runner.run(random_ids([5, 7], 100))
     assert seen == [wanted]
     assert torch.get_num_threads() == before
+
+
+def test_scorers_of_one_checkpoint_share_its_weights_while_they_live(checkpoint: Path) -> None:
+    shape = read_shape(checkpoint)
+    budget = 777  # nobody else's
+    first = load_runner(ScorerConfig(device="cpu", max_batch_tokens=budget), checkpoint, shape)
+    second = load_runner(
+        ScorerConfig(device="cpu", max_batch_tokens=budget, max_length=100, normalize=True), checkpoint, shape
+    )
+    assert first is second
+    for other in (
+        {"max_batch_tokens": budget + 1},
+        {"max_batch_tokens": budget, "dtype": "bfloat16"},
+        {"max_batch_tokens": budget, "num_threads": 1},
+    ):
+        config = ScorerConfig(device="cpu", **other)
+        assert load_runner(config, checkpoint, shape) is not first
+    gone = weakref.ref(first)
+    del first, second
+    gc.collect()
+    assert gone() is None, "nothing is kept for nobody"
+
+
+def test_each_thread_of_a_cpu_has_tokens_enough() -> None:
+    few, many = ScorerConfig(device="cpu", num_threads=2), ScorerConfig(device="cpu", num_threads=64)
+    assert resolve_max_batch_tokens(few, CPU) < resolve_max_batch_tokens(many, CPU)
+    config = ScorerConfig(device="cpu", num_threads=64, max_batch_tokens=100)
+    assert resolve_max_batch_tokens(config, CPU) == 100
 
 
 @needs_cuda

@@ -27,7 +27,7 @@ from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.evaluation import measure
-from bge_rerank_integrations.pairs import prepare
+from bge_rerank_integrations.pairs import PreparedPairs
 from bge_rerank_integrations.token_cache import TokenCache
 from bge_rerank_integrations.tokenization import PairTokenizer
 from tests.test_engine import CPU, plain_logits, random_ids
@@ -62,14 +62,15 @@ def check_on_cranfield(
     queries = {query_id: dataset.queries[query_id] for query_id in sorted(dataset.judged_queries())[::10]}
     found = Bm25(dataset.corpus).search(queries, 20)
     pairs = [(query_id, passage_id) for query_id, scores in found.items() for passage_id in scores]
-    prepared = prepare(
-        PairTokenizer(folder / "tokenizer.json", ScorerConfig(model=str(folder)), TokenCache(1 << 20)),
+    tokenizer = PairTokenizer(folder / "tokenizer.json", ScorerConfig(model=str(folder)), TokenCache(1 << 20))
+    prepared = PreparedPairs(
         [queries[query_id] for query_id, _ in pairs],
         [dataset.corpus[passage_id] for _, passage_id in pairs],
     )
+    windows = [window for part in prepared.encode(tokenizer, len(pairs)) for window in part]
 
     def rank(runner: Runner) -> dict[str, dict[str, float]]:
-        results = prepared.results(runner.run(prepared.windows), normalize=False)
+        results = prepared.results(runner.run(windows), normalize=False)
         run: dict[str, dict[str, float]] = {}
         for (query_id, passage_id), result in zip(pairs, results, strict=True):
             run.setdefault(query_id, {})[passage_id] = result.score

@@ -471,7 +471,7 @@ class Watched:
 
     def __init__(self, runner: Runner, together: threading.Barrier) -> None:
         self.device = runner.device
-        self.max_batch_tokens = runner.max_batch_tokens
+        self.max_call_tokens = runner.max_call_tokens
         self.num_splits = 0
         self.num_batches = 0
         self._runner = runner

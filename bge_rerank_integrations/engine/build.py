@@ -13,7 +13,7 @@ from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.checkpoint import load_weights
 from bge_rerank_integrations.engine.cuda import resolve_blocks, resolve_graphs
-from bge_rerank_integrations.engine.device import activation_dtype
+from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
 from bge_rerank_integrations.engine.graphs import Graphs
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
@@ -80,4 +80,4 @@ def build_model(
         model = Model(encoder, linear.num_rows, graphs)
     if device.type != "cpu":
         return model
-    return model._replace(forward=SplitForward(model.forward, config.num_threads or torch.get_num_threads()))
+    return model._replace(forward=SplitForward(model.forward, resolve_num_threads(config)))

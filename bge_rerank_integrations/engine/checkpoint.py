@@ -153,6 +153,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def identity(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a checkpoint's model does: path, size and time of each of its files."""
+    paths = [path.resolve() for path in (require_file(folder, "config.json"), *_weight_files(folder))]
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+
 def verify_sha256(folder: Path, sha256: str) -> None:
     """Hash the weight files, in the order of their names.
 

@@ -24,6 +24,7 @@ from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
+    resolve_num_threads,
 )
 from bge_rerank_integrations.engine.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.fused import resolve_fused
@@ -139,7 +140,7 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         linear_reason=_summary(linear),
         between_products=ops.name,
         max_graph_tokens=max_graph_tokens,
-        threads=config.num_threads or torch.get_num_threads(),
+        threads=resolve_num_threads(config),
         threads_reason=chosen if config.num_threads else "torch's choice",
         cores=os.cpu_count() or 1,
         max_batch_tokens=max_batch_tokens,

@@ -12,6 +12,8 @@ from bge_rerank_integrations.errors import ConfigError, DeviceError
 # On a CPU small batches stay in the cache; a GPU wants enough rows to fill it, and on CUDA two such batches
 # are under way at once.
 _MAX_BATCH_TOKENS: Final = {"cpu": 2048, "mps": 8192, "cuda": 16384}
+# Each of a CPU's threads has sequences of its own, and wants some of them.
+_MIN_THREAD_TOKENS: Final = 512
 # Ada has the arithmetic as well as Hopper, and torch the kernels for both.
 _FLOAT8_CAPABILITY: Final = (8, 9)
 
@@ -68,7 +70,15 @@ def activation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def resolve_max_batch_tokens(config: ScorerConfig, device: torch.device) -> int:
     """Return the token budget of one forward pass."""
-    return config.max_batch_tokens or _MAX_BATCH_TOKENS[device.type]
+    if config.max_batch_tokens is not None:
+        return config.max_batch_tokens
+    least = _MIN_THREAD_TOKENS * resolve_num_threads(config) if device.type == "cpu" else 0
+    return max(_MAX_BATCH_TOKENS[device.type], least)
+
+
+def resolve_num_threads(config: ScorerConfig) -> int:
+    """Return how many CPU threads compute."""
+    return config.num_threads or torch.get_num_threads()
 
 
 def _check_float8(device: torch.device) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.engine.attention import VarlenAttention, flash_attention
+from bge_rerank_integrations.engine.attention import flash_attention
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens, pack
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Bucket(NamedTuple):
     max_seqlen: int
 
 
-def can_capture(device: torch.device, attention: VarlenAttention) -> bool:
+def can_capture(device: torch.device, attention: Callable[..., object]) -> bool:
     """Whether a forward pass depends on nothing but tensors: other attentions read lengths on the host."""
     return device.type == "cuda" and attention is flash_attention
 

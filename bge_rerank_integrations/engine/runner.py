@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ from bge_rerank_integrations.batching import plan_batches
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.build import build_model
-from bge_rerank_integrations.engine.checkpoint import verify_sha256
+from bge_rerank_integrations.engine.checkpoint import identity, verify_sha256
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
@@ -234,7 +236,7 @@ def load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> lis
 
 
 def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runner:
-    """Load a verified checkpoint onto the device the config means.
+    """Return a verified checkpoint on the device the config means, loaded unless somebody has it already.
 
     Raises:
         CheckpointError: The weights cannot be used.
@@ -242,11 +244,28 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
         DeviceError: The device is not there.
     """
     device = resolve_device(config)
-    dtype = resolve_dtype(config, device)
     if config.sha256 is not None:
         verify_sha256(folder, config.sha256)
-    max_batch_tokens = resolve_max_batch_tokens(config, device)
-    model = build_model(folder, shape, config, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens)
+    with _loading:
+        key = _Key(
+            identity(folder),
+            device,
+            resolve_dtype(config, device),
+            resolve_max_batch_tokens(config, device),
+            config.num_threads,
+            config.max_length if device.type == "cuda" else None,  # which CUDA graphs are captured for
+        )
+        runner = _loaded.get(key)
+        if runner is None:
+            runner = _loaded[key] = _load(config, folder, shape, key)
+        return runner
+
+
+def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
+    device, max_batch_tokens = key.device, key.max_batch_tokens
+    model = build_model(
+        folder, shape, config, device=device, dtype=key.dtype, max_batch_tokens=max_batch_tokens
+    )
     return Runner(
         model.forward,
         device=device,
@@ -257,3 +276,19 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
         transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
         graphs=model.graphs,
     )
+
+
+class _Key(NamedTuple):
+    """What two scorers must have in common to share a runner."""
+
+    identity: tuple[tuple[str, int, int], ...]
+    device: torch.device
+    dtype: torch.dtype
+    max_batch_tokens: int
+    num_threads: int | None
+    max_length: int | None
+
+
+# Held by those who use them alone.
+_loaded: WeakValueDictionary[_Key, Runner] = WeakValueDictionary()
+_loading = threading.Lock()
