@@ -17,15 +17,15 @@ from torch import Tensor
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
 from bge_rerank_integrations.engine.int8_attention import attend
 from bge_rerank_integrations.engine.int8_kernels import add_norm_quantize, gelu_quantize, quantize
-from bge_rerank_integrations.engine.linear import plain_linear
+from bge_rerank_integrations.engine.linear import plain_linear, round_up_rows
 from bge_rerank_integrations.engine.model import EncoderShape
 
 Floats = npt.NDArray[np.float32]
 
 # The widest activations of so many rows fit a core's second cache.
 _BLOCK_ROWS = 128
-# oneDNN keeps a kernel for each number of rows: for those of a block, and for what is left in steps of this.
-_ROW_STEP = 16
+# oneDNN keeps a kernel for each number of rows, half a megabyte in int8, so that there may be twice as many.
+_ROWS_IN_OCTAVE = 16
 _MAX_WEIGHT = 127
 
 
@@ -121,7 +121,7 @@ class _Rows:
     """The residual stream, float32 and quantized; rows beyond those asked for are zero."""
 
     def __init__(self, num_rows: int, width: int) -> None:
-        total = -(-num_rows // _ROW_STEP) * _ROW_STEP
+        total = round_up_rows(num_rows, num_in_octave=_ROWS_IN_OCTAVE)
         self.x = torch.empty(total, width)
         self.x[num_rows:].zero_()
         self.array = self.x.numpy()

@@ -76,14 +76,14 @@ def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
     return linear
 
 
-def round_up_rows(num_rows: int) -> int:
-    """Return the next of a few numbers of rows: eight in each octave, none below 16.
+def round_up_rows(num_rows: int, *, num_in_octave: int = 8) -> int:
+    """Return the next of a few numbers of rows: so many in each octave (a power of two), none below 16.
 
     Example:
         >>> [round_up_rows(n) for n in (1, 100, 300, 1100)]
         [16, 112, 320, 1152]
     """
-    step = max(16, 1 << max((num_rows - 1).bit_length() - 4, 0))
+    step = max(16, (1 << (num_rows - 1).bit_length()) // (2 * num_in_octave))
     return -(-num_rows // step) * step
 
 

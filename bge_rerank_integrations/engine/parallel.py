@@ -111,7 +111,8 @@ def _start_threads(owner: SplitForward, num_threads: int) -> SimpleQueue[_Task |
     ready.wait()
     # torch gives threads that come later what was last set by any thread; this thread's is as it was.
     torch.set_num_threads(torch.get_num_threads())
-    weakref.finalize(owner, _end_threads, tasks, num_threads)
+    # Not at interpreter exit, when a last batch may still be on its way to them.
+    weakref.finalize(owner, _end_threads, tasks, num_threads).atexit = False
     return tasks
 
 
