@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ _FLOATING: Final = ("F64", "F32", "F16", "BF16")
 # A matrix may be stored as int8, with what each row is to be multiplied by beside it.
 _QUANTIZED: Final = "I8"
 _SCALE: Final = "_scale"
+# Of a tensor that is being copied: 64 MB in float32.
+_MAX_MAPPED_VALUES: Final = 1 << 24
 _LFS_POINTER: Final = b"version https://git-lfs"
 _TO_SAFETENSORS: Final = (
     "Convert it once with: AutoModelForSequenceClassification.from_pretrained(MODEL)"
@@ -197,7 +200,7 @@ def load_weights(
     """
     from safetensors import SafetensorError, safe_open
 
-    weights: dict[str, Tensor] = {}
+    homes: dict[str, Path] = {}
     with ExitStack() as stack:
         holders: dict[str, Any] = {}
         for path in _weight_files(folder):
@@ -209,17 +212,21 @@ def load_weights(
                     f"{path} is damaged or was not downloaded to its end ({error}); fetch it again"
                 ) from error
             holders |= dict.fromkeys(shard.keys(), shard)
+            homes |= dict.fromkeys(shard.keys(), path)
         _verify_headers(folder, holders, shape)
-        for name in shape.parameter_shapes():
-            target = _loaded_dtype(name, dtype)
-            # A copy always: what is left mapped would change, or fault, with the file.
-            tensor = _read(holders, name).to(device=device, dtype=target, copy=True)
-            if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-                raise CorruptCheckpointError(
-                    f"{folder}: tensor {name} holds NaN or infinity in {target}; fetch the checkpoint "
-                    "again, or use dtype 'float32' if it was made in a wider type"
-                )
-            weights[name] = tensor
+    weights: dict[str, Tensor] = {}
+    for name, dimensions in shape.parameter_shapes().items():
+        target = _loaded_dtype(name, dtype)
+        tensor = torch.empty(dimensions, dtype=target, device=device)
+        for start in range(0, dimensions[0], _rows_at_once(dimensions)):
+            rows = slice(start, start + _rows_at_once(dimensions))
+            tensor[rows] = _read(homes, name, rows)
+        if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise CorruptCheckpointError(
+                f"{folder}: tensor {name} holds NaN or infinity in {target}; fetch the checkpoint "
+                "again, or use dtype 'float32' if it was made in a wider type"
+            )
+        weights[name] = tensor
     return weights
 
 
@@ -306,12 +313,21 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read(holders: Mapping[str, Any], name: str) -> Tensor:
-    tensor: Tensor = holders[name].get_tensor(name)
-    if tensor.dtype is not torch.int8:
-        return tensor
-    scale: Tensor = holders[name + _SCALE].get_tensor(name + _SCALE)
-    return tensor.float() * scale.float()
+def _rows_at_once(dimensions: tuple[int, ...]) -> int:
+    return max(_MAX_MAPPED_VALUES // math.prod(dimensions[1:]), 1)
+
+
+def _read(homes: Mapping[str, Path], name: str, rows: slice) -> Tensor:
+    """Read some rows; the file is closed again, since what is mapped of it counts as memory until then."""
+    from safetensors import safe_open
+
+    with safe_open(homes[name], framework="pt", device="cpu") as shard:
+        part: Tensor = shard.get_slice(name)[rows]
+        if part.dtype is not torch.int8:
+            return part
+    with safe_open(homes[name + _SCALE], framework="pt", device="cpu") as shard:
+        scale: Tensor = shard.get_slice(name + _SCALE)[rows]
+    return part.float() * scale.float()
 
 
 def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) -> None:
