@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +18,6 @@ from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from bge_rerank_integrations.engine.parallel import Forward, SplitForward
 from bge_rerank_integrations.engine.vnni import require_int8
-
-logger = logging.getLogger(__name__)
 
 
 class Model(NamedTuple):

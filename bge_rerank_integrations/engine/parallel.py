@@ -6,7 +6,7 @@ import heapq
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Final
 
@@ -43,19 +43,17 @@ class SplitForward:
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Return the B logits."""
-        parts = split_evenly(batch.seqlens.lengths, self._num_threads)
-        if len(parts) < max(self._num_threads, 2):
+        lengths = batch.seqlens.lengths
+        if self._num_threads == 1 or len(lengths) < self._num_threads:
             return self._forward(batch)
+        parts = split_evenly(lengths, self._num_threads)
         tasks = self._require_threads()
         futures: list[Future[Tensor]] = [Future() for _ in parts]
         for part, future in zip(parts, futures, strict=True):
             tasks.put((self._forward, select(batch, part), future))
         # All of them, so that nothing is still running when an error of one comes through.
-        results = [future.exception() for future in futures]
-        for error in results:
-            if error is not None:
-                raise error
-        logits = torch.empty(len(batch.seqlens.lengths))
+        wait(futures)
+        logits = torch.empty(len(lengths))
         for part, future in zip(parts, futures, strict=True):
             logits[torch.tensor(part)] = future.result()
         return logits
