@@ -160,3 +160,9 @@ def _cpu_model() -> str:
         re.findall(r"^(model name|cpu family|model)\s*: (.*)$", path.read_text(encoding="utf-8"), re.M)
     )
     return ", ".join(f"{key} {found[key]}" for key in sorted(found, reverse=True)) or platform.machine()
+
+
+def spread(pairs: Pairs, count: int) -> Pairs:
+    """Return at most so many pairs, as far apart as can be: of all queries and lengths."""
+    step = max(len(pairs) // count, 1)
+    return pairs[::step][:count]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,10 +15,8 @@ import numpy as np
 from benchmarks import report
 from benchmarks.common import Pairs, quiet
 from benchmarks.kendall import tau_b
-from benchmarks.measure import spread
-from benchmarks.models import prepared_model
+from benchmarks.models import chosen_model
 from benchmarks.peers.registry import REFERENCE, load, load_all
-from benchmarks.speed import CALIBRATION_PAIRS
 from bge_rerank_integrations.bm25 import Bm25
 from bge_rerank_integrations.datasets import BeirDataset, Run, read_beir
 from bge_rerank_integrations.evaluation import measure
@@ -75,22 +72,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("fidelity needs --model: random weights rank nothing")
     if min(args.depth) < 2 or args.every < 1:
         parser.error("--depth must be at least 2 and --every at least 1")
+    args.depth = sorted(set(args.depth))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    depths = sorted(set(args.depth))
-    sets = [read_candidates(folder, max(depths), args.every) for folder in args.beir]
+    sets = [read_candidates(folder, max(args.depth), args.every) for folder in args.beir]
     with ExitStack() as stack:
         with quiet():
-            setup = stack.enter_context(
-                prepared_model(shape=args.shape, model=args.model, device=args.device)
-            )
-            calibration = spread([pair for each in sets for pair in each.pairs()], CALIBRATION_PAIRS)
-            setup = dataclasses.replace(setup, sample=calibration)
-        document = report.begin(
-            "fidelity", device=args.device, model=args.model, depths=depths, every=args.every
-        )
+            setup = stack.enter_context(chosen_model(args))
+            setup = setup.calibrated_with([pair for each in sets for pair in each.pairs()])
+        document = report.begin(args, "depth", "every")
         with quiet():
             reference = load(REFERENCE, setup, stack)
             contenders, missing = load_all([key for key in args.contenders if key != REFERENCE], setup, stack)
@@ -102,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                 values = {key: contender.score(pairs) for key, contender in contenders.items()}
             results = [
                 judge(candidates, depth, exact, values, {key: each.dtype for key, each in contenders.items()})
-                for depth in depths
+                for depth in args.depth
             ]
             _print(candidates, results)
             document["sets"].append(

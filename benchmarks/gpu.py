@@ -45,9 +45,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 1 where contenders do not agree."""
-    document = report.begin(
-        "gpu", device=args.device, model=f"{args.shape}, random weights", repeats=args.repeats, seed=args.seed
-    )
+    document = report.begin(args, "repeats", "seed")
     ceiling = measure_ceiling(args.device, args.matrix_size)
     document["ceiling_tflops"] = ceiling
     print(f"bfloat16 product of {args.matrix_size} x {args.matrix_size}: {ceiling:.1f} TFLOP/s\n", flush=True)

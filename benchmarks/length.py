@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -11,11 +10,11 @@ from typing import Final
 from benchmarks import report
 from benchmarks.common import MAX_LENGTH, quiet
 from benchmarks.measure import problems, reference
-from benchmarks.models import prepared_model
+from benchmarks.models import chosen_model
 from benchmarks.peers.registry import load_all
 from benchmarks.plots import plot_length
-from benchmarks.speed import CALIBRATION_PAIRS, compare
-from benchmarks.workloads import WorkloadMaker, sample
+from benchmarks.speed import compare
+from benchmarks.workloads import WorkloadMaker
 
 LENGTHS: Final = (64, 128, 256, 512)
 MIN_LENGTH: Final = 64
@@ -40,23 +39,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 1 where contenders do not agree."""
     with ExitStack() as stack:
         with quiet():
-            setup = stack.enter_context(
-                prepared_model(shape=args.shape, model=args.model, device=args.device)
-            )
+            setup = stack.enter_context(chosen_model(args))
             maker = WorkloadMaker(setup.tokenizer_path, args.seed)
             workloads = {
                 length: maker.make("A", num_pairs=args.num_pairs, length=length, name=f"{length} tokens")
                 for length in sorted(set(args.lengths))
             }
-            setup = dataclasses.replace(setup, sample=sample(list(workloads.values()), CALIBRATION_PAIRS))
-        document = report.begin(
-            "length",
-            device=args.device,
-            model=args.model or f"{args.shape}, random weights",
-            num_pairs=args.num_pairs,
-            repeats=args.repeats,
-            seed=args.seed,
-        )
+            setup = setup.calibrated_with([pair for each in workloads.values() for pair in each.pairs])
+        document = report.begin(args, "num_pairs", "repeats", "seed")
         found: list[str] = []
         document["workloads"] = []
         with quiet():

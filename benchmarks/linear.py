@@ -9,7 +9,7 @@ from typing import Final
 from benchmarks import report
 from benchmarks.common import quiet, reworded
 from benchmarks.measure import Run, interleave
-from benchmarks.models import prepared_model
+from benchmarks.models import chosen_model
 from benchmarks.peers.registry import is_ours, load_all
 from benchmarks.workloads import WorkloadMaker
 
@@ -36,21 +36,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 1 where many pairs are slower than few by more than a tenth."""
     with ExitStack() as stack:
         with quiet():
-            setup = stack.enter_context(
-                prepared_model(shape=args.shape, model=args.model, device=args.device)
-            )
+            setup = stack.enter_context(chosen_model(args))
             maker = WorkloadMaker(setup.tokenizer_path, args.seed)
             workloads = [
                 maker.make("E", num_pairs=count, name=f"{count} pairs") for count in (args.few, args.many)
             ]
             contenders, missing = load_all(args.contenders, setup, stack)
-        document = report.begin(
-            "linear",
-            device=args.device,
-            model=args.model or f"{args.shape}, random weights",
-            repeats=args.repeats,
-            seed=args.seed,
-        )
+        document = report.begin(args, "repeats", "seed")
         with quiet():
             for contender in contenders.values():
                 contender.score(reworded(workloads[0].pairs, "warm-up"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from benchmarks.common import Pairs, reworded
+from benchmarks.common import Pairs, reworded, spread
 from benchmarks.models import Setup
 from benchmarks.peers.contender import Contender, IdBatch
 from benchmarks.peers.registry import BASELINE, is_ours
@@ -88,12 +88,6 @@ def tune(contender: Contender, pairs: Pairs) -> None:
         contender.score(reworded(some, f"tune {size}"))
         seconds[size] = time.perf_counter() - began
     contender.batch_size = min(seconds, key=seconds.__getitem__)
-
-
-def spread(pairs: Pairs, count: int) -> Pairs:
-    """Return at most so many pairs, as far apart as can be: of all queries and lengths."""
-    step = max(len(pairs) // count, 1)
-    return pairs[::step][:count]
 
 
 # Agreement.

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from functools import partial
-from typing import Final
 
 from benchmarks import report
 from benchmarks.alone import peak_bytes
 from benchmarks.common import quiet
-from benchmarks.models import prepared_model
+from benchmarks.models import chosen_model
 from benchmarks.peers.registry import available
-from benchmarks.workloads import SPECS, WorkloadMaker, sample
-
-CALIBRATION_PAIRS: Final = 32
+from benchmarks.workloads import SPECS, WorkloadMaker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,19 +35,13 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    with prepared_model(shape=args.shape, model=args.model, device=args.device) as setup:
+    with chosen_model(args) as setup:
         with quiet():
             workload = WorkloadMaker(setup.tokenizer_path, args.seed).make(
                 args.workload, num_pairs=args.num_pairs
             )
-        setup = dataclasses.replace(setup, sample=sample([workload], CALIBRATION_PAIRS))
-        document = report.begin(
-            "memory",
-            device=args.device,
-            model=args.model or f"{args.shape}, random weights",
-            batch_size=args.batch_size,
-            seed=args.seed,
-        )
+        setup = setup.calibrated_with(workload.pairs)
+        document = report.begin(args, "batch_size", "seed")
         results = {}
         missing = {}
         for key in args.contenders:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import Pairs
+from benchmarks.common import Pairs, spread
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint import find_checkpoint, load_weights, read_shape
 from bge_rerank_integrations.engine.model import EncoderShape
@@ -37,6 +38,8 @@ SHAPES: Final[dict[str, dict[str, int]]] = {
         "vocab_size": 250_002,
     },
 }
+
+_CALIBRATION_PAIRS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Setup:
         """The tokenizer that all read."""
         return self.plain / "tokenizer.json"
 
+    def calibrated_with(self, pairs: Pairs) -> Setup:
+        """Return a set-up whose quantizations are calibrated with some of these pairs, of all lengths."""
+        return replace(self, sample=spread(pairs, _CALIBRATION_PAIRS))
+
     def shape(self) -> EncoderShape:
         """Return the model's dimensions."""
         return read_shape(self.plain)
@@ -89,6 +96,11 @@ def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Se
         else:
             write_plain(find_checkpoint(ScorerConfig(model=model)), plain)
         yield Setup(model or str(plain), plain, device, exports, [])
+
+
+def chosen_model(args: argparse.Namespace) -> AbstractContextManager[Setup]:
+    """Return `prepared_model` of a command's options."""
+    return prepared_model(shape=args.shape, model=args.model, device=args.device)
 
 
 def write_plain(source: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,22 @@ DISTRIBUTIONS: Final = (
 )
 
 
-def begin(command: str, *, device: str, model: str, **settings: Any) -> dict[str, Any]:
-    """Start a report, and print what it ran on."""
+def begin(args: argparse.Namespace, *settings: str) -> dict[str, Any]:
+    """Start a report, and print what it ran on.
+
+    Args:
+        args: The command's options.
+        settings: Names of those to report beside the model and the device.
+    """
     report: dict[str, Any] = {
-        "command": command,
-        "hardware": describe_hardware(device),
+        "command": args.command,
+        "hardware": describe_hardware(args.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in DISTRIBUTIONS}},
-        "settings": {"model": model, "device": device, **settings},
+        "settings": {
+            "model": args.model or f"{args.shape}, random weights",
+            "device": args.device,
+            **{name: getattr(args, name) for name in settings},
+        },
     }
     for title in ("hardware", "versions", "settings"):
         print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in report[title].items()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,13 +21,12 @@ from benchmarks.measure import (
     reference,
     tune,
 )
-from benchmarks.models import Setup, prepared_model
+from benchmarks.models import Setup, chosen_model
 from benchmarks.peers.contender import Contender
 from benchmarks.peers.registry import load_all
 from benchmarks.plots import plot_speed
-from benchmarks.workloads import LETTERS, REAL_TEXT, SPECS, Workload, WorkloadMaker, sample
+from benchmarks.workloads import LETTERS, REAL_TEXT, SPECS, Workload, WorkloadMaker
 
-CALIBRATION_PAIRS: Final = 32
 MANY: Final = 1 << 30
 
 
@@ -55,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 1 where contenders do not agree."""
     with ExitStack() as stack:
         with quiet():
-            setup = stack.enter_context(
-                prepared_model(shape=args.shape, model=args.model, device=args.device)
-            )
+            setup = stack.enter_context(chosen_model(args))
             maker = WorkloadMaker(setup.tokenizer_path, args.seed)
             workloads = [
                 maker.make_real(args.beir, args.num_pairs)
@@ -65,14 +61,8 @@ def run(args: argparse.Namespace) -> int:
                 else maker.make(letter, num_pairs=min(args.num_pairs or MANY, SPECS[letter].num_pairs))
                 for letter in args.workload
             ]
-            setup = dataclasses.replace(setup, sample=sample(workloads, CALIBRATION_PAIRS))
-        document = report.begin(
-            "speed",
-            device=args.device,
-            model=args.model or f"{args.shape}, random weights",
-            repeats=args.repeats,
-            seed=args.seed,
-        )
+            setup = setup.calibrated_with([pair for workload in workloads for pair in workload.pairs])
+        document = report.begin(args, "repeats", "seed")
         with quiet():
             references = reference(setup, maker, workloads)
             contenders, missing = load_all(args.contenders, setup, stack)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -164,10 +163,3 @@ class WorkloadMaker:
     def count(self, pairs: Pairs) -> list[int]:
         """Return how many tokens each pair has."""
         return [len(ids) // 4 for ids in self.ids(pairs)]
-
-
-def sample(workloads: Sequence[Workload], num_pairs: int) -> Pairs:
-    """Return pairs spread evenly over some workloads, to calibrate a peer's quantization with."""
-    pairs = [pair for workload in workloads for pair in workload.pairs]
-    step = max(len(pairs) // num_pairs, 1)
-    return pairs[::step][:num_pairs]

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.common import spread
 from benchmarks.gpu import count_flops
 from benchmarks.kendall import tau_b
 from benchmarks.measure import Reference, check, problems, tune, wrong_way
 from benchmarks.models import write_plain
 from benchmarks.peers.contender import Contender, longest_first, scored_by_query
 from benchmarks.peers.registry import ENTRIES, select
-from benchmarks.workloads import SPECS, WorkloadMaker, sample
+from benchmarks.workloads import SPECS, WorkloadMaker
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.engine.checkpoint import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.model import EncoderShape
@@ -123,12 +124,10 @@ def test_real_text_is_what_bm25_finds(maker: WorkloadMaker, tmp_path: Path) -> N
     assert all(pair[0] == "which panda" and pair[1].startswith("panda number") for pair in workload.pairs)
 
 
-def test_a_sample_is_of_all_workloads(maker: WorkloadMaker) -> None:
-    workloads = [maker.make("A", num_pairs=20), maker.make("C", num_pairs=20)]
-    found = sample(workloads, 8)
-    assert len(found) == 8
-    assert set(found) & set(workloads[0].pairs)
-    assert set(found) & set(workloads[1].pairs)
+def test_pairs_are_taken_from_all_over() -> None:
+    pairs = [("query", str(number)) for number in range(40)]
+    assert [int(number) for _, number in spread(pairs, 8)] == list(range(0, 40, 5))
+    assert spread(pairs, 100) == pairs
 
 
 # Contenders and their checks, with functions in the place of models.

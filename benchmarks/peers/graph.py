@@ -13,11 +13,10 @@ from tokenizers import Tokenizer
 
 from benchmarks.common import MAX_LENGTH, Pairs
 from benchmarks.models import Setup
-from benchmarks.peers.contender import IdBatch
+from benchmarks.peers.contender import Contender, IdBatch, batch_sizes
 
 INPUTS = ("input_ids", "attention_mask")
-CALIBRATION_PAIRS = 32
-DEFAULT_BATCH_SIZE = 8
+_DEFAULT_BATCH_SIZE = 8
 
 
 class GraphScorer:
@@ -38,7 +37,7 @@ class GraphScorer:
         sequences = self._encode(pairs)
         order = sorted(range(len(pairs)), key=lambda row: -len(sequences[row]))
         logits = np.empty(len(pairs))
-        size = batch_size or DEFAULT_BATCH_SIZE
+        size = batch_size or _DEFAULT_BATCH_SIZE
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             ids, mask = self._encode.pad([sequences[row] for row in rows])
@@ -55,6 +54,21 @@ class GraphScorer:
             yield
         finally:
             self._record = None
+
+
+def graph_contender(
+    name: str, dtype: str, setup: Setup, infer: Callable[[IdBatch, IdBatch], Any]
+) -> Contender:
+    """Return a contender over a graph; `infer` is as `GraphScorer` takes it."""
+    scorer = GraphScorer(setup, infer)
+    return Contender(
+        name=name,
+        dtype=dtype,
+        run=scorer,
+        watch=scorer.watch,
+        batch_sizes=batch_sizes(setup),
+        batch_size=_DEFAULT_BATCH_SIZE,
+    )
 
 
 class PairEncoder:
@@ -83,9 +97,7 @@ class PairEncoder:
 def calibration(setup: Setup) -> list[dict[str, IdBatch]]:
     """Return the sample's pairs, one a batch."""
     encode = PairEncoder(setup)
-    return [
-        dict(zip(INPUTS, encode.pad([ids]), strict=True)) for ids in encode(setup.sample[:CALIBRATION_PAIRS])
-    ]
+    return [dict(zip(INPUTS, encode.pad([ids]), strict=True)) for ids in encode(setup.sample)]
 
 
 def traceable(folder: Path, attention: str) -> tuple[Any, dict[str, Any]]:

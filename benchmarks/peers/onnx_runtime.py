@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.models import Setup
-from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError, batch_sizes
-from benchmarks.peers.graph import DEFAULT_BATCH_SIZE, INPUTS, GraphScorer, num_cores, traceable
+from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError
+from benchmarks.peers.graph import INPUTS, graph_contender, num_cores, traceable
 
 _OPSET = 17
 # A protobuf holds less; what is larger keeps its weights in files beside it.
@@ -34,15 +34,7 @@ def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
     def infer(ids: IdBatch, mask: IdBatch) -> Any:
         return session.run(None, dict(zip(INPUTS, (ids, mask), strict=True)))[0]
 
-    scorer = GraphScorer(setup, infer)
-    return Contender(
-        name="ONNX Runtime",
-        dtype=dtype,
-        run=scorer,
-        watch=scorer.watch,
-        batch_sizes=batch_sizes(setup),
-        batch_size=DEFAULT_BATCH_SIZE,
-    )
+    return graph_contender("ONNX Runtime", dtype, setup, infer)
 
 
 def prepare(dtype: str, setup: Setup) -> Path:

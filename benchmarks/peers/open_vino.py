@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.models import Setup
-from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError, batch_sizes
-from benchmarks.peers.graph import DEFAULT_BATCH_SIZE, GraphScorer, calibration, num_cores, traceable
+from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError
+from benchmarks.peers.graph import calibration, graph_contender, num_cores, traceable
 
 
 def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
@@ -33,15 +33,7 @@ def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
     def infer(ids: IdBatch, mask: IdBatch) -> Any:
         return model([ids, mask])[0]
 
-    scorer = GraphScorer(setup, infer)
-    return Contender(
-        name="OpenVINO",
-        dtype=dtype,
-        run=scorer,
-        watch=scorer.watch,
-        batch_sizes=batch_sizes(setup),
-        batch_size=DEFAULT_BATCH_SIZE,
-    )
+    return graph_contender("OpenVINO", dtype, setup, infer)
 
 
 def prepare(dtype: str, setup: Setup) -> Path:
