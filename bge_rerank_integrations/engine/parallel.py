@@ -102,15 +102,17 @@ def _start_threads(owner: SplitForward, num_threads: int) -> SimpleQueue[_Task |
     """Start daemon threads that take tasks until their owner is gone."""
     tasks: SimpleQueue[_Task | None] = SimpleQueue()
     ready = threading.Barrier(num_threads + 1)
-    for number in range(num_threads):
-        threading.Thread(
-            target=_work, args=(tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True
-        ).start()
+    threads = [
+        threading.Thread(target=_work, args=(tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True)
+        for number in range(num_threads)
+    ]
+    for thread in threads:
+        thread.start()
     ready.wait()
     # torch gives threads that come later what was last set by any thread; this thread's is as it was.
     torch.set_num_threads(torch.get_num_threads())
     # Not at interpreter exit, when a last batch may still be on its way to them.
-    weakref.finalize(owner, _end_threads, tasks, num_threads).atexit = False
+    weakref.finalize(owner, _end_threads, tasks, threads).atexit = False
     return tasks
 
 
@@ -130,6 +132,11 @@ def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
         del forward, batch, future, task
 
 
-def _end_threads(tasks: SimpleQueue[_Task | None], num_threads: int) -> None:
-    for _ in range(num_threads):
+def _end_threads(tasks: SimpleQueue[_Task | None], threads: Sequence[threading.Thread]) -> None:
+    for _ in threads:
         tasks.put(None)
+    for thread in threads:
+        # Waited for, since a thread that ends while the interpreter does can take the process with it. They
+        # are idle, or nothing would be waiting for them; garbage may be collected in one of them, though.
+        if thread is not threading.current_thread():
+            thread.join()
