@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.datasets import BeirDataset, Run, read_run
-from training.labels import Labels, load
-from training.original import CLS, SEP, VOCAB_SIZE, Original, to_xlm_roberta
+from training import distill
+from training.dataset import Pairs, judged_groups, load
+from training.original import CLS, EOS, SEP, VOCAB_SIZE, Ids, Original
 from training.pack import pack, quantize_rows
 from training.pairs import make_groups
-from training.student import EOS, Vocabulary, config, keep_layers, save
+from training.sources import verify_scifact
+from training.student import Vocabulary, create, keep_layers, save
 from training.table import score_run
 from training.texts import Document
 
@@ -49,22 +52,27 @@ def renamed(bert: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in bert.state_dict().items() if "position_ids" not in name}
 
 
-def test_the_original_computes_what_bert_does(bert: Any) -> None:
+def random_pairs(lengths: Iterable[tuple[int, int]]) -> list[tuple[Ids, Ids]]:
     rng = np.random.default_rng(1)
-    pairs = [
-        (rng.integers(1000, 2000, n).astype(np.int32), rng.integers(1000, 2000, m).astype(np.int32))
-        for n, m in ((3, 20), (9, 4), (5, 600), (1, 1))
-    ]
-    expected = []
-    for query, passage in pairs:
-        first, second = [CLS, *query, SEP], [*passage[: 512 - 3 - len(query)], SEP]
+    return [(rng.integers(104, 200, n, np.int32), rng.integers(104, 200, m, np.int32)) for n, m in lengths]
+
+
+def test_the_original_computes_what_bert_does(bert: Any) -> None:
+    pairs = random_pairs([(3, 20), (9, 4), (5, 504), (1, 1)])
+    logits, hidden = Original(renamed(bert), num_layers=3)(pairs)
+    for row, (query, passage) in enumerate(pairs):
+        first, second = [CLS, *query, SEP], [*passage, SEP]
         types = [0] * len(first) + [1] * len(second)
         with torch.no_grad():
-            output = bert(input_ids=torch.tensor([first + second]), token_type_ids=torch.tensor([types]))
-        expected.append(output.logits.item())
-    scores = Original(renamed(bert), torch.float32, num_layers=3)(pairs)
-    assert scores == pytest.approx(expected, abs=TOLERANCE)
-    assert np.std(expected) > 100 * TOLERANCE
+            output = bert(
+                input_ids=torch.tensor([first + second]),
+                token_type_ids=torch.tensor([types]),
+                output_hidden_states=True,
+            )
+        assert logits[row].item() == pytest.approx(output.logits.item(), abs=TOLERANCE)
+        for ours, theirs in zip(hidden, output.hidden_states, strict=True):
+            assert torch.allclose(ours[row, : len(types)], theirs[0], atol=TOLERANCE)
+    assert logits.std() > 100 * TOLERANCE
 
 
 def small_tokenizer() -> dict[str, Any]:
@@ -78,9 +86,15 @@ def small_tokenizer() -> dict[str, Any]:
     return parsed
 
 
+def spelled_tokenizer() -> dict[str, Any]:
+    parsed = small_tokenizer()
+    parsed["model"]["vocab"] |= {f"word{number}": number for number in range(104, 200)}
+    return parsed
+
+
 def test_a_vocabulary_gives_each_piece_the_id_of_its_own_embedding(tmp_path: Path) -> None:
     parsed = small_tokenizer()
-    vocabulary = Vocabulary(parsed, [0] * VOCAB_SIZE)
+    vocabulary = Vocabulary(parsed)
     (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary.to_tokenizer()))
     before = Tokenizer.from_str(json.dumps(parsed))
     after = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -99,25 +113,10 @@ def test_a_vocabulary_gives_each_piece_the_id_of_its_own_embedding(tmp_path: Pat
     assert after.encode("bed", "cab").ids == [0, 17, EOS, EOS, 18, EOS]
 
 
-def test_a_smaller_vocabulary_keeps_the_frequent_and_can_spell_the_rest() -> None:
-    parsed = small_tokenizer()
-    frequencies = [0] * VOCAB_SIZE
-    frequencies[parsed["model"]["vocab"]["cab"]] = 7
-    vocabulary = Vocabulary(parsed, frequencies, size=5 + 12 + 1)
-    tokenizer = Tokenizer.from_str(json.dumps(vocabulary.to_tokenizer()))
-    assert tokenizer.get_vocab_size() == 18
-    assert tokenizer.encode("cab bed", add_special_tokens=False).tokens == ["cab", "b", "##e", "##d"]
-
-
 def test_a_packed_student_scores_nearly_as_the_plain_one(bert: Any, tmp_path: Path) -> None:
     parsed = small_tokenizer()
-    vocabulary = Vocabulary(parsed, [0] * VOCAB_SIZE)
-    weights = renamed(bert)
-    words = weights["bert.embeddings.word_embeddings.weight"][torch.from_numpy(vocabulary.kept)]
-    from transformers import XLMRobertaForSequenceClassification
-
-    model = XLMRobertaForSequenceClassification(config(vocab_size=len(vocabulary.kept), num_layers=3))
-    model.load_state_dict(to_xlm_roberta(weights, words=words, layers=range(3)))
+    vocabulary = Vocabulary(parsed)
+    model = create(renamed(bert), vocabulary, range(3))
     save(model, vocabulary, tmp_path / "plain")
     pack(tmp_path / "plain", tmp_path / "packed")
     pairs = [("a bed", "cab"), ("fade", "a cab faced a bed"), ("bed", "dead")]
@@ -159,15 +158,59 @@ def test_queries_come_with_their_own_passage_and_what_resembles_it(texts: list[s
     assert np.mean([row[0] for row in overlap]) > np.mean([row[-1] for row in overlap])
 
 
-def test_labels_survive_writing_and_reading(tmp_path: Path) -> None:
+def test_judged_queries_come_with_their_relevant_passages_and_others_that_are_found() -> None:
+    corpus = {f"p{n}": f"word{n % 3} word{n} text" for n in range(40)}
+    judged = BeirDataset(
+        corpus=corpus, queries={"q": "word7 text", "other": "text"}, qrels={"q": {"p7": 1, "p9": 0, "p11": 1}}
+    )
+    [group] = judged_groups(judged, seed=3)
+    assert group.query == "word7 text"
+    assert group.passages[:2] == [corpus["p7"], corpus["p11"]]
+    assert len(group.passages) == 2 + 4 + 2 + 1
+    assert len(set(group.passages[2:-1]) - {corpus["p7"], corpus["p11"]}) == 6
+    with pytest.raises(ValueError, match="not SciFact"):
+        verify_scifact(judged)
+
+
+def test_pairs_survive_writing_and_reading(tmp_path: Path) -> None:
     ids = [np.asarray(row, np.int32) for row in ([1, 2], [3], [4, 5, 6])]
-    written = Labels(ids, ids[::-1], np.asarray([0, 0, 1], np.int32), np.asarray([0.5, -1, 2], np.float32))
-    written.save(tmp_path / "labels.npz")
-    read = load(tmp_path / "labels.npz")
+    Pairs(ids, ids[::-1]).save(tmp_path / "pairs.npz")
+    read = load(tmp_path / "pairs.npz")
     for ours, theirs in zip([*read.queries, *read.passages], [*ids, *ids[::-1]], strict=True):
         assert ours.tolist() == theirs.tolist()
-    assert read.groups.tolist() == [0, 0, 1]
-    assert read.logits.tolist() == [0.5, -1, 2]
+
+
+def test_a_student_learns_to_do_what_the_original_does(bert: Any) -> None:
+    vocabulary = Vocabulary(spelled_tokenizer())
+    original = Original(renamed(bert), num_layers=3)
+    model = create(renamed(bert), vocabulary, range(3))
+    pairs = random_pairs([(3, 20), (9, 4), (5, 60), (1, 1)] * 3)
+    with torch.no_grad():
+        before = distill.imitation_losses(model, original, range(3), vocabulary, pairs)
+    schedule = distill.Schedule(num_pairs=120, learning_rate=1e-4, max_batch_tokens=200)
+    learned = Pairs([query for query, _ in pairs], [passage for _, passage in pairs])
+    distill.distill(model, original, range(3), vocabulary, learned, schedule)
+    with torch.no_grad():
+        after = distill.imitation_losses(model, original, range(3), vocabulary, pairs)
+    assert after[0] < 0.5 * before[0]
+    assert after[1] < 0.7 * before[1]
+
+
+def test_what_is_compared_are_the_same_tokens(bert: Any) -> None:
+    """Without attention, positions and types, a token's hidden states depend on nothing but the token."""
+    alone = renamed(bert)
+    for name in alone:
+        if "attention.output.dense" in name or "position_embeddings" in name or "token_type" in name:
+            alone[name] = torch.zeros_like(alone[name])
+    vocabulary = Vocabulary(spelled_tokenizer())
+    original, student = Original(alone, num_layers=3), create(alone, vocabulary, range(3))
+    with torch.no_grad():
+        pairs = random_pairs([(3, 20), (9, 600), (1, 1)])
+        logits, hidden = distill.imitation_losses(student, original, range(3), vocabulary, pairs)
+        assert logits.item() == pytest.approx(0, abs=1e-8)
+        assert hidden.item() == pytest.approx(0, abs=1e-8)
+        _, hidden = distill.imitation_losses(student, original, (0, 2, 1), vocabulary, pairs)
+        assert hidden.item() > 0.01
 
 
 RUN = {f"q{i}": {f"p{n}": float(-n) for n in range(i, i + 3)} for i in range(4)}

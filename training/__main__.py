@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import XLMRobertaForSequenceClassification
+from torch import Tensor
 
-from training import labels, pack, sources, student, table
+from training import dataset, pack, sources, student, table
 from training.distill import Schedule, distill
+from training.original import NUM_LAYERS, Original, read_weights
 
 CACHE = click.option(
     "--cache", type=click.Path(path_type=Path), default=Path("training-cache"), show_default=True
@@ -28,23 +27,33 @@ def main() -> None:
     torch.manual_seed(0)
 
 
-@main.command("labels")
+@main.command("pairs")
 @CACHE
-def make_labels(cache: Path) -> None:
-    """Make pairs from the sources and score them with the original."""
-    labels.make(cache).save(cache / "labels.npz")
+@click.option(
+    "--scifact",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="SciFact's folder, as BEIR publishes it.",
+)
+def make_pairs(cache: Path, scifact: Path) -> None:
+    """Make pairs from the sources."""
+    pairs = dataset.make(cache, scifact)
+    pairs.save(cache / "pairs.npz")
+    click.echo(f"{len(pairs.queries)} pairs")
 
 
 @main.command()
 @CACHE
-@click.option("--num-pairs", default=6000, show_default=True)
-@click.option("--learning-rate", default=3e-5, show_default=True)
+@click.option("--num-pairs", default=16_000, show_default=True)
+@click.option("--learning-rate", default=5e-5, show_default=True)
 def whole(cache: Path, num_pairs: int, learning_rate: float) -> None:
     """Move the original into the XLM-RoBERTa architecture, as it is and with some training."""
-    vocabulary = _vocabulary(cache)
-    model = student.create(sources.fetch_model(cache), vocabulary, range(12))
+    weights, vocabulary = _original(cache)
+    model = student.create(weights, vocabulary, range(NUM_LAYERS))
     student.save(model, vocabulary, cache / "12-layers-untrained")
-    _distill(model, vocabulary, cache, Schedule(num_pairs=num_pairs, learning_rate=learning_rate))
+    schedule = Schedule(num_pairs=num_pairs, learning_rate=learning_rate)
+    pairs = dataset.load(cache / "pairs.npz")
+    distill(model, Original(weights), range(NUM_LAYERS), vocabulary, pairs, schedule)
     student.save(model, vocabulary, cache / "12-layers")
 
 
@@ -54,12 +63,13 @@ def whole(cache: Path, num_pairs: int, learning_rate: float) -> None:
 @click.option("--learning-rate", default=1e-4, show_default=True)
 def half(cache: Path, num_pairs: int, learning_rate: float) -> None:
     """Train half of the layers; `whole` comes first."""
-    vocabulary = _vocabulary(cache)
-    guide = student.create(sources.fetch_model(cache), vocabulary, range(12))
-    guide.load_state_dict(load_file(cache / "12-layers" / "model.safetensors"))
-    model = student.keep_layers(guide, HALF)
+    weights, vocabulary = _original(cache)
+    model = student.create(weights, vocabulary, range(NUM_LAYERS))
+    model.load_state_dict(load_file(cache / "12-layers" / "model.safetensors"))
+    model = student.keep_layers(model, HALF)
     schedule = Schedule(num_pairs=num_pairs, learning_rate=learning_rate)
-    _distill(model, vocabulary, cache, schedule, guide=guide, guide_layers=HALF)
+    pairs = dataset.load(cache / "pairs.npz")
+    distill(model, Original(weights), HALF, vocabulary, pairs, schedule)
     student.save(model, vocabulary, cache / "6-layers")
 
 
@@ -84,25 +94,10 @@ def table_command(
     click.echo(table.format_table(data, table.make_table(cache, data, checkpoints, dtype=dtype, every=every)))
 
 
-def _vocabulary(cache: Path, size: int | None = None) -> student.Vocabulary:
-    tokenizer = json.loads((sources.fetch_model(cache) / "tokenizer.json").read_text(encoding="utf-8"))
-    return student.Vocabulary(tokenizer, np.zeros(len(tokenizer["model"]["vocab"]), np.int64).tolist(), size)
-
-
-def _distill(
-    model: XLMRobertaForSequenceClassification,
-    vocabulary: student.Vocabulary,
-    cache: Path,
-    schedule: Schedule,
-    *,
-    guide: XLMRobertaForSequenceClassification | None = None,
-    guide_layers: Sequence[int] = (),
-) -> None:
-    found = labels.load(cache / "labels.npz")
-    queries, passages = (
-        [vocabulary.remap(ids) for ids in texts] for texts in (found.queries, found.passages)
-    )
-    distill(model, found, (queries, passages), schedule, guide=guide, guide_layers=guide_layers)
+def _original(cache: Path) -> tuple[dict[str, Tensor], student.Vocabulary]:
+    folder = sources.fetch_model(cache)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return read_weights(folder / "model.onnx"), student.Vocabulary(tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,42 @@
-"""The training set: pairs as ids, each with the original's logit."""
+"""The training set: pairs of ids; what they are worth, the original says while it is being imitated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from tqdm import tqdm
 
+from bge_rerank_integrations.bm25 import Bm25
+from bge_rerank_integrations.datasets import BeirDataset, read_beir
 from training import sources
-from training.original import Ids, Original, load_tokenizer, read_weights
-from training.pairs import make_groups
+from training.original import Ids, load_tokenizer
+from training.pairs import Group, make_groups
 from training.texts import documents
 
 # Of each kind of document; package descriptions are the most various.
-_NUM_QUERIES = {"descriptions": 4500, "articles": 2500, "docstrings": 1500}
-_NUM_AT_ONCE = 700
+_NUM_QUERIES = {"descriptions": 900, "articles": 600, "docstrings": 300}
+_MAX_QUERY_LENGTH = 64
 _SEED = 20261124
+_DEPTH = 50
+_NUM_NEAR = 4  # of the ten that BM25 likes best
+_NUM_FAR = 2  # of the other forty
 
 
 @dataclass(frozen=True)
-class Labels:
-    """Pairs of ids without control tokens, and what the original makes of them.
+class Pairs:
+    """Pairs of the original's ids, without control tokens.
 
     Attributes:
         queries: The ids of each pair's query.
         passages: The ids of each pair's passage.
-        groups: int32 [pairs], the same number for pairs of one query; neighbours.
-        logits: float32 [pairs].
     """
 
     queries: list[Ids]
     passages: list[Ids]
-    groups: npt.NDArray[np.int32]
-    logits: npt.NDArray[np.float32]
 
     def save(self, path: Path) -> None:
         """Write one .npz file."""
@@ -46,49 +46,60 @@ class Labels:
             query_lengths=[len(ids) for ids in self.queries],
             passages=np.concatenate(self.passages),
             passage_lengths=[len(ids) for ids in self.passages],
-            groups=self.groups,
-            logits=self.logits,
         )
 
 
-def load(path: Path) -> Labels:
-    """Read what `Labels.save` wrote."""
+def load(path: Path) -> Pairs:
+    """Read what `Pairs.save` wrote."""
     data = np.load(path)
-    return Labels(
+    return Pairs(
         _split(data["queries"], data["query_lengths"]),
         _split(data["passages"], data["passage_lengths"]),
-        data["groups"],
-        data["logits"],
     )
 
 
-def make(cache: Path) -> Labels:
-    """Make pairs from the pinned sources and score them with the original in bfloat16."""
-    folder = sources.fetch_model(cache)
-    tokenize = load_tokenizer(folder)
+def make(cache: Path, scifact: Path) -> Pairs:
+    """Make pairs from the pinned sources.
+
+    Args:
+        cache: Where the pinned sources lie, or are put.
+        scifact: SciFact as BEIR publishes it; the queries of its train split are used.
+    """
+    tokenize = load_tokenizer(sources.fetch_model(cache))
     queries: list[Ids] = []
     passages: list[Ids] = []
-    groups: list[int] = []
+    for group in _groups(cache, scifact):
+        query = tokenize(group.query)[:_MAX_QUERY_LENGTH]
+        for passage in group.passages:
+            queries.append(query)
+            passages.append(tokenize(passage))
+    return Pairs(queries, passages)
+
+
+def _groups(cache: Path, scifact: Path) -> Iterator[Group]:
     for seed, (source, found) in enumerate(documents(cache).items(), start=_SEED):
-        for group in make_groups(found, _NUM_QUERIES[source], seed=seed):
-            query = tokenize(group.query)[:64]
-            number = groups[-1] + 1 if groups else 0
-            for passage in group.passages:
-                queries.append(query)
-                passages.append(tokenize(passage))
-                groups.append(number)
-    logits = _score(Original(read_weights(folder / "model.onnx"), torch.bfloat16), queries, passages)
-    return Labels(queries, passages, np.asarray(groups, np.int32), logits)
+        yield from make_groups(found, _NUM_QUERIES[source], seed=seed)
+    judged = read_beir(scifact, "train")
+    sources.verify_scifact(judged)
+    yield from judged_groups(judged, seed=_SEED)
 
 
-def _score(original: Original, queries: Sequence[Ids], passages: Sequence[Ids]) -> npt.NDArray[np.float32]:
-    logits: list[float] = []
-    with tqdm(total=len(queries), unit="pair", desc="labels") as bar:
-        for start in range(0, len(queries), _NUM_AT_ONCE):
-            part = slice(start, start + _NUM_AT_ONCE)
-            logits += original(list(zip(queries[part], passages[part], strict=True)))
-            bar.update(len(logits) - bar.n)
-    return np.asarray(logits, np.float32)
+def judged_groups(dataset: BeirDataset, *, seed: int) -> Iterator[Group]:
+    """Give each judged query its relevant passages, six others that BM25 finds and a random one."""
+    rng = random.Random(seed)
+    found = Bm25(dataset.corpus).search(dataset.judged_queries(), _DEPTH)
+    everything = list(dataset.corpus)
+    for query_id, scores in found.items():
+        relevant = [passage for passage, relevance in dataset.qrels[query_id].items() if relevance > 0]
+        others = [passage for passage in scores if passage not in relevant]
+        near, far = others[:10], others[10:]
+        picked = [
+            *relevant,
+            *rng.sample(near, min(_NUM_NEAR, len(near))),
+            *rng.sample(far, min(_NUM_FAR, len(far))),
+            rng.choice(everything),
+        ]
+        yield Group(dataset.queries[query_id], [dataset.corpus[passage] for passage in picked])
 
 
 def _split(flat: Ids, lengths: npt.NDArray[np.int64]) -> list[Ids]:

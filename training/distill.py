@@ -1,4 +1,4 @@
-"""Teaches a student the original's scores."""
+"""Teaches a student to do what the original does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import XLMRobertaForSequenceClassification
 
-from training.labels import Labels
-from training.original import MAX_LENGTH, Ids
-from training.student import BOS, EOS, PAD
+from training.dataset import Pairs
+from training.original import BOS, EOS, MAX_LENGTH, PAD, Ids, Original, pad
+from training.student import Vocabulary
+
+_NUM_CONTROL = 4  # `<s>`, `</s></s>`, `</s>`
+# Of the logits' squared error, beside the hidden states' part that is not explained: both begin near 0.05.
+_LOGIT_WEIGHT = 0.05
+
+_Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,79 +45,89 @@ class Schedule:
 
 def distill(
     student: XLMRobertaForSequenceClassification,
-    labels: Labels,
-    remapped: tuple[Sequence[Ids], Sequence[Ids]],
+    original: Original,
+    layers: Sequence[int],
+    vocabulary: Vocabulary,
+    pairs: Pairs,
     schedule: Schedule,
-    *,
-    guide: XLMRobertaForSequenceClassification | None = None,
-    guide_layers: Sequence[int] = (),
 ) -> None:
-    """Train all of the student's weights in bfloat16 arithmetic, in place.
+    """Train all of the student's weights, in place.
 
-    The loss is the squared error of the logits and, where there is a guide, of each token's hidden
-    state after each of the student's layers as well: a short student learns much faster from those.
+    The loss is the squared error of the logits, and of each token's hidden state after each layer but
+    the last, in units of each channel's variance: one logit a pair teaches slowly.
 
     Args:
         student: What to train.
-        labels: The original's logits.
-        remapped: The labels' queries and passages in the student's ids.
+        original: What to imitate.
+        layers: Which of the original's layers each of the student's layers is to match.
+        vocabulary: From the original's ids to the student's.
+        pairs: In the original's ids.
         schedule: How long and how fast.
-        guide: A model of the same vocabulary and layout that is close to the original.
-        guide_layers: Which of the guide's layers each of the student's layers is to match.
     """
     student.train(True)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=schedule.learning_rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True
     )
-    seen, recent = 0, 0.0
+    seen, recent = 0, np.zeros(2)
     with tqdm(total=schedule.num_pairs, unit="pair", mininterval=10) as bar:
-        for chosen in _batches(labels, schedule):
+        for chosen in _batches(pairs, schedule):
             progress = seen / schedule.num_pairs
             warm, cold = min(progress * 20, 1.0), 0.5 + 0.5 * math.cos(math.pi * progress)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * warm * cold
-            ids, mask = _pad([_sequence(remapped[0][i], remapped[1][i]) for i in chosen])
-            wanted = torch.from_numpy(labels.logits[chosen])
-            with torch.autocast("cpu", torch.bfloat16):
-                output = student(input_ids=ids, attention_mask=mask, output_hidden_states=guide is not None)
-                loss = F.mse_loss(output.logits[:, 0].float(), wanted)
-                error = loss.item()
-                if guide is not None:
-                    loss = 0.05 * loss + _hidden_loss(output, guide, guide_layers, ids, mask)
+            losses = imitation_losses(student, original, layers, vocabulary, chosen)
             optimizer.zero_grad()
-            loss.backward()
+            (_LOGIT_WEIGHT * losses[0] + losses[1]).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             seen += len(chosen)
-            recent = error if not recent else 0.98 * recent + 0.02 * error
+            error = np.array([loss.item() for loss in losses])
+            recent = 0.98 * recent + 0.02 * error if recent.any() else error
             bar.update(len(chosen))
-            bar.set_postfix(mse=f"{recent:.3f}", loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(logits=f"{recent[0]:.3f}", hidden=f"{recent[1]:.4f}", refresh=False)
     student.train(False)
 
 
-def _hidden_loss(
-    output: object,
-    guide: XLMRobertaForSequenceClassification,
-    guide_layers: Sequence[int],
-    ids: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    with torch.no_grad():
-        guided = guide.roberta(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    own: tuple[Tensor, ...] = output.hidden_states  # type: ignore[attr-defined]
-    tokens = mask.bool()
-    total = torch.zeros(())
-    for index, layer in enumerate(guide_layers, start=1):
-        target = guided.hidden_states[layer + 1][tokens].float()
-        error = F.mse_loss(own[index][tokens].float(), target)
-        total = total + error / target.pow(2).mean()
-    return total
+def imitation_losses(
+    student: XLMRobertaForSequenceClassification,
+    original: Original,
+    layers: Sequence[int],
+    vocabulary: Vocabulary,
+    pairs: Sequence[tuple[Ids, Ids]],
+) -> tuple[Tensor, Tensor]:
+    """Return the squared error of the logits, and the share of the hidden states' variance that is missed."""
+    pairs = [(query, passage[: MAX_LENGTH - _NUM_CONTROL - len(query)]) for query, passage in pairs]
+    wanted, targets = original(pairs)
+    ids, mask = pad([_sequence(*map(vocabulary.remap, pair)) for pair in pairs], padding=PAD)
+    output = student(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    own_places, their_places = _places(pairs)
+    missed = []
+    for index, layer in enumerate(layers[:-1], start=1):
+        target = targets[layer + 1][their_places]
+        error = (output.hidden_states[index][own_places] - target).pow(2).mean(0)
+        missed.append((error / target.var(0)).mean())
+    return F.mse_loss(output.logits[:, 0], wanted), torch.stack(missed).mean()
 
 
-def _batches(labels: Labels, schedule: Schedule) -> Iterator[list[int]]:
+def _places(pairs: Sequence[tuple[Ids, Ids]]) -> tuple[_Places, _Places]:
+    """Return rows and columns of the tokens that both have; the student's second `</s>` is its own."""
+    rows, own, theirs = [], [], []
+    for row, (query, passage) in enumerate(pairs):
+        columns = np.arange(len(query) + len(passage) + _NUM_CONTROL - 1)
+        rows.append(np.full(len(columns), row))
+        theirs.append(columns)
+        own.append(columns + (columns > len(query) + 1))
+    shared_rows = np.concatenate(rows)
+    return (shared_rows, np.concatenate(own)), (shared_rows, np.concatenate(theirs))
+
+
+def _batches(pairs: Pairs, schedule: Schedule) -> Iterator[list[tuple[Ids, Ids]]]:
     """Give batches of pairs of like lengths, in random order, until enough were given."""
     rng = random.Random(schedule.seed)
-    lengths = [len(q) + len(p) + 4 for q, p in zip(labels.queries, labels.passages, strict=True)]
+    lengths = [
+        min(len(query) + len(passage) + _NUM_CONTROL, MAX_LENGTH)
+        for query, passage in zip(pairs.queries, pairs.passages, strict=True)
+    ]
     given = 0
     while True:
         order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-8, 8))
@@ -125,17 +142,8 @@ def _batches(labels: Labels, schedule: Schedule) -> Iterator[list[int]]:
             if given >= schedule.num_pairs:
                 return
             given += len(batch)
-            yield batch
+            yield [(pairs.queries[index], pairs.passages[index]) for index in batch]
 
 
 def _sequence(query: Ids, passage: Ids) -> Ids:
-    passage = passage[: MAX_LENGTH - 4 - len(query)]
     return np.concatenate([[BOS], query, [EOS, EOS], passage, [EOS]])
-
-
-def _pad(sequences: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, sequences))
-    ids = np.full((len(sequences), longest), PAD, np.int64)
-    for row, sequence in zip(ids, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return torch.from_numpy(ids), torch.from_numpy((ids != PAD).astype(np.int64))

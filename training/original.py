@@ -10,16 +10,15 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from bge_rerank_integrations.engine.attention import resolve_attention
-from bge_rerank_integrations.engine.linear import resolve_linear
-from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
-from bge_rerank_integrations.engine.runner import Runner
+from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 Ids = npt.NDArray[np.int32]
 
 VOCAB_SIZE = 30522
 CLS, SEP = 101, 102
+BOS, PAD, EOS = 0, 1, 2
+FIRST_POSITION = PAD + 1
+"""Where XLM-RoBERTa begins to count positions."""
 NUM_LAYERS = 12
 MAX_LENGTH = 512
 
@@ -79,8 +78,7 @@ def to_xlm_roberta(bert: dict[str, Tensor], *, words: Tensor, layers: Sequence[i
     positions = bert["bert.embeddings.position_embeddings.weight"]
     weights = {
         "roberta.embeddings.word_embeddings.weight": words,
-        # XLM-RoBERTa counts positions from padding_idx + 1 = 2.
-        "roberta.embeddings.position_embeddings.weight": torch.cat((positions[:2], positions)),
+        "roberta.embeddings.position_embeddings.weight": torch.cat((positions[:FIRST_POSITION], positions)),
         "roberta.embeddings.token_type_embeddings.weight": types.mean(0, keepdim=True),
     }
     renamed = {"bert.pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"}
@@ -97,66 +95,82 @@ def to_xlm_roberta(bert: dict[str, Tensor], *, words: Tensor, layers: Sequence[i
     return {name: tensor.clone() for name, tensor in weights.items()}
 
 
-def shape(*, vocab_size: int, num_layers: int, padding_idx: int) -> EncoderShape:
-    """Return the shape of the original, or of a model made from it."""
-    return EncoderShape(
+def config(*, vocab_size: int, num_layers: int) -> XLMRobertaConfig:
+    """Return the configuration of a model with the original's dimensions, in transformers' terms."""
+    return XLMRobertaConfig(
+        architectures=["XLMRobertaForSequenceClassification"],
+        id2label={0: "relevance"},
+        label2id={"relevance": 0},
         vocab_size=vocab_size,
         hidden_size=384,
-        num_layers=num_layers,
-        num_heads=12,
+        num_hidden_layers=num_layers,
+        num_attention_heads=12,
         intermediate_size=1536,
-        max_position_embeddings=MAX_LENGTH + padding_idx + 1,
+        max_position_embeddings=MAX_LENGTH + FIRST_POSITION,
         type_vocab_size=1,
-        padding_idx=padding_idx,
         layer_norm_eps=1e-12,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        # Distilling is regression on what a deterministic teacher says: noise only blurs it.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
 
 
 class Original:
-    """Scores with the original's own weights, through this package's engine.
+    """The original in float32, for a student to imitate: its logits and what its tokens are after each layer.
 
     BERT is an XLM-RoBERTa whose passages are written in a second vocabulary: a table of words plus the
-    first token type, followed by one of words plus the second, gives exactly its embeddings. Positions
-    are counted from 0.
+    first token type, followed by one of words plus the second, gives exactly its embeddings.
 
     Args:
         bert: Weights under BERT's names.
-        dtype: Precision of the arithmetic.
         num_layers: How many layers there are.
     """
 
-    def __init__(self, bert: dict[str, Tensor], dtype: torch.dtype, num_layers: int = NUM_LAYERS) -> None:
+    def __init__(self, bert: dict[str, Tensor], num_layers: int = NUM_LAYERS) -> None:
         words = bert["bert.embeddings.word_embeddings.weight"]
         types = bert["bert.embeddings.token_type_embeddings.weight"]
         weights = to_xlm_roberta(
             bert, words=torch.cat([words + row for row in types]), layers=range(num_layers)
         )
-        weights["roberta.embeddings.position_embeddings.weight"] = bert[
-            "bert.embeddings.position_embeddings.weight"
-        ]
         weights["roberta.embeddings.token_type_embeddings.weight"].zero_()
-        weights = {
-            name: tensor if name.startswith("classifier.") else tensor.to(dtype)
-            for name, tensor in weights.items()
-        }
-        device = torch.device("cpu")
-        dimensions = shape(vocab_size=len(types) * VOCAB_SIZE, num_layers=num_layers, padding_idx=-1)
-        forward = PackedCrossEncoder(
-            dimensions,
-            weights,
-            linear=resolve_linear(device, dtype).make,
-            attention=resolve_attention(device, dtype, dimensions.head_dim),
+        self._model: XLMRobertaForSequenceClassification = XLMRobertaForSequenceClassification(
+            config(vocab_size=len(types) * VOCAB_SIZE, num_layers=num_layers)
         )
-        self._runner = Runner(forward, device=device, padding_idx=-1, max_batch_tokens=2048)
+        self._model.load_state_dict(weights)
+        self._model.train(False)
 
-    def __call__(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
-        """Return the logits of pairs of ids, each without control tokens; any number in one batch."""
-        sequences = []
-        for query, passage in pairs:
-            passage = passage[: MAX_LENGTH - 3 - len(query)]
-            second = np.concatenate([passage, [SEP]]).astype(np.int32) + VOCAB_SIZE
-            sequences.append(np.concatenate([[CLS], query, [SEP], second]).astype(np.int32))
-        return self._runner.run(sequences)
+    @torch.no_grad()
+    def __call__(self, pairs: Sequence[tuple[Ids, Ids]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Score pairs of ids without control tokens, written `[CLS] query [SEP] passage [SEP]`.
+
+        Returns:
+            The logits [B], and after the embeddings and each layer the hidden states [B, T, hidden_size].
+        """
+        sequences = [
+            np.concatenate([[CLS], query, [SEP], passage + VOCAB_SIZE, [SEP + VOCAB_SIZE]])
+            for query, passage in pairs
+        ]
+        ids, mask = pad(sequences, padding=0)
+        # Given, since XLM-RoBERTa would skip the places of ids that are padding in its own vocabulary.
+        positions = torch.arange(ids.shape[1]).expand_as(ids) + FIRST_POSITION
+        output = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True
+        )
+        return output.logits[:, 0], output.hidden_states
+
+
+def pad(sequences: Sequence[Ids], *, padding: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, int64 [B, T]."""
+    longest = max(map(len, sequences))
+    ids = np.full((len(sequences), longest), padding, np.int64)
+    mask = np.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def load_tokenizer(folder: Path) -> Callable[[str], Ids]:

