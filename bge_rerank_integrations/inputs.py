@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
@@ -52,6 +53,14 @@ def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
         queries.append(pair[0])
         passages.append(pair[1])
     return queries, passages
+
+
+def check_stream(pairs: Iterator[tuple[str, str]], num_pairs: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Read an iterator of pairs so many at a time, and give each part as `check_pairs` does."""
+    start = 0
+    while part := list(islice(pairs, num_pairs)):
+        yield check_pairs(part, start=start)
+        start += len(part)
 
 
 def check_requests(

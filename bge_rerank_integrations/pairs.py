@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from bge_rerank_integrations.errors import NonFiniteScoreError
-from bge_rerank_integrations.ranking import sigmoid
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
 from bge_rerank_integrations.tokenization import EncodedPair, IntArray, PairTokenizer
 
 Pair = tuple[str, str]
@@ -87,3 +87,28 @@ class PreparedPairs:
                 num_tokens=sum(map(len, encoded.windows)),
             )
         return [results[pair] for pair in self.pairs]
+
+
+def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
+    """Order the results of one query's passages and cut them, as `select` does."""
+    ranked = [
+        RankedPassage(index, result.score, result.truncated, result.windows)
+        for index, result in enumerate(results)
+    ]
+    return Ranking(
+        select(ranked, top_n, threshold),
+        num_pairs=len(results),
+        num_tokens=sum(result.num_tokens for result in results),
+        num_truncated=sum(result.truncated for result in results),
+    )
+
+
+def rank_each(
+    requests: Sequence[tuple[str, Sequence[str]]],
+    results: Sequence[PairResult],
+    top_n: int | None,
+    threshold: float | None,
+) -> list[Ranking]:
+    """Rank each request's passages; `results` are those of all requests, one after the other."""
+    remaining = iter(results)
+    return [rank_results([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]

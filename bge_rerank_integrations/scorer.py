@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import ClassVar, Final, Protocol, runtime_checkable
 
 from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
@@ -17,11 +16,12 @@ from bge_rerank_integrations.inputs import (
     check_passages,
     check_query,
     check_requests,
+    check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.pairs import PairResult
+from bge_rerank_integrations.pairs import PairResult, rank_each, rank_results
 from bge_rerank_integrations.pipeline import Pipeline, load_pipeline
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n, select
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 
 # Of a stream: enough to fill batches with pairs of like lengths, few enough to be held twice over.
@@ -185,7 +185,9 @@ class Scorer:
         """
         pipeline = self._require_pipeline()
         if isinstance(pairs, Iterator):
-            stream = pipeline.score_stream(_chunks(pairs), timeout=timeout, progress=progress)
+            stream = pipeline.score_stream(
+                check_stream(pairs, _NUM_STREAMED_PAIRS), timeout=timeout, progress=progress
+            )
             return list(_scores_of(stream))
         queries, passages = check_pairs(pairs)
         results = pipeline.score(queries, passages, timeout=timeout, progress=progress)
@@ -246,7 +248,7 @@ class Scorer:
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
         results = self._require_pipeline().score(queries, texts, timeout=timeout, progress=progress)
-        return _rank(results, top_n, threshold)
+        return rank_results(results, top_n, threshold)
 
     def rank_many(
         self,
@@ -279,7 +281,7 @@ class Scorer:
         checked = check_requests(requests)
         queries, passages = _flatten(checked)
         results = self._require_pipeline().score(queries, passages, timeout=timeout, progress=progress)
-        return _rank_each(checked, results, top_n, threshold)
+        return rank_each(checked, results, top_n, threshold)
 
     async def ascore(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
         """Do what `score` does, off the event loop."""
@@ -303,7 +305,9 @@ class Scorer:
         check_threshold(threshold)
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
-        return _rank(await self._require_pipeline().ascore(queries, texts, timeout=timeout), top_n, threshold)
+        return rank_results(
+            await self._require_pipeline().ascore(queries, texts, timeout=timeout), top_n, threshold
+        )
 
     async def arank_many(
         self,
@@ -319,7 +323,7 @@ class Scorer:
         checked = check_requests(requests)
         queries, passages = _flatten(checked)
         results = await self._require_pipeline().ascore(queries, passages, timeout=timeout)
-        return _rank_each(checked, results, top_n, threshold)
+        return rank_each(checked, results, top_n, threshold)
 
     def warmup(self) -> None:
         """Do all that happens once, so that no user's request pays for it.
@@ -385,36 +389,6 @@ class Scorer:
 def _flatten(requests: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
     queries = [query for query, texts in requests for _ in texts]
     return queries, [text for _, texts in requests for text in texts]
-
-
-def _rank_each(
-    requests: list[tuple[str, list[str]]],
-    results: list[PairResult],
-    top_n: int | None,
-    threshold: float | None,
-) -> list[Ranking]:
-    remaining = iter(results)
-    return [_rank([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]
-
-
-def _rank(results: list[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
-    ranked = [
-        RankedPassage(index, result.score, result.truncated, result.windows)
-        for index, result in enumerate(results)
-    ]
-    return Ranking(
-        select(ranked, top_n, threshold),
-        num_pairs=len(results),
-        num_tokens=sum(result.num_tokens for result in results),
-        num_truncated=sum(result.truncated for result in results),
-    )
-
-
-def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
-    start = 0
-    while chunk := list(islice(pairs, _NUM_STREAMED_PAIRS)):
-        yield check_pairs(chunk, start=start)
-        start += len(chunk)
 
 
 def _scores_of(stream: Iterator[list[PairResult]]) -> Iterator[float]:
