@@ -40,12 +40,12 @@ class Vocabulary:
             if number not in control and not piece.startswith("[unused")
         ]
         self.kept = np.asarray([*control, *others])
+        self._new_ids = np.full(original.VOCAB_SIZE, list(CONTROL).index("<unk>"), np.int32)
+        self._new_ids[self.kept] = np.arange(len(self.kept), dtype=np.int32)
 
     def remap(self, ids: Ids) -> Ids:
         """Turn the original's ids into the new ones."""
-        table = np.full(original.VOCAB_SIZE, list(CONTROL).index("<unk>"), np.int32)
-        table[self.kept] = np.arange(len(self.kept), dtype=np.int32)
-        remapped: Ids = table[ids]
+        remapped: Ids = self._new_ids[ids]
         return remapped
 
     def to_tokenizer(self) -> dict[str, Any]:
