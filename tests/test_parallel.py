@@ -34,7 +34,7 @@ def own_threads() -> set[threading.Thread]:
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 16])
 @pytest.mark.parametrize("lengths", [[5], [9, 3, 3, 3], [512, 1, 1, 1, 1], list(range(1, 60))])
 def test_every_sequence_is_in_one_part(lengths: Sequence[int], num_parts: int) -> None:
-    parts = split_evenly(lengths, num_parts)
+    parts = split_evenly(lengths, num_parts, 1024)
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     assert all(part == sorted(part) for part in parts)
     assert len(parts) == min(num_parts, len(lengths))
@@ -42,8 +42,30 @@ def test_every_sequence_is_in_one_part(lengths: Sequence[int], num_parts: int) -
 
 def test_parts_cost_about_the_same() -> None:
     lengths = [int(length) for length in torch.randint(20, 500, (200,), generator=torch.manual_seed(0))]
-    loads = [sum(lengths[index] for index in part) for part in split_evenly(lengths, 4)]
+    loads = [sum(lengths[index] for index in part) for part in split_evenly(lengths, 4, 1 << 20)]
     assert max(loads) < 1.1 * min(loads)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "costs"),
+    [
+        # Longest first alone gives 935 and 1097 tokens.
+        ([446, 408, 260, 256, 247, 233, 182], [962, 1070]),
+        # One must be given away, since no two are far enough apart.
+        ([50, 50, 50, 50, 49, 49, 49, 49, 3], [199, 200]),
+        ([512, 3, 3], [6, 512]),
+    ],
+)
+def test_few_long_sequences_are_traded_until_parts_are_even(lengths: list[int], costs: list[int]) -> None:
+    parts = split_evenly(lengths, 2, 1 << 30)
+    assert sorted(sum(lengths[index] for index in part) for part in parts) == costs
+
+
+def test_attention_counts_where_it_costs() -> None:
+    # By tokens alone 1,000 and 600 with 400 would be even.
+    lengths = [1000, 600, 400, 100]
+    by_cost = {frozenset(part) for part in split_evenly(lengths, 2, 100)}
+    assert by_cost == {frozenset({0}), frozenset({1, 2, 3})}
 
 
 def test_a_part_is_a_batch_of_its_own() -> None:
@@ -60,7 +82,7 @@ def test_a_part_is_a_batch_of_its_own() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_split_equals_whole_from_any_number_of_callers(num_threads: int) -> None:
-    split = SplitForward(sums, num_threads)
+    split = SplitForward(sums, num_threads, 1024)
     batches = [batch_of([seed + 1, 40, 3, 9, 200, 7][: seed % 6 + 1], seed) for seed in range(40)]
     with ThreadPoolExecutor(8) as pool:
         for batch, logits in zip(batches, pool.map(split, batches), strict=True):
@@ -76,13 +98,13 @@ def test_parts_run_side_by_side_and_one_thread_each() -> None:
         meeting.wait()
         return sums(batch)
 
-    SplitForward(forward, 3)(batch_of([4, 5, 6]))
+    SplitForward(forward, 3, 1024)(batch_of([4, 5, 6]))
     assert seen == [1, 1, 1]
 
 
 def test_other_threads_keep_their_settings() -> None:
     before = torch.get_num_threads()
-    SplitForward(sums, 2)(batch_of([4, 5]))
+    SplitForward(sums, 2, 1024)(batch_of([4, 5]))
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -101,7 +123,7 @@ def test_an_error_of_one_part_comes_through_when_all_have_ended() -> None:
         running.release()
         return sums(batch)
 
-    split = SplitForward(forward, 3)
+    split = SplitForward(forward, 3, 1024)
     with pytest.raises(MemoryError, match="too long"):
         split(batch_of([9, 5, 4]))
     assert running.acquire(blocking=False)
@@ -111,7 +133,7 @@ def test_an_error_of_one_part_comes_through_when_all_have_ended() -> None:
 
 def test_threads_end_with_their_owner() -> None:
     before = own_threads()
-    split = SplitForward(sums, 4)
+    split = SplitForward(sums, 4, 1024)
     assert not own_threads() - before, "none is started before it is needed"
     split(batch_of([4, 5, 6, 7]))
     threads = own_threads() - before

@@ -22,8 +22,8 @@ from bge_rerank_integrations.engine.model import EncoderShape
 
 Floats = npt.NDArray[np.float32]
 
-# The widest activations of so many rows fit a core's second cache.
-_BLOCK_ROWS = 128
+# Enough that a weight is read from afar few times, few enough for what lies between products to stay near.
+_BLOCK_ROWS = 256
 # oneDNN keeps a kernel for each number of rows, half a megabyte in int8, so that there may be twice as many.
 _ROWS_IN_OCTAVE = 16
 _MAX_WEIGHT = 127

@@ -4,47 +4,38 @@ from __future__ import annotations
 
 import numpy as np
 
-from bge_rerank_integrations.engine.int8_kernels import compiled, greatest_and_least, inlined, quantize_row
+from bge_rerank_integrations.engine.int8_kernels import compiled, inlined, quantize_row
 from bge_rerank_integrations.engine.tiles import (
+    PANEL,
     ROWS,
     WIDTH,
-    as_float,
     multiply_16,
     multiply_32,
     multiply_64,
+    powers_of_2,
     transpose_16,
+    widest_vectors,
 )
 
 _LOG2_E = 1.4426950408889634
+# What is attended to where there is no token.
+_NOTHING = np.float32(-3e38)
 
 
 @inlined
-def _exp2(x):
-    """2 to the power of x <= 0, to 3e-6: of its whole part by bits, of the rest by a polynomial."""
-    x = max(x, np.float32(-126))
-    whole = np.int32(x - np.float32(0.5))
-    rest = x - np.float32(whole)
-    p = np.float32(1.3333558e-3)
-    p = p * rest + np.float32(9.6181291e-3)
-    p = p * rest + np.float32(5.5504109e-2)
-    p = p * rest + np.float32(2.4022651e-1)
-    p = p * rest + np.float32(6.9314718e-1)
-    p = p * rest + np.float32(1)
-    return p * as_float((whole + np.int32(127)) << np.int32(23))
-
-
-@inlined
-def _multiply(a, a_step, b, b_step, columns, c, c_step, depth):
-    """Compute ROWS rows of c = a b; `columns` is a multiple of WIDTH."""
-    j = 0
-    while columns - j >= 4 * WIDTH:
-        multiply_64(a, 0, a_step, b, j, b_step, c, j, c_step, depth)
-        j += 4 * WIDTH
+def _multiply(a, a_step, b, b_step, panel_step, columns, c, c_step, depth):
+    """Compute ROWS rows of c = a b; `columns` is a multiple of WIDTH, panels of b are `panel_step` apart."""
+    j, panel = 0, 0
+    while columns - j >= PANEL:
+        multiply_64(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
+        j += PANEL
+        panel += panel_step
     if columns - j >= 2 * WIDTH:
-        multiply_32(a, 0, a_step, b, j, b_step, c, j, c_step, depth)
+        multiply_32(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
         j += 2 * WIDTH
+        panel += 2 * WIDTH
     if columns - j >= WIDTH:
-        multiply_16(a, 0, a_step, b, j, b_step, c, j, c_step, depth)
+        multiply_16(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
 
 
 @inlined
@@ -57,18 +48,6 @@ def _take(product, affine, offset, bias, first, count, column, width, factor, ro
         target = rows[i * width : (i + 1) * width]
         for d in range(width):
             target[d] = (scale * source[d] + (low * offsets[d] + biases[d])) * factor
-
-
-@inlined
-def _softmax_row(row):
-    """Replace a row by the powers of 2 of what it is above its greatest, and return one by their sum."""
-    greatest, _ = greatest_and_least(row)
-    total = np.float32(0)
-    for j in range(row.shape[0]):
-        power = _exp2(row[j] - greatest)
-        row[j] = power
-        total += power
-    return np.float32(1) / total
 
 
 @compiled(
@@ -111,6 +90,7 @@ def attend(
         codes: [Tq, width], the result.
         affine: [Tq, 2], the result's.
     """
+    widest_vectors()
     width = codes.shape[1]
     head = width // num_heads
     longest = 0
@@ -120,7 +100,8 @@ def attend(
     # Rows beyond a sequence's are read where a tile is not full; what comes of them is not.
     queries = np.zeros(ROWS * head, np.float32)
     keys = np.zeros(most * head, np.float32)
-    keys_by_column = np.empty(head * most, np.float32)
+    # In panels of so many columns: what a tile reads lies close together.
+    keys_by_column = np.empty(head * ((most + PANEL - 1) // PANEL * PANEL), np.float32)
     values = np.empty(most * head, np.float32)
     weights = np.empty(ROWS * most, np.float32)
     sums = np.empty(ROWS * head, np.float32)
@@ -148,15 +129,17 @@ def attend(
                 values,
             )
             for j in range(0, columns, WIDTH):
+                start = j // PANEL * PANEL * head + j % PANEL
                 for d in range(0, head, WIDTH):
-                    transpose_16(keys, j * head + d, head, keys_by_column, d * columns + j, columns)
+                    transpose_16(keys, j * head + d, head, keys_by_column, start + d * PANEL, PANEL)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
                 _take(q_product, q_affine, q_offset, q_bias, first, count, h * head, head, factor, queries)
-                _multiply(queries, head, keys_by_column, columns, columns, weights, columns, head)
+                _multiply(queries, head, keys_by_column, PANEL, PANEL * head, columns, weights, columns, head)
                 for i in range(count):
-                    shares[i] = _softmax_row(weights[i * columns : i * columns + length])
-                _multiply(weights, columns, values, head, head, sums, head, length)
+                    weights[i * columns + length : (i + 1) * columns] = _NOTHING
+                    shares[i] = one / powers_of_2(weights, i * columns, columns)
+                _multiply(weights, columns, values, head, PANEL, head, sums, head, length)
                 for i in range(count):
                     for d in range(head):
                         attended[first + i, h * head + d] = sums[i * head + d] * shares[i]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from bge_rerank_integrations.engine.tiles import as_float
+from bge_rerank_integrations.engine.tiles import as_float, widest_vectors
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -98,6 +98,7 @@ def quantize_row(row, codes, affine):
 @compiled("void(f4[:,::1], u1[:,::1], f4[:,::1])")
 def quantize(x, codes, affine):
     """Quantize the rows of x."""
+    widest_vectors()
     for i in range(x.shape[0]):
         quantize_row(x[i], codes[i], affine[i])
 
@@ -105,6 +106,7 @@ def quantize(x, codes, affine):
 @compiled("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], u1[:,::1], f4[:,::1])")
 def gelu_quantize(product, affine, offset, bias, codes, out_affine):
     """Make products whole, apply GELU in place and quantize."""
+    widest_vectors()
     for i in range(product.shape[0]):
         row = product[i]
         scale, low = affine[i, 0], affine[i, 1]
@@ -118,6 +120,7 @@ def gelu_quantize(product, affine, offset, bias, codes, out_affine):
 )
 def add_norm_quantize(product, affine, offset, bias, x, weight, shift, eps, codes, out_affine):
     """Make products whole, add them to x, apply LayerNorm to x in place and quantize it."""
+    widest_vectors()
     width = np.float32(x.shape[1])
     for i in range(x.shape[0]):
         row, added = x[i], product[i]

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from itertools import product
 from queue import SimpleQueue
 from typing import Final
 
@@ -20,8 +21,8 @@ Forward = Callable[[PackedBatch], Tensor]
 
 _Task = tuple[Forward, PackedBatch, "Future[Tensor]"]
 
-# From so many tokens on, attention, which grows with the square, costs a token as much as all else does.
-_LENGTH_OF_DOUBLE_COST: Final = 1024
+# A difference between two parts that trading sequences would not pay for.
+_NEAR_ENOUGH: Final = 0.01
 
 
 class SplitForward:
@@ -33,11 +34,13 @@ class SplitForward:
     Args:
         forward: Runs a batch; from several threads at once.
         num_threads: How many.
+        length_of_double_cost: As `split_evenly` takes it.
     """
 
-    def __init__(self, forward: Forward, num_threads: int) -> None:
+    def __init__(self, forward: Forward, num_threads: int, length_of_double_cost: int) -> None:
         self._forward = forward
         self._num_threads = num_threads
+        self._length_of_double_cost = length_of_double_cost
         self._start = threading.Lock()
         self._tasks: SimpleQueue[_Task | None] | None = None
 
@@ -46,7 +49,7 @@ class SplitForward:
         lengths = batch.seqlens.lengths
         if self._num_threads == 1 or len(lengths) < self._num_threads:
             return self._forward(batch)
-        parts = split_evenly(lengths, self._num_threads)
+        parts = split_evenly(lengths, self._num_threads, self._length_of_double_cost)
         tasks = self._require_threads()
         futures: list[Future[Tensor]] = [Future() for _ in parts]
         for part, future in zip(parts, futures, strict=True):
@@ -65,24 +68,52 @@ class SplitForward:
             return self._tasks
 
 
-def split_evenly(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Deal sequences out so that each part costs about the same, longest first.
+def split_evenly(lengths: Sequence[int], num_parts: int, length_of_double_cost: int) -> list[list[int]]:
+    """Deal sequences out so that each part costs about the same: longest first, then by trading.
+
+    Args:
+        lengths: Tokens of each sequence.
+        num_parts: Most parts.
+        length_of_double_cost: From so many tokens on, attention, which grows with the square, costs a token
+            as much as all else does.
 
     Returns:
         Indices into `lengths`, ascending in each part; no part is empty.
 
     Example:
-        >>> split_evenly([100, 60, 50, 10], 2)
+        >>> split_evenly([100, 60, 50, 10], 2, 4096)
         [[0, 3], [1, 2]]
     """
+    costs = [length * (1 + length / length_of_double_cost) for length in lengths]
     parts: list[list[int]] = [[] for _ in range(min(num_parts, len(lengths)))]
     loads = [(0.0, number) for number in range(len(parts))]
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         load, number = loads[0]
         parts[number].append(index)
-        cost = lengths[index] * (1 + lengths[index] / _LENGTH_OF_DOUBLE_COST)
-        heapq.heapreplace(loads, (load + cost, number))
+        heapq.heapreplace(loads, (load + costs[index], number))
+    for _ in costs:
+        if not _trade(parts, costs):
+            break
     return [sorted(part) for part in parts]
+
+
+def _trade(parts: list[list[int]], costs: Sequence[float]) -> bool:
+    """Bring the parts that cost most and least nearer by trading two sequences; return whether it can be."""
+
+    def cost(part: Sequence[int]) -> float:
+        return sum(costs[index] for index in part)
+
+    most, least = max(parts, key=cost), min(parts, key=cost)
+    gap = cost(most) - cost(least)
+    if gap < _NEAR_ENOUGH * cost(most):
+        return False
+    given, taken = min(
+        product(most, least), key=lambda pair: abs(gap - 2 * (costs[pair[0]] - costs[pair[1]]))
+    )
+    if not 0 < costs[given] - costs[taken] < gap:
+        return False
+    most[most.index(given)], least[least.index(taken)] = taken, given
+    return True
 
 
 def select(batch: PackedBatch, indices: Sequence[int]) -> PackedBatch:

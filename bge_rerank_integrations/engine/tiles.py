@@ -6,8 +6,11 @@ in LLVM's vectors of 16 floats: the widest of AVX-512, and two of AVX2's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -16,9 +19,13 @@ ROWS = 6
 """Rows of a tile: with 64 columns, 24 of 32 registers hold sums."""
 WIDTH = 16
 """Floats of a vector."""
+PANEL = 4 * WIDTH
+"""Columns of a tile."""
 
 _FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR = ir.VectorType(_FLOAT, WIDTH)
+_VECTOR, _INTS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
+# Of 2 to the power of -0.5 to 0.5, highest first.
+_EXP2 = (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
 _FUSE = ("contract",)  # a product and a sum may become one instruction
 
 
@@ -30,6 +37,23 @@ def as_float(typing_context, bits):
         return builder.bitcast(arguments[0], _FLOAT)
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def widest_vectors(typing_context):
+    """Let LLVM use the widest vectors there are in the function that begins with this.
+
+    On processors with AVX-512 it prefers half of them, for fear of a lower clock. oneDNN's products, between
+    which these functions run, use the widest anyway.
+    """
+
+    def generate(context, builder, signature, arguments):
+        attributes = builder.function.attributes
+        if isinstance(attributes, set):  # past llvmlite's own list of names, which does not have this one
+            set.add(attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _make_multiply(num_vectors: int) -> Any:
@@ -71,7 +95,7 @@ def _make_multiply(num_vectors: int) -> Any:
                 )
             for row_sums, row_results in zip(sums, results, strict=True):
                 for phi, result in zip(row_sums, row_results, strict=True):
-                    phi.add_incoming(ir.Constant(_VECTOR, [0.0] * WIDTH), before)
+                    phi.add_incoming(_all(0), before)
                     phi.add_incoming(result, loop)
             next_k = builder.add(k, _LONG(1))
             k.add_incoming(next_k, loop)
@@ -90,6 +114,35 @@ def _make_multiply(num_vectors: int) -> Any:
 
 
 multiply_64, multiply_32, multiply_16 = (_make_multiply(num_vectors) for num_vectors in (4, 2, 1))
+
+
+@intrinsic
+def powers_of_2(typing_context, row, start, count):
+    """Replace the `count` floats of a row by 2 to the power of what each is above the greatest: their sum.
+
+    To 3e-6: of the whole part of an exponent by bits, of the rest by a polynomial. `count` is a positive
+    multiple of WIDTH; 126 and more below the greatest is as good as nothing.
+    """
+    signature = types.float32(row, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        row, count = builder.gep(array.data, [arguments[1]]), arguments[2]
+
+        def greater(carried: Any, address: Any) -> Any:
+            return _maximum(builder, carried, builder.load(address, align=4))
+
+        def add_power(carried: Any, address: Any) -> Any:
+            above = builder.fsub(builder.load(address, align=4), greatest)
+            power = _exp2(builder, _maximum(builder, above, _all(-126)))
+            builder.store(power, address, align=4)
+            return builder.fadd(carried, power)
+
+        found = _walk(builder, row, count, float("-inf"), greater)
+        greatest = _spread(builder, _fold(builder, found, partial(_maximum, builder)))
+        return _fold(builder, _walk(builder, row, count, 0, add_power), builder.fadd)
+
+    return signature, generate
 
 
 @intrinsic
@@ -113,8 +166,7 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
             for first in (number for number in range(WIDTH) if not number & step):
                 pair = rows[first], rows[first + step]
                 rows[first], rows[first + step] = (
-                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(_INT, WIDTH), mask))
-                    for mask in (lower, upper)
+                    builder.shuffle_vector(*pair, ir.Constant(_INTS, mask)) for mask in (lower, upper)
                 )
             step //= 2
         for number, vector in enumerate(rows):
@@ -122,6 +174,54 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any, Any], Any]) -> Any:
+    """Carry a vector through `step` with the address of each vector of a row; return the last."""
+    before = builder.block
+    loop, after = builder.append_basic_block("walk"), builder.append_basic_block("walked")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    index, carried = builder.phi(_LONG), builder.phi(_VECTOR)
+    result = step(carried, builder.bitcast(builder.gep(row, [index]), _VECTOR.as_pointer()))
+    following = builder.add(index, _LONG(WIDTH))
+    for phi, initial, next_ in ((index, _LONG(0), following), (carried, _all(first), result)):
+        phi.add_incoming(initial, before)
+        phi.add_incoming(next_, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    builder.position_at_end(after)
+    return result
+
+
+def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Combine the floats of a vector into one."""
+    step = WIDTH // 2
+    while step:
+        mask = [(i + step) % WIDTH for i in range(WIDTH)]
+        other = builder.shuffle_vector(vector, vector, ir.Constant(_INTS, mask))
+        vector = combine(vector, other)
+        step //= 2
+    return builder.extract_element(vector, _INT(0))
+
+
+def _exp2(builder: Any, x: Any) -> Any:
+    """2 to the power of each x, -126 to 0."""
+    whole = builder.fptosi(builder.fsub(x, _all(0.5)), _INTS)
+    rest = builder.fsub(x, builder.sitofp(whole, _VECTOR))
+    power = _all(_EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power = builder.fadd(builder.fmul(power, rest, flags=_FUSE), _all(coefficient), flags=_FUSE)
+    exponent = builder.add(whole, ir.Constant(_INTS, [127] * WIDTH))
+    bits = builder.shl(exponent, ir.Constant(_INTS, [23] * WIDTH))
+    return builder.fmul(power, builder.bitcast(bits, _VECTOR))
+
+
+def _maximum(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _all(value: float) -> Any:
+    return ir.Constant(_VECTOR, [float(np.float32(value))] * WIDTH)
 
 
 def _load(builder: Any, row: Any, vector: int) -> Any:
@@ -137,5 +237,5 @@ def _store(builder: Any, value: Any, row: Any, vector: int) -> None:
 def _spread(builder: Any, value: Any) -> Any:
     undefined = ir.Constant(_VECTOR, ir.Undefined)
     first = builder.insert_element(undefined, value, _INT(0))
-    zeros = ir.Constant(ir.VectorType(_INT, WIDTH), [0] * WIDTH)
+    zeros = ir.Constant(_INTS, [0] * WIDTH)
     return builder.shuffle_vector(first, undefined, zeros)
