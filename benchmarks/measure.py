@@ -76,14 +76,18 @@ def interleave(runs: Sequence[Run], repeats: int) -> None:
 
 
 def tune(contender: Contender, pairs: Pairs) -> None:
-    """Try a contender's batch sizes on some pairs, and keep the fastest."""
+    """Try a contender's batch sizes on some pairs, and keep the fastest.
+
+    The warm-up is as long as what is timed: some make kernels for each shape that they meet, and batches of
+    one have the most shapes.
+    """
     if not contender.batch_sizes:
         return
     some = spread(pairs, NUM_TUNED)
     seconds: dict[int, float] = {}
     for size in contender.batch_sizes:
         contender.batch_size = size
-        contender.score(reworded(some[: 2 * size], f"warm-up {size}"))
+        contender.score(reworded(some, f"warm-up {size}"))
         began = time.perf_counter()
         contender.score(reworded(some, f"tune {size}"))
         seconds[size] = time.perf_counter() - began
