@@ -208,6 +208,22 @@ def test_the_fastest_batch_size_is_kept(maker: WorkloadMaker) -> None:
     assert peer.batch_size == 8
 
 
+def test_what_is_slow_the_first_time_is_not_timed_then(maker: WorkloadMaker) -> None:
+    seen: set[tuple[int, int | None]] = set()
+
+    def score(pairs: Any, size: int | None) -> list[float]:
+        for _, passage in pairs:
+            if size == 1 and (len(passage), size) not in seen:
+                seen.add((len(passage), size))
+                time.sleep(0.05)
+        time.sleep(0.01 if size == 1 else 0.1)
+        return [0.0] * len(pairs)
+
+    peer = contender(maker, score, batch_sizes=(1, 8), batch_size=8)
+    tune(peer, maker.make("A", num_pairs=10).pairs)
+    assert peer.batch_size == 1
+
+
 def test_pairs_come_back_in_their_order() -> None:
     pairs = [("q", "ab"), ("q", "abcd"), ("q", "a"), ("r", "abc")]
     seen: list[Any] = []

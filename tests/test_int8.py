@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,8 +93,8 @@ def test_residual_and_norm_between_products(width: int) -> None:
 
 
 @needs_int8
-@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80])
-@pytest.mark.parametrize("lengths", [[1], [5, 1, 6, 7], [16, 17, 33], [70, 130], [512]])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128])
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 6, 7], [16, 17, 33], [70, 130], [90, 110], [512]])
 def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
     from bge_rerank_integrations.engine.int8_attention import attend
 
@@ -126,6 +127,51 @@ def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
         *weights, width, num_heads, first, *room(len(lengths), width),
     )  # fmt: skip
     assert np.abs(first - attended[firsts]).max() <= 1e-6
+
+
+@needs_int8
+@pytest.mark.parametrize("count", [16, 32, 112])
+@pytest.mark.parametrize("shift", [-1000.0, 0.0, 1000.0])
+def test_powers_are_taken_of_what_is_above_the_greatest(count: int, shift: float) -> None:
+    import numba
+
+    from bge_rerank_integrations.engine import tiles
+
+    powers: Any = tiles.powers_of_2
+    compiled: Any = numba.njit
+    take = compiled(lambda row, start, count: powers(row, start, count))
+    row = normal(count + 5, scale=8.0, shift=shift)
+    row[4:8] = row[4], row[4] - 300, tiles.NOTHING, row[4]
+    before = row.copy()
+    total = take(row, 3, count)
+    above = (before[3 : count + 3] - before[3 : count + 3].max()).astype(np.float64)
+    expected = np.exp2(np.maximum(above, -126))
+    np.testing.assert_allclose(row[3 : count + 3], expected, rtol=4e-6)
+    np.testing.assert_allclose(total, expected.sum(), rtol=4e-6)
+    assert (row[:3] == before[:3]).all()
+    assert (row[count + 3 :] == before[count + 3 :]).all()
+
+
+@needs_int8
+def test_llvm_is_told_to_use_the_widest_vectors() -> None:
+    import numba
+
+    from bge_rerank_integrations.engine import tiles
+
+    widest_vectors: Any = tiles.widest_vectors
+    compiled: Any = numba.njit
+
+    def twice(x: Floats) -> None:
+        widest_vectors()
+        for i in range(x.shape[0]):
+            x[i] *= 2
+
+    double = compiled(twice)
+    x = normal(100)
+    expected = 2 * x
+    double(x)
+    assert (x == expected).all()
+    assert any('"prefer-vector-width"="512"' in text for text in double.inspect_llvm().values())
 
 
 @needs_int8

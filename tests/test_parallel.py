@@ -47,18 +47,18 @@ def test_parts_cost_about_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "costs"),
+    ("lengths", "most"),
     [
-        # Longest first alone gives 935 and 1097 tokens.
-        ([446, 408, 260, 256, 247, 233, 182], [962, 1070]),
+        # Longest first alone gives 935 and 1097.
+        ([446, 408, 260, 256, 247, 233, 182], 1070),
         # One must be given away, since no two are far enough apart.
-        ([50, 50, 50, 50, 49, 49, 49, 49, 3], [199, 200]),
-        ([512, 3, 3], [6, 512]),
+        ([50, 50, 50, 50, 49, 49, 49, 49, 3], 200),
+        ([512, 3, 3], 512),
     ],
 )
-def test_few_long_sequences_are_traded_until_parts_are_even(lengths: list[int], costs: list[int]) -> None:
+def test_few_long_sequences_are_traded_while_that_helps(lengths: list[int], most: int) -> None:
     parts = split_evenly(lengths, 2, 1 << 30)
-    assert sorted(sum(lengths[index] for index in part) for part in parts) == costs
+    assert max(sum(lengths[index] for index in part) for part in parts) <= most
 
 
 def test_attention_counts_where_it_costs() -> None:

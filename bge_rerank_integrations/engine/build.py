@@ -77,8 +77,9 @@ def build_model(
         model = Model(encoder, linear.num_rows, graphs)
     if device.type != "cpu":
         return model
-    # Operations a token and layer: attention 4 * width * length, products 24 * width^2, of which int8 does
-    # four and more in the time of one; attention is float32 there, too. Measured: 1,360 and 5,600 at 768.
-    length_of_double_cost = (2 if dtype is torch.int8 else 6) * shape.hidden_size
+    # Attention is 4 * width * length operations a token and layer, products 24 * width^2, not equally fast.
+    # Measured at a width of 768: 1,360 in int8 and 5,600 in float32 on an Intel processor, about 1,650 in
+    # bfloat16 and 1,100 in float32 on an AMD one. An error here costs a few per cent of balance, no more.
+    length_of_double_cost = (3 if dtype is torch.float32 else 2) * shape.hidden_size
     threads = resolve_num_threads(config)
     return model._replace(forward=SplitForward(model.forward, threads, length_of_double_cost))

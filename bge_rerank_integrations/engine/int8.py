@@ -1,7 +1,7 @@
 """The encoder in int8 on CPUs: weights by output channel, activations by token, no calibration.
 
 Products run in oneDNN on the processor's int8 instructions; attention, norms, GELU and the residual stream
-are float32. What lies between two products goes through in blocks of rows that stay in a core's cache.
+are float32. What lies between two products goes through in blocks of rows, one walk each.
 """
 
 from __future__ import annotations

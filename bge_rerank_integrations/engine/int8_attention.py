@@ -6,6 +6,7 @@ import numpy as np
 
 from bge_rerank_integrations.engine.int8_kernels import compiled, inlined, quantize_row
 from bge_rerank_integrations.engine.tiles import (
+    NOTHING,
     PANEL,
     ROWS,
     WIDTH,
@@ -18,8 +19,7 @@ from bge_rerank_integrations.engine.tiles import (
 )
 
 _LOG2_E = 1.4426950408889634
-# What is attended to where there is no token.
-_NOTHING = np.float32(-3e38)
+_NO_TOKEN = np.float32(NOTHING)
 
 
 @inlined
@@ -137,7 +137,7 @@ def attend(
                 _take(q_product, q_affine, q_offset, q_bias, first, count, h * head, head, factor, queries)
                 _multiply(queries, head, keys_by_column, PANEL, PANEL * head, columns, weights, columns, head)
                 for i in range(count):
-                    weights[i * columns + length : (i + 1) * columns] = _NOTHING
+                    weights[i * columns + length : (i + 1) * columns] = _NO_TOKEN
                     shares[i] = one / powers_of_2(weights, i * columns, columns)
                 _multiply(weights, columns, values, head, PANEL, head, sums, head, length)
                 for i in range(count):

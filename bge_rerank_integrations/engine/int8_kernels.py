@@ -10,7 +10,9 @@ the interpreter's lock.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,13 +34,23 @@ _SIGN = np.int32(31)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
+def _sources() -> str:
+    """Return a digest of every file that kernels are made from."""
+    digest = hashlib.sha256()
+    for name in ("int8_attention.py", "int8_kernels.py", "tiles.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
     """Compile for a signature at once, and keep what comes of it where that can be done."""
 
     def compile_(function: Callable[..., None]) -> Any:
         try:
+            # numba looks whether a function's own file has changed, not at those that it takes from others.
+            function.__qualname__ = f"{function.__name__}_{_sources()}"
             return njit(signature, cache=True, **_OPTIONS)(function)
-        except RuntimeError:  # no folder that it could be kept in
+        except (OSError, RuntimeError):  # no sources, or no folder that it could be kept in
             return njit(signature, **_OPTIONS)(function)
 
     return compile_

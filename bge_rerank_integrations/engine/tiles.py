@@ -21,6 +21,8 @@ WIDTH = 16
 """Floats of a vector."""
 PANEL = 4 * WIDTH
 """Columns of a tile."""
+NOTHING = -3e38
+"""As good as minus infinity, which fast arithmetic may not meet."""
 
 _FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR, _INTS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
@@ -120,7 +122,7 @@ multiply_64, multiply_32, multiply_16 = (_make_multiply(num_vectors) for num_vec
 def powers_of_2(typing_context, row, start, count):
     """Replace the `count` floats of a row by 2 to the power of what each is above the greatest: their sum.
 
-    To 3e-6: of the whole part of an exponent by bits, of the rest by a polynomial. `count` is a positive
+    To 4e-6: of the whole part of an exponent by bits, of the rest by a polynomial. `count` is a positive
     multiple of WIDTH; 126 and more below the greatest is as good as nothing.
     """
     signature = types.float32(row, types.intp, types.intp)
@@ -138,7 +140,7 @@ def powers_of_2(typing_context, row, start, count):
             builder.store(power, address, align=4)
             return builder.fadd(carried, power)
 
-        found = _walk(builder, row, count, float("-inf"), greater)
+        found = _walk(builder, row, count, NOTHING, greater)
         greatest = _spread(builder, _fold(builder, found, partial(_maximum, builder)))
         return _fold(builder, _walk(builder, row, count, 0, add_power), builder.fadd)
 
