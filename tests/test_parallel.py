@@ -51,7 +51,7 @@ def test_parts_cost_about_the_same() -> None:
     [
         # Longest first alone gives 935 and 1097.
         ([446, 408, 260, 256, 247, 233, 182], 1070),
-        # One must be given away, since no two are far enough apart.
+        # Longest first alone gives 198 and 201.
         ([50, 50, 50, 50, 49, 49, 49, 49, 3], 200),
         ([512, 3, 3], 512),
     ],

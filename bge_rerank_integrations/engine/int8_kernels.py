@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _SIGN = np.int32(31)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
+@cache
 def _sources() -> str:
     """Return a digest of every file that kernels are made from."""
     digest = hashlib.sha256()
