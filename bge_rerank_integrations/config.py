@@ -19,7 +19,18 @@ LongPassages = Literal["truncate", "windows"]
 # <s> query </s></s> passage </s>
 NUM_SPECIAL_TOKENS: Final = 4
 
-_DEVICE = re.compile(r"auto|cpu(:\d+)?|cuda(:\d+)?|mps")
+_DEVICE = re.compile(r"auto|cpu(:\d{1,3})?|cuda(:(?P<index>\d{1,3}))?|mps")
+# torch keeps a device's number in a signed byte, and wraps larger ones around in silence.
+_MAX_DEVICE_INDEX: Final = 127
+
+# More threads than any processor has; some tens of thousands crash the process.
+_MAX_NUM_THREADS: Final = 1024
+# Longer than the positions of any XLM-RoBERTa checkpoint; the loaded model has a bound of its own.
+_MAX_LENGTH: Final = 65_536
+# The hidden states of one pass of so many tokens fill the memory of the largest GPUs.
+_MAX_BATCH_TOKENS: Final = 1 << 22
+# The ids of so many tokens take 4 TB.
+_MAX_QUEUED_TOKENS: Final = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,26 +160,35 @@ class ScorerConfig:
         for name, choices in (("dtype", get_args(DType)), ("long_passages", get_args(LongPassages))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {list(choices)}")
-        for name in ("query_max_length", "max_batch_tokens", "num_threads", "max_queued_tokens"):
+        for name, maximum in (
+            ("query_max_length", _MAX_LENGTH),
+            ("max_batch_tokens", _MAX_BATCH_TOKENS),
+            ("num_threads", _MAX_NUM_THREADS),
+            ("max_queued_tokens", _MAX_QUEUED_TOKENS),
+        ):
             if getattr(self, name) is not None:
-                self._check_integer(name, minimum=1)
-        self._check_integer("max_length", minimum=NUM_SPECIAL_TOKENS + 2)
-        self._check_integer("window_overlap_tokens", minimum=0)
+                self._check_integer(name, 1, maximum)
+        self._check_integer("max_length", NUM_SPECIAL_TOKENS + 2, _MAX_LENGTH)
+        self._check_integer("window_overlap_tokens", 0, _MAX_LENGTH)
 
         if not isinstance(self.max_wait_ms, int | float) or not 0 <= self.max_wait_ms <= 60_000:
             raise ConfigError("max_wait_ms must be a number from 0 to 60,000")
 
-    def _check_integer(self, name: str, *, minimum: int) -> None:
+    def _check_integer(self, name: str, minimum: int, maximum: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"{name} must be an integer of at least {minimum}")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise ConfigError(f"{name} must be an integer from {minimum:,} to {maximum:,}")
 
     def _check_device(self) -> None:
         if self.devices is not None:
             self._check_devices(self.devices)
         for device in self.devices or (self.device,):
-            if not _DEVICE.fullmatch(device):
-                raise ConfigError("device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+            match = _DEVICE.fullmatch(device)
+            if match is None or int(match["index"] or 0) > _MAX_DEVICE_INDEX:
+                raise ConfigError(
+                    "device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', with N from 0 to "
+                    f"{_MAX_DEVICE_INDEX}"
+                )
             if device.startswith("cpu") and self.dtype == "float16":
                 raise ConfigError(FLOAT16_ON_CPU)
             if self.dtype == "float8" and not device.startswith(("auto", "cuda")):

@@ -18,7 +18,7 @@ RerankError
 ├── RequestTimeoutError (TimeoutError)  not finished within the call's timeout
 ├── ScorerClosedError (RuntimeError)    used after close()
 ├── WorkerDiedError (RuntimeError)      the thread that feeds the device ended; the next call starts another
-├── ForkedProcessError (RuntimeError)   used in a child that was forked after its parent had scored
+├── ForkedProcessError (RuntimeError)   used in a child that was forked after its parent had loaded a model
 └── MissingExtraError (ImportError)     an optional framework is not installed
 ```
 
@@ -132,7 +132,7 @@ class WorkerDiedError(RerankError, RuntimeError):
 
 
 class ForkedProcessError(RerankError, RuntimeError):
-    """The process was forked from one that had already scored."""
+    """The process was forked from one that had loaded a model."""
 
 
 class ScorerClosedError(RerankError, RuntimeError):

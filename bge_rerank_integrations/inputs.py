@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
+
+# A year. The operating system's locks refuse some larger numbers, infinity among them.
+_MAX_TIMEOUT_S: Final = 31_536_000
 
 
 def check_query(query: Any) -> str:
@@ -88,13 +91,13 @@ def check_requests(
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raise unless a timeout is None or a number of seconds that is not negative."""
+    """Raise unless a timeout is None or a number of seconds from 0 to a year."""
     if timeout is None:
         return
     if not isinstance(timeout, int | float) or isinstance(timeout, bool):
         raise InputTypeError(f"timeout must be a number of seconds or None, not {_kind(timeout)}")
-    if not timeout >= 0:  # NaN is not
-        raise InputError("timeout must not be negative")
+    if not 0 <= timeout <= _MAX_TIMEOUT_S:  # NaN is not
+        raise InputError(f"timeout must be from 0 to {_MAX_TIMEOUT_S:,} seconds, or None for no limit")
 
 
 def is_single_pair(pairs: Any) -> bool:

@@ -172,9 +172,10 @@ class Pipeline:
         return self._batcher.health()
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuse new requests and finish those accepted, within `timeout` seconds if it is given."""
+        """Refuse new requests, finish those accepted, within `timeout` seconds, and let go of the model."""
         self._executor.shutdown(wait=True)  # what was accepted is then in the queue
         self._batcher.close(timeout)
+        self.runners = ()
 
     def _finish(
         self, begun: tuple[PreparedPairs, Future[list[float]]], timeout: float | None

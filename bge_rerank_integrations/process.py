@@ -16,14 +16,16 @@ def mark_process_in_use() -> None:
 
 
 def was_forked() -> bool:
-    """Whether this is a child that was forked after its parent had scored."""
+    """Whether this is a child that was forked after its parent had loaded a model."""
     return _process_in_use not in (None, os.getpid())
 
 
 def check_process() -> None:
-    """Raise `ForkedProcessError` in a child that was forked after its parent had scored."""
+    """Raise `ForkedProcessError` in a child that was forked after its parent had loaded a model."""
     if was_forked():
         raise ForkedProcessError(
-            "this process was forked from one that had already scored, and neither CUDA nor a CPU's thread "
-            "pool survives that. Load the model in the child only, or start children with the 'spawn' method"
+            "this process was forked from one that had loaded a model, and neither CUDA nor a CPU's thread "
+            "pool survives a fork. Load the model in the child: in gunicorn's post_fork hook (and without "
+            "--preload), on Celery's worker_process_init signal, in the worker_init_fn of a torch "
+            "DataLoader. Or start children with the 'spawn' method"
         )

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from bge_rerank_integrations.errors import (
@@ -22,8 +23,10 @@ from bge_rerank_integrations.errors import (
     WorkerDiedError,
 )
 from bge_rerank_integrations.process import check_process, mark_process_in_use, was_forked
+from bge_rerank_integrations.shutdown import begin_exit, is_exiting
 from bge_rerank_integrations.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.tracebacks import release_frames
 from bge_rerank_integrations.waiting import Batch, Request, WaitingList
 
 logger = logging.getLogger(__name__)
@@ -32,9 +35,11 @@ logger = logging.getLogger(__name__)
 _EXIT_S: Final = 4.0
 
 _live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
+# Every worker that was started, so that exit waits for those too that no batcher lists any more.
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Replica:
     """One device's copy of the model.
 
@@ -45,6 +50,15 @@ class Replica:
 
     score: Callable[[list[IntArray]], list[float]]
     max_batch_tokens: Callable[[], int]
+
+    def release(self) -> None:
+        """Let go of the model. The frames of a worker that met an error may still refer to this object."""
+        self.score = _released
+        self.max_batch_tokens = lambda: 1
+
+
+def _released(batch: list[IntArray]) -> list[float]:  # noqa: ARG001
+    raise ScorerClosedError("this scorer was closed; make a new one")
 
 
 class MicroBatcher:
@@ -136,8 +150,11 @@ class MicroBatcher:
             elif request.is_finished and self._claim(request):
                 request.future.set_result(request.logits)
         if is_first:
-            # Not under the lock: on a future that is done already the callback is called at once.
-            request.future.add_done_callback(lambda _: self._forget_cancelled(request))
+            # Not under the lock: on a future that is done already the callback is called at once. A future
+            # keeps its callbacks, so this one must refer to neither the batcher nor the request.
+            request.future.add_done_callback(
+                partial(_forget_cancelled, weakref.ref(self), weakref.ref(request))
+            )
 
     def check_open(self) -> None:
         """Raise what `submit` would raise for the smallest request."""
@@ -146,7 +163,7 @@ class MicroBatcher:
             self._check_open(1)
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuse new requests and finish those accepted. May be called twice.
+        """Refuse new requests, finish those accepted and let go of the replicas. May be called twice.
 
         Args:
             timeout: Seconds after which those that are not finished get `ScorerClosedError`.
@@ -162,6 +179,10 @@ class MicroBatcher:
             if worker.is_alive():
                 break
         self._fail_all(ScorerClosedError("the scorer was closed before this request was finished"))
+        with self._changed:
+            # Whatever still refers to this object, such as an error's traceback, must not keep the model.
+            while self._replicas:
+                self._replicas.pop().release()
 
     def count(self, *, duplicates: int, truncations: int) -> None:
         """Add to the counts that only the caller knows."""
@@ -186,21 +207,18 @@ class MicroBatcher:
         check_process()
         with self._changed:
             state: HealthState = "closed" if self._closed else "ok"
-            if not self._replicas:
+            if self._lost is not None:
                 state = "device lost"
             return ScorerHealth(
                 state, len(self._waiting), self._waiting.num_tokens, self._num_replicas, len(self._replicas)
             )
 
-    def _abandon(self) -> list[threading.Thread]:
-        """Refuse new requests, forget those that wait, and return the workers, which end with their batch."""
-        if was_forked():
-            return []
+    def _abandon(self) -> None:
+        """Refuse new requests and forget those that wait; the workers end after their current batch."""
         with self._changed:
             self._closed = self._abandoned = True
             self._waiting.clear()
             self._changed.notify_all()
-            return list(self._workers.values())
 
     def _check_open(self, num_tokens: int) -> None:
         if self._lost is not None:
@@ -225,6 +243,7 @@ class MicroBatcher:
                 )
                 worker.start()
                 self._workers[replica] = worker
+                _threads.add(worker)
         self._changed.notify_all()
 
     def _worker_to_join(self) -> threading.Thread | None:
@@ -288,7 +307,9 @@ class MicroBatcher:
             if len(logits) != len(sequences):
                 raise RuntimeError(f"{len(sequences)} sequences gave {len(logits)} scores")
         except Exception as error:
-            self._recover(replica, batch, error)
+            release_frames(error)
+            if not is_exiting():  # else nobody waits for an answer; see `_end_all`
+                self._recover(replica, batch, error)
             return
         with self._changed:
             self._recorder.computed(
@@ -337,7 +358,9 @@ class MicroBatcher:
         """Go on without a replica, and let the others do what it has not done."""
         failed: list[Request] = []
         with self._changed:
-            self._replicas.remove(replica)
+            if replica in self._replicas:  # else `close` did not wait for this batch
+                self._replicas.remove(replica)
+                replica.release()
             self._recorder.lost_replicas += 1
             if not self._replicas:
                 self._lost = error
@@ -378,12 +401,12 @@ class MicroBatcher:
             request.is_claimed = True
         return request.future.set_running_or_notify_cancel()
 
-    def _forget_cancelled(self, request: Request) -> None:
-        if request.future.cancelled():
-            self._claim(request)  # lest those hang who wait for several futures at once
-            with self._changed:
-                self._recorder.cancelled += 1
-                self._drop(request)
+    def _forget(self, request: Request) -> None:
+        """Drop a request that its caller cancelled."""
+        self._claim(request)  # wakes callers that wait for several futures at once
+        with self._changed:
+            self._recorder.cancelled += 1
+            self._drop(request)
 
     def _drop(self, request: Request) -> None:
         """Forget what of a request has not started."""
@@ -397,15 +420,28 @@ def _device_lost(cause: BaseException) -> DeviceLostError:
     return error
 
 
-def _end_all() -> None:
-    """Let no computation run into the interpreter's end, where its thread would be torn down.
+def _forget_cancelled(
+    batcher_ref: weakref.ref[MicroBatcher], request_ref: weakref.ref[Request], future: Future[list[float]]
+) -> None:
+    batcher, request = batcher_ref(), request_ref()
+    if future.cancelled() and batcher is not None and request is not None:
+        batcher._forget(request)
 
-    Who still waits is a daemon thread, to be torn down as well: an error would only be printed.
+
+def _end_all() -> None:
+    """Let no worker run into the interpreter's end, where it would be ended by force.
+
+    Only daemon threads can still be waiting for a result. They end with the interpreter, and an error that
+    they got now would only be printed.
     """
+    if was_forked():
+        return  # the workers are in the parent process
+    begin_exit()
     deadline = time.monotonic() + _EXIT_S
-    workers = [worker for batcher in list(_live) for worker in batcher._abandon()]
-    for worker in workers:
-        worker.join(max(deadline - time.monotonic(), 0))
+    for batcher in list(_live):
+        batcher._abandon()
+    for thread in list(_threads):
+        thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 atexit.register(_end_all)

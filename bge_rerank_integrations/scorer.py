@@ -150,7 +150,12 @@ class Scorer:
                 with cls._shared_lock:
                     cls._shared.pop(config, None)
                 future.set_exception(error)
-        return future.result()
+        try:
+            return future.result()
+        finally:
+            # A failed load's error refers to this frame. Without the reference back, what the load had
+            # in memory is freed with the error.
+            del future
 
     @classmethod
     async def ashared(cls, config: ScorerConfig) -> Scorer:

@@ -45,7 +45,7 @@ def test_help_shows_every_command_with_an_example() -> None:
     ("arguments", "status", "message"),
     [
         (["rank", "--dtype", "int3"], 2, "Invalid value for '--dtype'"),
-        (["rank", "--max-length", "3"], 2, "max_length must be an integer of at least"),
+        (["rank", "--max-length", "3"], 2, "max_length must be an integer from"),
         (["rank", "--device", "tpu"], 2, "device must be"),
         (["rank", "--devices", "cuda:0,cuda:0"], 2, "twice"),
         (["rank", "/no/such/file"], 2, "does not exist"),

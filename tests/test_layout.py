@@ -16,6 +16,8 @@ PACKAGE = Path(bge_rerank_integrations.__file__).parent
 # Bottom to top: a file imports only from rows above its own.
 ROOMS = [
     "errors",
+    "shutdown",
+    "tracebacks",
     "config",
     "inputs",
     "ranking",
@@ -27,6 +29,7 @@ ROOMS = [
     "process",
     "scheduler",
     "batching",
+    "engine.first_calls",
     "engine.batch",
     "engine.attention",
     "engine.linear",

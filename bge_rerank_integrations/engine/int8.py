@@ -19,6 +19,7 @@ from bge_rerank_integrations.engine.int8_attention import attend
 from bge_rerank_integrations.engine.int8_kernels import add_norm_quantize, gelu_quantize, quantize
 from bge_rerank_integrations.engine.linear import plain_linear, round_up_rows
 from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.shutdown import raise_if_exiting
 
 Floats = npt.NDArray[np.float32]
 
@@ -62,6 +63,7 @@ class Int8CrossEncoder:
         x.copy_(F.layer_norm(x, x.shape[1:], *self._norm.tensors, self._norm.eps))
         rows.quantize()
         for layer in self._layers:
+            raise_if_exiting()
             layer(rows, batch.seqlens)
         first = self._last_layer(rows, batch.seqlens)
         return self._out_proj(torch.tanh(self._dense(first))).squeeze(-1)

@@ -13,6 +13,7 @@ from bge_rerank_integrations.engine.attention import VarlenAttention
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
 from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, PlainBlocks, Rows
 from bge_rerank_integrations.engine.linear import LinearFactory, plain_linear
+from bge_rerank_integrations.shutdown import raise_if_exiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class PackedCrossEncoder:
             classifier's in float32; they are taken out one by one, so that no second copy lives on.
         attention: How attention runs.
         linear: How the encoder's linear layers run, with plain operators around them.
+        num_rows: The number of rows that `linear` wants for a number of rows that is needed.
         blocks: How the encoder's layers run instead.
     """
 
@@ -81,6 +83,7 @@ class PackedCrossEncoder:
         *,
         attention: VarlenAttention,
         linear: LinearFactory = plain_linear,
+        num_rows: Callable[[int], int] = int,
         blocks: Blocks | None = None,
     ) -> None:
         take = _Taker(weights, shape, blocks or PlainBlocks(linear))
@@ -95,7 +98,7 @@ class PackedCrossEncoder:
         for name in names[:-1]:
             self._layers.append(_FullLayer(take, name, norm, attention))
             norm = self._layers[-1].norm
-        self._last_layer = _FirstTokenLayer(take, names[-1], norm, attention)
+        self._last_layer = _FirstTokenLayer(take, names[-1], norm, attention, num_rows)
         # The head is B rows of work, and in float32 it costs nothing to be exact.
         self._dense = plain_linear(*take.parameters("classifier.dense"))
         self._out_proj = plain_linear(*take.parameters("classifier.out_proj"))
@@ -106,8 +109,9 @@ class PackedCrossEncoder:
         words, positions = F.embedding(batch.ids, self._words), F.embedding(batch.positions, self._positions)
         x = self._embed(words, positions)
         for layer in self._layers:
+            raise_if_exiting()
             x = layer(x, batch.seqlens)
-        first = self._last_layer(x, batch.seqlens).values
+        first = self._last_layer(x, batch.seqlens).values[: len(batch.seqlens.lengths)]
         return self._out_proj(torch.tanh(self._dense(first.float()))).squeeze(-1)
 
 
@@ -133,18 +137,29 @@ class _FullLayer:
 class _FirstTokenLayer:
     """The last encoder layer for `<s>` of each sequence, which is all the head reads.
 
-    Keys and values come of every token; queries and what follows attention of B rows instead of T.
+    Keys and values are computed of every token. Queries, and what follows attention, are computed of B rows
+    instead of T, and of as many more as the linear layers want: the rows beyond B repeat the first.
     """
 
-    def __init__(self, take: _Taker, name: str, before: Norm, attention: VarlenAttention) -> None:
+    def __init__(
+        self,
+        take: _Taker,
+        name: str,
+        before: Norm,
+        attention: VarlenAttention,
+        num_rows: Callable[[int], int],
+    ) -> None:
         self._q = take.projection(name, before, "query")
         self._kv = take.projection(name, before, "key", "value")
         self._rest = _AfterAttention(take, name)
         self._attention = attention
         self._num_heads = take.shape.num_heads
+        self._num_rows = num_rows
 
     def __call__(self, x: Rows, seqlens: Seqlens) -> Rows:
-        first = x.select(seqlens.cu_seqlens[:-1])
+        starts = seqlens.cu_seqlens[:-1]
+        num_missing = self._num_rows(len(starts)) - len(starts)
+        first = x.select(F.pad(starts, (0, num_missing)) if num_missing else starts)
         q = self._q(first).unflatten(-1, (self._num_heads, -1))
         k, v = self._kv(x).unflatten(-1, (2, self._num_heads, -1)).unbind(1)
         return self._rest(first, self._attention(q, k, v, seqlens.first_tokens(), seqlens))

@@ -1,9 +1,11 @@
-"""A forward pass over the cores of a CPU: each takes some of the sequences and never waits for the others."""
+"""A forward pass over the cores of a CPU: each core computes sequences of its own."""
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -14,13 +16,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
+# Imported for its side effect, which must be complete before a thread of this module computes.
+import bge_rerank_integrations.engine.first_calls  # noqa: F401
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
+from bge_rerank_integrations.process import was_forked
+from bge_rerank_integrations.shutdown import begin_exit
+from bge_rerank_integrations.tracebacks import release_frames
 
 Forward = Callable[[PackedBatch], Tensor]
 """A packed batch to its B logits, float32 [B], on the device."""
 
-_Task = tuple[Forward, PackedBatch, "Future[Tensor]"]
+_Task = tuple[Forward, PackedBatch, "Future[list[float]]"]
 
+# How long interpreter exit waits for these threads to end.
+_EXIT_S: Final = 4.0
 # A difference between two parts that trading sequences would not pay for.
 _NEAR_ENOUGH: Final = 0.01
 
@@ -28,21 +37,30 @@ _NEAR_ENOUGH: Final = 0.01
 class SplitForward:
     """Runs parts of a batch side by side, each on one thread; safe under any number of callers.
 
-    Threads that share each operation wait for each other after each; threads with sequences of their own
-    wait once, at the end. Where there are fewer sequences than threads, operations are shared as usual.
+    Threads that share each operation wait for each other after every operation. Threads that each have their
+    own sequences wait once, at the end. A batch of fewer sequences than threads is not split: torch shares
+    its operations between the threads as usual.
 
     Args:
-        forward: Runs a batch; from several threads at once.
-        num_threads: How many.
+        forward: Runs a batch. It is called from several threads at once.
+        num_threads: How many threads compute.
         length_of_double_cost: As `split_evenly` takes it.
+        num_rows: The number of rows that `forward` wants for a number of tokens, as `pack` takes it.
     """
 
-    def __init__(self, forward: Forward, num_threads: int, length_of_double_cost: int) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        num_threads: int,
+        length_of_double_cost: int,
+        num_rows: Callable[[int], int] = int,
+    ) -> None:
         self._forward = forward
         self._num_threads = num_threads
         self._length_of_double_cost = length_of_double_cost
+        self._num_rows = num_rows
         self._start = threading.Lock()
-        self._tasks: SimpleQueue[_Task | None] | None = None
+        self._threads: _Threads | None = None
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Return the B logits."""
@@ -50,22 +68,26 @@ class SplitForward:
         if self._num_threads == 1 or len(lengths) < self._num_threads:
             return self._forward(batch)
         parts = split_evenly(lengths, self._num_threads, self._length_of_double_cost)
-        tasks = self._require_threads()
-        futures: list[Future[Tensor]] = [Future() for _ in parts]
-        for part, future in zip(parts, futures, strict=True):
-            tasks.put((self._forward, select(batch, part), future))
-        # All of them, so that nothing is still running when an error of one comes through.
+        tasks: list[_Task] = [
+            (self._forward, select(batch, part, self._num_rows), Future()) for part in parts
+        ]
+        if not self._require_threads().put(tasks):
+            return self._forward(batch)  # the interpreter is exiting and the threads have ended
+        futures = [future for _, _, future in tasks]
+        # Wait for all, so that no part is still running when the error of another one is raised.
         wait(futures)
         logits = torch.empty(len(lengths))
         for part, future in zip(parts, futures, strict=True):
-            logits[torch.tensor(part)] = future.result()
+            logits[torch.tensor(part)] = torch.tensor(future.result())
         return logits
 
-    def _require_threads(self) -> SimpleQueue[_Task | None]:
+    def _require_threads(self) -> _Threads:
         with self._start:
-            if self._tasks is None:
-                self._tasks = _start_threads(self, self._num_threads)
-            return self._tasks
+            if self._threads is None:
+                self._threads = _Threads(self._num_threads)
+                # The threads must not refer to this object, or it would never be collected.
+                weakref.finalize(self, self._threads.end).atexit = False  # `_end_all` does it at exit
+            return self._threads
 
 
 def split_evenly(lengths: Sequence[int], num_parts: int, length_of_double_cost: int) -> list[list[int]]:
@@ -116,58 +138,117 @@ def _trade(parts: list[list[int]], costs: Sequence[float]) -> bool:
     return True
 
 
-def select(batch: PackedBatch, indices: Sequence[int]) -> PackedBatch:
-    """Return a batch of some of the sequences of another."""
+def select(batch: PackedBatch, indices: Sequence[int], num_rows: Callable[[int], int] = int) -> PackedBatch:
+    """Return a batch of some of the sequences of another.
+
+    Args:
+        batch: The other.
+        indices: Which of its sequences.
+        num_rows: How many rows to make of a number of tokens, as in `pack`. The rows beyond the last
+            sequence hold id 0 and position 0, which every model has.
+    """
     bounds = batch.seqlens.cu_seqlens.tolist()
     slices = [slice(bounds[index], bounds[index + 1]) for index in indices]
     lengths = tuple(batch.seqlens.lengths[index] for index in indices)
     cu_seqlens = torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
+    num_tokens = sum(lengths)
+    filling = batch.ids.new_zeros(num_rows(num_tokens) - num_tokens)
     return PackedBatch(
-        torch.cat([batch.ids[part] for part in slices]),
-        torch.cat([batch.positions[part] for part in slices]),
+        torch.cat([*(batch.ids[part] for part in slices), filling]),
+        torch.cat([*(batch.positions[part] for part in slices), filling]),
         Seqlens(lengths, cu_seqlens, max(lengths)),
     )
 
 
-def _start_threads(owner: SplitForward, num_threads: int) -> SimpleQueue[_Task | None]:
-    """Start daemon threads that take tasks until their owner is gone."""
-    tasks: SimpleQueue[_Task | None] = SimpleQueue()
-    ready = threading.Barrier(num_threads + 1)
-    threads = [
-        threading.Thread(target=_work, args=(tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True)
-        for number in range(num_threads)
-    ]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    # torch gives threads that come later what was last set by any thread; this thread's is as it was.
-    torch.set_num_threads(torch.get_num_threads())
-    # Not at interpreter exit, when a last batch may still be on its way to them.
-    weakref.finalize(owner, _end_threads, tasks, threads).atexit = False
-    return tasks
+class _Threads:
+    """Daemon threads that compute parts of batches until `end` is called.
+
+    Args:
+        num_threads: How many.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._ending = threading.Lock()
+        self._has_ended = False
+        ready = threading.Barrier(num_threads + 1)
+        self._threads = [
+            threading.Thread(
+                target=_work, args=(self._tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True
+            )
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        ready.wait()
+        # torch gives threads that are started later the number that any thread set last. This thread's own
+        # number has not changed.
+        torch.set_num_threads(torch.get_num_threads())
+        _live.add(self)
+
+    def put(self, tasks: Sequence[_Task]) -> bool:
+        """Hand tasks to the threads; return False, and take none, if the threads have been told to end."""
+        with self._ending:
+            if not self._has_ended:
+                for task in tasks:
+                    self._tasks.put(task)
+            return not self._has_ended
+
+    def end(self, timeout: float | None = None) -> None:
+        """End the threads once they have finished every task that was put, and wait for them.
+
+        Args:
+            timeout: Most seconds to wait; None is no limit.
+        """
+        with self._ending:
+            if not self._has_ended:
+                self._has_ended = True
+                for _ in self._threads:
+                    self._tasks.put(None)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            # Garbage may be collected in one of these threads, which cannot wait for itself.
+            if thread is not threading.current_thread():
+                thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+
+
+_live: weakref.WeakSet[_Threads] = weakref.WeakSet()
 
 
 def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
-    torch.get_num_threads()  # a thread's first use of torch sets the number anew
+    torch.get_num_threads()  # a thread's first use of torch sets its number of threads anew
     torch.set_num_threads(1)
     ready.wait()
     while (task := tasks.get()) is not None:
         forward, batch, future = task
+        del task
+        values: list[float] = []
+        failure: BaseException | None = None
         try:
-            result = forward(batch)
-        except BaseException as error:  # whoever waits must not wait for ever
-            future.set_exception(error)
+            values = forward(batch).tolist()
+        except BaseException as error:  # the caller waits for an answer, whatever happened
+            release_frames(error)
+            failure = error
+        # Free every tensor before the answer is given. torch releases the interpreter's lock while it frees
+        # one. After the answer the main thread may already be finalizing the interpreter, and a thread that
+        # asks for the lock then is ended by force, which C++ takes for a fault: the process would abort. So
+        # the answer holds floats, and an error's frames hold nothing.
+        del forward, batch
+        if failure is None:
+            future.set_result(values)
         else:
-            future.set_result(result)
-        # Nothing of a model may stay alive because its last batch is remembered here.
-        del forward, batch, future, task
+            future.set_exception(failure)
+        del future, failure
 
 
-def _end_threads(tasks: SimpleQueue[_Task | None], threads: Sequence[threading.Thread]) -> None:
-    for _ in threads:
-        tasks.put(None)
-    for thread in threads:
-        # Waited for, since a thread that ends while the interpreter does can take the process with it. They
-        # are idle, or nothing would be waiting for them; garbage may be collected in one of them, though.
-        if thread is not threading.current_thread():
-            thread.join()
+def _end_all() -> None:
+    """End all threads at interpreter exit, so that none is left to be ended by force; see `_work`."""
+    if was_forked():
+        return  # the threads are in the parent process
+    begin_exit()
+    deadline = time.monotonic() + _EXIT_S
+    for threads in list(_live):
+        threads.end(max(deadline - time.monotonic(), 0.0))
+
+
+atexit.register(_end_all)

@@ -1,0 +1,30 @@
+"""Ends what is being computed when the interpreter exits.
+
+At exit no caller waits for a score any more: `threading` has joined every thread that is not a daemon. But a
+forward pass over a large batch can take many seconds, and a thread that still computes when the interpreter is
+torn down is ended by force, which aborts the process. Modules that run threads therefore call `begin_exit` in
+their `atexit` functions, and models call `raise_if_exiting` before each layer.
+"""
+
+from __future__ import annotations
+
+from bge_rerank_integrations.errors import ScorerClosedError
+
+_is_exiting = False
+
+
+def begin_exit() -> None:
+    """Note that the interpreter has begun to exit. May be called twice."""
+    global _is_exiting
+    _is_exiting = True
+
+
+def is_exiting() -> bool:
+    """Return whether the interpreter has begun to exit."""
+    return _is_exiting
+
+
+def raise_if_exiting() -> None:
+    """Raise `ScorerClosedError` once the interpreter has begun to exit."""
+    if _is_exiting:
+        raise ScorerClosedError("the interpreter is exiting")
