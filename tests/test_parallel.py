@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
+from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.parallel import SplitForward, select, split_evenly
 from tests.test_engine import CPU, random_ids
 
@@ -78,6 +80,36 @@ def test_a_part_is_a_batch_of_its_own() -> None:
     assert torch.equal(part.seqlens.cu_seqlens, alone.seqlens.cu_seqlens)
     assert part.seqlens.cu_seqlens.dtype is torch.int32
     assert part.seqlens.max_seqlen == 5
+
+
+def test_a_part_has_the_rows_that_linear_layers_want() -> None:
+    part = select(batch_of([7, 5, 9, 3]), [1, 3], round_up_rows)
+    assert len(part.ids) == len(part.positions) == 16
+    assert part.ids[8:].tolist() == part.positions[8:].tolist() == [0] * 8
+    assert part.seqlens.lengths == (5, 3)
+
+
+def test_every_part_of_a_split_batch_has_the_rows_that_linear_layers_want() -> None:
+    seen: list[int] = []
+
+    def forward(batch: PackedBatch) -> Tensor:
+        seen.append(len(batch.ids))
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    SplitForward(forward, 2, 1024, round_up_rows)(batch_of([33, 20, 3]))
+    assert sorted(seen) == [32, 48]
+
+
+def test_the_frames_of_an_error_hold_nothing_when_it_comes_through() -> None:
+    def forward(batch: PackedBatch) -> Tensor:
+        large = torch.zeros(1000)
+        raise MemoryError(f"{len(large)} too many")
+
+    with pytest.raises(MemoryError, match="1000 too many") as raised:
+        SplitForward(forward, 2, 1024)(batch_of([5, 4]))
+    frames = [frame for frame, _ in traceback.walk_tb(raised.value.__traceback__)]
+    assert frames[-1].f_code.co_name == "forward", "the traceback still says where"
+    assert not frames[-1].f_locals
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])

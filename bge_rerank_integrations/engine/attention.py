@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.batch import Seqlens
+from bge_rerank_integrations.engine.linear import round_up_rows
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ _VARLEN_CAPABILITY = (8, 0)  # FlashAttention, which torch.nn.attention.varlen c
 _VARLEN_MAX_HEAD_DIM = 256
 # 16 MB of scores stay in a processor's cache; only sequences of thousands of tokens have more.
 _MAX_SCORES = 1 << 23
+# Sequences that are computed together at most: more would share nothing but the calls.
+_MAX_PART: Final = 16
 
 
 class VarlenAttention(Protocol):
@@ -57,7 +60,16 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqle
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Batched products and a softmax: in bfloat16 on CPUs, faster than torch's fused kernel."""
+    """Batched products and a softmax: in bfloat16 on CPUs, faster than torch's fused kernel.
+
+    oneDNN compiles a kernel for each shape of a product and keeps it, half a megabyte each. So lengths are
+    rounded up, and sequences of one length are computed in parts whose sizes are powers of two. That leaves a
+    few hundred shapes.
+    """
+    if q_seqlens.max_seqlen == 1:
+        # One query a sequence is little work, and in float32 torch does it without oneDNN.
+        q32, k32, v32 = q.float(), k.float(), v.float()
+        return sdpa_attention(q32, k32, v32, q_seqlens, kv_seqlens).to(q.dtype)
     return _attend_runs(_attend_by_products, q, k, v, q_seqlens, kv_seqlens)
 
 
@@ -106,14 +118,38 @@ def _attend_runs(
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # Each head's rows next to each other: products over strided ones are several times slower.
-    scaled = (q * q.shape[-1] ** -0.5).contiguous().flatten(0, 1)
-    keys = k.contiguous().flatten(0, 1).transpose(1, 2)
-    values = v.contiguous().flatten(0, 1)
+    """Attend on [sequences, heads, length, head_dim]; the queries are of the keys' length."""
+    parts = zip(*(rows.split(_part_sizes(len(q))) for rows in (q, k, v)), strict=True)
+    attended = [_attend_part(*part) for part in parts]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _part_sizes(count: int) -> list[int]:
+    """Return powers of two, the largest first, that add up to a count."""
+    sizes = [_MAX_PART] * (count // _MAX_PART)
+    return sizes + [
+        1 << bit for bit in range(_MAX_PART.bit_length() - 1, -1, -1) if count % _MAX_PART >> bit & 1
+    ]
+
+
+def _attend_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    shape, length = k.shape[:2], k.shape[2]
+    missing = round_up_rows(length) - length
+    # A copy with each head's rows next to each other: products over strided ones are several times slower.
+    q, k, v = (
+        (F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()).flatten(0, 1)
+        for rows in (q, k, v)
+    )
+    scaled, keys = q * q.shape[-1] ** -0.5, k.transpose(1, 2)
     rows = max(_MAX_SCORES // (len(scaled) * keys.shape[-1]), 1)
-    parts = [torch.bmm(torch.softmax(torch.bmm(part, keys), -1), values) for part in scaled.split(rows, 1)]
-    attended: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return attended.view(*q.shape)
+    parts = []
+    for part in scaled.split(rows, 1):
+        scores = torch.bmm(part, keys)
+        if missing:
+            scores[..., length:] = -torch.inf
+        parts.append(torch.bmm(torch.softmax(scores, -1), v))
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return attended.unflatten(0, shape)[:, :, :length]
 
 
 def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

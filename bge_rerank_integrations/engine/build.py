@@ -89,8 +89,8 @@ def build_model(
         model = Model(encoder, linear.num_rows, graphs)
     if device.type != "cpu":
         return model
-    # One pass on this thread alone. Libraries set up what they need in their first call (`first_calls` says what
-    # that can do), and compile and load kernels; no request waits for that, nor do several threads enter it.
+    # One pass on this thread alone. In their first call libraries set up what they need, and compile and load
+    # kernels. No request waits for that now, and no two threads do it at once; `first_calls` says why.
     ids = np.full(_FIRST_PASS_TOKENS, shape.padding_idx, np.int32)
     model.forward(pack([ids], padding_idx=shape.padding_idx, device=device, num_rows=model.num_rows))
     # Attention is 4 * width * length operations a token and layer, products 24 * width^2, not equally fast.

@@ -1,0 +1,44 @@
+"""Requests of ever new lengths must not make oneDNN compile and keep ever more kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+# Batches of every number of tokens from about 30 to 1,500, in the forward pass on one thread and on two.
+SCORE_EVERY_LENGTH = """
+    import random, sys
+    from bge_rerank_integrations import Scorer
+
+    with Scorer(sys.argv[1], device="cpu", dtype=sys.argv[2], num_threads=2, max_length=512) as scorer:
+        rng = random.Random(0)
+        for _ in range(400):
+            pairs = [("one", "two " * rng.randrange(1, 350)) for _ in range(rng.randrange(1, 6))]
+            scorer.score(pairs)
+"""
+# Eight numbers of rows an octave, and for attention as many lengths times a few powers of two.
+MOST_KERNELS = {"float32": 250, "bfloat16": 550}
+
+
+@pytest.mark.parametrize("dtype", sorted(MOST_KERNELS))
+def test_the_number_of_kernels_does_not_grow_with_the_number_of_lengths(checkpoint: Path, dtype: str) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("needs a build of torch with oneDNN")
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCORE_EVERY_LENGTH), str(checkpoint), dtype],
+        env={**os.environ, "ONEDNN_VERBOSE": "profile_create"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=True,
+    )
+    made = Counter(line.split(",")[5] for line in child.stdout.splitlines() if "create:cache_miss" in line)
+    assert made.total() > 20, "the log is read as it is written"
+    assert made.total() <= MOST_KERNELS[dtype], made
