@@ -148,8 +148,8 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if missing:
             scores[..., length:] = -torch.inf
         parts.append(torch.bmm(torch.softmax(scores, -1), v))
-    attended = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return attended.unflatten(0, shape)[:, :, :length]
+    attended: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return attended.view(*shape, *attended.shape[1:])[:, :, :length]
 
 
 def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
