@@ -73,9 +73,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     @model_validator(mode="after")
     def _check_score_key(self) -> Self:
         if self.keep_retrieval_score and self.score_key in _RETRIEVAL_KEYS:
-            raise ConfigError(
-                f"score_key {self.score_key!r} is where keep_retrieval_score puts something else"
-            )
+            raise ConfigError(f"score_key {self.score_key!r} is a key that keep_retrieval_score fills")
         if self.mark_unread and self.score_key in MARKS:
             raise ConfigError(f"score_key {self.score_key!r} is a key that mark_unread fills")
         return self

@@ -78,12 +78,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
+            ranked: Sequence[RankedPassage] = []
             if job.texts and self.top_n != 0:
                 ranked = self.resolve_scorer().rank(
                     job.query.query_str, job.texts, self.top_n, self.score_threshold
                 )
-                returned.extend(self._scored(job, ranked))
-                job.figures.update(summarize(ranked, len(job.texts)))
+            returned.extend(self._scored(job, ranked))
+            job.figures.update(summarize(ranked, len(job.texts)))
         return returned
 
     # The base class's mixin decorates the sync method only.
@@ -93,11 +94,12 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
+            ranked: Sequence[RankedPassage] = []
             if job.texts and self.top_n != 0:
                 scorer = await self.aresolve_scorer()
                 ranked = await scorer.arank(job.query.query_str, job.texts, self.top_n, self.score_threshold)
-                returned.extend(self._scored(job, ranked))
-                job.figures.update(summarize(ranked, len(job.texts)))
+            returned.extend(self._scored(job, ranked))
+            job.figures.update(summarize(ranked, len(job.texts)))
         return returned
 
     def _prepare(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> _Job:
