@@ -215,6 +215,9 @@ class ScorerConfig:
                 f"model {EMBEDDED_MODEL!r} comes with this package and has no revisions; leave revision out"
             )
 
+        if self.revision is not None and (self.model[0] in ".~" or os.path.isabs(self.model)):
+            raise ConfigError(LOCAL_REVISION.format(model=self.model))
+
     def _check_lengths(self) -> None:
         room = self.max_length - NUM_SPECIAL_TOKENS - self.effective_query_max_length
         if room < 1:
@@ -235,6 +238,7 @@ class ScorerConfig:
             )
 
 
+LOCAL_REVISION: Final = "model {model!r} is a local folder, which has no revisions; leave revision out, or name a model on the hub"
 FLOAT16_ON_CPU: Final = (
     "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
     "a CUDA device"

@@ -54,7 +54,11 @@ class SupportsRank(Protocol):
         top_n: int | None = None,
         threshold: float | None = None,
     ) -> Sequence[RankedPassage]:
-        """Rank passages, best first; see `Scorer.rank`."""
+        """Rank passages, best first; see `Scorer.rank`.
+
+        A scorer of one's own decides by itself what it does with passages that have nothing to read. Adapters
+        mark what it marks with `RankedPassage.blank` and `RankedPassage.truncated`.
+        """
 
     async def arank(
         self,
@@ -87,7 +91,7 @@ class Scorer:
     Example:
         >>> with Scorer("BAAI/bge-reranker-base") as scorer:
         ...     scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."], top_n=1)
-        [RankedPassage(index=1, score=..., truncated=False, windows=1)]
+        [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
     _shared: ClassVar[dict[ScorerConfig, Future[Scorer]]] = {}

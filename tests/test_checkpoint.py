@@ -204,9 +204,11 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) ->
         Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
 
 
-def test_a_revision_of_a_local_folder(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="is a local folder, which has no revisions"):
-        Scorer(folder, device="cpu", revision="main")
+def test_a_revision_of_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    for model in (folder, folder.name):  # the second could be a model on the hub
+        with pytest.raises(ConfigError, match="is a local folder, which has no revisions"):
+            Scorer(model, device="cpu", revision="main")
 
 
 # --- what sentence-transformers says about inputs ----------------------------------------------------

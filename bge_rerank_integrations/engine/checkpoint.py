@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
+from bge_rerank_integrations.config import EMBEDDED_MODEL, LOCAL_REVISION, ScorerConfig
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
@@ -72,10 +72,7 @@ def find_checkpoint(config: ScorerConfig) -> Path:
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
     if path.is_dir():
         if config.revision is not None:
-            raise ConfigError(
-                f"model {config.model!r} is a local folder, which has no revisions; leave revision out, or "
-                "name a model on the hub"
-            )
+            raise ConfigError(LOCAL_REVISION.format(model=config.model))
         return path
     if path.exists():
         raise CheckpointNotFoundError(f"model {config.model!r} is a file; name the folder it lies in")
