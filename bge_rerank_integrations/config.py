@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from bge_rerank_integrations.errors import ConfigError
@@ -215,7 +216,7 @@ class ScorerConfig:
                 f"model {EMBEDDED_MODEL!r} comes with this package and has no revisions; leave revision out"
             )
 
-        if self.revision is not None and (self.model[0] in ".~" or os.path.isabs(self.model)):
+        if self.revision is not None and (self.model[0] in ".~" or Path(self.model).is_absolute()):
             raise ConfigError(LOCAL_REVISION.format(model=self.model))
 
     def _check_lengths(self) -> None:
@@ -238,7 +239,10 @@ class ScorerConfig:
             )
 
 
-LOCAL_REVISION: Final = "model {model!r} is a local folder, which has no revisions; leave revision out, or name a model on the hub"
+LOCAL_REVISION: Final = (
+    "model {model!r} is a local folder, which has no revisions; leave revision out, "
+    "or name a model on the hub"
+)
 FLOAT16_ON_CPU: Final = (
     "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
     "a CUDA device"

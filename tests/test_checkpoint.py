@@ -336,9 +336,10 @@ def test_settings_that_cannot_be_read(folder: Path, name: str, content: str) -> 
 
 
 @pytest.mark.parametrize("prompts", [{}, {"search": 3}, None, []])
-def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any) -> None:
-    save_as_sentence_transformers_does(folder, prompts=prompts, default_prompt_name="search")
-    refuse(folder, CorruptCheckpointError, "no text for its default_prompt_name 'search'")
+@pytest.mark.parametrize("name", ["search", ["search"]])
+def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any, name: Any) -> None:
+    save_as_sentence_transformers_does(folder, prompts=prompts, default_prompt_name=name)
+    refuse(folder, CorruptCheckpointError, "no text for its default_prompt_name .*search")
 
 
 def test_a_prompt_makes_another_checkpoint(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 `CrossEncoder.save_pretrained` writes three files beside the transformer's own: `modules.json`,
 `config_sentence_transformers.json` and `sentence_bert_config.json`. A prompt in them is part of the model:
-without it the same pair gets another score.
+without it the same pair gets another score. What remains different is the cut of pairs that are longer than
+`max_length`: there the longer text loses tokens, here the passage (see `PairTokenizer`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def read_default_prompt(folder: Path) -> str:
     if name is None:
         return ""
     prompts = settings.get("prompts")
-    prompt = prompts.get(name, 0) if isinstance(prompts, dict) else 0
+    prompt = prompts.get(name, 0) if isinstance(prompts, dict) and isinstance(name, str) else 0
     if not isinstance(prompt, str | None):
         raise CorruptCheckpointError(
             f"{folder / _SETTINGS} has no text for its default_prompt_name {name!r}; correct one of the two"
