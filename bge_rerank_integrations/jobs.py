@@ -13,9 +13,7 @@ from typing import IO, Any, Final
 
 from filelock import FileLock, Timeout
 
-from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
-from bge_rerank_integrations.inputs import is_blank
-from bge_rerank_integrations.ranking import Ranking
+from bge_rerank_integrations.errors import DatasetError, NonFiniteScoreError
 from bge_rerank_integrations.scorer import Scorer
 
 # Batches fill well with this many pairs at once, and a kill costs no more than scoring them.
@@ -90,8 +88,6 @@ def parse_request(line: int, raw: bytes) -> Request:
     query, passages = row.get("query"), row.get("passages")
     if not isinstance(query, str):
         raise MalformedLineError(line, "`query` is not a string")
-    if is_blank(query):
-        raise MalformedLineError(line, "`query` has nothing to read")
     if not isinstance(passages, list):
         raise MalformedLineError(line, "`passages` is not a list")
     texts: list[str] = []
@@ -133,7 +129,7 @@ def rank_lines(
     Yields:
         The rows of some requests at a time, each with its line feed:
         `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best first,
-        `id` where the input has one, and `"blank": true` where a passage has nothing to read.
+        `id` where the input has one.
 
     Raises:
         MalformedLineError: A line is malformed and `strict`.
@@ -151,10 +147,17 @@ def rank_lines(
         if chunk[-1].line <= skip:
             continue
         # The whole of it even if some rows are done: the same batches give the same scores to the last bit.
-        ranked = _rank(scorer, chunk, top_n, threshold, leave_out)
-        rows = [_format(request, ranking) for request, ranking in ranked if request.line > skip]
+        try:
+            rankings = scorer.rank_many([(r.query, r.passages) for r in chunk], top_n, threshold)
+        except NonFiniteScoreError as error:
+            raise _of_line(error, chunk) from None
+        rows = [
+            _format(request, [(passage.index, passage.score) for passage in ranking])
+            for request, ranking in zip(chunk, rankings, strict=True)
+            if request.line > skip
+        ]
         progress.rows += len(rows)
-        progress.pairs += sum(len(request.passages) for request, _ in ranked if request.line > skip)
+        progress.pairs += sum(len(request.passages) for request in chunk if request.line > skip)
         yield rows
         progress.on_change(progress)
 
@@ -310,41 +313,16 @@ def _chunks(
         yield waiting
 
 
-def _rank(
-    scorer: Scorer,
-    chunk: list[Request],
-    top_n: int | None,
-    threshold: float | None,
-    leave_out: Callable[[MalformedLineError], object],
-) -> list[tuple[Request, Ranking]]:
-    """Rank a chunk, without those requests that only the tokenizer finds to have nothing to read."""
-    try:
-        rankings = scorer.rank_many([(r.query, r.passages) for r in chunk], top_n, threshold)
-    except NonFiniteScoreError as error:
-        raise _of_line(error, chunk) from None
-    except InputError as error:
-        if error.index is None:
-            raise
-        reason = str(error).removeprefix(f"request {error.index}: ")
-        leave_out(MalformedLineError(chunk[error.index].line, reason))
-        others = [*chunk[: error.index], *chunk[error.index + 1 :]]
-        return _rank(scorer, others, top_n, threshold, leave_out)
-    return list(zip(chunk, rankings, strict=True))
-
-
-def _format(request: Request, ranking: Ranking) -> str:
+def _format(request: Request, ranking: list[tuple[int, float]]) -> str:
     row: dict[str, Any] = {"line": request.line}
     if request.id is not None:
         row["id"] = request.id
     row["results"] = []
-    for passage in ranking:
-        result: dict[str, Any] = {"index": passage.index}
-        if request.passage_ids[passage.index] is not None:
-            result["id"] = request.passage_ids[passage.index]
-        result["score"] = passage.score
-        if passage.blank:
-            result["blank"] = True
-        row["results"].append(result)
+    for index, score in ranking:
+        result: dict[str, Any] = {"index": index}
+        if request.passage_ids[index] is not None:
+            result["id"] = request.passage_ids[index]
+        row["results"].append({**result, "score": score})
     return json.dumps(row) + "\n"
 
 
