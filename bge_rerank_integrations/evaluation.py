@@ -70,13 +70,14 @@ def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
 
     Args:
         first: What the first stage gave.
-        reranked: The reranker's score of each passage of `first`.
+        reranked: The reranker's score of each passage of `first`; equal ones count in its order.
         depth: How many of each query are reranked.
     """
     combined: Run = {}
     for query_id, scores in first.items():
         order = list(sorted_run(scores))
-        top = sorted(order[:depth], key=lambda passage_id: -reranked[query_id][passage_id])
+        kept = set(order[:depth])
+        top = [passage_id for passage_id in sorted_run(reranked[query_id]) if passage_id in kept]
         combined[query_id] = {passage_id: -rank for rank, passage_id in enumerate(top + order[depth:])}
     return combined
 

@@ -72,7 +72,7 @@ def rank(
     """
     config = ScorerConfig.from_dict({**config.to_dict(), "normalize": normalize})
     check_top_n(top_n)
-    check_threshold(threshold)
+    check_threshold(threshold, normalize=normalize)
     # A pipe can be read once only, as stdin can.
     input_path = Path(source) if source != "-" and Path(source).is_file() else None
     with ExitStack() as stack:
