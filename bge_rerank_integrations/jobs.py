@@ -295,18 +295,18 @@ def _rank_chunk(
 ) -> Iterator[list[tuple[Request, Ranking]]]:
     """Rank some requests in one pass; those that the scorer refuses are left out as malformed."""
     while chunk:
+        texts = [(request.query, request.texts) for request in chunk]
         try:
-            rankings = scorer.rank_many([(r.query, r.texts) for r in chunk], top_n, threshold)
+            rankings = scorer.rank_many(texts, top_n, threshold)
         except NonFiniteScoreError as error:
             raise _of_line(error, chunk) from None
         except InputError as error:
             if error.index is None:
                 raise
             refused, before = chunk[error.index], chunk[: error.index]
+            reason = str(error).removeprefix(f"request {error.index}: ")
             try:
-                leave_out(
-                    MalformedLineError(refused.line, str(error).removeprefix(f"request {error.index}: "))
-                )
+                leave_out(MalformedLineError(refused.line, reason))
             except MalformedLineError:  # strict; the requests before it are good
                 yield from _rank_chunk(scorer, before, top_n, threshold, leave_out)
                 raise

@@ -91,7 +91,8 @@ def parse_request(line: int, raw: bytes) -> Request:
     r"""Read one line, such as `{"query": "...", "passages": ["...", {"id": 7, "text": "..."}], "id": 1}`.
 
     The passages may be called `documents` or `texts` as well. A passage is a string or an object with a
-    string `text`, and may have a `title`; `_id` is taken for `id`, so that lines of a BEIR corpus are passages.
+    string `text` and, if it has one, its `title`. `_id` is read as `id`, so a line of a BEIR corpus is a
+    passage.
 
     Args:
         line: The number of the line, from 1.
@@ -157,9 +158,9 @@ def no_requests(first: bytes, error: MalformedLineError | None) -> MalformedInpu
     """
     if error is None:
         return MalformedInputError("the input is empty: it holds no request")
+    reason = _likely_format(first) or error
     return MalformedInputError(
-        f"no line of the input is a request: {_likely_format(first) or error}. A request is one line of JSON: "
-        f"`{REQUEST_FORM}`"
+        f"no line of the input is a request: {reason}. A request is one line of JSON: `{REQUEST_FORM}`"
     )
 
 

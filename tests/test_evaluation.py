@@ -172,7 +172,8 @@ def test_a_run_is_reranked_by_the_scorer(scorer: Scorer, folder: Path) -> None:
     dataset = read_beir(folder)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), 8)
     reranked = rerank_run(scorer, dataset.queries, dataset.corpus, first)
-    for query_id, scores in reranked.items():
+    assert reranked.num_pairs == sum(map(len, first.values()))
+    for query_id, scores in reranked.run.items():
         assert set(scores) == set(first[query_id])
         expected = scorer.rank(dataset.queries[query_id], [dataset.corpus[p] for p in first[query_id]])
         assert list(scores.values()) == pytest.approx([p.score for p in expected], abs=1e-5)
@@ -211,7 +212,7 @@ def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> 
 def test_a_model_compared_with_itself_reaches_all_of_it(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
     dataset = read_beir(folder)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), 8)
-    own = rerank_run(scorer, dataset.queries, dataset.corpus, first)
+    own = rerank_run(scorer, dataset.queries, dataset.corpus, first).run
     report = evaluate(scorer, dataset, first, 8, compared=("itself", own), progress=False)
     assert report.compared is not None
     assert report.compared.means == report.after

@@ -16,7 +16,13 @@ import pytest
 
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.errors import DatasetError, NonFiniteScoreError
-from bge_rerank_integrations.jobs import MalformedLineError, Progress, RankJob, parse_request, rank_lines
+from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
+from bge_rerank_integrations.request_lines import (
+    MalformedInputError,
+    MalformedLineError,
+    check_format,
+    parse_request,
+)
 
 REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
 

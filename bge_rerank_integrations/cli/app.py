@@ -14,18 +14,20 @@ from bge_rerank_integrations.cli.inspect import check, info
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA
 from bge_rerank_integrations.cli.rank import rank, rerank_run_command
 from bge_rerank_integrations.errors import ConfigError, InputError, RerankError
-from bge_rerank_integrations.jobs import MalformedInputError
+from bge_rerank_integrations.request_lines import MalformedInputError
 
 
 class _Failure(click.ClickException):
     """Ends the command with a message that fits the terminal."""
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
     def show(self, file: Any = None) -> None:
         click.echo(wrap(f"Error: {self.message}"), file=file, err=file is None)
+
+
+class _BadData(_Failure):
+    """Ends the command because its input holds no usable data."""
+
+    exit_code = EXIT_BAD_DATA
 
 
 class _WrongUsage(click.UsageError):
@@ -46,7 +48,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MalformedInputError as error:
-            raise _Failure(str(error), EXIT_BAD_DATA) from error
+            raise _BadData(str(error)) from error
         except (ConfigError, InputError) as error:
             raise _WrongUsage(str(error)) from error
         except RerankError as error:

@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 import unicodedata
+from pathlib import Path
 from typing import Final
 
 import click
@@ -17,6 +18,7 @@ WIDTH: Final = 80
 
 _COMMAND: Final = re.compile("`[^`]*`")
 _KEPT_SPACE: Final = "\0"
+_LAST_STANDARD_STREAM: Final = 2
 
 
 def prepare_streams() -> None:
@@ -25,15 +27,13 @@ def prepare_streams() -> None:
     A character that the encoding lacks is printed as its escape, such as `\\u4ec0`. A closed stderr
     swallows messages. A closed stdout stays None, which `require_stdout` reports.
     """
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            # Takes this number, the lowest free one, so that no file of ours can get it: libraries write
-            # to 1 and 2 without asking.
-            os.open(os.devnull, os.O_RDWR)
+    # A file takes the lowest free number. Those of closed standard streams are taken first, since libraries
+    # write to 1 and 2 without asking, and that must not go into a file of ours.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD_STREAM:
+        pass
+    os.close(descriptor)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

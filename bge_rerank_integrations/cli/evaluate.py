@@ -94,13 +94,11 @@ def evaluate_command(
         check_plot(plot)
     dataset = read_beir(folder, split, strict=strict)
     if dataset.num_repeated:
-        click.echo(
-            wrap(
-                f"{dataset.num_repeated} judgement(s) repeat a passage of their query, {dataset.num_conflicting} "
-                "with another grade: the highest counts."
-            ),
-            err=True,
+        repeated = (
+            f"{dataset.num_repeated} judgement(s) repeat a passage of their query, "
+            f"{dataset.num_conflicting} with another grade: the highest counts."
         )
+        click.echo(wrap(repeated), err=True)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
@@ -150,8 +148,9 @@ def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfi
     width = 0 if other is None else max(len(name) + 2, 9)
     yield f"{'':10}{'before':>9}{name:>{width}}{'after':>9}{'change':>9}   95 % interval"
     for measure, interval in report.intervals.items():
+        before, after = report.before[measure], report.after[measure]
         between = "" if other is None else f"{other.means[measure]:{width}.4f}"
-        yield f"{measure:10}{report.before[measure]:9.4f}{between}{report.after[measure]:9.4f}{_format(interval)}"
+        yield f"{measure:10}{before:9.4f}{between}{after:9.4f}{_format(interval)}"
     if other is not None:
         yield ""
         yield f"After, against {cut(other.name, WIDTH - 20)}:"

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 _LABEL_WIDTH: Final = 24
 _NO_HUB: Final = f"Where no hub can be reached, name a folder or use `--model {EMBEDDED_MODEL}`"
 _NOT_HERE: Final = f"not on this machine; the first use asks the hub for it. {_NO_HUB}"
-_LIBRARIES: Final = ("torch", "transformers", "tokenizers", "safetensors", "langchain-core", "llama-index-core")
+_LIBRARIES: Final = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "langchain-core",
+    "llama-index-core",
+)
 
 
 @click.command()
@@ -147,9 +154,7 @@ def check(context: click.Context, config: ScorerConfig, name: str | None, as_jso
             )
         tolerance = max(result.tolerance for result in checks)
         verdict = "They agree" if agrees else "They DISAGREE"
-        click.echo(
-            f"\n{verdict}: {precision.dtype} on {precision.device}, a tolerance of {tolerance:.4g} in a score."
-        )
+        click.echo(f"\n{verdict}, give or take {tolerance:.4g}: {precision.dtype} on {precision.device}.")
     if not agrees:
         context.exit(EXIT_BAD_DATA)
 

@@ -35,20 +35,7 @@ _NOT_OPTIONS: Final = frozenset(
 )
 
 
-class _List(click.ParamType):
-    """Several strings separated by commas."""
-
-    name = "list"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(","))
-        return tuple(value)
-
-
-_SCALARS: Final[dict[type, click.ParamType]] = {
+_SCALARS: Final[dict[type, click.ParamType[Any]]] = {
     bool: click.BOOL,
     float: click.FLOAT,
     int: click.INT,
@@ -127,25 +114,24 @@ def _setting_option(name: str, hint: Any, default: Any, text: str | None) -> _De
     if kind is click.BOOL:
         declared += f"/--no-{declared.removeprefix('--')}" if default else ""
         return click.option(declared, name, is_flag=True, default=default, help=text)
+    if kind is None:
+        return click.option(declared, name, callback=_split, metavar="NAME,NAME,...", help=text)
     return click.option(
-        declared,
-        name,
-        type=kind,
-        default=default,
-        show_default=default is not None,
-        metavar="NAME,NAME,..." if isinstance(kind, _List) else None,
-        help=text,
+        declared, name, type=kind, default=default, show_default=default is not None, help=text
     )
 
 
-def _parameter_type(hint: Any) -> click.ParamType:
-    """Return what parses the values of an annotation, such as `int | None` or `Literal["a", "b"]`."""
+def _parameter_type(hint: Any) -> click.ParamType[Any] | None:
+    """Return what parses the values of an annotation, such as `int | None` or `Literal["a", "b"]`.
+
+    None stands for several strings, as in `tuple[str, ...]`.
+    """
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
     if choices:
         return click.Choice([choice for choice in choices if choice is not None])
     scalars = [kind for scalar, kind in _SCALARS.items() if scalar in members]
-    return scalars[0] if scalars else _List()
+    return scalars[0] if scalars else None
 
 
 def _setting_texts() -> Iterator[tuple[str, str]]:
@@ -159,11 +145,19 @@ def _setting_texts() -> Iterator[tuple[str, str]]:
         yield (
             name,
             re.sub(
-                r"`(\w+)`",
-                lambda match: option_name(match[1]) if match[1] in settings else match[0],
+                r"""`(\w+)(?:="(\w+)")?`""",
+                lambda match: _as_typed(match[1], match[2]) if match[1] in settings else match[0],
                 sentence,
             ),
         )
+
+
+def _as_typed(setting: str, value: str | None) -> str:
+    return option_name(setting) if value is None else f"{option_name(setting)} {value}"
+
+
+def _split(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(","))
 
 
 def _in_a_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:

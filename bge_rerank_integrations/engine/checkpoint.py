@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
+from bge_rerank_integrations.engine.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    describe_other_model,
+    download_command,
+    refuse_dangling_link,
+    refuse_mistaken_folder,
+)
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
@@ -58,6 +65,7 @@ def find_checkpoint(config: ScorerConfig) -> Path:
     that name (which is `./embedded`).
 
     Raises:
+        ConfigError: A revision is asked for of a local folder.
         CheckpointNotFoundError: The folder, repository or revision does not exist or may not be read.
         HubUnreachableError: The hub does not answer and the cache does not have the model.
     """
@@ -68,6 +76,11 @@ def find_checkpoint(config: ScorerConfig) -> Path:
     except RuntimeError as error:  # ~somebody
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
     if path.is_dir():
+        if config.revision is not None:
+            raise ConfigError(
+                f"model {config.model!r} is a local folder, which has no revisions; leave revision out, or "
+                "name a model on the hub"
+            )
         return path
     if path.exists():
         raise CheckpointNotFoundError(f"model {config.model!r} is a file; name the folder it lies in")
@@ -94,9 +107,7 @@ def read_shape(folder: Path) -> EncoderShape:
     architectures = data.get("architectures") or [ARCHITECTURE]
     if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
         raise UnsupportedCheckpointError(
-            f"{folder} is a {data.get('model_type')!r} checkpoint for {architectures}, not an "
-            f"{ARCHITECTURE}. An embedding model has no relevance head and cannot rerank; use a "
-            "reranker such as BAAI/bge-reranker-base"
+            f"{folder} {describe_other_model(data.get('model_type'), architectures)}"
         )
     from transformers import XLMRobertaConfig
 
@@ -247,6 +258,9 @@ def require_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
+        refuse_dangling_link(path)
+        if name == "config.json":
+            refuse_mistaken_folder(folder)
         hint = ""
         if name == "tokenizer.json":
             hint = "; write it with AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
@@ -267,7 +281,7 @@ def _download(config: ScorerConfig) -> Path:
                 revision=config.revision,
                 cache_dir=config.cache_folder,
                 local_files_only=config.local_files_only,
-                allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", INDEX],
+                allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", INDEX, ADAPTER_CONFIG],
             )
         )
     except errors.HFValidationError as error:
@@ -287,7 +301,7 @@ def _download(config: ScorerConfig) -> Path:
         raise HubUnreachableError(
             f"{what} is not an existing local folder, not in the local cache, and the hub could not be "
             "asked. To work offline, fetch it once on a connected machine "
-            f"(`hf download {config.model}`), copy the folder here and pass its path as the model; "
+            f"(`{download_command(config.model)}`), copy that folder here and pass its path as the model; "
             "point cache_folder at a cache that has it, with local_files_only=True; or use "
             f'model="{EMBEDDED_MODEL}", the small English model that comes with this package'
         ) from error
@@ -304,6 +318,9 @@ def _weight_files(folder: Path) -> list[Path]:
             if not isinstance(name, str) or Path(name).name != name:
                 raise CorruptCheckpointError(f"{folder / INDEX} points outside its folder")
         return [require_file(folder, name) for name in sorted(set(names.values()))]
+    for path in (folder / WEIGHTS, folder / INDEX):
+        refuse_dangling_link(path)
+    refuse_mistaken_folder(folder)
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise UnsupportedCheckpointError(
             f"{folder} has pickled weights only, which can run code when they are loaded. {_TO_SAFETENSORS}"
