@@ -92,7 +92,6 @@ def test_a_beir_folder_is_read(folder: Path) -> None:
         ("queries.jsonl", '{"_id": "a"}\n', "line 1: text must"),
         ("queries.jsonl", '{"_id": "a", "text": "t"}\n', "no relevant passage"),
         ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": "a", "text": "u"}\n', "line 2: its `_id` was"),
-        ("qrels/test.tsv", "q0\tp0\t1\nq0\tp0\t0\n", "line 2: passage judged twice"),
         ("qrels/test.tsv", "q\tp\n", "line 1: not"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tp\tmuch\n", "line 2: not"),
     ],
@@ -103,6 +102,16 @@ def test_a_malformed_dataset_is_reported_by_file_and_line(
     (folder / name).write_text(text)
     with pytest.raises(DatasetError, match=message):
         read_beir(folder)
+
+
+def test_a_passage_judged_more_than_once_counts_with_its_highest_grade(folder: Path) -> None:
+    rows = ["q0\tp0\t1", "q0\tp0\t1", "q0\tp1\t2", "q0\tp1\t0", "q1\tp0\t0", "q1\tp0\t3", "q2\tp0\t1"]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(rows) + "\n")
+    dataset = read_beir(folder)
+    assert dataset.qrels == {"q0": {"p0": 1, "p1": 2}, "q1": {"p0": 3}, "q2": {"p0": 1}}
+    assert (dataset.num_repeated, dataset.num_conflicting) == (3, 2)
+    with pytest.raises(DatasetError, match="line 2: passage judged twice"):
+        read_beir(folder, strict=True)
 
 
 def test_a_missing_or_undecodable_file_is_reported(folder: Path) -> None:

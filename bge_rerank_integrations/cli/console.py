@@ -16,7 +16,7 @@ import click
 WIDTH: Final = 80
 """Columns that output may take; the narrowest terminal in common use."""
 
-_COMMAND: Final = re.compile("`[^`]*`")
+_COMMAND: Final = re.compile("""`[^`]*`|pip install "[^"]*\"""")
 _KEPT_SPACE: Final = "\0"
 _LAST_STANDARD_STREAM: Final = 2
 
@@ -48,7 +48,7 @@ def require_stdout() -> None:
 def wrap(text: str, *, indent: int = 0) -> str:
     """Break a text into lines of at most `WIDTH` columns.
 
-    What stands in backticks stays on one line, so that a command can be copied.
+    What stands in backticks, and a `pip install`, stay on one line, so that they can be copied.
 
     Args:
         text: One paragraph.

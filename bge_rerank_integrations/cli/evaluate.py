@@ -94,11 +94,11 @@ def evaluate_command(
         check_plot(plot)
     dataset = read_beir(folder, split, strict=strict)
     if dataset.num_repeated:
-        repeated = (
-            f"{dataset.num_repeated} judgement(s) repeat a passage of their query, "
-            f"{dataset.num_conflicting} with another grade: the highest counts."
+        click.echo(
+            f"{dataset.num_repeated} judgement(s) repeated, {dataset.num_conflicting} with another grade; "
+            "the highest counts.",
+            err=True,
         )
-        click.echo(wrap(repeated), err=True)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:

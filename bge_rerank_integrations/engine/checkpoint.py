@@ -107,7 +107,7 @@ def read_shape(folder: Path) -> EncoderShape:
     architectures = data.get("architectures") or [ARCHITECTURE]
     if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
         raise UnsupportedCheckpointError(
-            f"{folder} {describe_other_model(data.get('model_type'), architectures)}"
+            f"{folder} {describe_other_model(data.get('model_type'), data.get('architectures'))}"
         )
     from transformers import XLMRobertaConfig
 
@@ -259,7 +259,7 @@ def require_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         refuse_dangling_link(path)
-        if name == "config.json":
+        if name == "config.json" or not any((folder / weights).is_file() for weights in (WEIGHTS, INDEX)):
             refuse_mistaken_folder(folder)
         hint = ""
         if name == "tokenizer.json":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
@@ -19,37 +18,43 @@ _SUPPORTED: Final = (
     f"BAAI/bge-reranker-v2-m3 or {EMBEDDED_MODEL!r}, the small English model that comes with it"
 )
 _WEIGHTS: Final = ("model*.safetensors", "pytorch_model*.bin")
-# A class of transformers by the end of its name.
+# What a class of transformers is, by the end of its name.
 _KINDS: Final[tuple[tuple[str, str], ...]] = (
-    ("ForSequenceClassification", "a cross-encoder or another classifier"),
-    ("ForCausalLM", "a language model, which some rerankers are made of"),
-    ("ForMaskedLM", "a pretrained model without a relevance head"),
-    ("Model", "an embedding or a pretrained model, which has no relevance head and cannot rerank"),
+    ("ForSequenceClassification", "It is a cross-encoder or another classifier of another model family"),
+    ("ForCausalLM", "It is a language model, as some rerankers are"),
+    ("ForMaskedLM", "A pretrained model has no relevance head and cannot rerank"),
+    ("Model", "An embedding model has no relevance head and cannot rerank"),
 )
 _MAX_NAMED: Final = 5
 _MERGE: Final = (
     'python -c "from peft import PeftModel; '
-    "from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T; base, lora, merged = {base!r}, {folder!r}, 'merged'; "
+    "from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T; "
+    "base, lora, merged = {base!r}, {folder!r}, 'merged'; "
     "PeftModel.from_pretrained(M.from_pretrained(base), lora).merge_and_unload().save_pretrained(merged); "
     'T.from_pretrained(base).save_pretrained(merged)"'
 )
 
 
-def describe_other_model(model_type: object, architectures: Sequence[str]) -> str:
-    """Say what a model of another architecture is, and which models to take instead."""
-    names = ", ".join(architectures) or "no class"
-    kinds = [kind for name in architectures for end, kind in _KINDS if name.endswith(end)]
-    what = f"{kinds[0]} of the {model_type!r} family" if kinds else f"a {model_type!r} checkpoint"
-    return f"is {what} ({names}). {_SUPPORTED}"
+def describe_other_model(model_type: object, architectures: object) -> str:
+    """Say what a model of another architecture is, and which models to take instead.
+
+    Args:
+        model_type: What its config says.
+        architectures: What its config says: a list of classes of transformers, or nothing.
+    """
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    kinds = [f"{kind}. " for name in names for end, kind in _KINDS if name.endswith(end)]
+    classes = f" for {', '.join(names)}" if names else ""
+    return f"is a {model_type!r} checkpoint{classes}. {''.join(kinds[:1])}{_SUPPORTED}"
 
 
 def refuse_dangling_link(path: Path) -> None:
     """Raise `CheckpointNotFoundError` if a file is a link to one that is not there."""
     if path.is_symlink() and not path.exists():
         raise CheckpointNotFoundError(
-            f"{path} is a link to a file that is not there. A hub cache keeps the files in its folder `blobs` "
-            "and links to them: copy it with `cp -rL`, which copies the files, or fetch the model as a folder "
-            f"of its own: `{download_command('MODEL')}`"
+            f"{path} is a link to a file that is not there. A hub cache keeps the files in its folder "
+            "`blobs` and links to them: copy it with `cp -rL`, which copies the files, or fetch the model as "
+            f"a folder of its own: `{download_command('MODEL')}`"
         )
 
 
