@@ -122,6 +122,17 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(checkpoint: Path, t
     assert result.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_plot_is_written_even_if_the_numbers_cannot_be_printed(checkpoint: Path, folder: Path) -> None:
+    plot = folder / "plot.svg"
+    arguments = ["eval", str(folder), "--model", str(checkpoint), "--plot", str(plot)]
+    result = in_shell(arguments, ">/dev/full")
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "<svg" in plot.read_text(encoding="utf-8")
+
+
 def columns(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line)
 

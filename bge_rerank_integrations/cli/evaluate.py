@@ -105,7 +105,7 @@ def evaluate_command(
         report = evaluate(scorer, dataset, first, depth, compared=compared, progress=shows_progress(quiet))
     try:
         if plot is not None:
-            plot_report(report, plot, title=f"{folder.resolve().name}, {config.model}")
+            plot_report(report, plot, title=cut(f"{folder.resolve().name}, {config.model}", WIDTH))
     finally:  # the numbers are shown even if the plot cannot be written
         if as_json:
             click.echo(json.dumps(_record(report, config, folder)))
