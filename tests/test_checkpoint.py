@@ -177,7 +177,7 @@ def test_a_trainers_folder_names_its_checkpoints(folder: Path) -> None:
     refuse(inside, CheckpointNotFoundError, message)
 
 
-def test_a_revision_of_a_local_folder(folder: Path) -> None:
+def test_a_local_folder_has_no_revisions(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is a local folder, which has no revisions; leave revision out"):
         Scorer(folder, revision="main")
 
