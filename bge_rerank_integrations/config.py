@@ -46,16 +46,17 @@ class ScorerConfig:
     the hub library's own login or the `HF_TOKEN` environment variable.
 
     Attributes:
-        model: Hub id, or path of a local folder, of a one-label `XLMRobertaForSequenceClassification`;
-            `embedded` is the small English one that comes with this package (no BGE model).
+        model: Hub id or local folder of a reranker, that is of a one-label
+            `XLMRobertaForSequenceClassification`; `embedded` is the small English one that comes with this
+            package (no BGE model).
         revision: Branch, tag or commit on the hub; None is the default branch.
         sha256: What `cat model*.safetensors | sha256sum` must give, in the checkpoint's folder, for the
-            weights to be loaded; None does not check.
+            weights to be loaded; None is no check.
         cache_folder: Where hub downloads are kept; None is the hub library's own cache.
         local_files_only: Never ask the network; use what is in the cache.
         device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
-        devices: Several devices of one kind, such as `("cuda:0", "cuda:1")`, instead of `device`: each holds
-            a copy of the model, and all take batches from one queue. Any sequence; kept as a tuple.
+        devices: Several devices of one kind, such as cuda:0 and cuda:1, instead of `device`: each holds a
+            copy of the model, and all take batches from one queue. Any sequence of names; kept as a tuple.
         dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16`, `float8` or
             `int8`. float16 is refused on a CPU, which has no fast arithmetic for it. float8 is for CUDA
             devices from Hopper on: matrix products in e4m3 scaled by row, all else in bfloat16 or float32.
@@ -68,7 +69,7 @@ class ScorerConfig:
         query_truncation_side: Which end of a query that is too long is cut. `right`, the default and
             FlagReranker's rule, keeps its beginning; `left` keeps its end, where the question stands in a
             query that begins with a chat history. The query instruction is kept either way.
-        max_batch_tokens: Most tokens in one forward pass; None lets the device decide.
+        max_batch_tokens: Most tokens in one forward pass; None is what suits the device.
         num_threads: CPU threads that the forward pass computes with; None is as many as torch is set to. A
             web server with workers of its own wants fewer. Other threads' torch settings stay as they are.
         max_wait_ms: How long a request may wait for others to share a batch that is not full. 0, the
@@ -221,6 +222,9 @@ class ScorerConfig:
             raise ConfigError("devices must be a list of strings or None")
         if self.device != "auto":
             raise ConfigError("device and devices cannot both be given")
+        nameless = next((index for index, device in enumerate(devices) if not device.strip()), None)
+        if nameless is not None:
+            raise ConfigError(f"devices[{nameless}] is empty; give each device a name, such as 'cuda:0'")
         if not devices or "auto" in devices:
             raise ConfigError("devices must name at least one device, and each by its own name, not 'auto'")
         if len({device.partition(":")[0] for device in devices}) > 1:

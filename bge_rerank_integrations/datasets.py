@@ -23,11 +23,16 @@ class BeirDataset:
         corpus: Passage id to its text, the title first where there is one.
         queries: Query id to its text.
         qrels: Query id to the relevance of its judged passages.
+        num_repeated: Judgements of a passage that was judged before for the same query. The highest
+            relevance counts.
+        num_conflicting: Of those, how many differ from what was judged before.
     """
 
     corpus: dict[str, str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
+    num_repeated: int = 0
+    num_conflicting: int = 0
 
     def judged_queries(self) -> dict[str, str]:
         """Return the queries that have at least one relevant passage, which are those that count."""
@@ -36,6 +41,11 @@ class BeirDataset:
             for query_id, text in self.queries.items()
             if any(relevance > 0 for relevance in self.qrels.get(query_id, {}).values())
         }
+
+
+def join_title(title: str | None, text: str) -> str:
+    """Return a passage as it is scored: its title, where it has one, a space, and its text."""
+    return f"{title} {text}".strip() if title else text
 
 
 def read_corpus(folder: Path) -> dict[str, str]:
@@ -49,7 +59,7 @@ def read_corpus(folder: Path) -> dict[str, str]:
         title, text = row.get("title") or "", row.get("text")
         if not isinstance(title, str) or not isinstance(text, str):
             raise DatasetError(f"{folder / 'corpus.jsonl'}, line {number}: title and text must be strings")
-        corpus[row["_id"]] = f"{title} {text}".strip()
+        corpus[row["_id"]] = join_title(title, text)
     return corpus
 
 
@@ -67,29 +77,36 @@ def read_queries(folder: Path) -> dict[str, str]:
     return queries
 
 
-def read_beir(folder: Path, split: str = "test") -> BeirDataset:
+def read_beir(folder: Path, split: str = "test", *, strict: bool = False) -> BeirDataset:
     """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
+
+    Args:
+        folder: The folder.
+        split: Which judgements to read.
+        strict: Refuse a passage that is judged twice for its query.
 
     Raises:
         DatasetError: A file is missing or malformed, or no query of the split has a relevant passage.
     """
     qrels: dict[str, dict[str, int]] = {}
+    num_repeated = num_conflicting = 0
     path = folder / "qrels" / f"{split}.tsv"
-    for number, line in _lines(path):
-        fields = line.rstrip("\n").split("\t")
-        if (number == 1 and fields[-1] == "score") or not line.strip():
-            continue
-        try:
-            query_id, passage_id, text = fields
-            relevance = int(text)
-        except ValueError as error:
-            raise DatasetError(
-                f"{path}, line {number}: not `query-id TAB corpus-id TAB whole number`"
-            ) from error
-        if passage_id in qrels.setdefault(query_id, {}):
-            raise DatasetError(f"{path}, line {number}: passage judged twice for its query")
-        qrels[query_id][passage_id] = relevance
-    dataset = BeirDataset(corpus=read_corpus(folder), queries=read_queries(folder), qrels=qrels)
+    for number, query_id, passage_id, relevance in _judgements(path):
+        judged = qrels.setdefault(query_id, {})
+        earlier = judged.get(passage_id)
+        if earlier is not None:
+            if strict:
+                raise DatasetError(f"{path}, line {number}: passage judged twice for its query")
+            num_repeated += 1
+            num_conflicting += relevance != earlier
+        judged[passage_id] = relevance if earlier is None else max(relevance, earlier)
+    dataset = BeirDataset(
+        corpus=read_corpus(folder),
+        queries=read_queries(folder),
+        qrels=qrels,
+        num_repeated=num_repeated,
+        num_conflicting=num_conflicting,
+    )
     if not dataset.judged_queries():
         raise DatasetError(f"{path} names no relevant passage for any query of {folder / 'queries.jsonl'}")
     return dataset
@@ -132,6 +149,21 @@ def format_run(run: Mapping[str, Mapping[str, float]], tag: str) -> Iterator[str
 def sorted_run(scores: Mapping[str, float]) -> dict[str, float]:
     """Return the passages of one query best first, equal ones in their order."""
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Give line number, query id, passage id and relevance of each judgement."""
+    for number, line in _lines(path):
+        fields = line.rstrip("\n").split("\t")
+        if (number == 1 and fields[-1] == "score") or not line.strip():
+            continue
+        try:
+            query_id, passage_id, text = fields
+            yield number, query_id, passage_id, int(text)
+        except ValueError as error:
+            raise DatasetError(
+                f"{path}, line {number}: not `query-id TAB corpus-id TAB whole number`"
+            ) from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

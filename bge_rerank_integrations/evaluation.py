@@ -134,6 +134,7 @@ class Report:
         num_unanswered: Queries that the first stage has nothing for; they count as 0.
         num_pairs: Pairs scored.
         num_tokens: Their tokens.
+        num_truncated: Of the pairs, how many lost tokens because they were too long.
         seconds: What scoring them took.
     """
 
@@ -147,6 +148,7 @@ class Report:
     num_unanswered: int
     num_pairs: int
     num_tokens: int
+    num_truncated: int
     seconds: float
 
     def helped(self, count: int) -> list[Change]:
@@ -196,10 +198,10 @@ def evaluate(
     names = [*MEASURES, f"R@{min(10, depth)}", f"R@{depth}"]
     before = measure(qrels, first, names)
     other = None if compared is None else (compared[0], measure(qrels, _cut_to(first, *compared), names))
-    tokens_before = scorer.stats().tokens
     started = time.perf_counter()
-    scores = rerank_run(scorer, queries, dataset.corpus, first, progress=progress)
+    reranked = rerank_run(scorer, queries, dataset.corpus, first, progress=progress)
     seconds = time.perf_counter() - started
+    scores = reranked.run
     after = measure(qrels, scores, names)
     return Report(
         depth=depth,
@@ -216,8 +218,9 @@ def evaluate(
         },
         compared=None if other is None else _compare(*other, after),
         num_unanswered=num_unanswered,
-        num_pairs=sum(map(len, first.values())),
-        num_tokens=scorer.stats().tokens - tokens_before,
+        num_pairs=reranked.num_pairs,
+        num_tokens=reranked.num_tokens,
+        num_truncated=reranked.num_truncated,
         seconds=seconds,
     )
 

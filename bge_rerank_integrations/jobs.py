@@ -13,94 +13,48 @@ from typing import IO, Any, Final
 
 from filelock import FileLock, Timeout
 
-from bge_rerank_integrations.errors import DatasetError, NonFiniteScoreError
+from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.ranking import Ranking
+from bge_rerank_integrations.request_lines import (
+    MalformedInputError,
+    MalformedLineError,
+    Request,
+    no_requests,
+    parse_request,
+)
 from bge_rerank_integrations.scorer import Scorer
 
 # Batches fill well with this many pairs at once, and a kill costs no more than scoring them.
 _NUM_PAIRS_AT_ONCE: Final = 512
-
-
-@dataclass(frozen=True)
-class Request:
-    """One line of the input.
-
-    Attributes:
-        line: Its number, from 1.
-        id: What the caller calls it; None where it has no `id`.
-        query: The query.
-        passages: Texts to rank.
-        passage_ids: What the caller calls each; None where they are plain strings.
-    """
-
-    line: int
-    id: str | int | None
-    query: str
-    passages: list[str]
-    passage_ids: list[str | int | None]
-
-
-class MalformedLineError(DatasetError):
-    """A line of the input that is not a request.
-
-    Attributes:
-        line: Its number, from 1.
-    """
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(f"line {line}: {reason}")
-        self.line = line
+# Of the first line: enough to guess what an input without a request is.
+_NUM_BYTES_SHOWN_TO_GUESS: Final = 1024
 
 
 @dataclass
 class Progress:
-    """What a job has done so far, for whoever shows it.
+    """What a job has done so far.
 
     Attributes:
         rows: Rows written by this call.
         pairs: Pairs scored by this call.
-        malformed: Lines that were left out by this call.
+        truncated: Of those, how many lost tokens because they were too long.
+        malformed: Lines that this call left out.
+        on_change: Called after each change of the counts of rows.
     """
 
     rows: int = 0
     pairs: int = 0
+    truncated: int = 0
     malformed: int = 0
     on_change: Callable[[Progress], object] = field(default=lambda _: None, repr=False)
 
-
-def parse_request(line: int, raw: bytes) -> Request:
-    r"""Read one line: `{"query": "...", "passages": ["...", {"id": 7, "text": "..."}], "id": ...}`.
-
-    Raises:
-        MalformedLineError: It is something else; the message says what and where, and never the text.
-
-    Example:
-        >>> parse_request(1, b'{"query": "a panda?", "passages": ["a bear", "a car"]}').passages
-        ['a bear', 'a car']
-    """
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise MalformedLineError(line, "not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise MalformedLineError(line, "not valid JSON") from None
-    if not isinstance(row, dict):
-        raise MalformedLineError(line, "not a JSON object")
-    query, passages = row.get("query"), row.get("passages")
-    if not isinstance(query, str):
-        raise MalformedLineError(line, "`query` is not a string")
-    if not isinstance(passages, list):
-        raise MalformedLineError(line, "`passages` is not a list")
-    texts: list[str] = []
-    ids: list[str | int | None] = []
-    for index, passage in enumerate(passages):
-        text = passage.get("text") if isinstance(passage, dict) else passage
-        if not isinstance(text, str):
-            raise MalformedLineError(
-                line, f"`passages[{index}]` is neither a string nor an object with a string `text`"
-            )
-        texts.append(text)
-        ids.append(_identifier(line, passage.get("id")) if isinstance(passage, dict) else None)
-    return Request(line, _identifier(line, row.get("id")), query, texts, ids)
+    def add(self, rankings: Iterable[Ranking]) -> None:
+        """Count the rankings of some requests, each of which becomes a row."""
+        for ranking in rankings:
+            self.rows += 1
+            self.pairs += ranking.num_pairs
+            self.truncated += ranking.num_truncated
+        self.on_change(self)
 
 
 def rank_lines(
@@ -109,6 +63,7 @@ def rank_lines(
     *,
     top_n: int | None = None,
     threshold: float | None = None,
+    return_texts: bool = False,
     strict: bool = False,
     skip: int = 0,
     on_malformed: Callable[[MalformedLineError], object],
@@ -121,45 +76,49 @@ def rank_lines(
         source: The lines.
         top_n: As in `Scorer.rank`.
         threshold: As in `Scorer.rank`.
+        return_texts: Give each passage's text beside its score.
         strict: Raise at the first malformed line instead of leaving it out.
         skip: How many lines at the beginning are done already. They are read and not ranked.
-        on_malformed: Told of each line that is left out.
+        on_malformed: Called with the error of each line that is left out.
         progress: Kept up to date.
 
     Yields:
         The rows of some requests at a time, each with its line feed:
-        `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best first,
-        `id` where the input has one.
+        `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best first. A
+        request or passage has an `id`, and a passage a `title`, where the input gives it one.
 
     Raises:
         MalformedLineError: A line is malformed and `strict`.
+        MalformedInputError: No line is a request.
         RerankError: As `Scorer.rank` does.
     """
+    first_line, first_error = b"", None
 
     def leave_out(error: MalformedLineError) -> None:
         if strict:
             raise error
+        nonlocal first_error
+        first_error = first_error or error
         if error.line > skip:
             progress.malformed += 1
             on_malformed(error)
 
-    for chunk in _chunks(source, leave_out):
+    def watched() -> Iterator[bytes]:
+        nonlocal first_line
+        for raw in source:
+            first_line = first_line or raw.strip()[:_NUM_BYTES_SHOWN_TO_GUESS]
+            yield raw
+
+    for chunk in _chunks(watched(), leave_out):
         if chunk[-1].line <= skip:
             continue
-        # The whole of it even if some rows are done: the same batches give the same scores to the last bit.
-        try:
-            rankings = scorer.rank_many([(r.query, r.passages) for r in chunk], top_n, threshold)
-        except NonFiniteScoreError as error:
-            raise _of_line(error, chunk) from None
-        rows = [
-            _format(request, [(passage.index, passage.score) for passage in ranking])
-            for request, ranking in zip(chunk, rankings, strict=True)
-            if request.line > skip
-        ]
-        progress.rows += len(rows)
-        progress.pairs += sum(len(request.passages) for request in chunk if request.line > skip)
-        yield rows
-        progress.on_change(progress)
+        # All of it is scored even if some rows are done: equal batches give equal scores to the last bit.
+        for ranked in _rank_chunk(scorer, chunk, top_n, threshold, leave_out):
+            new = [(request, ranking) for request, ranking in ranked if request.line > skip]
+            yield [_format(request, ranking, return_texts=return_texts) for request, ranking in new]
+            progress.add(ranking for _, ranking in new)
+    if not progress.rows and not skip:
+        raise no_requests(first_line, first_error)
 
 
 class RankJob:
@@ -250,13 +209,27 @@ class RankJob:
             ) from error
 
     def write(self, batches: Iterable[list[str]]) -> None:
-        """Append rows as they come, and give the file its name once they are all there."""
-        with self._partial.open("a", encoding="utf-8", newline="\n") as file:
-            for rows in batches:
-                file.writelines(rows)
-                file.flush()
-            os.fsync(file.fileno())
+        """Append rows as they come, and give the file its name once they are all there.
+
+        Raises:
+            MalformedInputError: As the batches do. If no row was written, nothing is left behind.
+        """
+        try:
+            with self._partial.open("a", encoding="utf-8", newline="\n") as file:
+                for rows in batches:
+                    file.writelines(rows)
+                    file.flush()
+                os.fsync(file.fileno())
+        except MalformedInputError:
+            self._discard_if_empty()
+            raise
         self._partial.replace(self._output)
+
+    def _discard_if_empty(self) -> None:
+        # An older output is still there under --overwrite, and the empty file says that it is not this job's.
+        if not self._output.exists() and not self._partial.stat().st_size:
+            self._partial.unlink()
+            self._record.unlink()
 
     def _check(self) -> None:
         if not (self._output.exists() or self._partial.exists()):
@@ -313,16 +286,51 @@ def _chunks(
         yield waiting
 
 
-def _format(request: Request, ranking: list[tuple[int, float]]) -> str:
+def _rank_chunk(
+    scorer: Scorer,
+    chunk: list[Request],
+    top_n: int | None,
+    threshold: float | None,
+    leave_out: Callable[[MalformedLineError], object],
+) -> Iterator[list[tuple[Request, Ranking]]]:
+    """Rank some requests in one pass; those that the scorer refuses are left out as malformed."""
+    while chunk:
+        texts = [(request.query, request.texts) for request in chunk]
+        try:
+            rankings = scorer.rank_many(texts, top_n, threshold)
+        except NonFiniteScoreError as error:
+            raise _of_line(error, chunk) from None
+        except InputError as error:
+            if error.index is None:
+                raise
+            refused, before = chunk[error.index], chunk[: error.index]
+            reason = str(error).removeprefix(f"request {error.index}: ")
+            try:
+                leave_out(MalformedLineError(refused.line, reason))
+            except MalformedLineError:  # strict; the requests before it are good
+                yield from _rank_chunk(scorer, before, top_n, threshold, leave_out)
+                raise
+            chunk = before + chunk[error.index + 1 :]
+        else:
+            yield list(zip(chunk, rankings, strict=True))
+            return
+
+
+def _format(request: Request, ranking: Ranking, *, return_texts: bool) -> str:
     row: dict[str, Any] = {"line": request.line}
     if request.id is not None:
         row["id"] = request.id
     row["results"] = []
-    for index, score in ranking:
-        result: dict[str, Any] = {"index": index}
-        if request.passage_ids[index] is not None:
-            result["id"] = request.passage_ids[index]
-        row["results"].append({**result, "score": score})
+    for ranked in ranking:
+        passage = request.passages[ranked.index]
+        result = {
+            "index": ranked.index,
+            "id": passage.id,
+            "title": passage.title,
+            "score": ranked.score,
+            "text": passage.text if return_texts else None,
+        }
+        row["results"].append({name: value for name, value in result.items() if value is not None})
     return json.dumps(row) + "\n"
 
 
@@ -336,12 +344,6 @@ def _of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScore
     return NonFiniteScoreError(
         f"line {request.line}: the model's score of passage {index} is not finite", index=index
     )
-
-
-def _identifier(line: int, value: object) -> str | int | None:
-    if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):
-        return value
-    raise MalformedLineError(line, "an `id` is neither a string nor a whole number")
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,14 @@
-"""Scores that are published for known models, to tell whether this machine computes the same."""
+"""Scores that known models give, to tell whether this machine computes the same."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NamedTuple
 
+from bge_rerank_integrations.config import EMBEDDED_MODEL
 from bge_rerank_integrations.errors import InputError
 from bge_rerank_integrations.scorer import Scorer
 
@@ -11,58 +16,125 @@ _PANDA: Final = (
     "The giant panda (Ailuropoda melanoleuca), sometimes called a panda bear or simply panda, is a bear "
     "species endemic to China."
 )
-PAIRS: Final = (("query", "passage"), ("what is panda?", "hi"), ("what is panda?", _PANDA))
-PUBLISHED: Final[dict[str, tuple[float, float, float]]] = {
-    # FlagEmbedding's README, raw, computed there in float16
-    "BAAI/bge-reranker-large": (-1.5263671875, -5.60546875, 5.76171875),
-    "BAAI/bge-reranker-v2-m3": (-5.65234375, -8.1875, 5.26171875),
-}
-"""Model to the raw logits of `PAIRS`."""
+_HI_PAIR: Final = ("what is panda?", "hi")
+_PANDA_PAIR: Final = ("what is panda?", _PANDA)
 
-TOLERANCE: Final = 0.1
-"""Half precision on other hardware is off by some hundredths; a wrong tokenizer or layer by whole units."""
+# `bge-rerank check --model embedded --dtype float32 --json` prints the scores that belong in this file.
+_GOLDEN_FILE: Final = Path(__file__).parent / "embedded" / "golden.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Scores that a model should give.
+
+    Attributes:
+        source: Where they come from.
+        tolerance: How far they may be off at the source, in logits, from those of exact arithmetic.
+        logits: The raw logit of each (query, passage) pair.
+    """
+
+    source: str
+    tolerance: float
+    logits: Mapping[tuple[str, str], float]
+
+
+# Scores computed in float16 on other hardware are off by some hundredths, while a wrong tokenizer or layer
+# is off by whole units.
+_FLOAT16_TOLERANCE: Final = 0.1
+
+_README: Final = "FlagEmbedding's README; computed in float16"
+PUBLISHED: Final[dict[str, Reference]] = {
+    "BAAI/bge-reranker-base": Reference(
+        source="a user's report in FlagEmbedding's issue tracker (issue 108), not its README",
+        tolerance=_FLOAT16_TOLERANCE,
+        logits={_HI_PAIR: -8.154, _PANDA_PAIR: 6.182},
+    ),
+    "BAAI/bge-reranker-large": Reference(
+        source=_README,
+        tolerance=_FLOAT16_TOLERANCE,
+        logits={("query", "passage"): -1.5263671875, _HI_PAIR: -5.60546875, _PANDA_PAIR: 5.76171875},
+    ),
+    "BAAI/bge-reranker-v2-m3": Reference(
+        source=_README,
+        tolerance=_FLOAT16_TOLERANCE,
+        logits={("query", "passage"): -5.65234375, _HI_PAIR: -8.1875, _PANDA_PAIR: 5.26171875},
+    ),
+}
+"""Model to the scores that are published for it."""
+
+DTYPE_TOLERANCE: Final[Mapping[str, float]] = {
+    "float32": 0.001,
+    "float16": 0.02,
+    "bfloat16": 0.1,
+    "int8": 0.3,
+    "float8": 0.6,
+}
+"""How far the logits of a precision may be from those of exact arithmetic."""
 
 
 class Check(NamedTuple):
-    """One pair's score, here and as published."""
+    """One pair's score, here and in the reference.
+
+    Attributes:
+        query: The query.
+        passage: The passage.
+        expected: The reference's raw logit.
+        score: The raw logit computed here.
+        tolerance: How far the two may differ.
+    """
 
     query: str
     passage: str
-    published: float
+    expected: float
     score: float
+    tolerance: float
 
     @property
     def agrees(self) -> bool:
         """Whether the two are the same but for rounding."""
-        return abs(self.published - self.score) <= TOLERANCE
+        return abs(self.expected - self.score) <= self.tolerance
 
 
-def require_published(name: str) -> tuple[float, float, float]:
-    """Return the published logits of a model.
+def require_reference(name: str) -> Reference:
+    """Return the scores that a model should give.
+
+    Args:
+        name: A hub id, or `embedded`.
 
     Raises:
-        InputError: There are none.
+        InputError: None are known.
     """
+    if name == EMBEDDED_MODEL:
+        return _read_golden()
     if name not in PUBLISHED:
         raise InputError(
-            f"no scores are published for {name!r}; they are for {', '.join(PUBLISHED)}. A local copy of one "
-            "of those is checked with --as NAME"
+            f"no scores are known for {name!r}; they are for {', '.join([*PUBLISHED, EMBEDDED_MODEL])}. A "
+            "local copy of one of those is checked with `--as NAME`"
         )
     return PUBLISHED[name]
 
 
-def check_published(scorer: Scorer, name: str) -> list[Check]:
-    """Score the published pairs of a model with a scorer that gives raw logits.
+def check_scores(scorer: Scorer, reference: Reference, dtype: str) -> list[Check]:
+    """Score the pairs of a reference.
 
     Args:
-        scorer: The model to check.
-        name: Whose scores it should give.
-
-    Raises:
-        InputError: None are published for that name.
+        scorer: The model to check; it gives raw logits.
+        reference: The scores it should give.
+        dtype: The precision it computes in, as in a config, but not `auto`.
     """
-    expected = require_published(name)
-    scores = scorer.score(PAIRS)
+    tolerance = reference.tolerance + DTYPE_TOLERANCE[dtype]
+    scores = scorer.score(list(reference.logits))
     return [
-        Check(*pair, published, score) for pair, published, score in zip(PAIRS, expected, scores, strict=True)
+        Check(*pair, expected, score, tolerance)
+        for (pair, expected), score in zip(reference.logits.items(), scores, strict=True)
     ]
+
+
+def _read_golden() -> Reference:
+    """Read the embedded model's scores, which come with it."""
+    golden = json.loads(_GOLDEN_FILE.read_text(encoding="utf-8"))
+    return Reference(
+        source=f"this package, which brings the model; computed in {golden['dtype']} on a CPU",
+        tolerance=0.0,
+        logits={(pair["query"], pair["passage"]): pair["score"] for pair in golden["pairs"]},
+    )

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from tqdm import tqdm
 
-from bge_rerank_integrations.datasets import Run, sorted_run
-from bge_rerank_integrations.errors import DatasetError, NonFiniteScoreError
+from bge_rerank_integrations.datasets import Run
+from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.scorer import Scorer
 
 # Enough to fill batches with pairs of like lengths; few enough that little waits to be encoded.
 _NUM_PAIRS_AT_ONCE: Final = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reranked:
+    """A run that was reranked, and what that took.
+
+    Attributes:
+        run: Query id to its passages' scores, best first.
+        num_pairs: Pairs scored.
+        num_tokens: Tokens the model read for them.
+        num_truncated: Pairs that lost tokens because they were too long.
+    """
+
+    run: Run
+    num_pairs: int
+    num_tokens: int
+    num_truncated: int
 
 
 def rerank_run(
@@ -22,8 +40,8 @@ def rerank_run(
     run: Run,
     *,
     progress: bool = False,
-) -> Run:
-    """Score every passage of a run, and return it best first.
+) -> Reranked:
+    """Score every passage of a run.
 
     Args:
         scorer: The reranker.
@@ -34,7 +52,7 @@ def rerank_run(
 
     Raises:
         DatasetError: The run names a query or a passage that there is not.
-        RerankError: As `Scorer.score` does.
+        RerankError: As `Scorer.rank_many` does.
     """
     for query_id, scores in run.items():
         if query_id not in queries:
@@ -42,22 +60,46 @@ def rerank_run(
         missing = next((passage_id for passage_id in scores if passage_id not in corpus), None)
         if missing is not None:
             raise DatasetError(f"the run has a passage that the corpus lacks: id {missing!r}")
-    reranked: Run = {query_id: {} for query_id in run}
-    keys = [(query_id, passage_id) for query_id, scores in run.items() for passage_id in scores]
-    with tqdm(total=len(keys), unit="pair", disable=not progress) as bar:
-        for start in range(0, len(keys), _NUM_PAIRS_AT_ONCE):
-            part = keys[start : start + _NUM_PAIRS_AT_ONCE]
+    reranked: Run = {}
+    num_pairs = num_tokens = num_truncated = 0
+    with tqdm(total=sum(map(len, run.values())), unit="pair", disable=not progress) as bar:
+        for part in _parts(run):
+            requests = [
+                (queries[query_id], [corpus[passage_id] for passage_id in run[query_id]]) for query_id in part
+            ]
             try:
-                logits = scorer.score(
-                    [(queries[query_id], corpus[passage_id]) for query_id, passage_id in part]
-                )
+                rankings = scorer.rank_many(requests)
             except NonFiniteScoreError as error:
-                query_id, passage_id = part[error.index or 0]
+                keys = [(query_id, passage_id) for query_id in part for passage_id in run[query_id]]
+                query_id, passage_id = keys[error.index or 0]
                 raise NonFiniteScoreError(
                     f"the model's score of passage {passage_id!r} for query {query_id!r} is not finite",
-                    index=start + (error.index or 0),
+                    index=num_pairs + (error.index or 0),
                 ) from None
-            for (query_id, passage_id), logit in zip(part, logits, strict=True):
-                reranked[query_id][passage_id] = logit
-            bar.update(len(part))
-    return {query_id: sorted_run(scores) for query_id, scores in reranked.items()}
+            except InputError as error:
+                if error.index is None:
+                    raise
+                reason = str(error).removeprefix(f"request {error.index}: ")
+                raise DatasetError(f"query {part[error.index]!r} cannot be reranked: {reason}") from None
+            for query_id, ranking in zip(part, rankings, strict=True):
+                passage_ids = list(run[query_id])
+                reranked[query_id] = {passage_ids[passage.index]: passage.score for passage in ranking}
+                num_pairs += ranking.num_pairs
+                num_tokens += ranking.num_tokens
+                num_truncated += ranking.num_truncated
+                bar.update(len(passage_ids))
+    return Reranked(run=reranked, num_pairs=num_pairs, num_tokens=num_tokens, num_truncated=num_truncated)
+
+
+def _parts(run: Run) -> Iterator[list[str]]:
+    """Give the ids of some queries at a time, enough to fill batches well."""
+    part: list[str] = []
+    num_pairs = 0
+    for query_id, scores in run.items():
+        part.append(query_id)
+        num_pairs += len(scores)
+        if num_pairs >= _NUM_PAIRS_AT_ONCE:
+            yield part
+            part, num_pairs = [], 0
+    if part:
+        yield part

@@ -80,7 +80,17 @@ def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "'bert' checkpoint"),
+        (
+            {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
+            "'bert' checkpoint .*It is a cross-encoder .*runs XLM-RoBERTa cross-encoders: take BAAI/bge-.*'embedded'",
+        ),
+        (
+            {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]},
+            "'deberta-v2' .*It is a cross-encoder",
+        ),
+        ({"model_type": "bert", "architectures": None}, r"'bert' checkpoint\. This package runs"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "An embedding model has no relevance head"),
+        ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "'gemma' .*It is a language model"),
         ({"architectures": ["XLMRobertaForMaskedLM"]}, "XLMRobertaForMaskedLM"),
         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "num_labels = 2"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never does"),
@@ -92,6 +102,84 @@ def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
 def test_another_architecture(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, **changes)
     refuse(folder, UnsupportedCheckpointError, message)
+
+
+def test_a_lora_adapter(folder: Path) -> None:
+    adapter = {"base_model_name_or_path": "BAAI/bge-reranker-base", "peft_type": "LORA"}
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "adapter_model.safetensors").touch()
+    refuse(
+        folder,
+        UnsupportedCheckpointError,
+        "is a LoRA adapter.*Merge the two first.*base, lora, merged = 'BAAI/bge-reranker-base', .*merge_and_unload",
+    )
+    (folder / "adapter_config.json").write_text("{}")
+    refuse(folder, UnsupportedCheckpointError, "'BASE_MODEL'")
+
+
+def test_a_lora_adapter_beside_a_config_and_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").touch()
+    refuse(folder, UnsupportedCheckpointError, "is a LoRA adapter")
+
+
+def cache_entry(checkpoint: Path, cache: Path) -> tuple[Path, Path]:
+    """Return a hub cache's entry of the checkpoint, and its snapshot, made of links as they are."""
+    entry = cache / "models--someone--reranker"
+    snapshot = entry / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copytree(checkpoint, entry / "blobs")
+    for path in (entry / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return entry, snapshot
+
+
+def test_a_hub_cache_is_told_from_a_checkpoint(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+    entry, snapshot = cache_entry(checkpoint, tmp_path / "hub")
+    refuse(
+        entry,
+        CheckpointNotFoundError,
+        f"is an entry of a hub cache.*{snapshot}.*'someone/reranker'.*cache_folder",
+    )
+    refuse(entry / "snapshots", CheckpointNotFoundError, f"its subfolders do.*{snapshot}")
+    refuse(entry.parent, CheckpointNotFoundError, "is a hub cache with someone/reranker")
+    with Scorer(snapshot, device="cpu") as real:
+        assert real.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_a_hub_cache_copied_without_what_its_links_point_to(checkpoint: Path, tmp_path: Path) -> None:
+    entry, snapshot = cache_entry(checkpoint, tmp_path)
+    blobs = {path.name: path.read_bytes() for path in (entry / "blobs").iterdir()}
+    for missing in ("config.json", "tokenizer.json", "model.safetensors"):
+        (entry / "blobs" / missing).unlink()
+        refuse(
+            snapshot, CheckpointNotFoundError, f"{missing} is a link to a file that is not there.*--local-dir"
+        )
+        (entry / "blobs" / missing).write_bytes(blobs[missing])
+    shutil.rmtree(entry / "blobs")
+    refuse(entry, CheckpointNotFoundError, "config.json is a link to a file that is not there.*cp -rL")
+    shutil.rmtree(entry / "snapshots")
+    refuse(entry, CheckpointNotFoundError, "none of its snapshots.*hf download someone/reranker --local-dir")
+
+
+def test_a_trainers_folder_names_its_checkpoints(folder: Path) -> None:
+    inside = folder / "run"
+    for number in (500, 1000):
+        shutil.copytree(folder, inside / f"checkpoint-{number}", ignore=shutil.ignore_patterns("run"))
+    (inside / "runs").mkdir()
+    (inside / "training_args.bin").touch()
+    message = f"its subfolders do.*: {inside}/checkpoint-500, {inside}/checkpoint-1000$"
+    refuse(inside, CheckpointNotFoundError, message)
+    shutil.copy(folder / "config.json", inside)
+    refuse(inside, CheckpointNotFoundError, message)
+
+
+def test_a_local_folder_has_no_revisions(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="is a local folder, which has no revisions; leave revision out"):
+        Scorer(folder, revision="main")
 
 
 def test_a_missing_layer(folder: Path) -> None:
@@ -200,7 +288,10 @@ def test_a_name_that_the_hub_would_not_take() -> None:
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) -> None:
     # The whole suite runs with the hub switched off.
-    with pytest.raises(HubUnreachableError, match="To work offline, fetch it once on a connected machine"):
+    with pytest.raises(
+        HubUnreachableError,
+        match=r"To work offline, fetch it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
+    ):
         Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
 
 

@@ -79,6 +79,8 @@ def test_unknown_keys_are_named() -> None:
         ({"device": "gpu"}, "device must be"),
         ({"device": "cuda:x"}, "device must be"),
         ({"devices": []}, "devices must name at least one"),
+        ({"devices": ["", ""]}, r"devices\[0\] is empty"),
+        ({"devices": ["cuda:0", " "]}, r"devices\[1\] is empty"),
         ({"devices": "cuda:0"}, "devices must be a list of strings"),
         ({"devices": 2}, "devices must be a list of strings"),
         ({"devices": [0, 1]}, "devices must be a list of strings"),

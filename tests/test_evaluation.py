@@ -92,7 +92,6 @@ def test_a_beir_folder_is_read(folder: Path) -> None:
         ("queries.jsonl", '{"_id": "a"}\n', "line 1: text must"),
         ("queries.jsonl", '{"_id": "a", "text": "t"}\n', "no relevant passage"),
         ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": "a", "text": "u"}\n', "line 2: its `_id` was"),
-        ("qrels/test.tsv", "q0\tp0\t1\nq0\tp0\t0\n", "line 2: passage judged twice"),
         ("qrels/test.tsv", "q\tp\n", "line 1: not"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tp\tmuch\n", "line 2: not"),
     ],
@@ -103,6 +102,16 @@ def test_a_malformed_dataset_is_reported_by_file_and_line(
     (folder / name).write_text(text)
     with pytest.raises(DatasetError, match=message):
         read_beir(folder)
+
+
+def test_a_passage_judged_more_than_once_counts_with_its_highest_grade(folder: Path) -> None:
+    rows = ["q0\tp0\t1", "q0\tp0\t1", "q0\tp1\t2", "q0\tp1\t0", "q1\tp0\t0", "q1\tp0\t3", "q2\tp0\t1"]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(rows) + "\n")
+    dataset = read_beir(folder)
+    assert dataset.qrels == {"q0": {"p0": 1, "p1": 2}, "q1": {"p0": 3}, "q2": {"p0": 1}}
+    assert (dataset.num_repeated, dataset.num_conflicting) == (3, 2)
+    with pytest.raises(DatasetError, match="line 2: passage judged twice"):
+        read_beir(folder, strict=True)
 
 
 def test_a_missing_or_undecodable_file_is_reported(folder: Path) -> None:
@@ -172,7 +181,8 @@ def test_a_run_is_reranked_by_the_scorer(scorer: Scorer, folder: Path) -> None:
     dataset = read_beir(folder)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), 8)
     reranked = rerank_run(scorer, dataset.queries, dataset.corpus, first)
-    for query_id, scores in reranked.items():
+    assert reranked.num_pairs == sum(map(len, first.values()))
+    for query_id, scores in reranked.run.items():
         assert set(scores) == set(first[query_id])
         expected = scorer.rank(dataset.queries[query_id], [dataset.corpus[p] for p in first[query_id]])
         assert list(scores.values()) == pytest.approx([p.score for p in expected], abs=1e-5)
@@ -218,7 +228,7 @@ def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> 
 def test_a_model_compared_with_itself_reaches_all_of_it(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
     dataset = read_beir(folder)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), 8)
-    own = rerank_run(scorer, dataset.queries, dataset.corpus, first)
+    own = rerank_run(scorer, dataset.queries, dataset.corpus, first).run
     report = evaluate(scorer, dataset, first, 8, compared=("itself", own), progress=False)
     assert report.compared is not None
     assert report.compared.means == report.after

@@ -8,15 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.errors import DatasetError, NonFiniteScoreError
-from bge_rerank_integrations.jobs import MalformedLineError, Progress, RankJob, parse_request, rank_lines
+from bge_rerank_integrations.datasets import read_corpus
+from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
+from bge_rerank_integrations.request_lines import (
+    MalformedInputError,
+    MalformedLineError,
+    check_format,
+    parse_request,
+)
 
 REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
 
@@ -48,6 +55,55 @@ def test_a_request_comes_back_with_its_ids_best_first(scorer: Scorer) -> None:
     assert (progress.rows, progress.pairs, progress.malformed) == (1, 2, 0)
 
 
+@pytest.mark.parametrize("key", ["passages", "documents", "texts"])
+def test_a_beir_passage_is_scored_as_an_evaluation_scores_it(
+    scorer: Scorer, tmp_path: Path, key: str
+) -> None:
+    passage = {"_id": "p1", "title": "Panda", "text": "A bear of China."}
+    [row], _, _ = rank_all(scorer, lines({"_id": "q1", "query": "panda", key: [passage]}))
+    (tmp_path / "corpus.jsonl").write_text(json.dumps(passage))
+    [text] = read_corpus(tmp_path).values()
+    assert row["id"] == "q1"
+    assert row["results"] == [
+        {"index": 0, "id": "p1", "title": "Panda", "score": pytest.approx(scorer.score([("panda", text)])[0])}
+    ]
+    assert scorer.score([("panda", text)]) != scorer.score([("panda", passage["text"])])
+
+
+def test_a_request_that_the_scorer_refuses_is_left_out(scorer: Scorer) -> None:
+    class Picky:
+        def rank_many(self, requests: Any, *cuts: Any) -> Any:
+            for index, (query, _) in enumerate(requests):
+                if query == "unreadable":
+                    raise InputError(f"request {index}: the query has nothing to read", index=index)
+            return scorer.rank_many(requests, *cuts)
+
+    picky: Any = Picky()
+    bad = {**REQUEST, "query": "unreadable"}
+    source = lines(REQUEST, bad, bad, REQUEST, bad)
+    rows, malformed, _ = rank_all(picky, source)
+    assert [row["line"] for row in rows] == [1, 4]
+    assert malformed == [2, 3, 5]
+    rows, malformed, _ = rank_all(picky, source, skip=3)
+    assert [row["line"] for row in rows] == [4]
+    assert malformed == [5]
+    batches = rank_lines(
+        picky, source, strict=True, on_malformed=lambda _: pytest.fail("strict raises"), progress=Progress()
+    )
+    assert [json.loads(row)["line"] for row in next(batches)] == [1]
+    with pytest.raises(MalformedLineError, match="line 2: the query has nothing to read"):
+        next(batches)
+
+
+def test_the_first_line_is_looked_at_and_not_lost() -> None:
+    source = [b"{}\n", b"[]\n"]
+    assert list(check_format(iter(source))) == source
+    assert list(check_format([])) == []
+    assert list(check_format([b"\xef\xbb\xbf{}"])) == [b"\xef\xbb\xbf{}"]
+    with pytest.raises(MalformedInputError, match="zip"):
+        check_format([b"PK\x03\x04..."])
+
+
 def test_many_small_requests_give_what_each_gives_alone(scorer: Scorer, texts: list[str]) -> None:
     rng = random.Random(5)
     rows = [{"query": rng.choice(texts)[:40], "passages": rng.sample(texts, 7)} for _ in range(200)]
@@ -74,13 +130,22 @@ def test_top_n_and_threshold_cut(scorer: Scorer) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b"\xff\xfe", "not UTF-8"),
         (b"[1]", "not a JSON object"),
-        (b'{"passages": []}', "`query` is not a string"),
-        (b'{"query": "q"}', "`passages` is not a list"),
+        (b'{"passages": []}', "`query` is missing"),
+        (b'{"query": 5, "passages": []}', "`query` is not a string"),
+        (b'{"query": " \\n", "passages": []}', "`query` is blank"),
+        (b'{"query": "q"}', "`passages` is missing"),
+        (b'{"query": "q", "passages": null}', "`passages` is not a list"),
+        (b'{"query": "q", "passages": ["p"], "texts": []}', "`passages` and `texts` are given"),
+        (b'{"query": "q", "documents": "p"}', "`documents` is not a list"),
+        (b'{"query": "q", "texts": [1]}', r"`texts\[0\]` is neither"),
         (b'{"query": "q", "passages": "p"}', "`passages` is not a list"),
         (b'{"query": "q", "passages": ["p", 5]}', r"`passages\[1\]` is neither"),
-        (b'{"query": "q", "passages": [{"id": 1}]}', r"`passages\[0\]` is neither"),
-        (b'{"query": "q", "passages": [], "id": 1.5}', "`id` is neither"),
-        (b'{"query": "q", "passages": [{"id": true, "text": "p"}]}', "`id` is neither"),
+        (b'{"query": "q", "passages": [{"id": 1}]}', r"`passages\[0\]` lacks its `text`"),
+        (b'{"query": "q", "passages": [{"text": null}]}', r"`text` of `passages\[0\]` is not a string"),
+        (b'{"query": "q", "passages": [{"text": "", "title": 1}]}', r"`title` of `passages\[0\]`"),
+        (b'{"query": "q", "passages": [], "id": 1.5}', "`id` of the request is neither"),
+        (b'{"query": "q", "passages": [{"id": true, "text": "p"}]}', r"`id` of `passages\[0\]` is neither"),
+        (b'{"query": "q", "passages": [{"id": 1, "_id": "1", "text": "p"}]}', "which differ"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(raw: bytes, reason: str) -> None:
@@ -286,20 +351,29 @@ def test_killing_a_job_loses_and_repeats_nothing(
 ) -> None:
     rng = random.Random(3)
     source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "whole.jsonl"))
-    rows = [
-        {"id": i, "query": rng.choice(texts)[:50], "passages": [t[:60] for t in rng.sample(texts, 3)]}
-        for i in range(num_rows)
+    # Passages of every form, and a line that is left out before every tenth row.
+    forms: list[tuple[str, Callable[[str], Any]]] = [
+        ("passages", lambda text: text),
+        ("documents", lambda text: {"id": 7, "text": text}),
+        ("texts", lambda text: {"_id": "p", "title": "Title", "text": text}),
     ]
-    source.write_bytes(b"".join(lines(*rows)))
+    written = []
+    for i in range(num_rows):
+        key, form = forms[i % 3]
+        passages = [form(text[:60]) for text in rng.sample(texts, 3)]
+        written += lines({"id": i, "query": rng.choice(texts)[:50], key: passages})
+        written += [b"nonsense\n"] * (i % 10 == 0)
+    source.write_bytes(b"".join(written))
+    job = ("--return-texts", "-o", str(output))
     subprocess.run(
-        command(source, model or checkpoint, "-o", str(undisturbed)), check=True, capture_output=True
+        command(source, model or checkpoint, "--return-texts", "-o", str(undisturbed)),
+        check=True,
+        capture_output=True,
     )
     partial = Path(f"{output}.partial")
     kills = 0
     while kills < num_kills and not output.exists():
-        process = subprocess.Popen(
-            command(source, model or checkpoint, "-o", str(output)), stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command(source, model or checkpoint, *job), stderr=subprocess.DEVNULL)
         size = partial.stat().st_size if partial.exists() else 0
         # At any time: while it loads, just after a batch, or in the middle of one.
         while (
@@ -311,9 +385,10 @@ def test_killing_a_job_loses_and_repeats_nothing(
         kills += process.wait() == -signal.SIGKILL
     if num_kills == 20:
         assert kills == 20, "the job must be long enough to be killed that often"
-    subprocess.run(command(source, model or checkpoint, "-o", str(output)), check=True, capture_output=True)
+    subprocess.run(command(source, model or checkpoint, *job), check=True, capture_output=True)
     ranked = [json.loads(row) for row in output.read_text().splitlines()]
     assert [row["id"] for row in ranked] == list(range(num_rows))
+    assert all("text" in found for row in ranked for found in row["results"])
     assert output.read_text() == undisturbed.read_text()
 
 

@@ -102,7 +102,7 @@ def make_table(
         with Scorer(checkpoint, dtype=dtype) as scorer:  # type: ignore[arg-type]
             started = time.perf_counter()
             scored = [
-                rerank_run(scorer, dataset.queries, dataset.corpus, run, progress=True)
+                rerank_run(scorer, dataset.queries, dataset.corpus, run, progress=True).run
                 for dataset, run in zip(datasets, runs, strict=True)
             ]
             values = [_mean(*both) for both in zip(datasets, scored, strict=True)]

@@ -7,35 +7,56 @@ from typing import Any
 import click
 
 from bge_rerank_integrations import __version__
+from bge_rerank_integrations.cli.console import prepare_streams, wrap
 from bge_rerank_integrations.cli.demo import demo
 from bge_rerank_integrations.cli.evaluate import evaluate_command
 from bge_rerank_integrations.cli.inspect import check, info
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA
 from bge_rerank_integrations.cli.rank import rank, rerank_run_command
 from bge_rerank_integrations.errors import ConfigError, InputError, RerankError
-from bge_rerank_integrations.jobs import MalformedLineError
+from bge_rerank_integrations.request_lines import MalformedInputError
 
 
-class _BadData(click.ClickException):
+class _Failure(click.ClickException):
+    """Ends the command with a message that fits the terminal."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(wrap(f"Error: {self.message}"), file=file, err=file is None)
+
+
+class _BadData(_Failure):
+    """Ends the command because its input holds no usable data."""
+
     exit_code = EXIT_BAD_DATA
 
 
+class _WrongUsage(click.UsageError):
+    """Wrong usage, with a message that fits the terminal."""
+
+    def format_message(self) -> str:
+        return wrap(f"Error: {self.message}").removeprefix("Error: ")
+
+
 class _Commands(click.Group):
-    """Turns this package's errors into a line on stderr and an exit status."""
+    """Turns this package's errors into a message on stderr and an exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_streams()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except MalformedLineError as error:
+        except MalformedInputError as error:
             raise _BadData(str(error)) from error
         except (ConfigError, InputError) as error:
-            raise click.UsageError(str(error)) from error
+            raise _WrongUsage(str(error)) from error
         except RerankError as error:
-            raise click.ClickException(str(error)) from error
+            raise _Failure(str(error)) from error
         except BrokenPipeError:
-            raise  # click ends quietly: nobody is reading any more
+            raise  # click ends quietly: the reader of stdout has gone
         except OSError as error:
-            raise click.ClickException(f"{error.filename or 'output'}: {error.strerror}") from error
+            raise _Failure(f"{error.filename or 'output'}: {error.strerror}") from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,12 +65,13 @@ def main() -> None:
     """Rerank passages with BGE rerankers, on your own hardware.
 
     \b
-    bge-rerank demo                                       see it work, nothing needed
-    bge-rerank rank requests.jsonl -o ranked.jsonl        rank many requests
-    bge-rerank eval scifact/                              measure ranking quality
-    bge-rerank info                                       what this machine would use
+    bge-rerank demo                                   see it work, needs nothing
+    bge-rerank rank requests.jsonl -o ranked.jsonl    rank many requests
+    bge-rerank eval scifact/                          measure ranking quality
+    bge-rerank info                                   what this machine would use
 
-    Exit status: 0 done; 1 failed, with the reason on stderr; 2 wrong usage; 3 a malformed line under
+    Exit status: 0 done; 1 failed, the reason is on stderr; 2 wrong usage; 3 bad
+    data: an input of `rank` without a single request, a malformed line under
     `rank --strict`, or scores that `check` finds wrong.
     """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from bge_rerank_integrations.bm25 import Bm25
+from bge_rerank_integrations.cli.console import WIDTH, cut, require_stdout, wrap
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -18,6 +20,7 @@ from bge_rerank_integrations.cli.options import (
     quiet_option,
     shows_progress,
 )
+from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.datasets import BeirDataset, read_beir, read_run
 from bge_rerank_integrations.evaluation import Change, Interval, Report, evaluate
@@ -25,7 +28,7 @@ from bge_rerank_integrations.plots import check_plot, plot_report
 from bge_rerank_integrations.scorer import Scorer
 
 _NUM_SHOWN = 5
-_MAX_CHARACTERS = 70
+_MAX_NAME_COLUMNS = 20
 
 
 @click.command("eval")
@@ -40,10 +43,11 @@ _MAX_CHARACTERS = 70
     "--compare",
     type=EXISTING_FILE,
     metavar="RUN",
-    help="Another reranker of the same passages, to set beside the model: a TREC run, such as `rerank-run` "
-    "writes.",
+    help="Another reranker's run over the same passages, to compare the model with: a TREC run, such as "
+    "`rerank-run` writes.",
 )
 @click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv to judge by.")
+@click.option("--strict", is_flag=True, help="Refuse a passage that is judged twice for its query.")
 @click.option(
     "--depth",
     type=click.IntRange(min=1),
@@ -51,7 +55,7 @@ _MAX_CHARACTERS = 70
     show_default=True,
     help="Passages of each query to rerank.",
 )
-@output_option("--plot", text="Draw what happened to each query, and quality by depth.")
+@output_option("--plot", text="Draw the change of each query, and quality by depth.")
 @json_option
 @quiet_option
 @config_options()
@@ -61,6 +65,7 @@ def evaluate_command(
     run: Path | None,
     compare: Path | None,
     split: str,
+    strict: bool,
     depth: int,
     plot: Path | None,
     as_json: bool,
@@ -68,69 +73,116 @@ def evaluate_command(
 ) -> None:
     """Measure ranking quality, before and after.
 
-    FOLDER is a BEIR folder: corpus.jsonl, queries.jsonl and qrels/test.tsv. Prints nDCG@10, MRR@10, MAP
-    and recall of the first stage and after reranking, with the 95 % interval of a paired bootstrap over
-    the queries, and the queries that gained and lost most.
+    FOLDER is a BEIR folder: corpus.jsonl, queries.jsonl and qrels/test.tsv. Prints
+    nDCG@10, MRR@10, MAP and recall of the first stage and after reranking, with the
+    95 % interval of a paired bootstrap over the queries, and the queries that gained
+    and lost most.
 
-    --compare puts another reranker's run beside it: what it measures, the share of that which the model
-    reaches, and the interval of the difference. It must rank all passages that are reranked here; what
-    it ranks beyond them does not count.
+    --compare adds another reranker's run: its measures, the share of them that the
+    model reaches, and the interval of the difference. The run must rank all passages
+    that are reranked here; what it ranks beyond them does not count.
+
+    If a passage is judged more than once for its query, the highest grade counts.
 
     \b
     bge-rerank eval scifact/ --model embedded
-    bge-rerank eval scifact/ --run dense.trec --depth 100 --plot scifact.png --json
+    bge-rerank eval scifact/ --run dense.trec --depth 100 --plot scifact.png
     bge-rerank eval scifact/ --model embedded --compare other-reranker.trec
     """
+    require_stdout()
     if plot is not None:
         check_plot(plot)
-    dataset = read_beir(folder, split)
+    dataset = read_beir(folder, split, strict=strict)
+    if dataset.num_repeated:
+        click.echo(
+            f"{dataset.num_repeated} judgement(s) repeated, {dataset.num_conflicting} with another grade; "
+            "the highest counts.",
+            err=True,
+        )
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
         report = evaluate(scorer, dataset, first, depth, compared=compared, progress=shows_progress(quiet))
-    if as_json:
-        record = {"model": config.model, "folder": str(folder), **dataclasses.asdict(report)}
-        record["intervals"] = _plain(report.intervals)
-        if report.compared is not None:
-            record["compared"]["intervals"] = _plain(report.compared.intervals)
-        record["changes"] = [change._asdict() for change in report.changes]
-        click.echo(json.dumps(record))
-    else:
-        _print(report, dataset, f"{'BM25' if run is None else run.name}, top {depth}", config.model)
-    if plot is not None:  # last, so that nothing is lost if it cannot be written
-        plot_report(report, plot, title=f"{folder.resolve().name}, {config.model}")
+    try:
+        if plot is not None:
+            plot_report(report, plot, title=cut(f"{folder.resolve().name}, {config.model}", WIDTH))
+    finally:  # the numbers are shown even if the plot cannot be written
+        if as_json:
+            click.echo(json.dumps(_record(report, config, folder)))
+        else:
+            stage = f"{'BM25' if run is None else run.name}, top {depth}"
+            for line in _table(report, dataset, stage, config):
+                click.echo(line)
 
 
-def _print(report: Report, dataset: BeirDataset, first: str, model: str) -> None:
-    click.echo(f"First stage: {first}; {len(report.changes)} queries, {report.num_pairs} pairs; {model}\n")
+def _record(report: Report, config: ScorerConfig, folder: Path) -> dict[str, object]:
+    """Return the report for programs."""
+    from bge_rerank_integrations.engine.describe import describe_precision
+
+    precision = describe_precision(config)
+    record = {
+        "model": config.model,
+        "device": precision.device,
+        "dtype": precision.dtype,
+        "folder": str(folder),
+        **dataclasses.asdict(report),
+    }
+    record["intervals"] = _plain(report.intervals)
+    if report.compared is not None:
+        record["compared"] = {**record["compared"], "intervals": _plain(report.compared.intervals)}
+    record["changes"] = [change._asdict() for change in report.changes]
+    return record
+
+
+def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfig) -> Iterator[str]:
+    """Give the lines of the report for people."""
+    yield wrap(
+        f"First stage: {stage}; {len(report.changes)} queries, {report.num_pairs} pairs; {config.model}"
+    )
+    yield ""
     if report.num_unanswered:
-        click.echo(f"{report.num_unanswered} queries have no passage to rerank and count as 0.\n")
+        yield f"{report.num_unanswered} queries have no passage to rerank and count as 0."
+        yield ""
     other = report.compared
-    width = 0 if other is None else max(len(other.name) + 2, 9)
-    between = "" if other is None else f"{other.name:>{width}}"
-    click.echo(f"{'':10}{'before':>9}{between}{'after':>9}{'change':>9}   95 % interval")
-    for name, interval in report.intervals.items():
-        between = "" if other is None else f"{other.means[name]:{width}.4f}"
-        click.echo(
-            f"{name:10}{report.before[name]:9.4f}{between}{report.after[name]:9.4f}{_format(interval)}"
-        )
+    name = "" if other is None else cut(other.name, _MAX_NAME_COLUMNS)
+    width = 0 if other is None else max(len(name) + 2, 9)
+    yield f"{'':10}{'before':>9}{name:>{width}}{'after':>9}{'change':>9}   95 % interval"
+    for measure, interval in report.intervals.items():
+        before, after = report.before[measure], report.after[measure]
+        between = "" if other is None else f"{other.means[measure]:{width}.4f}"
+        yield f"{measure:10}{before:9.4f}{between}{after:9.4f}{_format(interval)}"
     if other is not None:
-        click.echo(f"\nAfter, against {other.name}:")
-        click.echo(f"{'':10}{'share':>9}{'difference':>12}   95 % interval")
-        for name, interval in other.intervals.items():
-            share = other.shares[name]
+        yield ""
+        yield f"After, against {cut(other.name, WIDTH - 20)}:"
+        yield f"{'':10}{'share':>9}{'difference':>12}   95 % interval"
+        for measure, interval in other.intervals.items():
+            share = other.shares[measure]
             shown = "-" if share is None else f"{share:.1%}"
-            click.echo(f"{name:10}{shown:>9}   {_format(interval)}")
+            yield f"{measure:10}{shown:>9}   {_format(interval)}"
     better = sum(change.after > change.before for change in report.changes)
     worse = sum(change.after < change.before for change in report.changes)
     same = len(report.changes) - better - worse
-    click.echo(f"\nnDCG@10 of single queries: {better} better, {worse} worse, {same} the same")
-    _print_changes("Helped most", report.helped(_NUM_SHOWN), dataset)
-    _print_changes("Hurt most", report.hurt(_NUM_SHOWN), dataset)
-    click.echo(
-        f"\n{report.seconds:.1f} s: {report.num_pairs / report.seconds:.0f} pairs/s, "
+    yield ""
+    yield f"nDCG@10 of single queries: {better} better, {worse} worse, {same} the same"
+    yield from _changes("Helped most", report.helped(_NUM_SHOWN), dataset)
+    yield from _changes("Hurt most", report.hurt(_NUM_SHOWN), dataset)
+    yield ""
+    if cut_off := describe_truncation(report.num_truncated, config):
+        yield wrap(cut_off)
+    yield (
+        f"{report.seconds:.1f} s: {report.num_pairs / report.seconds:.0f} pairs/s, "
         f"{report.num_tokens / report.seconds:.0f} tokens/s"
     )
+    yield wrap(describe_precision_used(config))
+
+
+def _changes(title: str, changes: list[Change], dataset: BeirDataset) -> Iterator[str]:
+    if changes:
+        yield ""
+        yield f"{title}:"
+    for change in changes:
+        line = f"  {change.before:.3f} to {change.after:.3f}  {cut(change.query_id, _MAX_NAME_COLUMNS)}: "
+        yield line + cut(dataset.queries[change.query_id], WIDTH - len(line))
 
 
 def _format(interval: Interval) -> str:
@@ -139,12 +191,3 @@ def _format(interval: Interval) -> str:
 
 def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
     return {name: interval._asdict() for name, interval in intervals.items()}
-
-
-def _print_changes(title: str, changes: list[Change], dataset: BeirDataset) -> None:
-    if changes:
-        click.echo(f"\n{title}:")
-    for change in changes:
-        text = " ".join(dataset.queries[change.query_id].split())
-        shown = text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
-        click.echo(f"  {change.before:.3f} to {change.after:.3f}  {change.query_id}: {shown}")

@@ -5,26 +5,44 @@ from __future__ import annotations
 import dataclasses
 import json
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from bge_rerank_integrations import __version__
+from bge_rerank_integrations.cli.console import WIDTH, cut, require_stdout, wrap
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, config_options, json_option
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.errors import CheckpointError, ConfigError, HubUnreachableError
-from bge_rerank_integrations.published import TOLERANCE, check_published, require_published
+from bge_rerank_integrations.published import check_scores, require_reference
 from bge_rerank_integrations.scorer import Scorer
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "langchain-core", "llama-index-core")
+if TYPE_CHECKING:
+    from bge_rerank_integrations.engine.describe import CheckpointReport, MachineReport
+
+_LABEL_WIDTH: Final = 24
+_NO_HUB: Final = f"Where no hub can be reached, name a folder or use `--model {EMBEDDED_MODEL}`"
+_NOT_HERE: Final = f"not on this machine; the first use asks the hub for it. {_NO_HUB}"
+_LIBRARIES: Final = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "langchain-core",
+    "llama-index-core",
+)
 
 
 @click.command()
 @json_option
 @config_options()
-def info(config: ScorerConfig, as_json: bool) -> None:
-    """Tell what this machine would use.
+@click.pass_context
+def info(context: click.Context, config: ScorerConfig, as_json: bool) -> None:
+    """Show what this machine would use, and why.
 
-    And why, and what the model is; it is not loaded.
+    Describes the machine and the model, and does not load the model. The exit status
+    is 1 if the model cannot be used. A model that would first be downloaded is not
+    looked up.
 
     \b
     bge-rerank info
@@ -32,84 +50,111 @@ def info(config: ScorerConfig, as_json: bool) -> None:
     """
     from bge_rerank_integrations.engine.describe import describe_checkpoint, describe_machine
 
+    require_stdout()
     machine = describe_machine(config)
     versions = {"bge-rerank-integrations": __version__, **{name: _version(name) for name in _LIBRARIES}}
+    checkpoint, problem, usable = None, None, True
     try:
         checkpoint = describe_checkpoint(config)
-        missing = None
-    except HubUnreachableError:  # it was not asked: nothing is downloaded here
-        checkpoint = None
-        missing = (
-            "not on this machine; the first use asks the hub for it. Where none can be reached, name a "
-            f"folder, or take --model {EMBEDDED_MODEL}"
-        )
+    except HubUnreachableError:  # nothing is downloaded here, so the hub was not asked
+        usable = not config.local_files_only
+        problem = _NOT_HERE if usable else f"not usable: not on this machine. {_NO_HUB}"
     except (CheckpointError, ConfigError) as error:
-        checkpoint, missing = None, f"not usable: {error}"
+        problem, usable = f"not usable: {error}", False
     if as_json:
-        model = {"error": missing} if checkpoint is None else dataclasses.asdict(checkpoint)
-        record = {"machine": dataclasses.asdict(machine), "model": {"name": config.model, **model}}
+        model = {"error": problem} if checkpoint is None else dataclasses.asdict(checkpoint)
+        record = {
+            "machine": dataclasses.asdict(machine),
+            "model": {"name": config.model, "usable": usable, **model},
+        }
         click.echo(json.dumps({**record, "versions": versions}))
-        return
+    else:
+        rows = {
+            **_machine_rows(machine),
+            **{name: number or "not installed" for name, number in versions.items()},
+            "model": config.model,
+            **({"": problem or ""} if checkpoint is None else _checkpoint_rows(checkpoint)),
+        }
+        for name, value in rows.items():
+            click.echo(wrap(f"{name:{_LABEL_WIDTH}} {value}", indent=_LABEL_WIDTH + 1))
+    if not usable:
+        context.exit(1)
+
+
+def _machine_rows(machine: MachineReport) -> dict[str, str]:
     fast = {True: "yes", False: "no", None: "unknown"}[machine.bfloat16]
     limit = machine.max_graph_tokens
-    graphs = f"up to {limit} tokens, once warmed up" if limit else "none"
-    rows = {
+    return {
         "device": f"{machine.device} ({machine.device_reason}): {machine.device_name}",
         "dtype": f"{machine.dtype} ({machine.dtype_reason}); fast bfloat16: {fast}",
         "attention": f"{machine.attention} ({machine.attention_reason})",
         "linear layers": f"{machine.linear} ({machine.linear_reason})",
         "between them": machine.between_products,
-        "CUDA graphs": graphs,
+        "CUDA graphs": f"up to {limit} tokens, once warmed up" if limit else "none",
         "batches": f"up to {machine.max_batch_tokens} tokens",
         "CPU threads": f"{machine.threads} of {machine.cores} cores ({machine.threads_reason})",
         "Python": machine.python,
-        **{name: number or "not installed" for name, number in versions.items()},
-        "model": config.model,
     }
-    if checkpoint is None:
-        rows[""] = str(missing)
-    else:
-        rows["  folder"] = checkpoint.folder
-        rows["  size"] = (
-            f"{checkpoint.num_bytes / 1e6:.1f} MB, {checkpoint.num_parameters / 1e6:.1f}M weights"
-        )
-        rows["  shape"] = (
-            f"{checkpoint.num_layers} layers of {checkpoint.hidden_size}, {checkpoint.vocab_size} pieces"
-        )
-        rows["  limit"] = f"{checkpoint.max_length} tokens a pair"
-    for name, value in rows.items():
-        click.echo(f"{name:24} {value}")
+
+
+def _checkpoint_rows(checkpoint: CheckpointReport) -> dict[str, str]:
+    return {
+        "  folder": checkpoint.folder,
+        "  size": f"{checkpoint.num_bytes / 1e6:.1f} MB, {checkpoint.num_parameters / 1e6:.1f}M weights",
+        "  shape": f"{checkpoint.num_layers} layers of {checkpoint.hidden_size}, "
+        f"{checkpoint.vocab_size} pieces",
+        "  limit": f"{checkpoint.max_length} tokens a pair",
+    }
 
 
 @click.command()
-@click.option("--as", "name", help="Whose scores to expect, for a local copy.  [default: --model]")
+@click.option("--as", "name", help="Whose scores to expect of a local copy.  [default: --model]")
 @json_option
 @config_options()
 @click.pass_context
 def check(context: click.Context, config: ScorerConfig, name: str | None, as_json: bool) -> None:
-    """Compare scores with the published ones.
+    """Compare a model's scores with known ones.
 
-    Tells whether a model computes on this machine what its authors say it does. Exit status 3 if they
-    disagree by more than rounding explains.
+    Tells whether a model computes on this machine what it should: what its authors
+    or users published or, for the embedded model, what this package recorded. Exit
+    status 3 if they differ by more than rounding in the model's precision explains.
 
     \b
+    bge-rerank check --model embedded
     bge-rerank check --model BAAI/bge-reranker-large
-    bge-rerank check --model models/large --as BAAI/bge-reranker-large --dtype bfloat16
+    bge-rerank check --model models/large --as BAAI/bge-reranker-large
     """
-    require_published(name or config.model)  # before a model is downloaded for nothing
+    from bge_rerank_integrations.engine.describe import describe_precision
+
+    require_stdout()
+    reference = require_reference(name or config.model)  # before a model is downloaded for nothing
+    precision = describe_precision(config)
     with Scorer.from_config(config) as scorer:
-        checks = check_published(scorer, name or config.model)
+        checks = check_scores(scorer, reference, precision.dtype)
     agrees = all(result.agrees for result in checks)
     if as_json:
         pairs = [{**result._asdict(), "agrees": result.agrees} for result in checks]
-        click.echo(json.dumps({"model": config.model, "agrees": agrees, "pairs": pairs}))
+        record = {
+            "model": config.model,
+            "device": precision.device,
+            "dtype": precision.dtype,
+            "source": reference.source,
+            "agrees": agrees,
+            "pairs": pairs,
+        }
+        click.echo(json.dumps(record))
     else:
-        click.echo(f"{'published':>10}{'here':>10}")
+        click.echo(wrap(f"Expected: {reference.source}."))
+        click.echo(f"\n{'expected':>10}{'here':>10}")
         for result in checks:
             verdict = "" if result.agrees else "   <- off"
-            shown = result.passage if len(result.passage) <= 40 else result.passage[:39] + "…"
-            click.echo(f"{result.published:10.4f}{result.score:10.4f}   {result.query} | {shown}{verdict}")
-        click.echo("They agree." if agrees else f"They DISAGREE by more than {TOLERANCE}.")
+            line = f"{result.expected:10.4f}{result.score:10.4f}   "
+            click.echo(
+                line + cut(f"{result.query} | {result.passage}", WIDTH - len(line) - len(verdict)) + verdict
+            )
+        tolerance = max(result.tolerance for result in checks)
+        verdict = "They agree" if agrees else "They DISAGREE"
+        click.echo(f"\n{verdict}, give or take {tolerance:.4g}: {precision.dtype} on {precision.device}.")
     if not agrees:
         context.exit(EXIT_BAD_DATA)
 

@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from bge_rerank_integrations import __version__
+from bge_rerank_integrations.cli.console import require_stdout, wrap
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -20,26 +21,31 @@ from bge_rerank_integrations.cli.options import (
     quiet_option,
     shows_progress,
 )
+from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.datasets import format_run, read_corpus, read_queries, read_run
-from bge_rerank_integrations.jobs import MalformedLineError, Progress, RankJob, rank_lines
+from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
+from bge_rerank_integrations.request_lines import MalformedLineError, check_format
 from bge_rerank_integrations.reranking import rerank_run
 from bge_rerank_integrations.scorer import Scorer
 
-# Where the model is kept, how many copies of it run and how requests wait: a job may be gone on with even
-# if these change.
+# A job may be continued although these differ: where the model is kept, how many copies of it run, and how
+# requests wait.
 _NOT_DECISIVE = ("cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens")
+# Malformed lines that are named one by one; the others are counted.
+_MAX_NAMED_LINES = 20
 
 
 @click.command()
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
-@output_option("-o", "--output", text="Where to; without it, stdout.")
-@click.option("--top-n", type=click.IntRange(min=0), help="Most passages to give for a request.")
-@click.option("--threshold", type=float, help="Least score to give.")
+@output_option("-o", "--output", text="File to write.  [default: stdout]")
+@click.option("--top-n", type=click.IntRange(min=0), help="Most passages to return for a request.")
+@click.option("--threshold", type=float, help="Lowest score to return.")
 @click.option("--normalize", is_flag=True, help="Scores from 0 to 1 instead of raw logits.")
+@click.option("--return-texts", is_flag=True, help="Return each passage's text beside its score.")
 @click.option("--strict", is_flag=True, help="Stop at the first malformed line, with exit status 3.")
-@click.option("--overwrite", is_flag=True, help="Begin again, whatever OUTPUT holds.")
+@click.option("--overwrite", is_flag=True, help="Start from the beginning, whatever OUTPUT holds.")
 @quiet_option
 @config_options()
 def rank(
@@ -49,22 +55,34 @@ def rank(
     top_n: int | None,
     threshold: float | None,
     normalize: bool,
+    return_texts: bool,
     strict: bool,
     overwrite: bool,
     quiet: bool,
 ) -> None:
     """Rank a file of requests.
 
-    SOURCE is JSONL; `-`, the default, is stdin. A request is `{"query": "...", "passages": ["..."]}`;
-    with an `id` of its own, and passages as `{"id": ..., "text": "..."}`, the ids come back. For each,
-    one line is given, in the same order:
-    `{"line": 1, "id": ..., "results": [{"index": 3, "id": ..., "score": 4.2}, ...]}`, best first.
+    SOURCE is JSONL, in UTF-8; `-`, the default, is stdin. Each line is a request:
 
-    Malformed lines are named on stderr by their number and left out. Memory does not grow with the file.
+    \b
+    {"query": "...", "passages": ["...", "..."]}
 
-    A job that was killed goes on where it stopped when the same command is given again, without
-    --overwrite, if SOURCE is a file: rows are in OUTPUT.partial until all of them are there, OUTPUT.job.json
-    tells what the job is, and OUTPUT.lock keeps a second process out.
+    The passages may also be called `documents` or `texts`. A passage is a string
+    or an object such as {"id": 7, "title": "...", "text": "..."}; `_id` is read as
+    `id`, so a line of a BEIR corpus is a passage. A title is put before the text
+    and scored with it. Each request gives one line, in the order of SOURCE, with
+    its `id` and those of its passages, best first:
+
+    \b
+    {"line": 1, "id": ..., "results": [{"index": 3, "id": ..., "score": 4.2}]}
+
+    Malformed lines are reported on stderr by their number and left out. If no line
+    is a request, the exit status is 3. Memory use does not grow with the file.
+
+    If a job was killed, the same command without --overwrite continues where it
+    stopped, provided that SOURCE is a file. Rows are kept in OUTPUT.partial until
+    all are there, OUTPUT.job.json says what the job is, and OUTPUT.lock keeps a
+    second process out.
 
     \b
     bge-rerank rank requests.jsonl -o ranked.jsonl --top-n 10
@@ -73,14 +91,22 @@ def rank(
     config = ScorerConfig.from_dict({**config.to_dict(), "normalize": normalize})
     check_top_n(top_n)
     check_threshold(threshold, normalize=normalize)
+    if output is None:
+        require_stdout()
     # A pipe can be read once only, as stdin can.
     input_path = Path(source) if source != "-" and Path(source).is_file() else None
     with ExitStack() as stack:
+        lines = check_format(stack.enter_context(_open(source)))
         scorer = stack.enter_context(Scorer.from_config(config))
         skip: int | None = 0
         job = None
         if output is not None:
-            settings = {**_decisive(config), "top_n": top_n, "threshold": threshold}
+            settings = {
+                **_decisive(config),
+                "top_n": top_n,
+                "threshold": threshold,
+                "return_texts": return_texts,
+            }
             job = stack.enter_context(RankJob(output, settings, input_path, overwrite=overwrite))
             skip = job.begin()
         if skip is None:
@@ -88,16 +114,16 @@ def rank(
             return
         if skip:
             click.echo(f"Going on after line {skip}.", err=True)
-        lines: IO[bytes] = stack.enter_context(click.open_file(source, "rb"))
         progress = stack.enter_context(_progress(show=shows_progress(quiet)))
         rows = rank_lines(
             scorer,
             lines,
             top_n=top_n,
             threshold=threshold,
+            return_texts=return_texts,
             strict=strict,
             skip=skip,
-            on_malformed=_report,
+            on_malformed=_MalformedLines(),
             progress=progress,
         )
         if job is not None:
@@ -111,13 +137,19 @@ def rank(
             for batch in rows:
                 click.echo("".join(batch), nl=False)
     left_out = f"; {progress.malformed} malformed line(s) left out" if progress.malformed else ""
-    click.echo(f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{left_out}.", err=True)
+    summary = [
+        f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{left_out}.",
+        describe_truncation(progress.truncated, config),
+        describe_precision_used(config),
+    ]
+    for line in filter(None, summary):
+        click.echo(wrap(line), err=True)
 
 
 @click.command("rerank-run")
 @click.argument("run", type=EXISTING_FILE)
 @click.argument("folder", type=EXISTING_FOLDER)
-@output_option("-o", "--output", text="Where to; without it, stdout.")
+@output_option("-o", "--output", text="File to write.  [default: stdout]")
 @click.option(
     "--depth",
     type=click.IntRange(min=1),
@@ -139,7 +171,8 @@ def rerank_run_command(
 ) -> None:
     """Rerank a TREC run.
 
-    RUN and a BEIR FOLDER (corpus.jsonl, queries.jsonl) in, a TREC run out.
+    Reads RUN and a BEIR FOLDER (corpus.jsonl and queries.jsonl), and writes a TREC
+    run in UTF-8.
 
     \b
     bge-rerank rerank-run bm25.trec scifact/ -o reranked.trec
@@ -150,18 +183,34 @@ def rerank_run_command(
     inputs = [run, folder / "corpus.jsonl", folder / "queries.jsonl"]
     if output is not None and output.resolve() in [path.resolve() for path in inputs]:
         raise click.UsageError(f"{output} is an input; give the output another name")
+    if output is None:
+        require_stdout()
     first = {query_id: dict(list(scores.items())[:depth]) for query_id, scores in read_run(run).items()}
     corpus, queries = read_corpus(folder), read_queries(folder)
     with Scorer.from_config(config) as scorer:
         reranked = rerank_run(scorer, queries, corpus, first, progress=shows_progress(quiet))
+    # Ids are data: they are UTF-8 in a file and in a pipe, whatever the console's encoding.
+    text = "".join(format_run(reranked.run, tag)).encode("utf-8", "surrogateescape")
     if output is None:
-        for line in format_run(reranked, tag):
-            click.echo(line, nl=False)
-        return
-    temporary = output.with_name(output.name + ".partial")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(format_run(reranked, tag))
-    temporary.replace(output)
+        click.echo(text, nl=False)
+    else:
+        temporary = output.with_name(output.name + ".partial")
+        temporary.write_bytes(text)
+        temporary.replace(output)
+    summary = [describe_truncation(reranked.num_truncated, config), describe_precision_used(config)]
+    for line in filter(None, summary):
+        click.echo(wrap(line), err=True)
+
+
+@contextmanager
+def _open(source: str) -> Iterator[IO[bytes]]:
+    """Open the requests; a closed stdin is wrong usage."""
+    if source == "-" and sys.stdin is None:
+        raise click.UsageError("standard input is closed; name a file of requests")
+    with click.open_file(source, "rb") as file:
+        if file.isatty():
+            click.echo("Reading requests from the terminal; Ctrl-D ends them.", err=True)
+        yield file
 
 
 def _decisive(config: ScorerConfig) -> dict[str, Any]:
@@ -179,8 +228,18 @@ def _decisive(config: ScorerConfig) -> dict[str, Any]:
     }
 
 
-def _report(error: MalformedLineError) -> None:
-    tqdm.write(f"{error}; left out", file=sys.stderr)
+class _MalformedLines:
+    """Names malformed lines on stderr, and no more than a screen of them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, error: MalformedLineError) -> None:
+        self._count += 1
+        if self._count <= _MAX_NAMED_LINES:
+            tqdm.write(wrap(f"{error}; left out"), file=sys.stderr)
+        elif self._count == _MAX_NAMED_LINES + 1:
+            tqdm.write("Further malformed lines are counted, not named.", file=sys.stderr)
 
 
 @contextmanager

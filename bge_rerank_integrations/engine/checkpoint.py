@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.config import EMBEDDED_MODEL, LOCAL_REVISION, ScorerConfig
+from bge_rerank_integrations.engine.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    describe_other_model,
+    download_command,
+    refuse_dangling_link,
+    refuse_mistaken_folder,
+)
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
@@ -99,9 +106,7 @@ def read_shape(folder: Path) -> EncoderShape:
     architectures = data.get("architectures") or [ARCHITECTURE]
     if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
         raise UnsupportedCheckpointError(
-            f"{folder} is a {data.get('model_type')!r} checkpoint for {architectures}, not an "
-            f"{ARCHITECTURE}. An embedding model has no relevance head and cannot rerank; use a "
-            "reranker such as BAAI/bge-reranker-base"
+            f"{folder} {describe_other_model(data.get('model_type'), data.get('architectures'))}"
         )
     from transformers import XLMRobertaConfig
 
@@ -255,6 +260,9 @@ def require_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
+        refuse_dangling_link(path)
+        if name == "config.json" or not any((folder / weights).is_file() for weights in (WEIGHTS, INDEX)):
+            refuse_mistaken_folder(folder)
         hint = ""
         if name == "tokenizer.json":
             hint = "; write it with AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
@@ -275,7 +283,14 @@ def _download(config: ScorerConfig) -> Path:
                 revision=config.revision,
                 cache_dir=config.cache_folder,
                 local_files_only=config.local_files_only,
-                allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", INDEX, *INPUT_FILES],
+                allow_patterns=[
+                    "config.json",
+                    "tokenizer.json",
+                    "model*.safetensors",
+                    INDEX,
+                    ADAPTER_CONFIG,
+                    *INPUT_FILES,
+                ],
             )
         )
     except errors.HFValidationError as error:
@@ -295,7 +310,7 @@ def _download(config: ScorerConfig) -> Path:
         raise HubUnreachableError(
             f"{what} is not an existing local folder, not in the local cache, and the hub could not be "
             "asked. To work offline, fetch it once on a connected machine "
-            f"(`hf download {config.model}`), copy the folder here and pass its path as the model; "
+            f"(`{download_command(config.model)}`), copy that folder here and pass its path as the model; "
             "point cache_folder at a cache that has it, with local_files_only=True; or use "
             f'model="{EMBEDDED_MODEL}", the small English model that comes with this package'
         ) from error
@@ -312,6 +327,9 @@ def _weight_files(folder: Path) -> list[Path]:
             if not isinstance(name, str) or Path(name).name != name:
                 raise CorruptCheckpointError(f"{folder / INDEX} points outside its folder")
         return [require_file(folder, name) for name in sorted(set(names.values()))]
+    for path in (folder / WEIGHTS, folder / INDEX):
+        refuse_dangling_link(path)
+    refuse_mistaken_folder(folder)
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise UnsupportedCheckpointError(
             f"{folder} has pickled weights only, which can run code when they are loaded. {_TO_SAFETENSORS}"

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from bge_rerank_integrations.engine.fused import resolve_fused
 from bge_rerank_integrations.engine.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.prompts import read_default_prompt
-from bge_rerank_integrations.engine.vnni import require_int8
+from bge_rerank_integrations.engine.vnni import require_int8, why_not
 
 # All BGE rerankers have heads of this width, on which the choice of attention depends.
 _BGE_HEAD_DIM = 64
@@ -109,6 +110,43 @@ class CheckpointReport:
     fingerprint: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrecisionReport:
+    """The precision that a config comes to on this machine, and the one that would be faster.
+
+    Attributes:
+        device: Such as `cpu` or, where a config names several, `cuda:0, cuda:1`.
+        dtype: Precision of the encoder, by its name in a config.
+        faster: Value of `dtype` that is faster on this device; None where there is none.
+        faster_extra: The extra of this package that `faster` needs and that is not installed; None where
+            nothing is missing.
+    """
+
+    device: str
+    dtype: str
+    faster: str | None
+    faster_extra: str | None
+
+
+def describe_precision(config: ScorerConfig) -> PrecisionReport:
+    """Return the precision that a config comes to on this machine, and the one that would be faster.
+
+    Raises:
+        ConfigError: The precision does not go with the device.
+        DeviceError: The device is not there.
+    """
+    devices = [resolve_device(each) for each in config.per_device()]
+    dtype = resolve_dtype(config, devices[0])
+    name = "float8" if dtype is torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+    faster = _faster_dtype(devices[0], dtype)
+    return PrecisionReport(
+        device=", ".join(map(str, devices)),
+        dtype=name,
+        faster=faster,
+        faster_extra="int8" if faster == "int8" and find_spec("numba") is None else None,
+    )
+
+
 def describe_machine(config: ScorerConfig) -> MachineReport:
     """Return what a config comes to on this machine.
 
@@ -172,6 +210,15 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
         max_length=shape.max_length,
         fingerprint=fingerprint(folder),
     )
+
+
+def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return the precision that is faster on a device than this one, as `dtype` in a config."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        if why_not() is None:
+            return "int8"
+        return "bfloat16" if dtype is torch.float32 and _has_fast_bfloat16(device) else None
+    return "float16" if device.type == "cuda" and dtype is torch.float32 else None
 
 
 def _implementations(

@@ -1,0 +1,244 @@
+"""The command line in any terminal: every encoding, closed streams, 80 columns; and its derived options."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import unicodedata
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.cli import options
+from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.console import WIDTH, cut, wrap
+
+COMMAND = [sys.executable, "-m", "bge_rerank_integrations.cli"]
+REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
+QUERY = "大熊猫吃什么 what do pandas eat"
+# What a JSON file may hold, and what no encoding can: half of a surrogate pair. And a terminal's escape.
+ODD = "bears \ud800 eat \x1b[31m fish"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a BEIR folder with Chinese ids and queries."""
+    texts = {"文a": "pandas eat bamboo", "b": "cars need fuel that pandas eat", "c": "bears eat fish"}
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": name, "text": text}) + "\n" for name, text in texts.items())
+    )
+    (tmp_path / "queries.jsonl").write_text(
+        "".join(
+            json.dumps({"_id": name, "text": text}) + "\n" for name, text in {"问": QUERY, "q": ODD}.items()
+        )
+    )
+    (tmp_path / "qrels" / "test.tsv").write_text(
+        "问\t文a\t1\n问\tb\t1\n问\tc\t2\nq\tb\t1\n", encoding="utf-8"
+    )
+    (tmp_path / "run.trec").write_text(
+        "问 Q0 文a 1 3.0 x\n问 Q0 b 2 2.0 x\n问 Q0 c 3 1.0 x\nq Q0 b 1 2.0 x\nq Q0 c 2 1.0 x\n",
+        encoding="utf-8",
+    )
+    return tmp_path
+
+
+def start(arguments: list[str], encoding: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii"])
+def test_no_output_raises_in_any_encoding(checkpoint: Path, folder: Path, encoding: str) -> None:
+    on = ["--model", str(checkpoint), "--device", "cpu"]
+    shown = start(["rank", "-h"], encoding)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    plot = folder / "plot.svg"
+    asked = ["eval", str(folder), "--run", str(folder / "run.trec"), "--plot", str(plot), *on]
+    evaluated = start(asked, encoding)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert b"what do pandas eat" in evaluated.stdout
+    assert b"\x1b" not in evaluated.stdout
+    assert "<svg" in plot.read_text(encoding="utf-8")
+    missing = start(["info", "--model", "/模型"], encoding)
+    assert missing.returncode == 1
+    assert b"not usable" in missing.stdout
+    for result in (shown, evaluated, missing):
+        assert b"Traceback" not in result.stderr
+
+
+def test_a_run_on_stdout_is_utf8_in_any_encoding(checkpoint: Path, folder: Path) -> None:
+    arguments = ["rerank-run", str(folder / "run.trec"), str(folder), "--model", str(checkpoint)]
+    output = folder / "out.trec"
+    assert start([*arguments, "-o", str(output)], "utf-8").returncode == 0
+    assert start(arguments, "cp1252").stdout == output.read_bytes()
+    assert "文a" in output.read_text(encoding="utf-8")
+
+
+def in_shell(arguments: list[str], redirection: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    line = f"{shlex.join([*COMMAND, *arguments])} {redirection}"
+    return subprocess.run(line, shell=True, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_closed_streams_are_reported_before_any_work(tmp_path: Path) -> None:
+    # A model that does not exist would be the error if any work were done.
+    no_model = ["--model", "/no/such/model"]
+    closed_input = in_shell(["rank", *no_model], "<&-")
+    assert closed_input.returncode == 2
+    assert "standard input is closed" in closed_input.stderr
+    for arguments in (["rank"], ["info"], ["check", "--as", "embedded"], ["eval", str(tmp_path)], ["demo"]):
+        closed_output = in_shell([*arguments, *no_model], ">&-", input=json.dumps(REQUEST))
+        assert closed_output.returncode == 1, arguments
+        assert "standard output is closed" in closed_output.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_closed_streams_that_are_not_needed_do_no_harm(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(REQUEST) + "\nnonsense\n")
+    arguments = ["rank", str(source), "--model", str(checkpoint)]
+    assert in_shell([*arguments, "-o", str(output)], "<&- >&- 2>&-").returncode == 0
+    [row] = map(json.loads, output.read_text().splitlines())
+    assert len(row["results"]) == 2
+    # The message about the malformed line goes nowhere, not into the results.
+    assert in_shell(arguments, "2>&-").stdout == output.read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_reader_that_leaves_early_ends_the_command_quietly(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text((json.dumps(REQUEST) + "\n") * 5000)
+    result = in_shell(["rank", str(source), "--model", str(checkpoint)], "| head -n 1", cwd=Path.cwd())
+    assert json.loads(result.stdout)["line"] == 1
+    assert result.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_plot_is_written_even_if_the_numbers_cannot_be_printed(checkpoint: Path, folder: Path) -> None:
+    plot = folder / "plot.svg"
+    arguments = ["eval", str(folder), "--model", str(checkpoint), "--plot", str(plot)]
+    result = in_shell(arguments, ">/dev/full")
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "<svg" in plot.read_text(encoding="utf-8")
+
+
+def columns(line: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line)
+
+
+@pytest.mark.parametrize("command", ["demo", "rank", "rerank-run", "eval", "info", "check", None])
+def test_help_fits_80_columns(command: str | None) -> None:
+    shown = CliRunner().invoke(main, ["-h"] if command is None else [command, "-h"])
+    assert shown.exit_code == 0
+    assert [line for line in shown.output.splitlines() if columns(line) > WIDTH] == []
+
+
+def test_output_fits_80_columns(checkpoint: Path, folder: Path) -> None:
+    path = folder / "queries.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "text": row["text"] * 20}) + "\n" for row in rows))
+    on = ["--model", str(checkpoint), "--device", "cpu"]
+    asked: list[list[str]] = [
+        ["eval", str(folder), "--run", str(folder / "run.trec"), "--compare", str(folder / "run.trec"), *on],
+        ["info", "--device", "cpu"],
+        ["check", "--as", "BAAI/bge-reranker-large", *on],
+        ["demo", "--depth", "5", *on, "split a string " + QUERY * 9, "abstract base classes of a mapping"],
+        ["rank", "--model", "embedded", "--max-length", "16"],
+    ]
+    for arguments in asked:
+        result = CliRunner().invoke(main, arguments, input="{}\n")
+        # A path is one word, and may be longer.
+        too_long = [line for line in result.output.splitlines() if columns(line) > WIDTH and "/" not in line]
+        assert too_long == [], arguments
+        assert result.output.count("\n") > 1
+
+
+def test_texts_are_cut_by_columns() -> None:
+    assert cut("a  short\nline", 12) == "a short line"
+    assert cut("x" * 13, 12) == "x" * 9 + "..."
+    assert cut("熊猫吃竹子熊猫", 12) == "熊猫吃竹..."
+    assert cut("\ud800\x1b[0m", 12) == "??[0m"
+
+
+def test_messages_are_wrapped_and_commands_stay_whole() -> None:
+    command = "`hf download BAAI/bge-reranker-base --local-dir bge-reranker-base`"
+    lines = wrap(f"To work offline, fetch the model once with {command} and copy it here.").splitlines()
+    assert len(lines) > 1
+    assert any(command in line for line in lines)
+    assert all(len(line) <= WIDTH for line in lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrownConfig(ScorerConfig):
+    """A config with more settings.
+
+    Attributes:
+        colour: What it is painted with. There is more to say.
+        share: Part of `max_length` that is used; None is all of it.
+        names: Several names.
+        careful: Whether to be careful; needs `long_passages="windows"`.
+        max_wait_ms: Not for the command line.
+    """
+
+    colour: Literal["red", "blue"] = "red"
+    share: float | None = None
+    names: tuple[str, ...] | None = None
+    careful: bool = True
+
+
+def test_a_new_setting_becomes_an_option_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "ScorerConfig", GrownConfig)
+    got: list[Any] = []
+
+    @click.command()
+    @options.config_options()
+    def show(config: GrownConfig) -> None:
+        got.append(config)
+
+    shown = " ".join(CliRunner().invoke(show, ["--help"]).output.split())
+    assert "--colour [red|blue] What it is painted with. [default: red]" in shown
+    assert "--share FLOAT Part of --max-length that is used. [default: all of it]" in shown
+    assert "needs --long-passages windows" in shown
+    assert "--max-wait-ms" not in shown
+    arguments = [
+        "--colour",
+        "blue",
+        "--share",
+        "0.5",
+        "--names",
+        "a, b",
+        "--no-careful",
+        "--max-length",
+        "99",
+    ]
+    assert CliRunner().invoke(show, arguments).exit_code == 0
+    assert CliRunner().invoke(show, []).exit_code == 0
+    given, default = got
+    assert (given.colour, given.share, given.names, given.careful) == ("blue", 0.5, ("a", "b"), False)
+    assert given.max_length == 99
+    assert default == GrownConfig()
+    assert CliRunner().invoke(show, ["--colour", "green"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "rank", "rerank-run", "eval", "info", "check"])
+def test_every_setting_is_an_option_with_a_help_text(command: str) -> None:
+    declared = {parameter.name: parameter for parameter in main.commands[command].params}
+    settings = {field.name for field in fields(ScorerConfig)}
+    assert settings - set(declared) <= options._NOT_OPTIONS
+    assert settings >= options._NOT_OPTIONS
+    for name in settings & set(declared) - {"normalize"}:
+        parameter = declared[name]
+        assert isinstance(parameter, click.Option)
+        assert parameter.help, name
+        assert "None" not in parameter.help, name
