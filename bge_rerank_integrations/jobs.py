@@ -85,7 +85,8 @@ def rank_lines(
     Yields:
         The rows of some requests at a time, each with its line feed:
         `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best first. A
-        request or passage has an `id`, and a passage a `title`, where the input gives it one.
+        request or passage has an `id`, and a passage a `title`, where the input gives it one. A passage with
+        nothing to read has `"blank": true`.
 
     Raises:
         MalformedLineError: A line is malformed and `strict`.
@@ -328,6 +329,7 @@ def _format(request: Request, ranking: Ranking, *, return_texts: bool) -> str:
             "id": passage.id,
             "title": passage.title,
             "score": ranked.score,
+            "blank": ranked.blank or None,
             "text": passage.text if return_texts else None,
         }
         row["results"].append({name: value for name, value in result.items() if value is not None})

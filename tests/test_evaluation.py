@@ -195,6 +195,20 @@ def test_ids_that_are_not_there_are_reported(scorer: Scorer) -> None:
         rerank_run(scorer, {"q": "text"}, {"a": "text"}, {"q": {"a": 1.0, "b": 0.5}})
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_blank_passages_are_reranked_last(checkpoint: Path, normalize: bool) -> None:
+    corpus = {"x": "", "a": "a bear", "y": " \n", "b": "a car"}
+    first = {"q": {name: float(-rank) for rank, name in enumerate(corpus)}, "none": {}}
+    with Scorer(checkpoint, device="cpu", normalize=normalize) as scorer:
+        reranked = rerank_run(scorer, {"q": "panda", "none": "tea"}, corpus, first).run
+        assert list(reranked["q"])[2:] == ["x", "y"]
+        assert reranked["none"] == {}
+        curve = reranked_to_depth(first, reranked, 3)
+        assert list(sorted_run(curve["q"])) == ["a", "x", "y", "b"]
+        with pytest.raises(DatasetError, match=r"query 'q' cannot be reranked: .*nothing to read"):
+            rerank_run(scorer, {"q": " "}, corpus, {"q": first["q"]})
+
+
 def test_equal_scores_keep_the_rerankers_order_at_every_depth() -> None:
     first = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}}
     rounded = {"q": {"c": 1.0, "b": 1.0, "a": 1.0}}

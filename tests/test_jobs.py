@@ -116,6 +116,31 @@ def test_many_small_requests_give_what_each_gives_alone(scorer: Scorer, texts: l
         assert scores == pytest.approx([found["score"] for found in alone["results"]], abs=1e-5)
 
 
+def test_a_blank_query_is_left_out_and_a_blank_passage_comes_last(scorer: Scorer) -> None:
+    rows = [
+        {"query": " ", "passages": ["a"]},
+        {"query": "panda", "passages": ["", {"id": "b", "text": "A bear."}, {"id": "c", "text": "\n"}]},
+        REQUEST,
+    ]
+    results, malformed, progress = rank_all(scorer, lines(*rows))
+    assert malformed == [1]
+    assert [found["index"] for found in results[0]["results"]] == [1, 0, 2]
+    assert results[0]["results"][1:] == [
+        {"index": 0, "score": -65504.0, "blank": True},
+        {"index": 2, "id": "c", "score": -65504.0, "blank": True},
+    ]
+    assert all("blank" not in found for found in results[1]["results"])
+    assert (progress.rows, progress.malformed) == (2, 1)
+
+
+def test_a_query_that_only_the_tokenizer_finds_blank_is_left_out_too() -> None:
+    blank = {"query": "\ufffd", "passages": ["a"]}
+    with Scorer("embedded", device="cpu") as scorer:
+        results, malformed, progress = rank_all(scorer, lines(REQUEST, blank, REQUEST, blank))
+        assert ([row["line"] for row in results], malformed) == ([1, 3], [2, 4])
+        assert (progress.rows, progress.pairs, progress.malformed) == (2, 4, 2)
+
+
 def test_top_n_and_threshold_cut(scorer: Scorer) -> None:
     [row], _, _ = rank_all(scorer, lines(REQUEST), top_n=1)
     assert len(row["results"]) == 1
