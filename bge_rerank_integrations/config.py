@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
 from bge_rerank_integrations.errors import ConfigError
 
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
 EMBEDDED_MODEL: Final = "embedded"
+
+Accepted = TypeVar("Accepted")
+Kept = TypeVar("Kept")
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float8", "int8"]
 LongPassages = Literal["truncate", "windows"]
@@ -20,6 +23,45 @@ LongPassages = Literal["truncate", "windows"]
 NUM_SPECIAL_TOKENS: Final = 4
 
 _DEVICE = re.compile(r"auto|cpu(:\d+)?|cuda(:\d+)?|mps")
+
+
+class Setting(Generic[Accepted, Kept]):
+    """A dataclass field that accepts more types than it keeps.
+
+    Type checkers read the type of an argument from `__set__` and that of the attribute from `__get__`.
+
+    Args:
+        default: The value where none is given.
+        convert: Turns what is accepted into what is kept, and returns anything else unchanged, for the
+            config's own checks to refuse.
+    """
+
+    def __init__(self, default: Kept, convert: Callable[[Any], Any]) -> None:
+        self._default = default
+        self._convert = convert
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Kept:
+        if instance is None:
+            return self._default
+        value: Kept = instance.__dict__[self._name]
+        return value
+
+    def __set__(self, instance: object, value: Accepted) -> None:
+        instance.__dict__[self._name] = self._convert(value)
+
+
+def path_to_str(value: Any) -> Any:
+    """Return a path as a string, and anything else unchanged."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def sequence_to_tuple(value: Any) -> Any:
+    """Return a sequence other than a string as a tuple, and anything else unchanged."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,13 +113,13 @@ class ScorerConfig:
         256
     """
 
-    model: str = DEFAULT_MODEL
+    model: Setting[str | os.PathLike[str], str] = Setting(DEFAULT_MODEL, path_to_str)
     revision: str | None = None
     sha256: str | None = None
-    cache_folder: str | None = None
+    cache_folder: Setting[str | os.PathLike[str] | None, str | None] = Setting(None, path_to_str)
     local_files_only: bool = False
     device: str = "auto"
-    devices: tuple[str, ...] | None = None
+    devices: Setting[Sequence[str] | None, tuple[str, ...] | None] = Setting(None, sequence_to_tuple)
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None
@@ -92,12 +134,6 @@ class ScorerConfig:
     window_overlap_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("model", "cache_folder"):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-        if isinstance(self.devices, Sequence) and not isinstance(self.devices, str):
-            object.__setattr__(self, "devices", tuple(self.devices))
         self._check_types()
         self._check_model()
         self._check_device()
@@ -138,11 +174,11 @@ class ScorerConfig:
         for name in ("model", "device"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name} must be a non-empty string")
-        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
-            raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
-        for name in ("revision", "cache_folder", "query_instruction", "passage_instruction"):
+        for name in ("revision", "sha256", "cache_folder", "query_instruction", "passage_instruction"):
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name} must be a string or None")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
         for name in ("local_files_only", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
@@ -154,8 +190,8 @@ class ScorerConfig:
                 self._check_integer(name, minimum=1)
         self._check_integer("max_length", minimum=NUM_SPECIAL_TOKENS + 2)
         self._check_integer("window_overlap_tokens", minimum=0)
-
-        if not isinstance(self.max_wait_ms, int | float) or not 0 <= self.max_wait_ms <= 60_000:
+        is_number = isinstance(self.max_wait_ms, int | float) and not isinstance(self.max_wait_ms, bool)
+        if not is_number or not 0 <= self.max_wait_ms <= 60_000:
             raise ConfigError("max_wait_ms must be a number from 0 to 60,000")
 
     def _check_integer(self, name: str, *, minimum: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -61,6 +61,22 @@ def check_stream(pairs: Iterator[tuple[str, str]], num_pairs: int) -> Iterator[t
     while part := list(islice(pairs, num_pairs)):
         yield check_pairs(part, start=start)
         start += len(part)
+
+
+async def acheck_stream(
+    pairs: AsyncIterable[tuple[str, str]], num_pairs: int
+) -> AsyncIterator[tuple[list[str], list[str]]]:
+    """Do what `check_stream` does with an asynchronous iterable."""
+    part: list[tuple[str, str]] = []
+    start = 0
+    async for pair in pairs:
+        part.append(pair)
+        if len(part) == num_pairs:
+            yield check_pairs(part, start=start)
+            start += len(part)
+            part = []
+    if part:
+        yield check_pairs(part, start=start)
 
 
 def check_requests(

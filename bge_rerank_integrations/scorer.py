@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
-from bge_rerank_integrations.errors import NonFiniteScoreError, ScorerClosedError
+from bge_rerank_integrations.errors import ScorerClosedError
 from bge_rerank_integrations.inputs import (
+    acheck_stream,
     check_pairs,
     check_passages,
     check_query,
@@ -19,8 +22,8 @@ from bge_rerank_integrations.inputs import (
     check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.pairs import PairResult, rank_each, rank_results
-from bge_rerank_integrations.pipeline import Pipeline, load_pipeline
+from bge_rerank_integrations.pairs import rank_each, rank_results
+from bge_rerank_integrations.pipeline import Pipeline, load_pipeline, read_in_thread, run_in_thread
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 
@@ -51,6 +54,27 @@ class SupportsRank(Protocol):
         """Rank passages without blocking the event loop; see `Scorer.arank`."""
 
 
+@dataclass
+class _Shared:
+    """A scorer in the process's registry and who uses it.
+
+    Attributes:
+        future: The scorer, once it is loaded.
+        holders: Those who use it, by `id`. They are held weakly, so that one that is gone counts no more.
+        is_pinned: Somebody unknown has it too, so that only a call of its `close()` may close it.
+    """
+
+    future: Future[Scorer] = field(default_factory=Future)
+    holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
+    is_pinned: bool = False
+
+    def add(self, holder: object | None) -> None:
+        if holder is None:
+            self.is_pinned = True
+        else:
+            self.holders[id(holder)] = holder
+
+
 class Scorer:
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
@@ -60,9 +84,6 @@ class Scorer:
 
     Every call that scores takes a `timeout` in seconds, None being no limit. When it is over, or an async
     call is cancelled, what has not started is dropped and never computed.
-
-    Attributes:
-        config: The settings, immutable.
 
     Raises:
         ConfigError: A setting cannot work, alone or with this model.
@@ -75,7 +96,7 @@ class Scorer:
         [RankedPassage(index=1, score=..., truncated=False, windows=1)]
     """
 
-    _shared: ClassVar[dict[ScorerConfig, Future[Scorer]]] = {}
+    _shared: ClassVar[dict[ScorerConfig, _Shared]] = {}
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
     # Models load here for callers that must not block; the loop's default pool is others' business.
     _loaders: ClassVar[ThreadPoolExecutor] = ThreadPoolExecutor(2, "bge-rerank-load")
@@ -86,7 +107,7 @@ class Scorer:
         *,
         revision: str | None = None,
         sha256: str | None = None,
-        cache_folder: str | None = None,
+        cache_folder: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         device: str = "auto",
         devices: Sequence[str] | None = None,
@@ -103,14 +124,14 @@ class Scorer:
         long_passages: LongPassages = "truncate",
         window_overlap_tokens: int = 64,
     ) -> None:
-        self.config = ScorerConfig(
-            model=os.fspath(model) if isinstance(model, os.PathLike) else model,
+        self._config = ScorerConfig(
+            model=model,
             revision=revision,
             sha256=sha256,
             cache_folder=cache_folder,
             local_files_only=local_files_only,
             device=device,
-            devices=devices,  # type: ignore[arg-type]  # which the config makes a tuple
+            devices=devices,
             dtype=dtype,
             max_length=max_length,
             query_max_length=query_max_length,
@@ -124,7 +145,12 @@ class Scorer:
             long_passages=long_passages,
             window_overlap_tokens=window_overlap_tokens,
         )
-        self._pipeline: Pipeline | None = load_pipeline(self.config)
+        self._pipeline: Pipeline | None = load_pipeline(self._config)
+
+    @property
+    def config(self) -> ScorerConfig:
+        """The settings, immutable."""
+        return self._config
 
     @classmethod
     def from_config(cls, config: ScorerConfig) -> Scorer:
@@ -132,33 +158,59 @@ class Scorer:
         return cls(**config.to_dict())  # type: ignore[arg-type]
 
     @classmethod
-    def shared(cls, config: ScorerConfig) -> Scorer:
+    def shared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
         """Return the process's one scorer with these settings, loading it if nobody has.
 
         However many threads ask at once, the model is loaded once, and if that fails each of them gets
-        the error. The scorer lives until somebody calls its `close()`.
+        the error.
+
+        Args:
+            config: The settings.
+            holder: The object that uses the scorer, and will call `release` when it no longer does. None,
+                the default, keeps the scorer loaded until somebody calls its `close()`.
         """
         with cls._shared_lock:
-            future = cls._shared.get(config)
-            is_first = future is None
-            if future is None:
-                future = cls._shared[config] = Future()
+            shared = cls._shared.get(config)
+            is_first = shared is None
+            if shared is None:
+                shared = cls._shared[config] = _Shared()
+            shared.add(holder)
         if is_first:
             try:
-                future.set_result(cls.from_config(config))
+                shared.future.set_result(cls.from_config(config))
             except BaseException as error:
                 with cls._shared_lock:
-                    cls._shared.pop(config, None)
-                future.set_exception(error)
-        return future.result()
+                    if cls._shared.get(config) is shared:
+                        del cls._shared[config]
+                shared.future.set_exception(error)
+        return shared.future.result()
 
     @classmethod
-    async def ashared(cls, config: ScorerConfig) -> Scorer:
+    async def ashared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
         """Return what `shared` returns; a model that is not loaded yet is loaded off the event loop."""
-        future = cls._shared.get(config)
-        if future is not None and future.done():
-            return future.result()
-        return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config)
+        with cls._shared_lock:
+            shared = cls._shared.get(config)
+            if shared is not None and shared.future.done():
+                shared.add(holder)
+                return shared.future.result()
+        return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config, holder)
+
+    @classmethod
+    def release(cls, holder: object) -> None:
+        """Close the shared scorers that this holder uses and nobody else.
+
+        Args:
+            holder: What was given to `shared`. It may use shared scorers again later.
+        """
+        unused = []
+        with cls._shared_lock:
+            for config, shared in list(cls._shared.items()):
+                is_held = shared.holders.pop(id(holder), None) is not None
+                if is_held and not shared.holders and not shared.is_pinned:
+                    unused.append(cls._shared.pop(config).future)
+        for future in unused:
+            if future.exception() is None:
+                future.result().close()
 
     def score(
         self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, progress: bool = False
@@ -188,7 +240,7 @@ class Scorer:
             stream = pipeline.score_stream(
                 check_stream(pairs, _NUM_STREAMED_PAIRS), timeout=timeout, progress=progress
             )
-            return list(_scores_of(stream))
+            return [result.score for results in stream for result in results]
         queries, passages = check_pairs(pairs)
         results = pipeline.score(queries, passages, timeout=timeout, progress=progress)
         return [result.score for result in results]
@@ -224,6 +276,7 @@ class Scorer:
         *,
         timeout: float | None = None,
         progress: bool = False,
+        normalize: bool | None = None,
     ) -> Ranking:
         """Rank passages by their relevance to a query.
 
@@ -234,6 +287,8 @@ class Scorer:
             threshold: Least score to return, inclusive; None returns every score.
             timeout: Most seconds to take; None is no limit.
             progress: Show a progress bar on stderr.
+            normalize: Put scores through a sigmoid or not; None is as configured. The threshold is on the
+                scale of the scores.
 
         Returns:
             A list of `RankedPassage`, best first, equal scores in input order.
@@ -247,7 +302,9 @@ class Scorer:
         check_threshold(threshold)
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
-        results = self._require_pipeline().score(queries, texts, timeout=timeout, progress=progress)
+        results = self._require_pipeline().score(
+            queries, texts, timeout=timeout, progress=progress, normalize=normalize
+        )
         return rank_results(results, top_n, threshold)
 
     def rank_many(
@@ -258,6 +315,7 @@ class Scorer:
         *,
         timeout: float | None = None,
         progress: bool = False,
+        normalize: bool | None = None,
     ) -> list[Ranking]:
         """Rank the passages of several queries in one pass, which fills batches better than many calls.
 
@@ -267,6 +325,7 @@ class Scorer:
             threshold: As in `rank`, for each request.
             timeout: Most seconds to take for all; None is no limit.
             progress: Show a progress bar on stderr.
+            normalize: As in `rank`.
 
         Returns:
             One ranking a request, in order.
@@ -280,16 +339,32 @@ class Scorer:
         check_threshold(threshold)
         checked = check_requests(requests)
         queries, passages = _flatten(checked)
-        results = self._require_pipeline().score(queries, passages, timeout=timeout, progress=progress)
+        results = self._require_pipeline().score(
+            queries, passages, timeout=timeout, progress=progress, normalize=normalize
+        )
         return rank_each(checked, results, top_n, threshold)
 
-    async def ascore(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
-        """Do what `score` does, off the event loop."""
-        queries, passages = check_pairs(pairs)
-        return [
-            result.score
-            for result in await self._require_pipeline().ascore(queries, passages, timeout=timeout)
-        ]
+    async def ascore(
+        self,
+        pairs: Iterable[tuple[str, str]] | AsyncIterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+    ) -> list[float]:
+        """Do what `score` does, off the event loop.
+
+        An iterator is read in a thread of its own, as it is scored. An asynchronous iterator is read in the
+        caller's task, likewise as it is scored.
+        """
+        pipeline = self._require_pipeline()
+        if isinstance(pairs, AsyncIterable):
+            chunks = acheck_stream(pairs, _NUM_STREAMED_PAIRS)
+        elif isinstance(pairs, Iterator):
+            chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
+        else:
+            queries, passages = check_pairs(pairs)
+            return [result.score for result in await pipeline.ascore(queries, passages, timeout=timeout)]
+        stream = pipeline.ascore_stream(chunks, timeout=timeout)
+        return [result.score async for results in stream for result in results]
 
     async def arank(
         self,
@@ -299,15 +374,15 @@ class Scorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> Ranking:
         """Do what `rank` does, off the event loop."""
         check_top_n(top_n)
         check_threshold(threshold)
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
-        return rank_results(
-            await self._require_pipeline().ascore(queries, texts, timeout=timeout), top_n, threshold
-        )
+        results = await self._require_pipeline().ascore(queries, texts, timeout=timeout, normalize=normalize)
+        return rank_results(results, top_n, threshold)
 
     async def arank_many(
         self,
@@ -316,13 +391,19 @@ class Scorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do what `rank_many` does, off the event loop."""
+        """Do what `rank_many` does, off the event loop; an iterator is read in a thread of its own."""
         check_top_n(top_n)
         check_threshold(threshold)
-        checked = check_requests(requests)
+        if isinstance(requests, Iterator):
+            checked = await run_in_thread(check_requests, requests)
+        else:
+            checked = check_requests(requests)
         queries, passages = _flatten(checked)
-        results = await self._require_pipeline().ascore(queries, passages, timeout=timeout)
+        results = await self._require_pipeline().ascore(
+            queries, passages, timeout=timeout, normalize=normalize
+        )
         return rank_each(checked, results, top_n, threshold)
 
     def warmup(self) -> None:
@@ -332,6 +413,10 @@ class Scorer:
         """
         self._require_pipeline().warmup()
         self.score([("warm up", "short"), ("warm up", "long " * self.config.max_length)])
+
+    async def awarmup(self) -> None:
+        """Do what `warmup` does, off the event loop."""
+        await asyncio.get_running_loop().run_in_executor(self._loaders, self.warmup)
 
     def stats(self) -> ScorerStats:
         """Return counts and times since the model was loaded."""
@@ -351,8 +436,8 @@ class Scorer:
             timeout: Seconds after which what is not finished ends in `ScorerClosedError`.
         """
         with Scorer._shared_lock:
-            future = Scorer._shared.get(self.config)
-            if future is not None and future.done() and future.result() is self:
+            shared = Scorer._shared.get(self.config)
+            if shared is not None and shared.future.done() and shared.future.result() is self:
                 del Scorer._shared[self.config]
         if self._pipeline is not None:
             self._pipeline.close(timeout)
@@ -389,20 +474,3 @@ class Scorer:
 def _flatten(requests: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
     queries = [query for query, texts in requests for _ in texts]
     return queries, [text for _, texts in requests for text in texts]
-
-
-def _scores_of(stream: Iterator[list[PairResult]]) -> Iterator[float]:
-    """Give the scores of a stream's chunks, and errors the index of the pair in the whole stream."""
-    start = 0
-    while True:
-        try:
-            results = next(stream, None)
-        except NonFiniteScoreError as error:
-            index = start + (error.index or 0)
-            raise NonFiniteScoreError(
-                f"the model's score of pair {index} is not finite", index=index
-            ) from None
-        if results is None:
-            return
-        yield from (result.score for result in results)
-        start += len(results)
