@@ -14,15 +14,23 @@ try:
     from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 except ImportError as error:
     raise missing_extra("llama-index", "llama-index-core") from error
 
-from pydantic import BaseModel, field_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_query
-from bge_rerank_integrations.options import RerankOptions
+from bge_rerank_integrations.options import RerankOptions, independent_copy
 from bge_rerank_integrations.ranking import RankedPassage
 
 dispatcher = get_dispatcher(__name__)
@@ -48,7 +56,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         >>> engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[reranker])
     """
 
-    metadata_mode: MetadataMode = MetadataMode.EMBED
+    # Not strict, since a dump holds its value as a string.
+    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, strict=False)
     nodes_without_text: Literal["refuse", "keep_last"] = "refuse"
 
     @model_validator(mode="before")
@@ -62,6 +71,15 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     @field_serializer("metadata_mode")
     def _serialize_mode(self, mode: MetadataMode) -> str:
         return mode.value
+
+    @model_serializer(mode="wrap")
+    def custom_model_dump(
+        self,
+        handler: SerializerFunctionWrapHandler,
+        info: SerializationInfo,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return a dump with the class's name, as the base class does."""
+        return {**self.dump_options(handler), "class_name": self.class_name()}
 
     @classmethod
     def class_name(cls) -> str:
@@ -82,8 +100,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
             if job.texts and self.top_n != 0:
-                ranked = self.resolve_scorer().rank(
-                    job.query.query_str, job.texts, self.top_n, self.score_threshold
+                ranked = self.rank_texts(
+                    self.resolve_scorer(), job.query.query_str, job.texts, self.top_n, self.score_threshold
                 )
                 returned.extend(self._scored(job, ranked))
             returned.extend(self._without_score(job, len(returned)))
@@ -98,7 +116,9 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         with self._events(job) as returned:
             if job.texts and self.top_n != 0:
                 scorer = await self.aresolve_scorer()
-                ranked = await scorer.arank(job.query.query_str, job.texts, self.top_n, self.score_threshold)
+                ranked = await self.arank_texts(
+                    scorer, job.query.query_str, job.texts, self.top_n, self.score_threshold
+                )
                 returned.extend(self._scored(job, ranked))
             returned.extend(self._without_score(job, len(returned)))
         return returned
@@ -117,6 +137,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                 raise InputTypeError(
                     f"node {index} must be a NodeWithScore, not {type(node).__name__}", index=index
                 )
+            _check_node(node.node, index)
             text = node.node.get_content(metadata_mode=self.metadata_mode)
             if text.strip():
                 texts.append(text)
@@ -166,21 +187,21 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         return [self._copy(job.nodes[index], index, None) for index in blank[:room]]
 
     def _copy(self, original: NodeWithScore, rank: int, score: float | None) -> NodeWithScore:
-        if not self.keep_retrieval_score:
-            return original.model_copy(update={"score": score})
-        kept: dict[str, Any] = {"retrieval_rank": rank}
-        if original.score is not None:
-            kept["retrieval_score"] = original.score
-        node = original.node
-        # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
-        copy = node.model_copy(
-            update={
-                "metadata": {**node.metadata, **kept},
-                "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, kept),
-                "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, kept),
-            }
-        )
-        return original.model_copy(update={"node": copy, "score": score})
+        # An IndexNode's object, such as another index, is no data of the node's.
+        node = independent_copy(original.node, shared=("obj",))
+        if self.keep_retrieval_score:
+            kept: dict[str, Any] = {"retrieval_rank": rank}
+            if original.score is not None:
+                kept["retrieval_score"] = original.score
+            # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
+            node = node.model_copy(
+                update={
+                    "metadata": {**node.metadata, **kept},
+                    "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, kept),
+                    "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, kept),
+                }
+            )
+        return original.model_copy(update={"node": node, "score": score})
 
 
 @dataclass(frozen=True)
@@ -191,6 +212,20 @@ class _Job:
     query: QueryBundle
     texts: list[str]
     with_text: list[int]
+
+
+def _check_node(node: BaseNode, index: int) -> None:
+    """Raise unless a node's text and metadata have the types that LlamaIndex does not check on assignment."""
+    if not isinstance(node.metadata, dict):
+        raise InputTypeError(
+            f"the metadata of node {index} must be a dict, not {type(node.metadata).__name__}", index=index
+        )
+    # Without metadata it is the text as it is; in a template, None would become the word "None".
+    text = node.get_content(metadata_mode=MetadataMode.NONE)
+    if not isinstance(text, str):
+        raise InputTypeError(
+            f"the text of node {index} must be a string, not {type(text).__name__}", index=index
+        )
 
 
 def _with(keys: list[str], more: dict[str, Any]) -> list[str]:

@@ -509,7 +509,7 @@ async def test_rerank_takes_rank_fields_for_documents_too(
 
 async def test_rank_fields_that_are_one_string_are_refused(rerank: Rerank) -> None:
     with pytest.raises(ValidationError, match="rank_fields"):
-        BGEReranker(rank_fields="title")  # type: ignore[arg-type]
+        BGEReranker(rank_fields="title")
     with pytest.raises(InputTypeError, match="rank_fields"):
         await rerank(BGEReranker(scorer=TableScorer()), [{"title": "a"}], rank_fields="title")
 

@@ -669,6 +669,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "score_threshold": 0.25,
     "normalize": False,
     "keep_retrieval_score": True,
+    "timeout": 1.5,
     "metadata_mode": MetadataMode.LLM,
     "nodes_without_text": "keep_last",
 }
