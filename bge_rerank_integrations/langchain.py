@@ -34,7 +34,8 @@ TextSource = str | Mapping[str, Any] | Document
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
     r"""Re-orders documents by a BGE cross-encoder's relevance score and keeps the best.
 
-    Returned documents are copies, with id and metadata, that carry the score as a Python float. The
+    Returned documents are deep copies, with id and metadata, that carry the score as a Python float.
+    Values that cannot be copied, such as a lock, are shared with the documents that came in. The
     model is loaded at first use, once per process for equal settings, shared with LlamaIndex's
     `BGERerankPostprocessor`. All options are fields; see `RerankOptions` and `ScorerConfig`.
 

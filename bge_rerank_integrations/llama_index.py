@@ -39,7 +39,8 @@ dispatcher = get_dispatcher(__name__)
 class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     """Re-orders nodes by a BGE cross-encoder's relevance score and keeps the best.
 
-    Returned are new `NodeWithScore`s with the score as a Python float; the ones passed in keep theirs.
+    Returned are new `NodeWithScore`s with deep copies of the nodes and the score as a Python float. What
+    was passed in does not change. An `IndexNode` keeps its `obj`.
     The model is loaded at first use, once per process for equal settings, shared with LangChain's
     `BGEReranker`. All options are JSON-safe fields; see `RerankOptions` and `ScorerConfig`.
 
