@@ -183,7 +183,12 @@ class Scorer:
                     if cls._shared.get(config) is shared:
                         del cls._shared[config]
                 shared.future.set_exception(error)
-        return shared.future.result()
+        try:
+            return shared.future.result()
+        finally:
+            # A failed load's error refers to this frame. Without the reference back, what the load had
+            # in memory is freed with the error.
+            del shared
 
     @classmethod
     async def ashared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
