@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
 from bge_rerank_integrations.errors import ConfigError
 
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
 EMBEDDED_MODEL: Final = "embedded"
 DEFAULT_WINDOW_OVERLAP: Final = 64
+
+Accepted = TypeVar("Accepted")
+Kept = TypeVar("Kept")
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float8", "int8"]
 LongPassages = Literal["truncate", "windows"]
@@ -35,6 +38,45 @@ _MAX_LENGTH: Final = 65_536
 _MAX_BATCH_TOKENS: Final = 1 << 22
 # The ids of so many tokens take 4 TB.
 _MAX_QUEUED_TOKENS: Final = 1 << 40
+
+
+class Setting(Generic[Accepted, Kept]):
+    """A dataclass field that accepts more types than it keeps.
+
+    Type checkers read the type of an argument from `__set__` and that of the attribute from `__get__`.
+
+    Args:
+        default: The value where none is given.
+        convert: Turns what is accepted into what is kept, and returns anything else unchanged, for the
+            config's own checks to refuse.
+    """
+
+    def __init__(self, default: Kept, convert: Callable[[Any], Any]) -> None:
+        self._default = default
+        self._convert = convert
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Kept:
+        if instance is None:
+            return self._default
+        value: Kept = instance.__dict__[self._name]
+        return value
+
+    def __set__(self, instance: object, value: Accepted) -> None:
+        instance.__dict__[self._name] = self._convert(value)
+
+
+def path_to_str(value: Any) -> Any:
+    """Return a path as a string, and anything else unchanged."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def sequence_to_tuple(value: Any) -> Any:
+    """Return a sequence other than a string as a tuple, and anything else unchanged."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,13 +138,13 @@ class ScorerConfig:
         256
     """
 
-    model: str = DEFAULT_MODEL
+    model: Setting[str | os.PathLike[str], str] = Setting(DEFAULT_MODEL, path_to_str)
     revision: str | None = None
     sha256: str | None = None
-    cache_folder: str | None = None
+    cache_folder: Setting[str | os.PathLike[str] | None, str | None] = Setting(None, path_to_str)
     local_files_only: bool = False
     device: str = "auto"
-    devices: tuple[str, ...] | None = None
+    devices: Setting[Sequence[str] | None, tuple[str, ...] | None] = Setting(None, sequence_to_tuple)
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None
@@ -119,12 +161,6 @@ class ScorerConfig:
     blank_passages: BlankPassages = "last"
 
     def __post_init__(self) -> None:
-        for name in ("model", "cache_folder"):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-        if isinstance(self.devices, Sequence) and not isinstance(self.devices, str):
-            object.__setattr__(self, "devices", tuple(self.devices))
         self._check_types()
         self._check_model()
         self._check_device()
@@ -165,11 +201,11 @@ class ScorerConfig:
         for name in ("model", "device"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name} must be a non-empty string")
-        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
-            raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
-        for name in ("revision", "cache_folder", "query_instruction", "passage_instruction"):
+        for name in ("revision", "sha256", "cache_folder", "query_instruction", "passage_instruction"):
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name} must be a string or None")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
         for name in ("local_files_only", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
@@ -191,8 +227,8 @@ class ScorerConfig:
                 self._check_integer(name, 1, maximum)
         self._check_integer("max_length", NUM_SPECIAL_TOKENS + 2, _MAX_LENGTH)
         self._check_integer("window_overlap_tokens", 0, _MAX_LENGTH)
-
-        if not isinstance(self.max_wait_ms, int | float) or not 0 <= self.max_wait_ms <= 60_000:
+        is_number = isinstance(self.max_wait_ms, int | float) and not isinstance(self.max_wait_ms, bool)
+        if not is_number or not 0 <= self.max_wait_ms <= 60_000:
             raise ConfigError("max_wait_ms must be a number from 0 to 60,000")
 
     def _check_integer(self, name: str, minimum: int, maximum: int) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
 # A year. The operating system's locks refuse some larger numbers, infinity among them.
-_MAX_TIMEOUT_S: Final = 31_536_000
+MAX_TIMEOUT_S: Final = 31_536_000
 
 BLANK_QUERY: Final = "the query has nothing to read"
 
@@ -90,6 +90,22 @@ def check_stream(pairs: Iterator[tuple[str, str]], num_pairs: int) -> Iterator[t
         start += len(part)
 
 
+async def acheck_stream(
+    pairs: AsyncIterable[tuple[str, str]], num_pairs: int
+) -> AsyncIterator[tuple[list[str], list[str]]]:
+    """Do what `check_stream` does with an asynchronous iterable."""
+    part: list[tuple[str, str]] = []
+    start = 0
+    async for pair in pairs:
+        part.append(pair)
+        if len(part) == num_pairs:
+            yield check_pairs(part, start=start)
+            start += len(part)
+            part = []
+    if part:
+        yield check_pairs(part, start=start)
+
+
 def check_requests(
     requests: Any, check: Callable[[Any], list[str]] | None = None
 ) -> list[tuple[str, list[str]]]:
@@ -120,8 +136,8 @@ def check_timeout(timeout: float | None) -> None:
         return
     if not isinstance(timeout, int | float) or isinstance(timeout, bool):
         raise InputTypeError(f"timeout must be a number of seconds or None, not {_kind(timeout)}")
-    if not 0 <= timeout <= _MAX_TIMEOUT_S:  # NaN is not
-        raise InputError(f"timeout must be from 0 to {_MAX_TIMEOUT_S:,} seconds, or None for no limit")
+    if not 0 <= timeout <= MAX_TIMEOUT_S:  # NaN is not
+        raise InputError(f"timeout must be from 0 to {MAX_TIMEOUT_S:,} seconds, or None for no limit")
 
 
 def is_single_pair(pairs: Any) -> bool:

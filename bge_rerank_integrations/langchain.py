@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from string import Formatter
@@ -18,14 +19,22 @@ try:
 except ImportError as error:
     raise missing_extra("langchain", "langchain-core") from error
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from typing_extensions import Self
 
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_pairs, check_query, check_requests
-from bge_rerank_integrations.options import MARKS, RerankOptions, marks_of, summarize
+from bge_rerank_integrations.options import (
+    MARKS,
+    Names,
+    RerankOptions,
+    independent_copy,
+    marks_of,
+    summarize,
+    summarize_all,
+)
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
-from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.scorer import Scorer, SupportsRank
 
 _RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
 
@@ -35,15 +44,17 @@ TextSource = str | Mapping[str, Any] | Document
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
     r"""Re-orders documents by a BGE cross-encoder's relevance score and keeps the best.
 
-    Returned documents are copies, with id and metadata, that carry the score as a Python float. The
+    Returned documents are deep copies, with id and metadata, that carry the score as a Python float.
+    Values that cannot be copied, such as a lock, are shared with the documents that came in. The
     model is loaded at first use, once per process for equal settings, shared with LlamaIndex's
     `BGERerankPostprocessor`. All options are fields; see `RerankOptions` and `ScorerConfig`.
 
     Attributes:
         score_key: Metadata key of the score.
-        rank_fields: Metadata fields that are scored too, as `name: value` lines before the text.
+        rank_fields: Metadata fields that are scored too, as `name: value` lines before the text. A field
+            that a document lacks, or that is None or NaN, has no line.
         document_template: What is scored instead: a format string over `page_content` and metadata
-            fields, such as `"{title}\n{page_content}"`.
+            fields, such as `"{title}\n{page_content}"`. A field that is None or NaN is empty.
 
     Raises:
         pydantic.ValidationError: An option is unknown or cannot work; documents are never echoed.
@@ -55,7 +66,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     """
 
     score_key: str = Field(default="relevance_score", min_length=1)
-    rank_fields: tuple[str, ...] | None = None
+    rank_fields: Names | None = None
     document_template: str | None = None
 
     @field_validator("document_template")
@@ -83,6 +94,10 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         if self.rank_fields is not None and self.document_template is not None:
             raise ConfigError("rank_fields and document_template cannot both be set")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return self.dump_options(handler)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -167,18 +182,37 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
         Returns:
             What `rerank` returns, one a request.
+
+        Raises:
+            InputError: As `rerank` does; `.index` says which request.
         """
+        prepared = self._requests(requests, rank_fields)
         limit = self._top_n(top_n)
-        prepared = check_requests(
-            requests,
-            lambda documents: self._texts(
-                documents, self.rank_fields if rank_fields is None else rank_fields
-            ),
-        )
-        scorer = self.resolve_scorer()
-        if isinstance(scorer, Scorer):
-            return [_as_dicts(r) for r in scorer.rank_many(prepared, limit, self.score_threshold)]
-        return [_as_dicts(scorer.rank(q, t, limit, self.score_threshold)) for q, t in prepared]
+        num_pairs = sum(len(texts) for _, texts in prepared)
+        with self._run(None, num_pairs) as outputs:
+            rankings: Sequence[Sequence[RankedPassage]] = [[] for _ in prepared]
+            if num_pairs and limit != 0:
+                rankings = self._rank_requests(self.resolve_scorer(), prepared, limit)
+            outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
+        return [_as_dicts(ranked) for ranked in rankings]
+
+    async def arerank_many(
+        self,
+        requests: Sequence[tuple[str, Sequence[TextSource]]],
+        *,
+        rank_fields: Sequence[str] | None = None,
+        top_n: int | EllipsisType | None = ...,
+    ) -> list[list[dict[str, Any]]]:
+        """Do what `rerank_many` does, off the event loop."""
+        prepared = self._requests(requests, rank_fields)
+        limit = self._top_n(top_n)
+        num_pairs = sum(len(texts) for _, texts in prepared)
+        async with self._arun(None, num_pairs) as outputs:
+            rankings: Sequence[Sequence[RankedPassage]] = [[] for _ in prepared]
+            if num_pairs and limit != 0:
+                rankings = await self._arank_requests(await self.aresolve_scorer(), prepared, limit)
+            outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
+        return [_as_dicts(ranked) for ranked in rankings]
 
     def as_cross_encoder(self) -> BaseCrossEncoder:
         """Return this reranker as a `BaseCrossEncoder`, for code that takes one.
@@ -195,7 +229,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         with self._run(callbacks, len(texts)) as outputs:
             ranked: Sequence[RankedPassage] = []
             if texts and top_n != 0:
-                ranked = self.resolve_scorer().rank(query, texts, top_n, self.score_threshold)
+                ranked = self.rank_texts(self.resolve_scorer(), query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 
@@ -205,10 +239,40 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         async with self._arun(callbacks, len(texts)) as outputs:
             ranked: Sequence[RankedPassage] = []
             if texts and top_n != 0:
-                scorer = await self.aresolve_scorer()
-                ranked = await scorer.arank(query, texts, top_n, self.score_threshold)
+                ranked = await self.arank_texts(
+                    await self.aresolve_scorer(), query, texts, top_n, self.score_threshold
+                )
             outputs |= summarize(ranked, len(texts))
         return ranked
+
+    def _requests(
+        self, requests: Sequence[tuple[str, Sequence[TextSource]]], rank_fields: Sequence[str] | None
+    ) -> list[tuple[str, list[str]]]:
+        fields = self.rank_fields if rank_fields is None else rank_fields
+        return check_requests(requests, lambda documents: self._texts(documents, fields))
+
+    def _rank_requests(
+        self, scorer: SupportsRank, requests: list[tuple[str, list[str]]], top_n: int | None
+    ) -> Sequence[Sequence[RankedPassage]]:
+        if isinstance(scorer, Scorer):
+            return scorer.rank_many(
+                requests, top_n, self.score_threshold, timeout=self.timeout, normalize=self.normalize
+            )
+        return [
+            self.rank_texts(scorer, query, texts, top_n, self.score_threshold) for query, texts in requests
+        ]
+
+    async def _arank_requests(
+        self, scorer: SupportsRank, requests: list[tuple[str, list[str]]], top_n: int | None
+    ) -> Sequence[Sequence[RankedPassage]]:
+        if isinstance(scorer, Scorer):
+            return await scorer.arank_many(
+                requests, top_n, self.score_threshold, timeout=self.timeout, normalize=self.normalize
+            )
+        return [
+            await self.arank_texts(scorer, query, texts, top_n, self.score_threshold)
+            for query, texts in requests
+        ]
 
     @contextmanager
     def _run(self, callbacks: Callbacks | None, num_pairs: int) -> Iterator[dict[str, Any]]:
@@ -245,9 +309,12 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         return top_n
 
     def _scored_copy(self, document: Document, passage: RankedPassage) -> Document:
-        metadata = dict(document.metadata)
+        copied = independent_copy(document)
+        metadata = copied.metadata
         if self.mark_unread:
-            metadata = {key: value for key, value in metadata.items() if key not in MARKS} | marks_of(passage)
+            for key in MARKS:
+                metadata.pop(key, None)
+            metadata |= marks_of(passage)
         if self.keep_retrieval_score:
             metadata["retrieval_rank"] = passage.index
             for key in (self.score_key, "score"):  # where retrievers and other rerankers put theirs
@@ -255,7 +322,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
                     metadata["retrieval_score"] = metadata[key]
                     break
         metadata[self.score_key] = float(passage.score)  # a foreign scorer's may be NumPy's
-        return document.model_copy(update={"metadata": metadata})
+        return copied
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
         if isinstance(documents, str | Mapping | Document) or not isinstance(documents, Iterable):
@@ -268,6 +335,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         if isinstance(document, str):
             return document
         if isinstance(document, Document):
+            _check_document(document, index)
             if self.document_template is not None and rank_fields is None:
                 return _fill(self.document_template, document, index)
             return "\n".join([*_lines(document.metadata, rank_fields or ()), document.page_content])
@@ -294,8 +362,9 @@ class _CrossEncoderView(BaseCrossEncoder):
         for index, query in enumerate(queries):
             by_query.setdefault(query, []).append(index)
         for query, indices in by_query.items():
+            texts = [passages[index] for index in indices]
             try:
-                ranked = scorer.rank(check_query(query), [passages[index] for index in indices])
+                ranked = self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
             except InputError as error:
                 index = indices[error.index or 0]
                 raise type(error)(f"pair {index}: {error}", index=index) from None
@@ -321,8 +390,38 @@ def _check_documents(documents: Sequence[Document]) -> list[Document]:
     return checked
 
 
+def _check_document(document: Document, index: int) -> None:
+    """Raise unless a document's fields have their types, which pydantic does not check on assignment."""
+    if not isinstance(document.page_content, str):
+        raise InputTypeError(
+            f"the page_content of document {index} must be a string, not "
+            f"{type(document.page_content).__name__}",
+            index=index,
+        )
+    if not isinstance(document.metadata, dict):
+        raise InputTypeError(
+            f"the metadata of document {index} must be a dict, not {type(document.metadata).__name__}",
+            index=index,
+        )
+
+
 def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {values[name]}" for name in names if name in values]
+    return [f"{name}: {values[name]}" for name in names if name in values and not _is_missing(values[name])]
+
+
+def _is_missing(value: Any) -> bool:
+    # NaN is how pandas says that a cell is empty.
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+class _Empty:
+    """Becomes no text in a format string, whatever the conversion and the format."""
+
+    def __format__(self, spec: str) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        return ""
 
 
 def _template_fields(template: str) -> set[str]:
@@ -338,7 +437,8 @@ def _template_fields(template: str) -> set[str]:
 
 
 def _fill(template: str, document: Document, index: int) -> str:
-    values = {**document.metadata, "page_content": document.page_content}
+    metadata = {name: _Empty() if _is_missing(value) else value for name, value in document.metadata.items()}
+    values = {**metadata, "page_content": document.page_content}
     missing = sorted(_template_fields(template) - set(values))
     if missing:
         raise InputError(

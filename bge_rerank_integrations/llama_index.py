@@ -14,15 +14,23 @@ try:
     from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 except ImportError as error:
     raise missing_extra("llama-index", "llama-index-core") from error
 
-from pydantic import BaseModel, field_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_query
-from bge_rerank_integrations.options import MARKS, RerankOptions, marks_of, summarize
+from bge_rerank_integrations.options import MARKS, RerankOptions, independent_copy, marks_of, summarize
 from bge_rerank_integrations.ranking import RankedPassage
 
 dispatcher = get_dispatcher(__name__)
@@ -31,7 +39,8 @@ dispatcher = get_dispatcher(__name__)
 class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     """Re-orders nodes by a BGE cross-encoder's relevance score and keeps the best.
 
-    Returned are new `NodeWithScore`s with the score as a Python float; the ones passed in keep theirs.
+    Returned are new `NodeWithScore`s with deep copies of the nodes and the score as a Python float. What
+    was passed in does not change. An `IndexNode` keeps its `obj`.
     The model is loaded at first use, once per process for equal settings, shared with LangChain's
     `BGEReranker`. All options are JSON-safe fields; see `RerankOptions` and `ScorerConfig`.
 
@@ -46,7 +55,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         >>> engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[reranker])
     """
 
-    metadata_mode: MetadataMode = MetadataMode.EMBED
+    # Not strict, since a dump holds its value as a string.
+    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, strict=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -59,6 +69,15 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     @field_serializer("metadata_mode")
     def _serialize_mode(self, mode: MetadataMode) -> str:
         return mode.value
+
+    @model_serializer(mode="wrap")
+    def custom_model_dump(
+        self,
+        handler: SerializerFunctionWrapHandler,
+        info: SerializationInfo,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return a dump with the class's name, as the base class does."""
+        return {**self.dump_options(handler), "class_name": self.class_name()}
 
     @classmethod
     def class_name(cls) -> str:
@@ -80,8 +99,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         with self._events(job) as returned:
             ranked: Sequence[RankedPassage] = []
             if job.texts and self.top_n != 0:
-                ranked = self.resolve_scorer().rank(
-                    job.query.query_str, job.texts, self.top_n, self.score_threshold
+                ranked = self.rank_texts(
+                    self.resolve_scorer(), job.query.query_str, job.texts, self.top_n, self.score_threshold
                 )
             returned.extend(self._scored(job, ranked))
             job.figures.update(summarize(ranked, len(job.texts)))
@@ -97,7 +116,9 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
             ranked: Sequence[RankedPassage] = []
             if job.texts and self.top_n != 0:
                 scorer = await self.aresolve_scorer()
-                ranked = await scorer.arank(job.query.query_str, job.texts, self.top_n, self.score_threshold)
+                ranked = await self.arank_texts(
+                    scorer, job.query.query_str, job.texts, self.top_n, self.score_threshold
+                )
             returned.extend(self._scored(job, ranked))
             job.figures.update(summarize(ranked, len(job.texts)))
         return returned
@@ -115,6 +136,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                 raise InputTypeError(
                     f"node {index} must be a NodeWithScore, not {type(node).__name__}", index=index
                 )
+            _check_node(node.node, index)
             texts.append(node.node.get_content(metadata_mode=self.metadata_mode))
         return _Job(nodes, query_bundle, texts)
 
@@ -146,28 +168,28 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         return [self._copy(job.nodes[passage.index], passage) for passage in ranked]
 
     def _copy(self, original: NodeWithScore, passage: RankedPassage) -> NodeWithScore:
-        score = float(passage.score)  # a foreign scorer's may be NumPy's
-        node = original.node
-        metadata = dict(node.metadata)
+        # An IndexNode's object, such as another index, is no data of the node's.
+        node = independent_copy(original.node, shared=("obj",))
         added: dict[str, Any] = {}
         if self.mark_unread:
-            metadata = {key: value for key, value in metadata.items() if key not in MARKS}
+            for key in MARKS:
+                node.metadata.pop(key, None)
             added |= marks_of(passage)
         if self.keep_retrieval_score:
             added["retrieval_rank"] = passage.index
             if original.score is not None:
                 added["retrieval_score"] = original.score
-        if not added and metadata == node.metadata:
-            return original.model_copy(update={"score": score})
-        # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
-        copy = node.model_copy(
-            update={
-                "metadata": metadata | added,
-                "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, added),
-                "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, added),
-            }
-        )
-        return original.model_copy(update={"node": copy, "score": score})
+        if added:
+            # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
+            node = node.model_copy(
+                update={
+                    "metadata": node.metadata | added,
+                    "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, added),
+                    "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, added),
+                }
+            )
+        score = float(passage.score)  # a foreign scorer's may be NumPy's
+        return original.model_copy(update={"node": node, "score": score})
 
 
 @dataclass(frozen=True)
@@ -178,6 +200,20 @@ class _Job:
     query: QueryBundle
     texts: list[str]
     figures: dict[str, int | None] = field(default_factory=dict)
+
+
+def _check_node(node: BaseNode, index: int) -> None:
+    """Raise unless a node's text and metadata have the types that LlamaIndex does not check on assignment."""
+    if not isinstance(node.metadata, dict):
+        raise InputTypeError(
+            f"the metadata of node {index} must be a dict, not {type(node.metadata).__name__}", index=index
+        )
+    # Without metadata it is the text as it is; in a template, None would become the word "None".
+    text = node.get_content(metadata_mode=MetadataMode.NONE)
+    if not isinstance(text, str):
+        raise InputTypeError(
+            f"the text of node {index} must be a string, not {type(text).__name__}", index=index
+        )
 
 
 def _with(keys: list[str], more: dict[str, Any]) -> list[str]:

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
+    NonFiniteScoreError,
     QueueFullError,
     RequestTimeoutError,
     ScorerClosedError,
@@ -56,6 +57,14 @@ _QUERY_CUT: Final = (
     "which end to cut with query_truncation_side. Logged once per process; Scorer.stats() counts them all"
 )
 _TIMED_OUT: Final = "not finished within the timeout; what had not started was dropped"
+
+
+class _Begun(NamedTuple):
+    """Pairs that are encoded and queued; `start` is the index of the first in the whole call."""
+
+    prepared: PreparedPairs
+    future: Future[list[float]]
+    start: int
 
 
 class Pipeline:
@@ -135,12 +144,13 @@ class Pipeline:
             progress: Show a progress bar on stderr.
         """
         remaining = _countdown(timeout)
-        running: tuple[PreparedPairs, Future[list[float]]] | None = None
+        running: _Begun | None = None
+        start = 0
         with _progress_bar(shown=progress) as (_, on_progress):
 
-            def begin(queries: list[str], passages: list[str]) -> tuple[PreparedPairs, Future[list[float]]]:
+            def begin(queries: list[str], passages: list[str]) -> _Begun:
                 request = Request(on_progress)
-                return self._feed(request, queries, passages, remaining), request.future
+                return _Begun(self._feed(request, queries, passages, remaining), request.future, start)
 
             try:
                 for queries, passages in chunks:
@@ -152,6 +162,7 @@ class Pipeline:
                         yield self._finish(running, remaining())  # what fills the queue may be our own
                         running = None
                         begun = begin(queries, passages)
+                    start += len(queries)
                     if running is not None:
                         finished, running = running, begun
                         yield self._finish(finished, remaining())
@@ -160,7 +171,7 @@ class Pipeline:
                     yield self._finish(running, remaining())
             finally:
                 if running is not None:
-                    running[1].cancel()  # does nothing to what has ended
+                    running.future.cancel()  # does nothing to what has ended
 
     async def ascore(
         self,
@@ -168,24 +179,45 @@ class Pipeline:
         passages: list[str],
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
         find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
         """Score `zip(queries, passages)` without blocking the event loop; arguments are those of `score`."""
         remaining = _countdown(timeout)
-        request = Request()
+        begun = await self._abegin(queries, passages, 0, remaining, find_blank)
+        logits = await _await(begun.future, remaining())
+        return begun.prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
+
+    async def ascore_stream(
+        self,
+        chunks: AsyncIterator[tuple[list[str], list[str]]],
+        *,
+        timeout: float | None = None,
+    ) -> AsyncIterator[list[PairResult]]:
+        """Do what `score_stream` does without blocking the event loop."""
+        remaining = _countdown(timeout)
+        running: _Begun | None = None
+        start = 0
         try:
-            feeding = self._executor.submit(
-                self._feed, request, queries, passages, remaining, None, find_blank
-            )
-        except RuntimeError as error:  # shut down a moment ago
-            raise ScorerClosedError("this scorer was closed; make a new one") from error
-        try:
-            prepared = await _await(feeding, remaining())
-        except (asyncio.CancelledError, RequestTimeoutError):
-            request.future.cancel()  # which ends the feeding where it has begun
-            raise
-        logits = await _await(request.future, remaining())
-        return prepared.results(logits, normalize=self._normalize)
+            while (chunk := await _next(chunks, remaining)) is not None:
+                try:
+                    begun = await self._abegin(*chunk, start, remaining)
+                except QueueFullError:
+                    if running is None:
+                        raise
+                    yield await self._afinish(running, remaining())  # what fills the queue may be our own
+                    running = None
+                    begun = await self._abegin(*chunk, start, remaining)
+                start += len(chunk[0])
+                if running is not None:
+                    finished, running = running, begun
+                    yield await self._afinish(finished, remaining())
+                running = begun
+            if running is not None:
+                yield await self._afinish(running, remaining())
+        finally:
+            if running is not None:
+                running.future.cancel()
 
     def warmup(self) -> None:
         """Do what the device does once and no request should wait for."""
@@ -211,12 +243,44 @@ class Pipeline:
         self._batcher.close(timeout)
         self.runners = ()
 
-    def _finish(
-        self, begun: tuple[PreparedPairs, Future[list[float]]], timeout: float | None
-    ) -> list[PairResult]:
-        prepared, future = begun
-        logits = _wait(future, timeout)
-        return prepared.results(logits, normalize=self._normalize)
+    def _finish(self, begun: _Begun, timeout: float | None) -> list[PairResult]:
+        return self._results(begun, _wait(begun.future, timeout))
+
+    async def _afinish(self, begun: _Begun, timeout: float | None) -> list[PairResult]:
+        return self._results(begun, await _await(begun.future, timeout))
+
+    def _results(self, begun: _Begun, logits: list[float]) -> list[PairResult]:
+        """Return the results of a stream's chunk; an error's index counts from the start of the stream."""
+        try:
+            return begun.prepared.results(logits, normalize=self._normalize)
+        except NonFiniteScoreError as error:
+            index = begun.start + (error.index or 0)
+            raise NonFiniteScoreError(
+                f"the model's score of pair {index} is not finite", index=index
+            ) from None
+
+    async def _abegin(
+        self,
+        queries: list[str],
+        passages: list[str],
+        start: int,
+        remaining: Callable[[], float | None],
+        find_blank: FindBlank | None = None,
+    ) -> _Begun:
+        """Encode and queue pairs in another thread."""
+        request = Request()
+        try:
+            feeding = self._executor.submit(
+                self._feed, request, queries, passages, remaining, None, find_blank
+            )
+        except RuntimeError as error:  # shut down a moment ago
+            raise ScorerClosedError("this scorer was closed; make a new one") from error
+        try:
+            prepared = await _await(feeding, remaining())
+        except (asyncio.CancelledError, RequestTimeoutError):
+            request.future.cancel()  # which ends the feeding where it has begun
+            raise
+        return _Begun(prepared, request.future, start)
 
     def _feed(
         self,
@@ -329,6 +393,39 @@ async def _await(future: Future[T], timeout: float | None) -> T:
     wrapped.cancel()
     future.cancel()
     raise RequestTimeoutError(_TIMED_OUT)
+
+
+async def _next(chunks: AsyncIterator[T], remaining: Callable[[], float | None]) -> T | None:
+    """Return the next chunk, or None after the last."""
+    try:
+        return await asyncio.wait_for(anext(chunks, None), remaining())
+    except asyncio.TimeoutError:
+        if remaining() == 0:
+            raise RequestTimeoutError(_TIMED_OUT) from None
+        raise  # the error is the iterator's own
+
+
+async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in a thread of its own.
+
+    Reading a caller's iterator may take long, or wait for the event loop. It must block neither the loop
+    nor the threads that tokenize for others.
+    """
+    executor = ThreadPoolExecutor(1, "bge-rerank-read")
+    try:
+        return await asyncio.wrap_future(executor.submit(function, *args))
+    finally:
+        executor.shutdown(wait=False)
+
+
+async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
+    """Give the items of an iterator, each read in the same other thread."""
+    executor = ThreadPoolExecutor(1, "bge-rerank-read")
+    try:
+        while (item := await asyncio.wrap_future(executor.submit(next, items, None))) is not None:
+            yield item
+    finally:
+        executor.shutdown(wait=False)
 
 
 @contextmanager

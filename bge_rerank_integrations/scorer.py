@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Final, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
@@ -19,8 +21,9 @@ from bge_rerank_integrations.config import (
     ScorerConfig,
     TruncationSide,
 )
-from bge_rerank_integrations.errors import NonFiniteScoreError, ScorerClosedError
+from bge_rerank_integrations.errors import ScorerClosedError
 from bge_rerank_integrations.inputs import (
+    acheck_stream,
     check_pairs,
     check_passages,
     check_query,
@@ -28,14 +31,14 @@ from bge_rerank_integrations.inputs import (
     check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.pairs import (
-    PairResult,
-    find_blank,
-    find_blank_in_each,
-    rank_each,
-    rank_results,
+from bge_rerank_integrations.pairs import find_blank, find_blank_in_each, rank_each, rank_results
+from bge_rerank_integrations.pipeline import (
+    FindBlank,
+    Pipeline,
+    load_pipeline,
+    read_in_thread,
+    run_in_thread,
 )
-from bge_rerank_integrations.pipeline import FindBlank, Pipeline, load_pipeline
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 
@@ -70,6 +73,27 @@ class SupportsRank(Protocol):
         """Rank passages without blocking the event loop; see `Scorer.arank`."""
 
 
+@dataclass
+class _Shared:
+    """A scorer in the process's registry and who uses it.
+
+    Attributes:
+        future: The scorer, once it is loaded.
+        holders: Those who use it, by `id`. They are held weakly, so that one that is gone counts no more.
+        is_pinned: Somebody unknown has it too, so that only a call of its `close()` may close it.
+    """
+
+    future: Future[Scorer] = field(default_factory=Future)
+    holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
+    is_pinned: bool = False
+
+    def add(self, holder: object | None) -> None:
+        if holder is None:
+            self.is_pinned = True
+        else:
+            self.holders[id(holder)] = holder
+
+
 class Scorer:
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
@@ -79,9 +103,6 @@ class Scorer:
 
     Every call that scores takes a `timeout` in seconds, None being no limit. When it is over, or an async
     call is cancelled, what has not started is dropped and never computed.
-
-    Attributes:
-        config: The settings, immutable.
 
     Raises:
         ConfigError: A setting cannot work, alone or with this model.
@@ -94,7 +115,7 @@ class Scorer:
         [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
-    _shared: ClassVar[dict[ScorerConfig, Future[Scorer]]] = {}
+    _shared: ClassVar[dict[ScorerConfig, _Shared]] = {}
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
     # Models load here for callers that must not block; the loop's default pool is others' business.
     _loaders: ClassVar[ThreadPoolExecutor] = ThreadPoolExecutor(2, "bge-rerank-load")
@@ -105,7 +126,7 @@ class Scorer:
         *,
         revision: str | None = None,
         sha256: str | None = None,
-        cache_folder: str | None = None,
+        cache_folder: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         device: str = "auto",
         devices: Sequence[str] | None = None,
@@ -124,14 +145,14 @@ class Scorer:
         window_overlap_tokens: int = DEFAULT_WINDOW_OVERLAP,
         blank_passages: BlankPassages = "last",
     ) -> None:
-        self.config = ScorerConfig(
-            model=os.fspath(model) if isinstance(model, os.PathLike) else model,
+        self._config = ScorerConfig(
+            model=model,
             revision=revision,
             sha256=sha256,
             cache_folder=cache_folder,
             local_files_only=local_files_only,
             device=device,
-            devices=devices,  # type: ignore[arg-type]  # which the config makes a tuple
+            devices=devices,
             dtype=dtype,
             max_length=max_length,
             query_max_length=query_max_length,
@@ -147,7 +168,12 @@ class Scorer:
             window_overlap_tokens=window_overlap_tokens,
             blank_passages=blank_passages,
         )
-        self._pipeline: Pipeline | None = load_pipeline(self.config)
+        self._pipeline: Pipeline | None = load_pipeline(self._config)
+
+    @property
+    def config(self) -> ScorerConfig:
+        """The settings, immutable."""
+        return self._config
 
     @classmethod
     def from_config(cls, config: ScorerConfig) -> Scorer:
@@ -155,38 +181,64 @@ class Scorer:
         return cls(**config.to_dict())  # type: ignore[arg-type]
 
     @classmethod
-    def shared(cls, config: ScorerConfig) -> Scorer:
+    def shared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
         """Return the process's one scorer with these settings, loading it if nobody has.
 
         However many threads ask at once, the model is loaded once, and if that fails each of them gets
-        the error. The scorer lives until somebody calls its `close()`.
+        the error.
+
+        Args:
+            config: The settings.
+            holder: The object that uses the scorer, and will call `release` when it no longer does. None,
+                the default, keeps the scorer loaded until somebody calls its `close()`.
         """
         with cls._shared_lock:
-            future = cls._shared.get(config)
-            is_first = future is None
-            if future is None:
-                future = cls._shared[config] = Future()
+            shared = cls._shared.get(config)
+            is_first = shared is None
+            if shared is None:
+                shared = cls._shared[config] = _Shared()
+            shared.add(holder)
         if is_first:
             try:
-                future.set_result(cls.from_config(config))
+                shared.future.set_result(cls.from_config(config))
             except BaseException as error:
                 with cls._shared_lock:
-                    cls._shared.pop(config, None)
-                future.set_exception(error)
+                    if cls._shared.get(config) is shared:
+                        del cls._shared[config]
+                shared.future.set_exception(error)
         try:
-            return future.result()
+            return shared.future.result()
         finally:
             # A failed load's error refers to this frame. Without the reference back, what the load had
             # in memory is freed with the error.
-            del future
+            del shared
 
     @classmethod
-    async def ashared(cls, config: ScorerConfig) -> Scorer:
+    async def ashared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
         """Return what `shared` returns; a model that is not loaded yet is loaded off the event loop."""
-        future = cls._shared.get(config)
-        if future is not None and future.done():
-            return future.result()
-        return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config)
+        with cls._shared_lock:
+            shared = cls._shared.get(config)
+            if shared is not None and shared.future.done():
+                shared.add(holder)
+                return shared.future.result()
+        return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config, holder)
+
+    @classmethod
+    def release(cls, holder: object) -> None:
+        """Close the shared scorers that this holder uses and nobody else.
+
+        Args:
+            holder: What was given to `shared`. It may use shared scorers again later.
+        """
+        unused = []
+        with cls._shared_lock:
+            for config, shared in list(cls._shared.items()):
+                is_held = shared.holders.pop(id(holder), None) is not None
+                if is_held and not shared.holders and not shared.is_pinned:
+                    unused.append(cls._shared.pop(config).future)
+        for future in unused:
+            if future.exception() is None:
+                future.result().close()
 
     def score(
         self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, progress: bool = False
@@ -219,7 +271,7 @@ class Scorer:
             stream = pipeline.score_stream(
                 check_stream(pairs, _NUM_STREAMED_PAIRS), timeout=timeout, progress=progress
             )
-            return list(_scores_of(stream))
+            return [result.score for results in stream for result in results]
         queries, passages = check_pairs(pairs)
         results = pipeline.score(queries, passages, timeout=timeout, progress=progress)
         return [result.score for result in results]
@@ -255,6 +307,7 @@ class Scorer:
         *,
         timeout: float | None = None,
         progress: bool = False,
+        normalize: bool | None = None,
     ) -> Ranking:
         """Rank passages by their relevance to a query.
 
@@ -268,6 +321,8 @@ class Scorer:
                 the config normalizes, else any finite number. None returns every passage.
             timeout: Most seconds to take; None is no limit.
             progress: Show a progress bar on stderr.
+            normalize: Put scores through a sigmoid or not; None is as configured. The threshold is on the
+                scale of the scores.
 
         Returns:
             A list of `RankedPassage`, best first. The order is that of the raw logits; equal ones keep input
@@ -280,11 +335,16 @@ class Scorer:
             RerankError: Otherwise, as `score` does.
         """
         check_top_n(top_n)
-        check_threshold(threshold, normalize=self.config.normalize)
+        check_threshold(threshold, normalize=self._normalizes(normalize))
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
         results = self._require_pipeline().score(
-            queries, texts, timeout=timeout, progress=progress, find_blank=self._find_blank(query, texts)
+            queries,
+            texts,
+            timeout=timeout,
+            progress=progress,
+            normalize=normalize,
+            find_blank=self._find_blank(query, texts),
         )
         return rank_results(results, top_n, threshold)
 
@@ -296,6 +356,7 @@ class Scorer:
         *,
         timeout: float | None = None,
         progress: bool = False,
+        normalize: bool | None = None,
     ) -> list[Ranking]:
         """Rank the passages of several queries in one pass, which fills batches better than many calls.
 
@@ -305,6 +366,7 @@ class Scorer:
             threshold: As in `rank`, for each request.
             timeout: Most seconds to take for all; None is no limit.
             progress: Show a progress bar on stderr.
+            normalize: As in `rank`.
 
         Returns:
             One ranking a request, in order.
@@ -315,7 +377,7 @@ class Scorer:
             RerankError: Otherwise, as `score` does.
         """
         check_top_n(top_n)
-        check_threshold(threshold, normalize=self.config.normalize)
+        check_threshold(threshold, normalize=self._normalizes(normalize))
         checked = check_requests(requests)
         queries, passages = _flatten(checked)
         results = self._require_pipeline().score(
@@ -323,17 +385,32 @@ class Scorer:
             passages,
             timeout=timeout,
             progress=progress,
+            normalize=normalize,
             find_blank=self._find_blank_in_each(checked),
         )
         return rank_each(checked, results, top_n, threshold)
 
-    async def ascore(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
-        """Do what `score` does, off the event loop."""
-        queries, passages = check_pairs(pairs)
-        return [
-            result.score
-            for result in await self._require_pipeline().ascore(queries, passages, timeout=timeout)
-        ]
+    async def ascore(
+        self,
+        pairs: Iterable[tuple[str, str]] | AsyncIterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+    ) -> list[float]:
+        """Do what `score` does, off the event loop.
+
+        An iterator is read in a thread of its own, as it is scored. An asynchronous iterator is read in the
+        caller's task, likewise as it is scored.
+        """
+        pipeline = self._require_pipeline()
+        if isinstance(pairs, AsyncIterable):
+            chunks = acheck_stream(pairs, _NUM_STREAMED_PAIRS)
+        elif isinstance(pairs, Iterator):
+            chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
+        else:
+            queries, passages = check_pairs(pairs)
+            return [result.score for result in await pipeline.ascore(queries, passages, timeout=timeout)]
+        stream = pipeline.ascore_stream(chunks, timeout=timeout)
+        return [result.score async for results in stream for result in results]
 
     async def arank(
         self,
@@ -343,14 +420,19 @@ class Scorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> Ranking:
         """Do what `rank` does, off the event loop."""
         check_top_n(top_n)
-        check_threshold(threshold, normalize=self.config.normalize)
+        check_threshold(threshold, normalize=self._normalizes(normalize))
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
         results = await self._require_pipeline().ascore(
-            queries, texts, timeout=timeout, find_blank=self._find_blank(query, texts)
+            queries,
+            texts,
+            timeout=timeout,
+            normalize=normalize,
+            find_blank=self._find_blank(query, texts),
         )
         return rank_results(results, top_n, threshold)
 
@@ -361,14 +443,22 @@ class Scorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do what `rank_many` does, off the event loop."""
+        """Do what `rank_many` does, off the event loop; an iterator is read in a thread of its own."""
         check_top_n(top_n)
-        check_threshold(threshold, normalize=self.config.normalize)
-        checked = check_requests(requests)
+        check_threshold(threshold, normalize=self._normalizes(normalize))
+        if isinstance(requests, Iterator):
+            checked = await run_in_thread(check_requests, requests)
+        else:
+            checked = check_requests(requests)
         queries, passages = _flatten(checked)
         results = await self._require_pipeline().ascore(
-            queries, passages, timeout=timeout, find_blank=self._find_blank_in_each(checked)
+            queries,
+            passages,
+            timeout=timeout,
+            normalize=normalize,
+            find_blank=self._find_blank_in_each(checked),
         )
         return rank_each(checked, results, top_n, threshold)
 
@@ -379,6 +469,10 @@ class Scorer:
         """
         self._require_pipeline().warmup()
         self.score([("warm up", "short"), ("warm up", "long " * self.config.max_length)])
+
+    async def awarmup(self) -> None:
+        """Do what `warmup` does, off the event loop."""
+        await asyncio.get_running_loop().run_in_executor(self._loaders, self.warmup)
 
     def stats(self) -> ScorerStats:
         """Return counts and times since the model was loaded."""
@@ -398,8 +492,8 @@ class Scorer:
             timeout: Seconds after which what is not finished ends in `ScorerClosedError`.
         """
         with Scorer._shared_lock:
-            future = Scorer._shared.get(self.config)
-            if future is not None and future.done() and future.result() is self:
+            shared = Scorer._shared.get(self.config)
+            if shared is not None and shared.future.done() and shared.future.result() is self:
                 del Scorer._shared[self.config]
         if self._pipeline is not None:
             self._pipeline.close(timeout)
@@ -426,6 +520,9 @@ class Scorer:
     def __reduce__(self) -> tuple[Callable[[ScorerConfig], Scorer], tuple[ScorerConfig]]:
         return Scorer.shared, (self.config,)
 
+    def _normalizes(self, normalize: bool | None) -> bool:
+        return self._config.normalize if normalize is None else normalize
+
     def _find_blank(self, query: str, passages: list[str]) -> FindBlank:
         refuse = self.config.blank_passages == "refuse"
         return partial(find_blank, query=query, passages=passages, refuse=refuse)
@@ -444,20 +541,3 @@ class Scorer:
 def _flatten(requests: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
     queries = [query for query, texts in requests for _ in texts]
     return queries, [text for _, texts in requests for text in texts]
-
-
-def _scores_of(stream: Iterator[list[PairResult]]) -> Iterator[float]:
-    """Give the scores of a stream's chunks, and errors the index of the pair in the whole stream."""
-    start = 0
-    while True:
-        try:
-            results = next(stream, None)
-        except NonFiniteScoreError as error:
-            index = start + (error.index or 0)
-            raise NonFiniteScoreError(
-                f"the model's score of pair {index} is not finite", index=index
-            ) from None
-        if results is None:
-            return
-        yield from (result.score for result in results)
-        start += len(results)

@@ -7,7 +7,9 @@ import copy
 import dataclasses
 import gc
 import inspect
+import json
 import logging
+import pickle
 import shutil
 import threading
 import time
@@ -102,6 +104,29 @@ def assert_same(ranked: Sequence[Ranked], expected: Sequence[Ranked]) -> None:
     assert len(ranked) == len(expected)
     assert dict(ranked) == pytest.approx(dict(expected), abs=TOLERANCE)
     assert list(ranked) == sorted(ranked, key=lambda each: (-(each[1] or 0.0), each[0]))
+
+
+class ScorerWithAKey(TableScorer):
+    """Shows what nobody may see."""
+
+    def __repr__(self) -> str:
+        return "ScorerWithAKey(key='SECRET')"
+
+
+def rank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
+    """Rank texts with either adapter."""
+    if isinstance(options, BGEReranker):
+        return ranked_documents(options.compress_documents(langchain_documents(texts), QUERY))
+    assert isinstance(options, BGERerankPostprocessor)
+    return ranked_nodes(options.postprocess_nodes(llama_index_nodes(texts), query_str=QUERY))
+
+
+async def arank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
+    """Do what `rank_with` does, asynchronously."""
+    if isinstance(options, BGEReranker):
+        return ranked_documents(await options.acompress_documents(langchain_documents(texts), QUERY))
+    assert isinstance(options, BGERerankPostprocessor)
+    return ranked_nodes(await options.apostprocess_nodes(llama_index_nodes(texts), query_str=QUERY))
 
 
 ADAPTERS: list[Adapter] = [langchain_sync, langchain_async, llama_index_sync, llama_index_async]
@@ -216,13 +241,72 @@ def test_paths_are_taken_as_models(adapter_type: Callable[..., RerankOptions], t
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
-def test_a_scorer_of_ones_own_shows_in_no_dump(adapter_type: Callable[..., RerankOptions]) -> None:
-    """A remote one may hold an address or a key."""
-    options = adapter_type(scorer=TableScorer({"SECRET": 1.0}))
-    assert "scorer" not in options.model_dump()
-    assert "scorer" not in options.model_dump(mode="json")
-    for shown in (repr(options), str(options), options.model_dump_json()):
-        assert "TableScorer" not in shown
+def test_a_scorer_of_ones_own_is_named_by_its_type_alone(adapter_type: Callable[..., RerankOptions]) -> None:
+    """A remote one may hold an address or a key, and show it."""
+    options = adapter_type(scorer=ScorerWithAKey())
+    for shown in (repr(options), str(options), options.model_dump_json(), repr(options.model_dump())):
+        assert "ScorerWithAKey" in shown
+        assert "SECRET" not in shown
+        assert "bge-reranker-base" not in shown
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_repr_and_dump_name_the_model_of_a_scorer(
+    adapter_type: Callable[..., RerankOptions], scorer: Scorer, checkpoint: Path
+) -> None:
+    options = adapter_type(scorer=scorer, top_n=3)
+    assert repr(scorer) in repr(options)
+    assert "top_n=3" in repr(options)
+    dump = options.model_dump()
+    assert dump["scorer"] == {"give_again": str(checkpoint)}
+    assert "model" not in dump
+    assert "bge-reranker-base" not in repr(options) + repr(dump)
+    plain = adapter_type()
+    assert "scorer" not in plain.model_dump()
+    assert "scorer" not in repr(plain)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("timeout", [None, 60.0])
+async def test_a_dump_made_with_a_scorer_refuses_to_score_until_one_is_given(
+    adapter_type: type[RerankOptions], scorer: Scorer, checkpoint: Path, timeout: float | None
+) -> None:
+    options = adapter_type(scorer=scorer, top_n=1, timeout=timeout)
+    dump = json.loads(json.dumps(options.model_dump(mode="json")))
+    for restored in (
+        adapter_type.model_validate(dump),
+        adapter_type.model_validate_json(options.model_dump_json()),
+        adapter_type.model_validate(adapter_type.model_validate(dump).model_dump()),
+        pickle.loads(pickle.dumps(adapter_type.model_validate(dump))),
+        copy.deepcopy(adapter_type.model_validate(dump)),
+    ):
+        assert restored.scorer_name() == str(checkpoint)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"give scorer= again") as caught:
+                rank_with(restored, ["a", "b"])
+            assert str(checkpoint) in str(caught.value)
+            with pytest.raises(ConfigError, match=r"give scorer= again"):
+                await arank_with(restored, ["a", "b"])
+        expected = rank_with(options, ["a", "b"])
+        assert_same(rank_with(restored.model_copy(update={"scorer": scorer}), ["a", "b"]), expected)
+        restored.scorer = scorer
+        assert_same(rank_with(restored, ["a", "b"]), expected)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("bad", [{"give_again": 3}, {"give_again": "x", "more": "y"}, {}, "x"])
+def test_what_is_no_scorer_is_refused(adapter_type: Callable[..., RerankOptions], bad: Any) -> None:
+    with pytest.raises(ValidationError, match="scorer"):
+        adapter_type(scorer=bad)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_settings_beside_the_scorer_of_a_dump_are_refused(
+    adapter_type: Callable[..., RerankOptions], scorer: Scorer
+) -> None:
+    dump = adapter_type(scorer=scorer).model_dump()
+    with pytest.raises(ValidationError, match=r"\['max_length'\] cannot be set beside scorer"):
+        adapter_type(**dump, max_length=256)
 
 
 # --- the same model ----------------------------------------------------------------------------------
@@ -292,8 +376,12 @@ async def test_adapters_agree_with_the_scorer(
 
 async def test_adapters_take_a_scorer_of_ones_own(adapter: Adapter, scorer: Scorer) -> None:
     texts = ["bamboo", "a bear", "tea", "bamboo"]
-    expected = [(passage.index, passage.score) for passage in scorer.rank(QUERY, texts)]
-    assert_same(await adapter(QUERY, texts, scorer=scorer), expected)
+    assert not scorer.config.normalize
+    for normalize in (True, False):
+        ranking = scorer.rank(QUERY, texts, normalize=normalize)
+        expected = [(passage.index, passage.score) for passage in ranking]
+        assert_same(await adapter(QUERY, texts, scorer=scorer, normalize=normalize), expected)
+    assert all(0 < score < 1 for _, score in await adapter(QUERY, texts, scorer=scorer) if score is not None)
     table = TableScorer({"a bear": 0.5, "tea": 0.25})
     assert await adapter(QUERY, texts, scorer=table) == [(1, 0.5), (2, 0.25), (0, 0.0), (3, 0.0)]
 

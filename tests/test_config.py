@@ -29,7 +29,7 @@ def test_json_round_trip_and_hash() -> None:
 
 
 def test_devices_are_kept_as_a_tuple_and_dumped_as_a_list() -> None:
-    config = ScorerConfig(devices=["cuda:0", "cuda:1"], dtype="float16")  # type: ignore[arg-type]
+    config = ScorerConfig(devices=["cuda:0", "cuda:1"], dtype="float16")
     assert config == ScorerConfig(devices=("cuda:0", "cuda:1"), dtype="float16")
     assert config.to_dict()["devices"] == ["cuda:0", "cuda:1"]
     again = ScorerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -48,7 +48,7 @@ def test_per_device_gives_each_its_own_config() -> None:
 
 
 def test_paths_become_strings() -> None:
-    config = ScorerConfig(model=Path("a") / "b", cache_folder=Path("c"))  # type: ignore[arg-type]
+    config = ScorerConfig(model=Path("a") / "b", cache_folder=Path("c"))
     assert (config.model, config.cache_folder) == (str(Path("a") / "b"), "c")
 
 

@@ -123,6 +123,12 @@ class Rerank(Protocol):
     ) -> Awaitable[list[dict[str, Any]]]: ...
 
 
+class RerankMany(Protocol):
+    def __call__(
+        self, reranker: BGEReranker, requests: Any, **options: Any
+    ) -> Awaitable[list[list[dict[str, Any]]]]: ...
+
+
 class Invoke(Protocol):
     def __call__(self, chain: Runnable[Any, Any], config: RunnableConfig) -> Awaitable[Any]: ...
 
@@ -157,6 +163,18 @@ def rerank(mode: str) -> Rerank:
         if mode == "sync":
             return reranker.rerank(documents, query, **options)
         return await reranker.arerank(documents, query, **options)
+
+    return run
+
+
+@pytest.fixture
+def rerank_many(mode: str) -> RerankMany:
+    """Return `rerank_many` or `arerank_many`."""
+
+    async def run(reranker: BGEReranker, requests: Any, **options: Any) -> list[list[dict[str, Any]]]:
+        if mode == "sync":
+            return reranker.rerank_many(requests, **options)
+        return await reranker.arerank_many(requests, **options)
 
     return run
 
@@ -524,7 +542,7 @@ async def test_rerank_takes_rank_fields_for_documents_too(
 
 async def test_rank_fields_that_are_one_string_are_refused(rerank: Rerank) -> None:
     with pytest.raises(ValidationError, match="rank_fields"):
-        BGEReranker(rank_fields="title")  # type: ignore[arg-type]
+        BGEReranker(rank_fields="title")
     with pytest.raises(InputTypeError, match="rank_fields"):
         await rerank(BGEReranker(scorer=TableScorer()), [{"title": "a"}], rank_fields="title")
 
@@ -542,22 +560,22 @@ async def test_rank_fields_that_are_one_string_are_refused(rerank: Rerank) -> No
     ],
 )
 async def test_rerank_overrides_top_n(
-    rerank: Rerank, configured: int | None, options: dict[str, Any], expected: int
+    rerank: Rerank, rerank_many: RerankMany, configured: int | None, options: dict[str, Any], expected: int
 ) -> None:
     reranker = BGEReranker(scorer=TableScorer(), top_n=configured)
     results = await rerank(reranker, BEST_FIRST, **options)
     assert [result["index"] for result in results] == [0, 1, 2][:expected]
-    (many,) = reranker.rerank_many([(QUERY, BEST_FIRST)], **options)
+    (many,) = await rerank_many(reranker, [(QUERY, BEST_FIRST)], **options)
     assert many == results
 
 
 @pytest.mark.parametrize("top_n", [-1, True, 1.5, "1"])
-async def test_rerank_refuses_what_is_no_count(rerank: Rerank, top_n: Any) -> None:
+async def test_rerank_refuses_what_is_no_count(rerank: Rerank, rerank_many: RerankMany, top_n: Any) -> None:
     reranker = BGEReranker(scorer=TableScorer())
     with pytest.raises(InputError, match="top_n"):
         await rerank(reranker, BEST_FIRST, top_n=top_n)
     with pytest.raises(InputError, match="top_n"):
-        reranker.rerank_many([(QUERY, BEST_FIRST)], top_n=top_n)
+        await rerank_many(reranker, [(QUERY, BEST_FIRST)], top_n=top_n)
 
 
 async def test_rerank_puts_blank_texts_last_and_says_so(rerank: Rerank, reranker: BGEReranker) -> None:
@@ -567,10 +585,10 @@ async def test_rerank_puts_blank_texts_last_and_says_so(rerank: Rerank, reranker
     assert all(result.keys() == {"index", "relevance_score"} for result in results[:2])
 
 
-async def test_rerank_applies_the_threshold(rerank: Rerank) -> None:
+async def test_rerank_applies_the_threshold(rerank: Rerank, rerank_many: RerankMany) -> None:
     reranker = BGEReranker(scorer=TableScorer(), score_threshold=0.5)
     assert [result["index"] for result in await rerank(reranker, BEST_FIRST)] == [0, 1]
-    (many,) = reranker.rerank_many([(QUERY, BEST_FIRST)])
+    (many,) = await rerank_many(reranker, [(QUERY, BEST_FIRST)])
     assert [result["index"] for result in many] == [0, 1]
 
 
@@ -601,7 +619,9 @@ async def test_rerank_gives_what_compress_gives(
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_rerank_many_is_rerank_for_each(own: bool, reranker: BGEReranker) -> None:
+async def test_rerank_many_is_rerank_for_each(
+    rerank_many: RerankMany, own: bool, reranker: BGEReranker
+) -> None:
     if not own:
         reranker = BGEReranker(scorer=TableScorer())
     requests: list[tuple[str, list[Any]]] = [
@@ -610,7 +630,7 @@ def test_rerank_many_is_rerank_for_each(own: bool, reranker: BGEReranker) -> Non
         (QUERY, BEST_FIRST),
         ("a third", [PANDA]),
     ]
-    many = reranker.rerank_many(requests)
+    many = await rerank_many(reranker, requests)
     assert [len(results) for results in many] == [3, 0, 3, 1]
     for results, (query, texts) in zip(many, requests, strict=True):
         alone = reranker.rerank(texts, query)
@@ -620,17 +640,19 @@ def test_rerank_many_is_rerank_for_each(own: bool, reranker: BGEReranker) -> Non
         )
 
 
-def test_rerank_many_of_nothing(reranker: BGEReranker) -> None:
-    assert reranker.rerank_many([]) == []
-    assert BGEReranker(scorer=TableScorer()).rerank_many([]) == []
+async def test_rerank_many_of_nothing_needs_no_scorer(rerank_many: RerankMany) -> None:
+    reranker = BGEReranker(scorer=BrokenScorer())
+    assert await rerank_many(reranker, []) == []
+    assert await rerank_many(reranker, [(QUERY, []), (QUERY, [])]) == [[], []]
+    assert await rerank_many(reranker, [(QUERY, BEST_FIRST)], top_n=0) == [[]]
 
 
 @pytest.mark.parametrize(
     "bad", ["QUERY-CANARY", ["QUERY-CANARY", "TEXT-CANARY"], [(QUERY, [PANDA]), (QUERY, [PANDA], 3)]]
 )
-def test_rerank_many_refuses_what_are_no_requests(bad: Any) -> None:
+async def test_rerank_many_refuses_what_are_no_requests(rerank_many: RerankMany, bad: Any) -> None:
     with pytest.raises(InputTypeError) as caught:
-        BGEReranker(scorer=TableScorer()).rerank_many(bad)
+        await rerank_many(BGEReranker(scorer=TableScorer()), bad)
     assert "CANARY" not in str(caught.value)
 
 
@@ -643,12 +665,12 @@ def test_rerank_many_names_the_request_of_a_bad_document() -> None:
         BGEReranker(scorer=TableScorer()).rerank_many([(QUERY, [PANDA]), (None, [PANDA])])  # type: ignore[list-item]
 
 
-def test_rerank_many_takes_rank_fields() -> None:
+async def test_rerank_many_takes_rank_fields(rerank_many: RerankMany) -> None:
     scorer = TableScorer()
     reranker = BGEReranker(scorer=scorer, rank_fields=("year",))
     documents: list[Any] = [{"title": "a", "year": 2016}]
-    reranker.rerank_many([(QUERY, documents)])
-    reranker.rerank_many([(QUERY, documents)], rank_fields=("title",))
+    await rerank_many(reranker, [(QUERY, documents)])
+    await rerank_many(reranker, [(QUERY, documents)], rank_fields=("title",))
     assert scorer.asked == [(QUERY, ["year: 2016"]), (QUERY, ["title: a"])]
 
 
@@ -873,6 +895,61 @@ async def test_rerank_is_traced_inside_a_runnable(invoke: Invoke) -> None:
     assert await invoke(RunnableLambda(rerank, arerank), {"callbacks": [collector]}) == 3
     (root,) = collector.traced_runs
     assert [run.name for run in root.child_runs] == ["BGEReranker"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_rerank_many_is_one_run(
+    rerank_many: RerankMany, own: bool, reranker: BGEReranker, checkpoint: Path, mode: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    requests = [(QUERY, [TEA, PANDA]), ("another", []), ("a third", [BEAR, "bamboo " * 2000])]
+    num_tokens = sum(
+        len(tokenizer.encode(q, text).ids) for q, text in [(QUERY, TEA), (QUERY, PANDA), ("a third", BEAR)]
+    )
+    options: dict[str, Any] = {} if own else {"scorer": TableScorer()}
+    each = reranker.model_copy(update={"top_n": 1}) if own else BGEReranker(top_n=1, **options)
+    collector = RunCollectorCallbackHandler()
+
+    def rerank(_: str) -> int:
+        return len(each.rerank_many(requests))
+
+    async def arerank(_: str) -> int:
+        return len(await rerank_many(each, requests))
+
+    step: Runnable[str, int] = RunnableLambda(rerank, arerank)
+    config: RunnableConfig = {"callbacks": [collector]}
+    assert (step.invoke(QUERY, config) if mode == "sync" else await step.ainvoke(QUERY, config)) == 3
+    (root,) = collector.traced_runs
+    (run,) = root.child_runs
+    model = str(checkpoint) if own else "TableScorer"
+    assert (run.name, run.inputs) == ("BGEReranker", {"model": model, "num_pairs": 4})
+    assert run.outputs is not None
+    expected = (
+        {"num_tokens": num_tokens + 512, "num_truncated": 1}
+        if own
+        else {"num_tokens": None, "num_truncated": None}
+    )
+    assert run.outputs.items() >= {"model": model, "num_pairs": 4, "num_returned": 2, **expected}.items()
+
+
+async def test_a_failed_rerank_many_ends_its_run(rerank_many: RerankMany, mode: str) -> None:
+    collector = RunCollectorCallbackHandler()
+    reranker = BGEReranker(scorer=BrokenScorer())
+
+    async def arerank(_: str) -> Any:
+        return await rerank_many(reranker, [(QUERY, BEST_FIRST)])
+
+    step: Runnable[str, Any] = RunnableLambda(lambda _: reranker.rerank_many([(QUERY, BEST_FIRST)]), arerank)
+    with pytest.raises(RuntimeError, match="the device is on fire"):
+        _ = (
+            step.invoke(QUERY, {"callbacks": [collector]})
+            if mode == "sync"
+            else await step.ainvoke(QUERY, {"callbacks": [collector]})
+        )
+    (root,) = collector.traced_runs
+    (run,) = root.child_runs
+    assert run.error is not None
+    assert "CANARY" not in run.model_dump_json()
 
 
 async def test_without_callbacks_nothing_is_needed(compress: Compress) -> None:
