@@ -6,15 +6,19 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from bge_rerank_integrations.errors import ConfigError
 
 DEFAULT_MODEL: Final = "BAAI/bge-reranker-base"
 EMBEDDED_MODEL: Final = "embedded"
+DEFAULT_WINDOW_OVERLAP: Final = 64
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float8", "int8"]
 LongPassages = Literal["truncate", "windows"]
+TruncationSide = Literal["right", "left"]
+BlankPassages = Literal["last", "refuse"]
 
 # <s> query </s></s> passage </s>
 NUM_SPECIAL_TOKENS: Final = 4
@@ -49,7 +53,11 @@ class ScorerConfig:
             `int8`.
         max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
             in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
-        query_max_length: Longest query in tokens; None is three quarters of `max_length`.
+        query_max_length: Longest query in tokens; None is three quarters of `max_length`. A longer query is
+            cut, which is counted, and logged once per process.
+        query_truncation_side: Which end of a query that is too long is cut. `right`, the default and
+            FlagReranker's rule, keeps its beginning; `left` keeps its end, where the question stands in a
+            query that begins with a chat history. The query instruction is kept either way.
         max_batch_tokens: Most tokens in one forward pass; None is what suits the device.
         num_threads: CPU threads that the forward pass computes with; None is as many as torch is set to. A
             web server with workers of its own wants fewer. Other threads' torch settings stay as they are.
@@ -58,11 +66,16 @@ class ScorerConfig:
         max_queued_tokens: Most tokens that may wait for the device; a request beyond it is refused with
             `QueueFullError` at once. None is no limit.
         normalize: Put each score through a sigmoid. False, the default, gives the raw logit.
-        query_instruction: Text put before each query as it is; None is nothing.
+        query_instruction: Text put before each query as it is. None, the default, is the default prompt that
+            sentence-transformers saved with the checkpoint, if there is one; "" is nothing.
         passage_instruction: Text put before each passage as it is; None is nothing.
         long_passages: `truncate` cuts a passage to the room the query leaves; `windows` scores
             overlapping windows of that size and takes the best.
-        window_overlap_tokens: Tokens that neighbouring windows share.
+        window_overlap_tokens: Tokens that neighbouring windows share; only for `long_passages="windows"`.
+        blank_passages: What ranking does with a passage that has nothing to read: only white space, control
+            and format characters, or nothing that the tokenizer has a token for. `last` ranks it after all
+            others without scoring it, with `RankedPassage.blank` set; `refuse` raises `InputError`. The
+            passage instruction does not count as text.
 
     Raises:
         ConfigError: A value is of the wrong type, out of range or contradicts another.
@@ -82,6 +95,7 @@ class ScorerConfig:
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None
+    query_truncation_side: TruncationSide = "right"
     max_batch_tokens: int | None = None
     num_threads: int | None = None
     max_wait_ms: float = 0.0
@@ -90,7 +104,8 @@ class ScorerConfig:
     query_instruction: str | None = None
     passage_instruction: str | None = None
     long_passages: LongPassages = "truncate"
-    window_overlap_tokens: int = 64
+    window_overlap_tokens: int = DEFAULT_WINDOW_OVERLAP
+    blank_passages: BlankPassages = "last"
 
     def __post_init__(self) -> None:
         for name in ("model", "cache_folder"):
@@ -147,7 +162,12 @@ class ScorerConfig:
         for name in ("local_files_only", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
-        for name, choices in (("dtype", get_args(DType)), ("long_passages", get_args(LongPassages))):
+        for name, choices in (
+            ("dtype", get_args(DType)),
+            ("query_truncation_side", get_args(TruncationSide)),
+            ("long_passages", get_args(LongPassages)),
+            ("blank_passages", get_args(BlankPassages)),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {list(choices)}")
         for name in ("query_max_length", "max_batch_tokens", "num_threads", "max_queued_tokens"):
@@ -200,6 +220,9 @@ class ScorerConfig:
                 f"model {EMBEDDED_MODEL!r} comes with this package and has no revisions; leave revision out"
             )
 
+        if self.revision is not None and (self.model[0] in ".~" or Path(self.model).is_absolute()):
+            raise ConfigError(LOCAL_REVISION.format(model=self.model))
+
     def _check_lengths(self) -> None:
         room = self.max_length - NUM_SPECIAL_TOKENS - self.effective_query_max_length
         if room < 1:
@@ -208,6 +231,11 @@ class ScorerConfig:
                 f"max_length {self.max_length} ({NUM_SPECIAL_TOKENS} tokens are special); it can be at "
                 f"most {self.max_length - NUM_SPECIAL_TOKENS - 1}"
             )
+        if self.long_passages != "windows" and self.window_overlap_tokens != DEFAULT_WINDOW_OVERLAP:
+            raise ConfigError(
+                f"window_overlap_tokens {self.window_overlap_tokens} has no effect while long_passages is "
+                f"{self.long_passages!r}; set long_passages='windows', or leave window_overlap_tokens out"
+            )
         if self.long_passages == "windows" and self.window_overlap_tokens >= room:
             raise ConfigError(
                 f"window_overlap_tokens {self.window_overlap_tokens} must be less than the {room} "
@@ -215,6 +243,10 @@ class ScorerConfig:
             )
 
 
+LOCAL_REVISION: Final = (
+    "model {model!r} is a local folder, which has no revisions; leave revision out, "
+    "or name a model on the hub"
+)
 FLOAT16_ON_CPU: Final = (
     "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
     "a CUDA device"

@@ -70,13 +70,14 @@ def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
 
     Args:
         first: What the first stage gave.
-        reranked: The reranker's score of each passage of `first`.
+        reranked: The reranker's score of each passage of `first`; equal ones count in its order.
         depth: How many of each query are reranked.
     """
     combined: Run = {}
     for query_id, scores in first.items():
         order = list(sorted_run(scores))
-        top = sorted(order[:depth], key=lambda passage_id: -reranked[query_id][passage_id])
+        kept = set(order[:depth])
+        top = [passage_id for passage_id in sorted_run(reranked[query_id]) if passage_id in kept]
         combined[query_id] = {passage_id: -rank for rank, passage_id in enumerate(top + order[depth:])}
     return combined
 
@@ -133,7 +134,8 @@ class Report:
         num_unanswered: Queries that the first stage has nothing for; they count as 0.
         num_pairs: Pairs scored.
         num_tokens: Their tokens.
-        num_truncated: Of the pairs, how many lost tokens because they were too long.
+        num_truncated: Of the pairs, how many have a passage that lost tokens because it was too long.
+        num_truncated_queries: Queries that lost tokens.
         seconds: What scoring them took.
     """
 
@@ -148,6 +150,7 @@ class Report:
     num_pairs: int
     num_tokens: int
     num_truncated: int
+    num_truncated_queries: int
     seconds: float
 
     def helped(self, count: int) -> list[Change]:
@@ -220,6 +223,7 @@ def evaluate(
         num_pairs=reranked.num_pairs,
         num_tokens=reranked.num_tokens,
         num_truncated=reranked.num_truncated,
+        num_truncated_queries=reranked.num_truncated_queries,
         seconds=seconds,
     )
 

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
+BLANK_QUERY: Final = "the query has nothing to read"
+
+# Looking at every character of more than this takes longer than tokenizing the text.
+_MAX_BLANK_CHARACTERS: Final = 1 << 16
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text holds nothing but white space, control and format characters.
+
+    Format characters are those of Unicode's category Cf, such as zero-width spaces and soft hyphens.
+    """
+    text = text.strip()
+    return len(text) <= _MAX_BLANK_CHARACTERS and all(
+        character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text
+    )
+
 
 def check_query(query: Any) -> str:
-    """Return the query if it is a string, else raise `InputTypeError`."""
-    if isinstance(query, str):
-        return query
-    raise InputTypeError(f"the query must be a string, not {_kind(query)}")
+    """Return the query of a ranking.
+
+    Raises:
+        InputTypeError: It is not a string.
+        InputError: It is blank.
+    """
+    if not isinstance(query, str):
+        raise InputTypeError(f"the query must be a string, not {_kind(query)}")
+    if is_blank(query):
+        raise InputError(BLANK_QUERY)
+    return query
 
 
 def check_passages(passages: Any) -> list[str]:

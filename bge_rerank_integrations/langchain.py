@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from string import Formatter
 from types import EllipsisType
-from typing import Any
+from typing import Any, Final
 
 from bge_rerank_integrations.errors import missing_extra
 
@@ -23,9 +23,11 @@ from typing_extensions import Self
 
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_pairs, check_query, check_requests
-from bge_rerank_integrations.options import RerankOptions, summarize
+from bge_rerank_integrations.options import MARKS, RerankOptions, marks_of, summarize
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
 from bge_rerank_integrations.scorer import Scorer
+
+_RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
 
 TextSource = str | Mapping[str, Any] | Document
 
@@ -67,6 +69,14 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             if "page_content" not in fields:
                 raise ConfigError("document_template must contain {page_content}")
         return template
+
+    @model_validator(mode="after")
+    def _check_score_key(self) -> Self:
+        if self.keep_retrieval_score and self.score_key in _RETRIEVAL_KEYS:
+            raise ConfigError(f"score_key {self.score_key!r} is a key that keep_retrieval_score fills")
+        if self.mark_unread and self.score_key in MARKS:
+            raise ConfigError(f"score_key {self.score_key!r} is a key that mark_unread fills")
+        return self
 
     @model_validator(mode="after")
     def _check_one_text_option(self) -> Self:
@@ -120,7 +130,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             top_n: Most results; None is all, and `...`, the default, is as configured.
 
         Returns:
-            `{"index": position in documents, "relevance_score": float}`, best first.
+            `{"index": position in documents, "relevance_score": float}`, best first; with `"blank": True`
+            where there is nothing to read, which comes last.
 
         Raises:
             InputError: An argument cannot be scored; `.index` says which document.
@@ -173,7 +184,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         """Return this reranker as a `BaseCrossEncoder`, for code that takes one.
 
         Its scores are those of this reranker, normalized or not; `top_n` and the threshold are left to
-        the code that calls it.
+        the code that calls it. A passage with nothing to read gets the lowest value of the scale, 0.0 or
+        -65504.0, so that it is sorted last; a query with nothing to read is an `InputError`.
         """
         return _CrossEncoderView(self)
 
@@ -234,6 +246,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
     def _scored_copy(self, document: Document, passage: RankedPassage) -> Document:
         metadata = dict(document.metadata)
+        if self.mark_unread:
+            metadata = {key: value for key, value in metadata.items() if key not in MARKS} | marks_of(passage)
         if self.keep_retrieval_score:
             metadata["retrieval_rank"] = passage.index
             for key in (self.score_key, "score"):  # where retrievers and other rerankers put theirs
@@ -280,7 +294,12 @@ class _CrossEncoderView(BaseCrossEncoder):
         for index, query in enumerate(queries):
             by_query.setdefault(query, []).append(index)
         for query, indices in by_query.items():
-            for passage in scorer.rank(query, [passages[index] for index in indices]):
+            try:
+                ranked = scorer.rank(check_query(query), [passages[index] for index in indices])
+            except InputError as error:
+                index = indices[error.index or 0]
+                raise type(error)(f"pair {index}: {error}", index=index) from None
+            for passage in ranked:
                 scores[indices[passage.index]] = float(passage.score)
         return scores
 
@@ -334,4 +353,8 @@ def _fill(template: str, document: Document, index: int) -> str:
 
 
 def _as_dicts(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:
-    return [{"index": passage.index, "relevance_score": float(passage.score)} for passage in ranked]
+    return [
+        {"index": passage.index, "relevance_score": float(passage.score)}
+        | ({"blank": True} if getattr(passage, "blank", False) else {})
+        for passage in ranked
+    ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from bge_rerank_integrations.errors import missing_extra
 
@@ -22,7 +22,7 @@ from pydantic import BaseModel, field_serializer, model_validator
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 from bge_rerank_integrations.inputs import check_query
-from bge_rerank_integrations.options import RerankOptions
+from bge_rerank_integrations.options import MARKS, RerankOptions, marks_of, summarize
 from bge_rerank_integrations.ranking import RankedPassage
 
 dispatcher = get_dispatcher(__name__)
@@ -37,8 +37,6 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
 
     Attributes:
         metadata_mode: Which metadata is scored with a node's text; EMBED, as in LlamaIndex's own.
-        nodes_without_text: `refuse` raises for a node with nothing to score; `keep_last` returns such
-            nodes after all others, with no score, as far as `top_n` allows and no threshold is set.
 
     Raises:
         pydantic.ValidationError: An option is unknown or cannot work.
@@ -49,7 +47,6 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     """
 
     metadata_mode: MetadataMode = MetadataMode.EMBED
-    nodes_without_text: Literal["refuse", "keep_last"] = "refuse"
 
     @model_validator(mode="before")
     @classmethod
@@ -81,12 +78,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
+            ranked: Sequence[RankedPassage] = []
             if job.texts and self.top_n != 0:
                 ranked = self.resolve_scorer().rank(
                     job.query.query_str, job.texts, self.top_n, self.score_threshold
                 )
-                returned.extend(self._scored(job, ranked))
-            returned.extend(self._without_score(job, len(returned)))
+            returned.extend(self._scored(job, ranked))
+            job.figures.update(summarize(ranked, len(job.texts)))
         return returned
 
     # The base class's mixin decorates the sync method only.
@@ -96,11 +94,12 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         job = self._prepare(nodes, query_bundle)
         with self._events(job) as returned:
+            ranked: Sequence[RankedPassage] = []
             if job.texts and self.top_n != 0:
                 scorer = await self.aresolve_scorer()
                 ranked = await scorer.arank(job.query.query_str, job.texts, self.top_n, self.score_threshold)
-                returned.extend(self._scored(job, ranked))
-            returned.extend(self._without_score(job, len(returned)))
+            returned.extend(self._scored(job, ranked))
+            job.figures.update(summarize(ranked, len(job.texts)))
         return returned
 
     def _prepare(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> _Job:
@@ -111,22 +110,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
             raise InputTypeError(f"nodes must be a list of NodeWithScore, not {type(nodes).__name__}")
         nodes = list(nodes)
         texts: list[str] = []
-        with_text: list[int] = []
         for index, node in enumerate(nodes):
             if not isinstance(node, NodeWithScore):
                 raise InputTypeError(
                     f"node {index} must be a NodeWithScore, not {type(node).__name__}", index=index
                 )
-            text = node.node.get_content(metadata_mode=self.metadata_mode)
-            if text.strip():
-                texts.append(text)
-                with_text.append(index)
-            elif self.nodes_without_text == "refuse":
-                raise InputError(
-                    f"node {index} has no text to score; remove it, or set nodes_without_text='keep_last'",
-                    index=index,
-                )
-        return _Job(nodes, query_bundle, texts, with_text)
+            texts.append(node.node.get_content(metadata_mode=self.metadata_mode))
+        return _Job(nodes, query_bundle, texts)
 
     @contextmanager
     def _events(self, job: _Job) -> Iterator[list[NodeWithScore]]:
@@ -146,38 +136,35 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
             }
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
                 yield returned
-                event.on_end(payload={EventPayload.NODES: returned})
+                event.on_end(
+                    payload={EventPayload.NODES: returned, EventPayload.ADDITIONAL_KWARGS: job.figures}
+                )
         finally:
             dispatcher.event(ReRankEndEvent(nodes=returned))
 
     def _scored(self, job: _Job, ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
-        return [
-            self._copy(
-                job.nodes[job.with_text[passage.index]], job.with_text[passage.index], float(passage.score)
-            )
-            for passage in ranked
-        ]
+        return [self._copy(job.nodes[passage.index], passage) for passage in ranked]
 
-    def _without_score(self, job: _Job, num_scored: int) -> list[NodeWithScore]:
-        if self.score_threshold is not None:
-            return []
-        blank = sorted(set(range(len(job.nodes))) - set(job.with_text))
-        room = len(blank) if self.top_n is None else self.top_n - num_scored
-        return [self._copy(job.nodes[index], index, None) for index in blank[:room]]
-
-    def _copy(self, original: NodeWithScore, rank: int, score: float | None) -> NodeWithScore:
-        if not self.keep_retrieval_score:
-            return original.model_copy(update={"score": score})
-        kept: dict[str, Any] = {"retrieval_rank": rank}
-        if original.score is not None:
-            kept["retrieval_score"] = original.score
+    def _copy(self, original: NodeWithScore, passage: RankedPassage) -> NodeWithScore:
+        score = float(passage.score)  # a foreign scorer's may be NumPy's
         node = original.node
+        metadata = dict(node.metadata)
+        added: dict[str, Any] = {}
+        if self.mark_unread:
+            metadata = {key: value for key, value in metadata.items() if key not in MARKS}
+            added |= marks_of(passage)
+        if self.keep_retrieval_score:
+            added["retrieval_rank"] = passage.index
+            if original.score is not None:
+                added["retrieval_score"] = original.score
+        if not added and metadata == node.metadata:
+            return original.model_copy(update={"score": score})
         # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
         copy = node.model_copy(
             update={
-                "metadata": {**node.metadata, **kept},
-                "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, kept),
-                "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, kept),
+                "metadata": metadata | added,
+                "excluded_embed_metadata_keys": _with(node.excluded_embed_metadata_keys, added),
+                "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, added),
             }
         )
         return original.model_copy(update={"node": copy, "score": score})
@@ -185,12 +172,12 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
 
 @dataclass(frozen=True)
 class _Job:
-    """A validated call: `texts[i]` is the text of `nodes[with_text[i]]`."""
+    """A validated call: `texts[i]` is the text of `nodes[i]`; `figures` are filled in when it is ranked."""
 
     nodes: list[NodeWithScore]
     query: QueryBundle
     texts: list[str]
-    with_text: list[int]
+    figures: dict[str, int | None] = field(default_factory=dict)
 
 
 def _with(keys: list[str], more: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import (
     BaseModel,
@@ -19,10 +19,23 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import Self
 
-from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
-from bge_rerank_integrations.errors import ConfigError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking
+from bge_rerank_integrations.config import (
+    DEFAULT_MODEL,
+    DEFAULT_WINDOW_OVERLAP,
+    BlankPassages,
+    DType,
+    LongPassages,
+    ScorerConfig,
+    TruncationSide,
+)
+from bge_rerank_integrations.errors import ConfigError, InputError
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold
 from bge_rerank_integrations.scorer import Scorer, SupportsRank
+
+TRUNCATED_KEY: Final = "rerank_truncated"
+BLANK_KEY: Final = "rerank_blank"
+MARKS: Final = (TRUNCATED_KEY, BLANK_KEY)
+"""Metadata keys that tell of a document that was not read whole."""
 
 _SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
 
@@ -37,15 +50,20 @@ DeviceNames = Annotated[tuple[str, ...], PlainSerializer(list, return_type=list[
 
 
 class RerankOptions(BaseModel):
-    """Fields of an adapter; those up to `window_overlap_tokens` are explained in `ScorerConfig`.
+    """Fields of an adapter; those up to `blank_passages` are explained in `ScorerConfig`.
 
     Attributes:
         top_n: Most documents to return; None is all, 0 is none.
-        score_threshold: Least score to return, inclusive; None returns every score.
+        score_threshold: Least score to return, inclusive, on the scale of the scores: above 0 and at most 1
+            with `normalize=True`, else any finite number. None returns every document.
         normalize: Scores of 0..1 through a sigmoid, the default here, since that is how frameworks
             read a relevance score; False gives raw logits, the default of `Scorer`.
         keep_retrieval_score: Keep what the retriever thought in the metadata of what is returned, as
             `retrieval_score` (where it gave one) and `retrieval_rank` (from 0).
+        mark_unread: Tell in the metadata of what is returned that it was not read whole: `rerank_truncated`
+            is True if its end did not fit into the model, `rerank_blank` if it has nothing to read and was
+            not scored. A document that was read whole gets neither key. LlamaIndex shows these keys to no LLM
+            and no embedding model.
         scorer: A scorer of one's own: anything with `rank` and `arank`. It scores by its own settings,
             so none of those above may be given beside it, and `normalize` is not applied. None, the
             default, uses the process's shared scorer for these settings, loaded at first use. It is in no
@@ -69,6 +87,7 @@ class RerankOptions(BaseModel):
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None
+    query_truncation_side: TruncationSide = "right"
     max_batch_tokens: int | None = None
     num_threads: int | None = None
     max_wait_ms: float = 0.0
@@ -76,11 +95,13 @@ class RerankOptions(BaseModel):
     query_instruction: str | None = None
     passage_instruction: str | None = None
     long_passages: LongPassages = "truncate"
-    window_overlap_tokens: int = 64
+    window_overlap_tokens: int = DEFAULT_WINDOW_OVERLAP
+    blank_passages: BlankPassages = "last"
     top_n: int | None = Field(default=None, ge=0, strict=True)
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     normalize: bool = True
     keep_retrieval_score: bool = False
+    mark_unread: bool = True
     scorer: SkipJsonSchema[SupportsRank | None] = Field(default=None, exclude=True, repr=False)
 
     @model_validator(mode="after")
@@ -91,7 +112,17 @@ class RerankOptions(BaseModel):
             given = [n for n in _SCORER_FIELDS if getattr(config, n) != getattr(defaults, n)]
             if given:
                 raise ConfigError(f"{given} cannot be set beside scorer, which has its own settings")
+        self._check_threshold()
         return self
+
+    def _check_threshold(self) -> None:
+        config = self.scorer_config() if self.scorer is None else getattr(self.scorer, "config", None)
+        if not isinstance(config, ScorerConfig):
+            return  # a foreign scorer: only its owner knows its scale
+        try:
+            check_threshold(self.score_threshold, normalize=config.normalize)
+        except InputError as error:
+            raise ConfigError(f"score_threshold: {error}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.copy()
@@ -121,6 +152,15 @@ class RerankOptions(BaseModel):
         return self.scorer.config.model if isinstance(self.scorer, Scorer) else type(self.scorer).__name__
 
 
+def marks_of(passage: RankedPassage) -> dict[str, bool]:
+    """Return the metadata that `mark_unread` adds; nothing where a foreign scorer does not tell."""
+    told = {
+        TRUNCATED_KEY: getattr(passage, "truncated", False),
+        BLANK_KEY: getattr(passage, "blank", False),
+    }
+    return {key: True for key, value in told.items() if value}
+
+
 def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:
     """Return the figures of a ranking that traces show; what a foreign scorer does not say is None."""
     own = ranked if isinstance(ranked, Ranking) else None
@@ -128,5 +168,7 @@ def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int 
         "num_pairs": num_pairs,
         "num_tokens": None if own is None else own.num_tokens,
         "num_truncated": None if own is None else own.num_truncated,
+        "num_truncated_queries": None if own is None else own.num_truncated_queries,
+        "num_blank": None if own is None else own.num_blank,
         "num_returned": len(ranked),
     }

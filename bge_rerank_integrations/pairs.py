@@ -6,20 +6,84 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from bge_rerank_integrations.errors import NonFiniteScoreError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
+from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
+from bge_rerank_integrations.inputs import BLANK_QUERY
+from bge_rerank_integrations.ranking import BLANK_LOGIT, RankedPassage, Ranking, select, sigmoid
 from bge_rerank_integrations.tokenization import EncodedPair, IntArray, PairTokenizer
 
 Pair = tuple[str, str]
 
 
 class PairResult(NamedTuple):
-    """What came of one pair; the fields are those of `RankedPassage`, and how many tokens were read."""
+    """The score of one pair and how it was read.
+
+    Attributes:
+        score: The raw logit, or its sigmoid.
+        logit: The raw logit.
+        truncated: Whether the passage lost tokens.
+        query_truncated: Whether the query did.
+        windows: How many windows of the passage were scored.
+        num_tokens: How many tokens the model read.
+        blank: Whether the passage has nothing to read, so that the pair was not scored.
+    """
 
     score: float
+    logit: float
     truncated: bool
+    query_truncated: bool
     windows: int
     num_tokens: int
+    blank: bool = False
+
+
+def find_blank(
+    tokenizer: PairTokenizer, query: str, passages: Sequence[str], *, refuse: bool
+) -> frozenset[str]:
+    """Return those passages of a ranking that have nothing to read.
+
+    Args:
+        tokenizer: What decides.
+        query: The query that they are ranked for.
+        passages: The passages.
+        refuse: Raise where there is one.
+
+    Raises:
+        InputError: The query is blank; or, with `refuse`, a passage is, and `.index` says which.
+    """
+    if tokenizer.is_blank(query):
+        raise InputError(BLANK_QUERY)
+    blank = _blank_among(tokenizer, passages)
+    if blank and refuse:
+        index = _first_index(passages, blank)
+        raise InputError(_refusal(index), index=index)
+    return blank
+
+
+def find_blank_in_each(
+    tokenizer: PairTokenizer, requests: Sequence[tuple[str, Sequence[str]]], *, refuse: bool
+) -> frozenset[str]:
+    """Do what `find_blank` does for several rankings; `.index` of an error says which request."""
+    blank: frozenset[str] = frozenset()
+    for number, (query, passages) in enumerate(requests):
+        if tokenizer.is_blank(query):
+            raise InputError(f"request {number}: {BLANK_QUERY}", index=number)
+        new = _blank_among(tokenizer, passages)
+        if new and refuse:
+            raise InputError(f"request {number}: {_refusal(_first_index(passages, new))}", index=number)
+        blank |= new
+    return blank
+
+
+def _blank_among(tokenizer: PairTokenizer, passages: Sequence[str]) -> frozenset[str]:
+    return frozenset(passage for passage in dict.fromkeys(passages) if tokenizer.is_blank(passage))
+
+
+def _first_index(passages: Sequence[str], blank: frozenset[str]) -> int:
+    return next(index for index, passage in enumerate(passages) if passage in blank)
+
+
+def _refusal(index: int) -> str:
+    return f"passage {index} has nothing to read; leave it out, or set blank_passages='last'"
 
 
 class PreparedPairs:
@@ -28,16 +92,23 @@ class PreparedPairs:
     Args:
         queries: The query of each pair.
         passages: The passage of each pair, of equal number.
+        blank: Passages that are not scored.
 
     Attributes:
         pairs: All of them.
-        encoded: The distinct ones that are encoded, in order.
+        encoded: The distinct ones that are encoded, in order; none with a blank passage.
+        num_blank: How many pairs have a blank passage.
     """
 
-    def __init__(self, queries: Sequence[str], passages: Sequence[str]) -> None:
+    def __init__(
+        self, queries: Sequence[str], passages: Sequence[str], blank: frozenset[str] = frozenset()
+    ) -> None:
         self.pairs: list[Pair] = list(zip(queries, passages, strict=True))
         self.encoded: dict[Pair, EncodedPair] = {}
-        self._distinct = list(dict.fromkeys(self.pairs))
+        self._blank = blank
+        with_text = [pair for pair in self.pairs if pair[1] not in blank] if blank else self.pairs
+        self.num_blank = len(self.pairs) - len(with_text)
+        self._distinct = list(dict.fromkeys(with_text))
 
     def encode(self, tokenizer: PairTokenizer, num_pairs: int) -> Iterator[list[IntArray]]:
         """Encode the distinct pairs, so many at a time, and yield their windows, which is what to score."""
@@ -55,12 +126,17 @@ class PreparedPairs:
     @property
     def num_duplicates(self) -> int:
         """How many pairs are scored by way of an equal one."""
-        return len(self.pairs) - len(self._distinct)
+        return len(self.pairs) - self.num_blank - len(self._distinct)
 
     @property
     def num_truncated(self) -> int:
-        """How many pairs lost tokens."""
-        return sum(self.encoded[pair].truncated for pair in self.pairs)
+        """How many pairs have a passage that lost tokens."""
+        return sum(self.encoded[pair].truncated for pair in self.pairs if pair[1] not in self._blank)
+
+    @property
+    def num_truncated_queries(self) -> int:
+        """How many distinct queries lost tokens."""
+        return len({query for (query, _), encoded in self.encoded.items() if encoded.query_truncated})
 
     def results(self, logits: Sequence[float], *, normalize: bool) -> list[PairResult]:
         """Give each pair its best window's score.
@@ -82,24 +158,38 @@ class PreparedPairs:
             best = max(window_logits)
             results[pair] = PairResult(
                 score=sigmoid(best) if normalize else best,
+                logit=best,
                 truncated=encoded.truncated,
+                query_truncated=encoded.query_truncated,
                 windows=len(window_logits),
                 num_tokens=sum(map(len, encoded.windows)),
             )
-        return [results[pair] for pair in self.pairs]
+        blank = PairResult(
+            score=sigmoid(BLANK_LOGIT) if normalize else BLANK_LOGIT,
+            logit=BLANK_LOGIT,
+            truncated=False,
+            query_truncated=False,
+            windows=0,
+            num_tokens=0,
+            blank=True,
+        )
+        return [blank if pair[1] in self._blank else results[pair] for pair in self.pairs]
 
 
 def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
     """Order the results of one query's passages and cut them, as `select` does."""
     ranked = [
-        RankedPassage(index, result.score, result.truncated, result.windows)
+        RankedPassage(index, result.score, result.truncated, result.windows, result.blank)
         for index, result in enumerate(results)
     ]
+    num_blank = sum(result.blank for result in results)
     return Ranking(
-        select(ranked, top_n, threshold),
-        num_pairs=len(results),
+        select(ranked, [result.logit for result in results], top_n, threshold),
+        num_pairs=len(results) - num_blank,
         num_tokens=sum(result.num_tokens for result in results),
         num_truncated=sum(result.truncated for result in results),
+        num_truncated_queries=int(any(result.query_truncated for result in results)),
+        num_blank=num_blank,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.inputs import check_timeout
+from bge_rerank_integrations.notices import warn_once
 from bge_rerank_integrations.pairs import PairResult, PreparedPairs
 from bge_rerank_integrations.process import check_process, mark_process_in_use
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
@@ -31,7 +33,12 @@ if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner
 
 T = TypeVar("T")
+FindBlank = Callable[[PairTokenizer], frozenset[str]]
+"""Looks through a ranking's texts and returns the passages that are not to be scored, or raises."""
+
 _OnProgress = Callable[[int], object]
+
+_logger = logging.getLogger(__name__)
 
 # Of a request with more pairs, the device gets so many as soon as they are encoded, and is busy with them
 # while others are.
@@ -40,6 +47,14 @@ _NUM_PAIRS_AT_ONCE: Final = 512
 _NUM_TOKENIZERS: Final = 2
 # 8 MB: some ten thousand passages of a hundred tokens.
 _MAX_CACHED_TOKENS: Final = 1 << 21
+_BLANK: Final = (
+    "%d of the %d passages of a request have nothing to read. They are not scored and come last; "
+    "blank_passages='refuse' makes this an error. Logged once per process; Scorer.stats() counts them all"
+)
+_QUERY_CUT: Final = (
+    "A query has more than query_max_length=%d tokens and lost its %s. Raise query_max_length, or choose "
+    "which end to cut with query_truncation_side. Logged once per process; Scorer.stats() counts them all"
+)
 _TIMED_OUT: Final = "not finished within the timeout; what had not started was dropped"
 
 
@@ -66,6 +81,8 @@ class Pipeline:
         self.runners = runners
         self._cache = cache
         self._normalize = config.normalize
+        self._query_max_length = config.effective_query_max_length
+        self._lost_query_part = "end" if config.query_truncation_side == "right" else "beginning"
         # A request that does not fit is refused before any of it is computed, so all of it has to be known.
         self._num_pairs_at_once = _NUM_PAIRS_AT_ONCE if config.max_queued_tokens is None else sys.maxsize
         self._batcher = MicroBatcher(
@@ -84,12 +101,22 @@ class Pipeline:
         timeout: float | None = None,
         progress: bool = False,
         normalize: bool | None = None,
+        find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
-        """Score `zip(queries, passages)` and wait for it; see `Scorer.score` for the errors."""
+        """Score `zip(queries, passages)` and wait for it; see `Scorer.score` for the errors.
+
+        Args:
+            queries: The query of each pair.
+            passages: The passage of each pair, of equal number.
+            timeout: Most seconds to take.
+            progress: Show a progress bar on stderr.
+            normalize: Put scores through a sigmoid; None is as configured.
+            find_blank: Names the passages that are not to be scored; None scores all of them.
+        """
         remaining = _countdown(timeout)
         with _progress_bar(shown=progress) as (set_total, on_progress):
             request = Request(on_progress)
-            prepared = self._feed(request, queries, passages, remaining, set_total)
+            prepared = self._feed(request, queries, passages, remaining, set_total, find_blank)
             logits = _wait(request.future, remaining())
         return prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
@@ -136,13 +163,20 @@ class Pipeline:
                     running[1].cancel()  # does nothing to what has ended
 
     async def ascore(
-        self, queries: list[str], passages: list[str], *, timeout: float | None = None
+        self,
+        queries: list[str],
+        passages: list[str],
+        *,
+        timeout: float | None = None,
+        find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
-        """Score `zip(queries, passages)` without blocking the event loop."""
+        """Score `zip(queries, passages)` without blocking the event loop; arguments are those of `score`."""
         remaining = _countdown(timeout)
         request = Request()
         try:
-            feeding = self._executor.submit(self._feed, request, queries, passages, remaining)
+            feeding = self._executor.submit(
+                self._feed, request, queries, passages, remaining, None, find_blank
+            )
         except RuntimeError as error:  # shut down a moment ago
             raise ScorerClosedError("this scorer was closed; make a new one") from error
         try:
@@ -190,10 +224,12 @@ class Pipeline:
         passages: list[str],
         remaining: Callable[[], float | None],
         set_total: _OnProgress | None = None,
+        find_blank: FindBlank | None = None,
     ) -> PreparedPairs:
         """Encode pairs and hand them to the device, many pairs in parts, while anybody waits for them."""
         self._batcher.check_open()  # before the work of tokenizing for a queue that is full
-        prepared = PreparedPairs(queries, passages)
+        blank = frozenset[str]() if find_blank is None else find_blank(self.tokenizer)
+        prepared = PreparedPairs(queries, passages, blank)
         num_windows = 0
         try:
             for windows in prepared.encode(self.tokenizer, self._num_pairs_at_once):
@@ -206,7 +242,16 @@ class Pipeline:
         except BaseException:
             request.future.cancel()
             raise
-        self._batcher.count(duplicates=prepared.num_duplicates, truncations=prepared.num_truncated)
+        self._batcher.count(
+            duplicates=prepared.num_duplicates,
+            truncations=prepared.num_truncated,
+            query_truncations=prepared.num_truncated_queries,
+            blank_passages=prepared.num_blank,
+        )
+        if prepared.num_blank:
+            warn_once(_logger, _BLANK, prepared.num_blank, len(prepared.pairs))
+        if prepared.num_truncated_queries:
+            warn_once(_logger, _QUERY_CUT, self._query_max_length, self._lost_query_part)
         return prepared
 
 
@@ -223,6 +268,7 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         read_shape,
         require_file,
     )
+    from bge_rerank_integrations.engine.prompts import read_default_prompt
     from bge_rerank_integrations.engine.runner import is_device_lost, load_runners
 
     check_process()
@@ -230,7 +276,9 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     shape = read_shape(folder)
     check_max_length(config, shape)
     cache = TokenCache(_MAX_CACHED_TOKENS)
-    tokenizer = PairTokenizer(require_file(folder, "tokenizer.json"), config, cache)
+    tokenizer = PairTokenizer(
+        require_file(folder, "tokenizer.json"), config, cache, default_prompt=read_default_prompt(folder)
+    )
     if tokenizer.max_id >= shape.vocab_size:
         raise UnsupportedCheckpointError(
             f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model embeds only "

@@ -5,8 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
+
+BLANK_LOGIT: Final = -65504.0
+"""The raw score of a passage with nothing to read: the lowest float16, far below any model's logit.
+
+JSON can hold it, unlike -inf, and every float type holds it exactly. The sigmoid makes it 0.0.
+"""
+SCALES: Final = (
+    "with normalize=True scores lie between 0 and 1; "
+    "with normalize=False they are raw logits, roughly -11 to 11"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,16 +26,20 @@ class RankedPassage:
 
     Attributes:
         index: Its position in the list that was ranked.
-        score: Its relevance: a raw logit, or 0..1 where the scorer normalizes.
-        truncated: Whether tokens of the pair were left out: of the passage where it was too long for
-            the room the query leaves, or of the query where it exceeds `query_max_length`.
-        windows: How many windows of it were scored; 1 unless `long_passages="windows"`.
+        score: Its relevance: a raw logit, or 0..1 where the scorer normalizes. A blank passage has the
+            lowest value of the scale: 0.0 where the scorer normalizes, else `BLANK_LOGIT`, which is -65504.0.
+        truncated: Whether tokens of the passage were left out, because it was too long for the room that
+            the query leaves. `Ranking.num_truncated_queries` tells the same of the query.
+        windows: How many windows of it were scored: 1 unless `long_passages="windows"`, 0 if it is blank.
+        blank: Whether the passage has nothing to read. Such a passage is not scored: it comes after all
+            others, and no threshold lets it through.
     """
 
     index: int
     score: float
     truncated: bool = False
     windows: int = 1
+    blank: bool = False
 
 
 class Ranking(list[RankedPassage]):
@@ -33,7 +48,9 @@ class Ranking(list[RankedPassage]):
     Attributes:
         num_pairs: Passages that were scored, those cut by `top_n` or `threshold` included.
         num_tokens: Tokens the model read for them.
-        num_truncated: How many of the pairs lost tokens.
+        num_truncated: How many of the passages lost tokens.
+        num_truncated_queries: 1 if the query lost tokens, else 0, so that it sums over rankings.
+        num_blank: Passages with nothing to read, which were not scored.
     """
 
     def __init__(
@@ -43,11 +60,15 @@ class Ranking(list[RankedPassage]):
         num_pairs: int = 0,
         num_tokens: int = 0,
         num_truncated: int = 0,
+        num_truncated_queries: int = 0,
+        num_blank: int = 0,
     ) -> None:
         super().__init__(passages)
         self.num_pairs = num_pairs
         self.num_tokens = num_tokens
         self.num_truncated = num_truncated
+        self.num_truncated_queries = num_truncated_queries
+        self.num_blank = num_blank
 
 
 def check_top_n(top_n: int | None) -> None:
@@ -60,29 +81,47 @@ def check_top_n(top_n: int | None) -> None:
         raise InputError("top_n must not be negative; None is all, 0 is none")
 
 
-def check_threshold(threshold: float | None) -> None:
-    """Raise unless `threshold` is None or a number other than NaN."""
+def check_threshold(threshold: float | None, *, normalize: bool) -> None:
+    """Raise unless `threshold` is None or a number that can tell scores apart.
+
+    Args:
+        threshold: Least score to keep.
+        normalize: Whether the scores it is compared with lie between 0 and 1.
+
+    Raises:
+        InputTypeError: It is not a number.
+        InputError: It is not finite, or off the scale: every normalized score is above 0 and at most 1.
+    """
     if threshold is None:
         return
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise InputTypeError("the score threshold must be a number or None")
-    if math.isnan(threshold):
-        raise InputError("the score threshold must not be NaN")
+    if not math.isfinite(threshold):
+        raise InputError("the score threshold must be finite, not NaN or infinity; None keeps every score")
+    if normalize and not 0 < threshold <= 1:
+        effect = "nothing" if threshold > 1 else "everything"
+        raise InputError(
+            f"a score threshold of {threshold} keeps {effect}: it must be above 0 and at most 1. {SCALES}"
+        )
 
 
 def select(
-    passages: Sequence[RankedPassage], top_n: int | None, threshold: float | None
+    passages: Sequence[RankedPassage], logits: Sequence[float], top_n: int | None, threshold: float | None
 ) -> list[RankedPassage]:
     """Order passages best first and cut the list.
 
+    The order is that of the logits, since the sigmoid rounds large ones to the same score.
+
     Args:
-        passages: In input order; equal scores keep it.
+        passages: In input order; equal logits keep it. Blank ones come last, in input order.
+        logits: The raw score of each.
         top_n: Most passages to keep; None is all, 0 is none.
-        threshold: Least score to keep, inclusive; None keeps every score.
+        threshold: Least score to keep, inclusive; None keeps every passage, and any number drops blank ones.
     """
-    ranked = sorted(passages, key=lambda passage: -passage.score)
+    order = sorted(range(len(passages)), key=lambda at: (passages[at].blank, -logits[at]))
+    ranked = [passages[at] for at in order]
     if threshold is not None:
-        ranked = [passage for passage in ranked if passage.score >= threshold]
+        ranked = [passage for passage in ranked if not passage.blank and passage.score >= threshold]
     return ranked[:top_n]
 
 

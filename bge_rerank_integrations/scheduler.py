@@ -163,11 +163,15 @@ class MicroBatcher:
                 break
         self._fail_all(ScorerClosedError("the scorer was closed before this request was finished"))
 
-    def count(self, *, duplicates: int, truncations: int) -> None:
+    def count(
+        self, *, duplicates: int, truncations: int, query_truncations: int, blank_passages: int
+    ) -> None:
         """Add to the counts that only the caller knows."""
         with self._changed:
             self._recorder.duplicates += duplicates
             self._recorder.truncations += truncations
+            self._recorder.query_truncations += query_truncations
+            self._recorder.blank_passages += blank_passages
 
     def stats(self, *, cache_hits: int, cache_misses: int, splits: int) -> ScorerStats:
         """Return what happened so far, with what the tokenizer's and the devices' side count."""

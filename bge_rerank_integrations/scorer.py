@@ -7,9 +7,18 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ClassVar, Final, Protocol, runtime_checkable
 
-from bge_rerank_integrations.config import DEFAULT_MODEL, DType, LongPassages, ScorerConfig
+from bge_rerank_integrations.config import (
+    DEFAULT_MODEL,
+    DEFAULT_WINDOW_OVERLAP,
+    BlankPassages,
+    DType,
+    LongPassages,
+    ScorerConfig,
+    TruncationSide,
+)
 from bge_rerank_integrations.errors import NonFiniteScoreError, ScorerClosedError
 from bge_rerank_integrations.inputs import (
     check_pairs,
@@ -19,8 +28,14 @@ from bge_rerank_integrations.inputs import (
     check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.pairs import PairResult, rank_each, rank_results
-from bge_rerank_integrations.pipeline import Pipeline, load_pipeline
+from bge_rerank_integrations.pairs import (
+    PairResult,
+    find_blank,
+    find_blank_in_each,
+    rank_each,
+    rank_results,
+)
+from bge_rerank_integrations.pipeline import FindBlank, Pipeline, load_pipeline
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 
@@ -39,7 +54,11 @@ class SupportsRank(Protocol):
         top_n: int | None = None,
         threshold: float | None = None,
     ) -> Sequence[RankedPassage]:
-        """Rank passages, best first; see `Scorer.rank`."""
+        """Rank passages, best first; see `Scorer.rank`.
+
+        A scorer of one's own decides by itself what it does with passages that have nothing to read. Adapters
+        mark what it marks with `RankedPassage.blank` and `RankedPassage.truncated`.
+        """
 
     async def arank(
         self,
@@ -72,7 +91,7 @@ class Scorer:
     Example:
         >>> with Scorer("BAAI/bge-reranker-base") as scorer:
         ...     scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."], top_n=1)
-        [RankedPassage(index=1, score=..., truncated=False, windows=1)]
+        [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
     _shared: ClassVar[dict[ScorerConfig, Future[Scorer]]] = {}
@@ -93,6 +112,7 @@ class Scorer:
         dtype: DType = "auto",
         max_length: int = 512,
         query_max_length: int | None = None,
+        query_truncation_side: TruncationSide = "right",
         max_batch_tokens: int | None = None,
         num_threads: int | None = None,
         max_wait_ms: float = 0.0,
@@ -101,7 +121,8 @@ class Scorer:
         query_instruction: str | None = None,
         passage_instruction: str | None = None,
         long_passages: LongPassages = "truncate",
-        window_overlap_tokens: int = 64,
+        window_overlap_tokens: int = DEFAULT_WINDOW_OVERLAP,
+        blank_passages: BlankPassages = "last",
     ) -> None:
         self.config = ScorerConfig(
             model=os.fspath(model) if isinstance(model, os.PathLike) else model,
@@ -114,6 +135,7 @@ class Scorer:
             dtype=dtype,
             max_length=max_length,
             query_max_length=query_max_length,
+            query_truncation_side=query_truncation_side,
             max_batch_tokens=max_batch_tokens,
             num_threads=num_threads,
             max_wait_ms=max_wait_ms,
@@ -123,6 +145,7 @@ class Scorer:
             passage_instruction=passage_instruction,
             long_passages=long_passages,
             window_overlap_tokens=window_overlap_tokens,
+            blank_passages=blank_passages,
         )
         self._pipeline: Pipeline | None = load_pipeline(self.config)
 
@@ -168,6 +191,9 @@ class Scorer:
         An iterator, such as a generator, is read as it is scored, so that a million pairs need no more
         memory than their scores do; a pair of it that is malformed ends the call when its turn comes.
 
+        Every pair is scored, also one with a blank text, as `FlagReranker.compute_score` does it. Only `rank`
+        and `rank_many` can put a blank passage last.
+
         Args:
             pairs: (query, passage) pairs.
             timeout: Most seconds to take; None is no limit.
@@ -200,7 +226,7 @@ class Scorer:
         normalize: bool | None = None,
         progress: bool = False,
     ) -> list[float]:
-        """Score one pair or a list of pairs, as `FlagReranker.compute_score` does; always a list.
+        """Score one pair or a list of pairs, blank texts too, as `FlagReranker.compute_score`; always a list.
 
         Args:
             sentence_pairs: One (query, passage) pair, or pairs.
@@ -227,27 +253,34 @@ class Scorer:
     ) -> Ranking:
         """Rank passages by their relevance to a query.
 
+        A passage with nothing to read is not scored: it comes last, or is refused, as `blank_passages` says.
+
         Args:
             query: The query.
             passages: Texts to rank.
-            top_n: Most passages to return; None is all, 0 is none.
-            threshold: Least score to return, inclusive; None returns every score.
+            top_n: Most passages to return, blank ones included; None is all, 0 is none.
+            threshold: Least score to return, inclusive, on the scale of the scores: above 0 and at most 1 if
+                the config normalizes, else any finite number. None returns every passage.
             timeout: Most seconds to take; None is no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
-            A list of `RankedPassage`, best first, equal scores in input order.
+            A list of `RankedPassage`, best first. The order is that of the raw logits; equal ones keep input
+            order.
 
         Raises:
-            InputError: An argument is of the wrong type or out of range; `.index` says which passage.
+            InputError: An argument is of the wrong type or out of range, the query is blank, or a passage is
+                and the config refuses that; `.index` says which passage.
             NonFiniteScoreError: The model returned NaN or infinity; `.index` says for which passage.
             RerankError: Otherwise, as `score` does.
         """
         check_top_n(top_n)
-        check_threshold(threshold)
+        check_threshold(threshold, normalize=self.config.normalize)
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
-        results = self._require_pipeline().score(queries, texts, timeout=timeout, progress=progress)
+        results = self._require_pipeline().score(
+            queries, texts, timeout=timeout, progress=progress, find_blank=self._find_blank(query, texts)
+        )
         return rank_results(results, top_n, threshold)
 
     def rank_many(
@@ -277,10 +310,16 @@ class Scorer:
             RerankError: Otherwise, as `score` does.
         """
         check_top_n(top_n)
-        check_threshold(threshold)
+        check_threshold(threshold, normalize=self.config.normalize)
         checked = check_requests(requests)
         queries, passages = _flatten(checked)
-        results = self._require_pipeline().score(queries, passages, timeout=timeout, progress=progress)
+        results = self._require_pipeline().score(
+            queries,
+            passages,
+            timeout=timeout,
+            progress=progress,
+            find_blank=self._find_blank_in_each(checked),
+        )
         return rank_each(checked, results, top_n, threshold)
 
     async def ascore(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
@@ -302,12 +341,13 @@ class Scorer:
     ) -> Ranking:
         """Do what `rank` does, off the event loop."""
         check_top_n(top_n)
-        check_threshold(threshold)
+        check_threshold(threshold, normalize=self.config.normalize)
         texts = check_passages(passages)
         queries = [check_query(query)] * len(texts)
-        return rank_results(
-            await self._require_pipeline().ascore(queries, texts, timeout=timeout), top_n, threshold
+        results = await self._require_pipeline().ascore(
+            queries, texts, timeout=timeout, find_blank=self._find_blank(query, texts)
         )
+        return rank_results(results, top_n, threshold)
 
     async def arank_many(
         self,
@@ -319,10 +359,12 @@ class Scorer:
     ) -> list[Ranking]:
         """Do what `rank_many` does, off the event loop."""
         check_top_n(top_n)
-        check_threshold(threshold)
+        check_threshold(threshold, normalize=self.config.normalize)
         checked = check_requests(requests)
         queries, passages = _flatten(checked)
-        results = await self._require_pipeline().ascore(queries, passages, timeout=timeout)
+        results = await self._require_pipeline().ascore(
+            queries, passages, timeout=timeout, find_blank=self._find_blank_in_each(checked)
+        )
         return rank_each(checked, results, top_n, threshold)
 
     def warmup(self) -> None:
@@ -378,6 +420,14 @@ class Scorer:
 
     def __reduce__(self) -> tuple[Callable[[ScorerConfig], Scorer], tuple[ScorerConfig]]:
         return Scorer.shared, (self.config,)
+
+    def _find_blank(self, query: str, passages: list[str]) -> FindBlank:
+        refuse = self.config.blank_passages == "refuse"
+        return partial(find_blank, query=query, passages=passages, refuse=refuse)
+
+    def _find_blank_in_each(self, requests: list[tuple[str, list[str]]]) -> FindBlank:
+        refuse = self.config.blank_passages == "refuse"
+        return partial(find_blank_in_each, requests=requests, refuse=refuse)
 
     def _require_pipeline(self) -> Pipeline:
         pipeline = self._pipeline

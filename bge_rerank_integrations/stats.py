@@ -42,7 +42,9 @@ class ScorerStats:
         duplicates: Pairs that were scored with an equal one of the same request.
         cache_hits: Passages whose ids were known from an earlier request.
         cache_misses: Passages that had to be tokenized.
-        truncations: Pairs that lost tokens.
+        truncations: Pairs whose passage lost tokens.
+        query_truncations: Queries that lost tokens, each counted once per request.
+        blank_passages: Passages with nothing to read, which rankings did not score.
         splits: Batches that were out of memory and tried again in parts.
         lost_replicas: Devices that failed for good and were left out.
     """
@@ -63,6 +65,8 @@ class ScorerStats:
     cache_hits: int
     cache_misses: int
     truncations: int
+    query_truncations: int
+    blank_passages: int
     splits: int
     lost_replicas: int
 
@@ -107,6 +111,7 @@ class Recorder:
         self.requests = self.failed = self.cancelled = 0
         self.pairs = self.tokens = self.batches = 0
         self.duplicates = self.truncations = self.lost_replicas = 0
+        self.query_truncations = self.blank_passages = 0
         self._fill_sum = 0.0
         self._batch_requests = 0
         self._waiting_s: deque[float] = deque(maxlen=_WINDOW)
@@ -149,6 +154,8 @@ class Recorder:
             cache_hits=cache_hits,
             cache_misses=cache_misses,
             truncations=self.truncations,
+            query_truncations=self.query_truncations,
+            blank_passages=self.blank_passages,
             splits=splits,
             lost_replicas=self.lost_replicas,
         )

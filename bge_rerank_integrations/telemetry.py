@@ -39,7 +39,13 @@ _METRICS: Final = (
     _Metric(
         "cache_misses", "counter", "{passage}", "Passages that were tokenized.", lambda s: s.cache_misses
     ),
-    _Metric("truncations", "counter", "{pair}", "Pairs that lost tokens.", lambda s: s.truncations),
+    _Metric("truncations", "counter", "{pair}", "Pairs whose passage lost tokens.", lambda s: s.truncations),
+    _Metric(
+        "query_truncations", "counter", "{query}", "Queries that lost tokens.", lambda s: s.query_truncations
+    ),
+    _Metric(
+        "blank_passages", "counter", "{passage}", "Passages with nothing to read.", lambda s: s.blank_passages
+    ),
     _Metric("splits", "counter", "{batch}", "Batches that were out of memory.", lambda s: s.splits),
     _Metric("lost_replicas", "counter", "{device}", "Devices lost for good.", lambda s: s.lost_replicas),
     _Metric("queued_requests", "gauge", "{request}", "Requests waiting.", lambda s: s.queued_requests),

@@ -14,7 +14,12 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, ScorerConfig
-from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from bge_rerank_integrations.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
+from bge_rerank_integrations.inputs import is_blank
 from bge_rerank_integrations.token_cache import Encoded, TokenCache
 
 IntArray = npt.NDArray[np.int32]
@@ -30,6 +35,9 @@ _GROWTH: Final = 4
 _MOST_CHARACTERS: Final = 1 << 18
 # Inside an unbroken run a cut may change the tokens next to it, so that many are not relied on.
 _UNRELIABLE_TOKENS: Final = 64
+# To see that a text is not blank, so many of its characters and tokens are looked at.
+_NUM_GLANCED_CHARACTERS: Final = 64
+_NUM_GLANCED_TOKENS: Final = 16
 # However long, white space between two words gives no token.
 _LONG_GAP: Final = re.compile(f"[{_WHITE_SPACE}]{{256,}}")
 
@@ -41,11 +49,13 @@ class EncodedPair:
     Attributes:
         windows: One int32 array a window, special tokens included; a single one unless the passage is
             long and the config asks for windows.
-        truncated: Whether tokens of the query or the passage were left out.
+        truncated: Whether tokens of the passage were left out.
+        query_truncated: Whether tokens of the query were left out.
     """
 
     windows: tuple[IntArray, ...]
     truncated: bool
+    query_truncated: bool
 
 
 class PairTokenizer:
@@ -53,6 +63,7 @@ class PairTokenizer:
 
     The query is cut to `query_max_length` tokens and the passage to what is left of `max_length`: the
     id-level rule of FlagReranker (`prepare_for_model(..., truncation="only_second")` of transformers 4).
+    With `query_truncation_side="left"` the query keeps its last tokens, and the instruction before them.
     Special tokens spelled out in a text are read as text.
 
     The texts of one call are spread over the cores, whichever thread it comes from: the Rust library has
@@ -63,8 +74,10 @@ class PairTokenizer:
         path: A `tokenizer.json`.
         config: Lengths, instructions and what to do with long passages.
         cache: Where ids of passages are kept; it belongs to this tokenizer and config. None keeps none.
+        default_prompt: The query instruction where the config has none.
 
     Raises:
+        ConfigError: The query instruction alone fills `query_max_length`.
         CorruptCheckpointError: The file cannot be parsed.
         UnsupportedCheckpointError: Its pairs are not framed `<s> A </s></s> B </s>`.
 
@@ -74,19 +87,49 @@ class PairTokenizer:
         array([0, 2367, 83, 10, 6, 85407, 32, 2, 2, 62, 81148, 5, 2], dtype=int32)
     """
 
-    def __init__(self, path: Path, config: ScorerConfig, cache: TokenCache | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ScorerConfig,
+        cache: TokenCache | None = None,
+        *,
+        default_prompt: str = "",
+    ) -> None:
         self._cache = cache
         self._tokenizer, self.max_id = _load(path)
         begin, end = _frame(self._tokenizer)
         self._begin = np.array([begin], dtype=np.int32)
         self._end = np.array([end], dtype=np.int32)
         self._between = np.array([end, end], dtype=np.int32)
-        self._query_prefix = config.query_instruction or ""
+        self._query_prefix = default_prompt if config.query_instruction is None else config.query_instruction
         self._passage_prefix = config.passage_instruction or ""
         self._max_length = config.max_length
         self._query_limit = config.effective_query_max_length
+        self._keeps_query_end = config.query_truncation_side == "left"
         self._windows = config.long_passages == "windows"
         self._overlap = config.window_overlap_tokens
+        query_prefix_ids, space_ids = self._ids([self._query_prefix, " "])
+        if len(query_prefix_ids) >= self._query_limit:
+            raise ConfigError(
+                f"the query instruction has {len(query_prefix_ids)} tokens, which leaves no room for a query "
+                f"in query_max_length {self._query_limit}; raise query_max_length"
+            )
+        self._query_prefix_ids = query_prefix_ids
+        # What some tokenizers give for white space, which is nothing to read.
+        self._space_ids = frozenset(space_ids)
+
+    def is_blank(self, text: str) -> bool:
+        """Return whether a text has nothing to read, for people or for the model.
+
+        That is a text of white space, control and format characters, or one without tokens.
+        """
+        if any(map(str.isalnum, text[:_NUM_GLANCED_CHARACTERS])):
+            return False  # what nearly all texts come to, without a look at the rest
+        if is_blank(text):
+            return True
+        text = text.strip()
+        ids, _ = self._encode_distinct([text], "", _NUM_GLANCED_TOKENS)[text]
+        return self._space_ids.issuperset(ids.tolist())
 
     def encode(self, queries: Sequence[str], passages: Sequence[str]) -> list[EncodedPair]:
         """Encode the pairs `zip(queries, passages)`, each distinct text once.
@@ -111,7 +154,9 @@ class PairTokenizer:
             some_queries = queries[start : start + num_pairs]
             some_passages = passages[start : start + num_pairs]
             new = [query for query in some_queries if query not in query_ids]
-            query_ids |= self._encode_distinct(new, self._query_prefix, self._query_limit)
+            query_ids |= self._encode_distinct(
+                new, self._query_prefix, self._query_limit, keep_end=self._keeps_query_end
+            )
             passage_ids |= self._encode_passages([text for text in some_passages if text not in passage_ids])
             yield [
                 self._pair(query_ids[query], passage_ids[passage])
@@ -133,7 +178,7 @@ class PairTokenizer:
             for start in starts
         )
         lost_tail = not self._windows and len(passage_ids) > room
-        return EncodedPair(windows, truncated=query_cut or passage_cut or lost_tail)
+        return EncodedPair(windows, truncated=passage_cut or lost_tail, query_truncated=query_cut)
 
     def _encode_passages(self, texts: Sequence[str]) -> dict[str, Encoded]:
         """Map each distinct passage to its ids, those of recently seen ones from the cache."""
@@ -148,19 +193,35 @@ class PairTokenizer:
             self._cache.put(keys[text], encoded)
         return known | new
 
-    def _encode_distinct(self, texts: Sequence[str], prefix: str, limit: int | None) -> dict[str, Encoded]:
-        """Map each distinct text to its first `limit` ids and whether it has more."""
+    def _encode_distinct(
+        self, texts: Sequence[str], prefix: str, limit: int | None, *, keep_end: bool = False
+    ) -> dict[str, Encoded]:
+        """Map each distinct text to `limit` of its ids, and whether it has more.
+
+        Args:
+            texts: The texts.
+            prefix: What stands before each.
+            limit: Most ids to keep; None keeps all.
+            keep_end: Keep the last ids instead of the first. Only for queries: it keeps their instruction.
+        """
         encoded: dict[str, Encoded] = {}
-        pending = {text: _heads(text, limit) for text in dict.fromkeys(texts)}
+        read = _tails if keep_end else _heads
+        pending = {text: read(text, limit) for text in dict.fromkeys(texts)}
         while pending:  # hardly ever twice
-            heads = {text: next(text_heads) for text, text_heads in pending.items()}
-            all_ids = self._ids([prefix + head for head, _, _ in heads.values()])
-            for (text, (_, needed, is_whole)), ids in zip(heads.items(), all_ids, strict=True):
+            parts = {text: next(text_parts) for text, text_parts in pending.items()}
+            all_ids = self._ids([prefix + part for part, _, _ in parts.values()])
+            for (text, (_, needed, is_whole)), ids in zip(parts.items(), all_ids, strict=True):
                 if len(ids) >= needed:
                     has_more = limit is not None and (len(ids) > limit or not is_whole)
-                    encoded[text] = np.array(ids[:limit], dtype=np.int32), has_more
+                    kept = self._instruction_and_end(ids) if keep_end else ids[:limit]
+                    encoded[text] = np.array(kept, dtype=np.int32), has_more
                     del pending[text]
         return encoded
+
+    def _instruction_and_end(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self._query_limit:
+            return ids
+        return [*self._query_prefix_ids, *ids[len(self._query_prefix_ids) - self._query_limit :]]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -198,6 +259,14 @@ def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
             text = _LONG_GAP.sub(" ", text)
         end *= _GROWTH
     yield text[:most], 0, len(text) <= most
+
+
+def _tails(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
+    """Yield ends of a text that may hold its last `limit` tokens, as `_heads` yields beginnings."""
+    for head, needed, is_whole in _heads(text[::-1], limit):
+        # Tokens at the cut are never relied on: a mark that combines with the white space before it would
+        # be read in another way without it.
+        yield head[::-1], needed + _UNRELIABLE_TOKENS if needed else 0, is_whole
 
 
 def _load(path: Path) -> tuple[Tokenizer, int]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import pytest
@@ -22,10 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer, ScorerConfig
-from bge_rerank_integrations.errors import CheckpointNotFoundError, InputTypeError
+from bge_rerank_integrations.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    InputError,
+    InputTypeError,
+)
 from bge_rerank_integrations.options import RerankOptions
 from tests.doubles import TableScorer
 from tests.tolerances import LOGIT_TOLERANCE
@@ -143,7 +150,7 @@ def test_options_of_one_adapter_only_are_its_frameworks_own() -> None:
     ]
     assert names == [
         {"score_key", "rank_fields", "document_template"},
-        {"metadata_mode", "nodes_without_text", "callback_manager"},
+        {"metadata_mode", "callback_manager"},
     ]
 
 
@@ -185,6 +192,7 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
         "dtype": "bfloat16",
         "max_length": 256,
         "query_max_length": 64,
+        "query_truncation_side": "left",
         "max_batch_tokens": 1024,
         "num_threads": 1,
         "max_wait_ms": 2.5,
@@ -194,9 +202,11 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
         "passage_instruction": "passage: ",
         "long_passages": "windows",
         "window_overlap_tokens": 32,
+        "blank_passages": "refuse",
     }
+    needed: dict[str, Any] = {"long_passages": "windows"} if name == "window_overlap_tokens" else {}
     assert getattr(adapter_type().scorer_config(), name) != others[name]
-    assert getattr(adapter_type(**{name: others[name]}).scorer_config(), name) == others[name]
+    assert getattr(adapter_type(**needed, **{name: others[name]}).scorer_config(), name) == others[name]
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
@@ -309,13 +319,122 @@ def test_any_ranking_comes_through_as_it_is(
         assert asyncio.run(_await(adapter(QUERY, texts, **options))) == expected
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+async def test_blank_texts_come_last_in_every_adapter(
+    adapter: Adapter, checkpoint: Path, texts: list[str], normalize: bool
+) -> None:
+    lowest = 0.0 if normalize else -65504.0
+    options: dict[str, Any] = {**on_cpu(checkpoint), "normalize": normalize}
+    given_texts = ["", texts[0], " \n\x0c", texts[1], "\u200b"]
+    ranked = await adapter(QUERY, given_texts, **options)
+    assert sorted(index for index, _ in ranked[:2]) == [1, 3]
+    assert ranked[2:] == [(0, lowest), (2, lowest), (4, lowest)]
+    assert_same(await adapter(QUERY, given_texts, **options, top_n=3), ranked[:3])
+    least = 1e-300 if normalize else -1e9
+    assert_same(await adapter(QUERY, given_texts, **options, score_threshold=least), ranked[:2])
+    assert await adapter(QUERY, ["", "\t"], **options) == [(0, lowest), (1, lowest)]
+    with pytest.raises(InputError, match="passage 2 has nothing to read") as caught:
+        await adapter(QUERY, [texts[0], texts[1], ""], **options, blank_passages="refuse")
+    assert caught.value.index == 2
+
+
+async def test_a_blank_query_is_refused_whoever_scores(adapter: Adapter, scorer: Scorer) -> None:
+    for each in (scorer, TableScorer({})):
+        for query in ("", " \n", "\u200b"):
+            with pytest.raises(InputError, match="the query has nothing to read"):
+                await adapter(query, ["a"], scorer=each)
+
+
+def test_what_is_cut_is_told_in_the_same_way(checkpoint: Path) -> None:
+    texts = ["panda", "bamboo " * 100, ""]
+    options: dict[str, Any] = {**on_cpu(checkpoint), "max_length": 64}
+    expected: list[dict[str, Any]] = [{}, {"rerank_truncated": True}, {"rerank_blank": True}]
+
+    def marks(**more: Any) -> list[list[dict[str, Any]]]:
+        documents = BGEReranker(**options, **more).compress_documents(langchain_documents(texts), QUERY)
+        nodes = BGERerankPostprocessor(**options, **more).postprocess_nodes(
+            llama_index_nodes(texts), query_str=QUERY
+        )
+        by_position = [
+            [document.metadata for document in sorted(documents, key=lambda each: each.metadata["at"])],
+            [node.metadata for node in sorted(nodes, key=lambda each: each.node_id)],
+        ]
+        return [
+            [{key: value for key, value in each.items() if key.startswith("rerank_")} for each in metadata]
+            for metadata in by_position
+        ]
+
+    assert marks() == [expected, expected]
+    assert marks(mark_unread=False) == [[{}, {}, {}]] * 2
+    windows = {"long_passages": "windows", "window_overlap_tokens": 4, "query_max_length": 16}
+    assert marks(**windows) == [[{}, {}, {"rerank_blank": True}]] * 2, "windows read all of it"
+
+
+class PlainScorer(TableScorer):
+    """Returns objects that have an index and a score, and nothing else."""
+
+    def rank(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [SimpleNamespace(index=each.index, score=each.score) for each in super().rank(*args, **kwargs)]
+
+    async def arank(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return self.rank(*args, **kwargs)
+
+
+async def test_a_scorer_that_tells_no_more_than_scores_will_do(adapter: Adapter) -> None:
+    ranked = await adapter(QUERY, ["a", "", "b"], scorer=PlainScorer({"b": 0.5, "": 0.25}))
+    assert ranked == [(2, 0.5), (1, 0.25), (0, 0.0)]
+
+
+def test_marks_of_an_earlier_reranker_do_not_stay() -> None:
+    options: dict[str, Any] = {"scorer": TableScorer({})}
+    metadata = {"title": "a", "rerank_truncated": True, "rerank_blank": True}
+    (document,) = BGEReranker(**options).compress_documents(
+        [Document(page_content="a", metadata=metadata)], QUERY
+    )
+    assert document.metadata == {"title": "a", "relevance_score": 0.0}
+    (node,) = BGERerankPostprocessor(**options).postprocess_nodes(
+        [NodeWithScore(node=TextNode(text="a", metadata=metadata))], query_str=QUERY
+    )
+    assert node.metadata == {"title": "a"}
+    assert metadata == {"title": "a", "rerank_truncated": True, "rerank_blank": True}
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("threshold", [0, 0.0, -2, 1.0000001, 1.5, 50])
+def test_a_threshold_off_the_scale_is_refused_at_construction(
+    adapter_type: Callable[..., RerankOptions], checkpoint: Path, threshold: float
+) -> None:
+    message = r"score_threshold: .*normalize=True scores lie between 0 and 1.*normalize=False.*raw logits"
+    with pytest.raises(ValidationError, match=message) as caught:
+        adapter_type(score_threshold=threshold)
+    (error,) = caught.value.errors()
+    assert isinstance(error["ctx"]["error"], ConfigError)
+    normalizing = Scorer.shared(ScorerConfig(model=str(checkpoint), device="cpu", normalize=True))
+    with pytest.raises(ValidationError, match=message):
+        adapter_type(scorer=normalizing, score_threshold=threshold)
+    options = adapter_type(normalize=False, score_threshold=threshold)
+    with pytest.raises(ValidationError, match=message):
+        options.normalize = True
+    assert options.normalize is False
+    adapter_type(scorer=TableScorer({}), score_threshold=threshold)  # on a scale that only it knows
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_thresholds_on_the_scale_are_taken(
+    adapter_type: Callable[..., RerankOptions], scorer: Scorer
+) -> None:
+    for threshold in (1, 1.0, 0.5, 1e-9, None):
+        assert adapter_type(score_threshold=threshold).score_threshold == threshold
+    assert adapter_type(normalize=False, score_threshold=-3.5).score_threshold == -3.5
+
+
 @given(
     query=st.text(max_size=40),
     texts=st.lists(st.text(st.characters(), max_size=60).filter(str.strip), max_size=8),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_adapters_agree_on_any_text(scorer: Scorer, query: str, texts: list[str]) -> None:
-    results = [asyncio.run(_await(adapter(query, texts, scorer=scorer))) for adapter in ADAPTERS]
+    results = [asyncio.run(_await(adapter(f"{query}?", texts, scorer=scorer))) for adapter in ADAPTERS]
     for ranked in results:
         assert_same(ranked, results[0])
         assert sorted(index for index, _ in ranked) == list(range(len(texts)))

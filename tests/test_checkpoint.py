@@ -177,7 +177,7 @@ def test_a_trainers_folder_names_its_checkpoints(folder: Path) -> None:
     refuse(inside, CheckpointNotFoundError, message)
 
 
-def test_a_revision_of_a_local_folder(folder: Path) -> None:
+def test_a_local_folder_has_no_revisions(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is a local folder, which has no revisions; leave revision out"):
         Scorer(folder, revision="main")
 
@@ -293,6 +293,152 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) ->
         match=r"To work offline, fetch it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
     ):
         Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
+
+
+def test_a_revision_of_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    for model in (folder, folder.name):  # the second could be a model on the hub
+        with pytest.raises(ConfigError, match="is a local folder, which has no revisions"):
+            Scorer(model, device="cpu", revision="main")
+
+
+# --- what sentence-transformers says about inputs ----------------------------------------------------
+
+TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+
+
+def save_as_sentence_transformers_does(
+    folder: Path, *, modules: Any = (TRANSFORMER,), input_settings: Any = None, **settings: Any
+) -> None:
+    """Write what `CrossEncoder.save_pretrained` of sentence-transformers 6 writes beside the model."""
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps(
+            {
+                "__version__": {
+                    "pytorch": "2.13.0",
+                    "sentence_transformers": "6.2.0",
+                    "transformers": "5.0.0",
+                },
+                "activation_fn": "torch.nn.modules.linear.Identity",
+                "default_prompt_name": None,
+                "model_type": "CrossEncoder",
+                "prompts": {},
+                **settings,
+            }
+        )
+    )
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": i, "name": str(i), "path": "", "type": name} for i, name in enumerate(modules)])
+    )
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps(
+            {
+                "transformer_task": "sequence-classification",
+                "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+                "module_output_name": "scores",
+                **(input_settings or {}),
+            }
+        )
+    )
+
+
+PROMPTS = {"search": "Find what answers this: ", "none": None, "empty": ""}
+
+
+def test_a_checkpoints_default_prompt_stands_before_the_query(folder: Path, scorer: Scorer) -> None:
+    """As `Transformer.preprocess` there: before the first text of the pair, as it is."""
+    save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
+    prompted = [(PROMPTS["search"] + query, passage) for query, passage in PAIRS]  # type: ignore[operator]
+    with Scorer(folder, device="cpu") as here:
+        assert here.score(PAIRS) == pytest.approx(scorer.score(prompted), abs=1e-5)
+        assert here.score(PAIRS) != pytest.approx(scorer.score(PAIRS), abs=1e-3)
+        (best,) = here.rank(PAIRS[0][0], [PAIRS[0][1]])
+        assert best.score == pytest.approx(scorer.score(prompted[:1])[0], abs=1e-5)
+    with Scorer(folder, device="cpu", query_instruction="") as plain:
+        assert plain.score(PAIRS) == pytest.approx(scorer.score(PAIRS), abs=1e-5)
+    with Scorer(folder, device="cpu", query_instruction="Q: ") as own:
+        expected = scorer.score([("Q: " + query, passage) for query, passage in PAIRS])
+        assert own.score(PAIRS) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prompts": PROMPTS},
+        {"prompts": PROMPTS, "default_prompt_name": "none"},
+        {"prompts": PROMPTS, "default_prompt_name": "empty"},
+        {"prompts": PROMPTS, "default_prompt_name": "search", "model_type": "SentenceTransformer"},
+        {"input_settings": {"processing_kwargs": {"text": {"max_length": 128, "truncation": True}}}},
+    ],
+    ids=str,
+)
+def test_without_a_default_prompt_nothing_stands_there(
+    folder: Path, scorer: Scorer, settings: dict[str, Any]
+) -> None:
+    save_as_sentence_transformers_does(folder, **settings)
+    with Scorer(folder, device="cpu") as here:
+        assert here.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_prompts_count_only_beside_modules_as_there(folder: Path, scorer: Scorer) -> None:
+    save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
+    (folder / "modules.json").unlink()
+    with Scorer(folder, device="cpu") as here:
+        assert here.score(PAIRS) == scorer.score(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules": [TRANSFORMER, "sentence_transformers.base.modules.dense.Dense"]}, r"modules .*'Dense'"),
+        ({"input_settings": {"transformer_task": "feature-extraction"}}, "transformer_task"),
+        ({"input_settings": {"do_lower_case": True}}, "do_lower_case.*Lowercase"),
+        (
+            {"input_settings": {"modality_config": {"message": {}, "text": {}}}},
+            "chat template.*query_instruction=.*passage_instruction=",
+        ),
+        (
+            {"input_settings": {"processing_kwargs": {"text": {"add_special_tokens": False}}}},
+            "processing_kwargs .*add_special_tokens",
+        ),
+    ],
+    ids=str,
+)
+def test_inputs_that_are_made_in_another_way(folder: Path, settings: dict[str, Any], message: str) -> None:
+    save_as_sentence_transformers_does(folder, **settings)
+    refuse(folder, UnsupportedCheckpointError, f"saved by sentence-transformers with.*{message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config_sentence_transformers.json", "[]"),
+        ("config_sentence_transformers.json", "{"),
+        ("modules.json", "{"),
+        ("modules.json", '["Transformer"]'),
+        ("sentence_bert_config.json", "3"),
+    ],
+)
+def test_settings_that_cannot_be_read(folder: Path, name: str, content: str) -> None:
+    save_as_sentence_transformers_does(folder)
+    (folder / name).write_text(content)
+    refuse(folder, CorruptCheckpointError, "fetch it again")
+
+
+@pytest.mark.parametrize("prompts", [{}, {"search": 3}, None, []])
+@pytest.mark.parametrize("name", ["search", ["search"]])
+def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any, name: Any) -> None:
+    save_as_sentence_transformers_does(folder, prompts=prompts, default_prompt_name=name)
+    refuse(folder, CorruptCheckpointError, "no text for its default_prompt_name .*search")
+
+
+def test_a_prompt_makes_another_checkpoint(folder: Path) -> None:
+    from bge_rerank_integrations.engine.checkpoint import fingerprint
+
+    before = fingerprint(folder)
+    save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
+    assert fingerprint(folder) != before
 
 
 def test_a_cached_hub_model_loads_offline(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:

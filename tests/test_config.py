@@ -107,6 +107,12 @@ def test_unknown_keys_are_named() -> None:
         ({"max_batch_tokens": 0}, "max_batch_tokens must be an integer of at least 1"),
         ({"num_threads": 0}, "num_threads must be an integer of at least 1"),
         ({"model": "embedded", "revision": "main"}, "no revisions"),
+        ({"query_truncation_side": "middle"}, "query_truncation_side must be one of"),
+        ({"blank_passages": "drop"}, "blank_passages must be one of"),
+        ({"window_overlap_tokens": 32}, "has no effect while long_passages is 'truncate'"),
+        ({"model": "./folder", "revision": "main"}, "local folder, which has no revisions"),
+        ({"model": "~/folder", "revision": "main"}, "local folder, which has no revisions"),
+        ({"model": "/models/base", "revision": "main"}, "local folder, which has no revisions"),
         ({"window_overlap_tokens": -1}, "window_overlap_tokens must be an integer of at least 0"),
         ({"long_passages": "windows", "window_overlap_tokens": 124}, "must be less than the 124"),
     ],
@@ -127,7 +133,8 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         {"max_length": 6, "query_max_length": 1},
         {"max_length": 8192},
         {"long_passages": "windows", "window_overlap_tokens": 123},
-        {"window_overlap_tokens": 500},
+        {"query_truncation_side": "left", "blank_passages": "refuse"},
+        {"long_passages": "truncate", "window_overlap_tokens": 64},
     ],
 )
 def test_good_settings_are_taken(settings: dict[str, Any]) -> None:

@@ -195,6 +195,13 @@ def test_ids_that_are_not_there_are_reported(scorer: Scorer) -> None:
         rerank_run(scorer, {"q": "text"}, {"a": "text"}, {"q": {"a": 1.0, "b": 0.5}})
 
 
+def test_equal_scores_keep_the_rerankers_order_at_every_depth() -> None:
+    first = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}}
+    rounded = {"q": {"c": 1.0, "b": 1.0, "a": 1.0}}
+    orders = [list(sorted_run(reranked_to_depth(first, rounded, depth)["q"])) for depth in (1, 2, 3)]
+    assert orders == [["a", "b", "c"], ["b", "a", "c"], ["c", "b", "a"]]
+
+
 def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
     dataset = read_beir(folder)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), 20)

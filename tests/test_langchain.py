@@ -313,6 +313,21 @@ def test_threshold_must_be_a_finite_number(threshold: Any) -> None:
         BGEReranker(score_threshold=threshold)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_key": "retrieval_rank", "keep_retrieval_score": True}, "keep_retrieval_score fills"),
+        ({"score_key": "retrieval_score", "keep_retrieval_score": True}, "keep_retrieval_score fills"),
+        ({"score_key": "rerank_truncated"}, "mark_unread fills"),
+        ({"score_key": "rerank_blank"}, "mark_unread fills"),
+    ],
+)
+def test_the_score_needs_a_key_of_its_own(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        BGEReranker(**options)
+    BGEReranker(**{**options, "keep_retrieval_score": False, "mark_unread": False})
+
+
 async def test_scores_are_normalized_unless_told_otherwise(
     compress: Compress, checkpoint: Path, scorer: Scorer, reranker: BGEReranker
 ) -> None:
@@ -545,6 +560,13 @@ async def test_rerank_refuses_what_is_no_count(rerank: Rerank, top_n: Any) -> No
         reranker.rerank_many([(QUERY, BEST_FIRST)], top_n=top_n)
 
 
+async def test_rerank_puts_blank_texts_last_and_says_so(rerank: Rerank, reranker: BGEReranker) -> None:
+    results = await rerank(reranker, ["", PANDA, {"text": "x"}, " "], QUERY)
+    assert sorted(result["index"] for result in results[:2]) == [1, 2]
+    assert results[2:] == [{"index": index, "relevance_score": 0.0, "blank": True} for index in (0, 3)]
+    assert all(result.keys() == {"index", "relevance_score"} for result in results[:2])
+
+
 async def test_rerank_applies_the_threshold(rerank: Rerank) -> None:
     reranker = BGEReranker(scorer=TableScorer(), score_threshold=0.5)
     assert [result["index"] for result in await rerank(reranker, BEST_FIRST)] == [0, 1]
@@ -672,8 +694,21 @@ async def test_a_run_tells_model_pairs_tokens_and_truncations(
         "num_pairs": 4,
         "num_tokens": sum(short) + 512,
         "num_truncated": 1,
+        "num_truncated_queries": 0,
+        "num_blank": 0,
         "num_returned": 2,
     }
+
+
+async def test_a_run_tells_of_a_truncated_query_and_of_blank_documents(
+    compress: Compress, reranker: BGEReranker
+) -> None:
+    recorder = EventRecorder()
+    given = documents([PANDA, "", "bamboo " * 2000, " "])
+    await compress(reranker, given, query="what " * 1000, callbacks=[recorder])
+    _, end = recorder.of_reranker()
+    figures = ("num_pairs", "num_truncated", "num_truncated_queries", "num_blank", "num_returned")
+    assert {name: end.data[name] for name in figures} == dict(zip(figures, (4, 1, 1, 2, 4), strict=True))
 
 
 @pytest.mark.parametrize("wrap", [list, CallbackManager, AsyncCallbackManager])
@@ -864,6 +899,20 @@ def test_cross_encoder_scores_pairs_in_order(reranker: BGEReranker) -> None:
 def test_cross_encoder_leaves_the_cut_to_its_caller() -> None:
     encoder = BGEReranker(scorer=TableScorer(), top_n=1, score_threshold=0.8).as_cross_encoder()
     assert encoder.score([(QUERY, TEA), (QUERY, PANDA), (QUERY, BEAR)]) == [0.1, 0.9, 0.5]
+
+
+def test_cross_encoder_puts_blank_passages_lowest(reranker: BGEReranker, checkpoint: Path) -> None:
+    pairs = [(QUERY, ""), (QUERY, TEA), ("another", " \n"), ("another", TEA)]
+    scores = reranker.as_cross_encoder().score(pairs)
+    assert (scores[0], scores[2]) == (0.0, 0.0)
+    assert min(scores[1], scores[3]) > 0.0
+    raw = BGEReranker(model=str(checkpoint), device="cpu", normalize=False)
+    assert raw.as_cross_encoder().score(pairs[:1]) == [-65504.0]
+    refusing = BGEReranker(model=str(checkpoint), device="cpu", blank_passages="refuse")
+    for bad, index in ((pairs, 0), ([pairs[1], pairs[3], pairs[2]], 2), ([pairs[1], (" ", TEA)], 1)):
+        with pytest.raises(InputError, match=f"^pair {index}: .*nothing to read") as caught:
+            refusing.as_cross_encoder().score(bad)
+        assert caught.value.index == index
 
 
 def test_cross_encoder_names_a_bad_pair_by_index() -> None:

@@ -38,7 +38,7 @@ from llama_index.core.schema import (
 from pydantic import Field, ValidationError
 
 from bge_rerank_integrations import BGERerankPostprocessor, Scorer
-from bge_rerank_integrations.errors import InputError, InputTypeError
+from bge_rerank_integrations.errors import InputError
 from tests.doubles import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
 from tests.tolerances import LOGIT_TOLERANCE
 
@@ -421,7 +421,7 @@ async def test_a_missing_query_raises_as_with_peers(
     [
         ([*found(), TextNode(text=PANDA)], QUERY, "node 3 must be a NodeWithScore, not TextNode"),
         ([*found(), PANDA], QUERY, "node 3 must be a NodeWithScore, not str"),
-        (found(["", PANDA]), QUERY, "node 0 has no text"),
+        (found(), " \n", "the query has nothing to read"),
         (found(), 3, "the query must be a string, not int"),
     ],
 )
@@ -441,77 +441,62 @@ async def test_nothing_is_emitted_for_what_cannot_be_scored(
     [TextNode(text=""), TextNode(text=" \n\t"), Node(), ImageNode(image_url="http://localhost/a.png")],
     ids=["empty", "white space", "no resource", "image"],
 )
-async def test_a_node_without_text_is_refused_by_index(postprocess: Postprocess, blank: Any) -> None:
-    nodes = [*found([PANDA, TEA]), NodeWithScore(node=blank, score=0.5)]
-    with pytest.raises(InputError, match=r"node 2 has no text to score.*keep_last") as caught:
-        await postprocess(BGERerankPostprocessor(scorer=TableScorer()), nodes)
-    assert caught.value.index == 2
-    assert not isinstance(caught.value, InputTypeError)
-
-
-async def test_metadata_is_text_where_the_mode_shows_it(postprocess: Postprocess) -> None:
-    scorer = TableScorer()
-    nodes = [NodeWithScore(node=TextNode(text="", metadata={"title": "Pandas"}))]
-    await postprocess(BGERerankPostprocessor(scorer=scorer), nodes)
-    assert scorer.asked == [(QUERY, ["title: Pandas"])]
-    with pytest.raises(InputError, match="node 0 has no text"):
-        await postprocess(
-            BGERerankPostprocessor(scorer=scorer, metadata_mode=MetadataMode.NONE, top_n=1), nodes
-        )
-
-
-@pytest.mark.parametrize(
-    ("top_n", "threshold", "expected"),
-    [
-        (None, None, [("id-3", 0.9), ("id-1", 0.1), ("id-0", None), ("id-2", None)]),
-        (4, None, [("id-3", 0.9), ("id-1", 0.1), ("id-0", None), ("id-2", None)]),
-        (3, None, [("id-3", 0.9), ("id-1", 0.1), ("id-0", None)]),
-        (2, None, [("id-3", 0.9), ("id-1", 0.1)]),
-        (1, None, [("id-3", 0.9)]),
-        (0, None, []),
-        (None, 0.5, [("id-3", 0.9)]),
-        (3, 0.0, [("id-3", 0.9), ("id-1", 0.1)]),
-    ],
-)
-async def test_nodes_without_text_can_be_kept_last(
-    postprocess: Postprocess,
-    top_n: int | None,
-    threshold: float | None,
-    expected: list[tuple[str, float | None]],
+async def test_a_node_without_text_comes_last(
+    postprocess: Postprocess, postprocessor: BGERerankPostprocessor, blank: Any
 ) -> None:
-    scorer = TableScorer()
-    postprocessor = BGERerankPostprocessor(
-        scorer=scorer, nodes_without_text="keep_last", top_n=top_n, score_threshold=threshold
-    )
-    given = found(["", TEA, "  ", PANDA])
+    given = [NodeWithScore(node=blank, score=0.5), *found([PANDA, TEA])]
     before = copy.deepcopy(given)
     returned = await postprocess(postprocessor, given)
-    assert [(node.node_id, node.score) for node in returned] == expected
-    assert scorer.asked == ([] if top_n == 0 else [(QUERY, [TEA, PANDA])]), "none needs no scores"
     assert given == before
+    assert {node.node_id for node in returned[:2]} == {"id-0", "id-1"}
+    assert (returned[2].node_id, returned[2].score) == (blank.node_id, 0.0)
+    assert returned[2].metadata == {**blank.metadata, "rerank_blank": True}
+    assert all("rerank_blank" not in node.metadata for node in returned[:2])
+    refusing = BGERerankPostprocessor(model=postprocessor.model, device="cpu", blank_passages="refuse")
+    with pytest.raises(InputError, match="passage 0 has nothing to read") as caught:
+        await postprocess(refusing, given)
+    assert caught.value.index == 0
 
 
-async def test_ranks_of_kept_nodes_count_all_that_were_found(postprocess: Postprocess) -> None:
-    postprocessor = BGERerankPostprocessor(
-        scorer=TableScorer(), nodes_without_text="keep_last", keep_retrieval_score=True
-    )
-    returned = await postprocess(postprocessor, found(["", TEA, "  ", PANDA]))
-    assert [node.metadata["retrieval_rank"] for node in returned] == [3, 1, 0, 2]
-    assert [node.metadata["retrieval_score"] for node in returned] == [0.0, 0.5, 0.75, 0.25]
-
-
-async def test_only_nodes_without_text_need_no_scorer(
-    postprocess: Postprocess, events: EventRecorder
+async def test_metadata_is_text_where_the_mode_shows_it(
+    postprocess: Postprocess, postprocessor: BGERerankPostprocessor
 ) -> None:
-    postprocessor = BGERerankPostprocessor(scorer=BrokenScorer(), nodes_without_text="keep_last")
-    returned = await postprocess(postprocessor, found(["", " "]))
-    assert [(node.node_id, node.score) for node in returned] == [("id-0", None), ("id-1", None)]
-    assert events.kinds() == ["ReRankStartEvent", "ReRankEndEvent"]
+    nodes = [NodeWithScore(node=TextNode(text="", metadata={"title": "Pandas"}))]
+    scorer = TableScorer()
+    await postprocess(BGERerankPostprocessor(scorer=scorer), nodes)
+    assert scorer.asked == [(QUERY, ["title: Pandas"])]
+    (returned,) = await postprocess(postprocessor, nodes)
+    assert "rerank_blank" not in returned.metadata
+    (returned,) = await postprocess(
+        BGERerankPostprocessor(
+            model=postprocessor.model, device="cpu", metadata_mode=MetadataMode.NONE, top_n=1
+        ),
+        nodes,
+    )
+    assert returned.metadata["rerank_blank"]
 
 
-def test_what_to_do_with_nodes_without_text_is_one_of_two() -> None:
-    with pytest.raises(ValidationError, match="nodes_without_text"):
-        BGERerankPostprocessor(nodes_without_text="drop")  # type: ignore[arg-type]
+async def test_what_was_not_read_whole_is_hidden_from_prompts(
+    postprocess: Postprocess, postprocessor: BGERerankPostprocessor
+) -> None:
+    given = found([PANDA, "bamboo " * 2000, ""])
+    before = copy.deepcopy(given)
+    returned = await postprocess(postprocessor, given)
+    by_id = {node.node_id: node.node for node in returned}
+    assert {name: node.metadata.get("rerank_truncated") for name, node in by_id.items()} == {
+        "id-0": None,
+        "id-1": True,
+        "id-2": None,
+    }
+    for node in by_id.values():
+        for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+            assert "rerank_" not in node.get_content(mode)
+    assert by_id["id-0"] is given[0].node, "what needs no mark is shared, as LlamaIndex's own rerankers do"
+    assert given == before
+    again = await postprocess(postprocessor, returned)
+    assert [(node.node_id, node.metadata) for node in again] == [
+        (node.node_id, node.metadata) for node in returned
+    ]
 
 
 # --- events, callbacks, spans ------------------------------------------------------------------------
@@ -620,7 +605,17 @@ async def test_callback_has_the_usual_payload(
         EventPayload.QUERY_STR: QUERY,
         EventPayload.TOP_K: shown,
     }
-    assert end == {EventPayload.NODES: returned}
+    assert end == {
+        EventPayload.NODES: returned,
+        EventPayload.ADDITIONAL_KWARGS: {
+            "num_pairs": 3,
+            "num_tokens": None,
+            "num_truncated": None,
+            "num_truncated_queries": None,
+            "num_blank": None,
+            "num_returned": len(returned),
+        },
+    }
 
 
 def span_names(spans: Sequence[Any]) -> list[str]:
@@ -657,6 +652,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_length": 1024,
     "query_max_length": 128,
+    "query_truncation_side": "left",
     "max_batch_tokens": 4096,
     "num_threads": 1,
     "max_wait_ms": 2.5,
@@ -665,12 +661,13 @@ ALL_OPTIONS: dict[str, Any] = {
     "passage_instruction": "passage: ",
     "long_passages": "windows",
     "window_overlap_tokens": 32,
+    "blank_passages": "refuse",
     "top_n": 7,
     "score_threshold": 0.25,
     "normalize": False,
     "keep_retrieval_score": True,
+    "mark_unread": False,
     "metadata_mode": MetadataMode.LLM,
-    "nodes_without_text": "keep_last",
 }
 
 

@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank
+from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank, notices
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
     InputError,
@@ -110,7 +111,7 @@ def test_the_threshold_is_inclusive(scorer: Scorer, texts: list[str]) -> None:
     everything = scorer.rank(QUERY, texts)
     assert scorer.rank(QUERY, texts, threshold=everything[4].score) == everything[:5]
     assert scorer.rank(QUERY, texts, 2, everything[4].score) == everything[:2]
-    assert scorer.rank(QUERY, texts, threshold=float("inf")) == []
+    assert scorer.rank(QUERY, texts, threshold=1e9) == []
 
 
 def test_equal_passages_score_equally_and_keep_their_order(scorer: Scorer, texts: list[str]) -> None:
@@ -187,9 +188,186 @@ def test_a_stream_waits_for_itself_where_the_queue_is_full(checkpoint: Path) -> 
 def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
     ranking = scorer.rank(QUERY, [texts[0], " ".join(texts), texts[1]])
     assert {p.index: p.truncated for p in ranking} == {0: False, 1: True, 2: False}
-    assert ranking.num_truncated == 1
-    long_query = scorer.rank("panda " * 2000, [texts[0]])
-    assert long_query[0].truncated
+    assert (ranking.num_truncated, ranking.num_truncated_queries) == (1, 0)
+    cut = scorer.rank("panda " * 2000, ["short", " ".join(texts)])
+    assert {p.index: p.truncated for p in cut} == {0: False, 1: True}
+    assert (cut.num_truncated, cut.num_truncated_queries) == (1, 1)
+    whole, cut = scorer.rank_many([(QUERY, ["short"]), ("panda " * 2000, ["short", "shorter"])])
+    assert (whole.num_truncated_queries, cut.num_truncated_queries) == (0, 1)
+
+
+def test_truncated_queries_are_counted_once_per_request_and_told_once(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "_logged", set())
+    question = "CANARY which animal eats bamboo? " * 40
+    with Scorer(checkpoint, device="cpu", max_length=64) as scorer:
+        scorer.rank(QUERY, ["a", "b"])
+        assert (scorer.stats().query_truncations, caplog.messages) == (0, [])
+        scorer.rank(question, ["a", "b", "c"])
+        scorer.rank_many([(question, ["a"]), (question, ["b"]), (QUERY, ["a"]), ("other " * 200, ["a"])])
+        scorer.score([(question, "a"), (question, "b")])
+        assert (scorer.stats().query_truncations, scorer.stats().truncations) == (4, 0)
+        assert scorer.stats().to_dict()["query_truncations"] == 4
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "query_max_length=48" in message
+    assert "query_truncation_side" in message
+    assert "CANARY" not in message
+
+
+def test_the_end_of_a_long_query_decides_where_it_is_kept(checkpoint: Path, texts: list[str]) -> None:
+    history = "tell me about the planet mercury " * 40
+    settings: dict[str, Any] = {"device": "cpu", "max_length": 64}
+    with Scorer(checkpoint, **settings, query_truncation_side="left") as scorer:
+        ranking = scorer.rank(history + QUERY, texts)
+        assert [p.index for p in ranking] != [p.index for p in scorer.rank(history + "other end", texts)]
+        assert ranking.num_truncated_queries == 1
+        assert scorer.rank(QUERY, texts).num_truncated_queries == 0
+    with Scorer(checkpoint, **settings) as scorer:
+        assert scorer.rank(history + QUERY, texts) == scorer.rank(history + "another end", texts)
+
+
+BLANKS = ["", "  \n\x0c", "\u200b\xad", "\0"]
+
+
+def test_blank_passages_come_last_unscored_and_marked(scorer: Scorer, texts: list[str]) -> None:
+    passages = [BLANKS[0], texts[0], BLANKS[1], texts[1], BLANKS[2], BLANKS[3], texts[2], BLANKS[0]]
+    before = scorer.stats()
+    ranking = scorer.rank(QUERY, passages)
+    after = scorer.stats()
+    assert sorted(p.index for p in ranking[:3]) == [1, 3, 6]
+    alone = scorer.rank(QUERY, texts[:3])
+    assert [p.score for p in ranking[:3]] == pytest.approx([p.score for p in alone], abs=TOLERANCE)
+    assert [(p.index, p.score, p.blank, p.windows) for p in ranking[3:]] == [
+        (index, -65504.0, True, 0) for index in (0, 2, 4, 5, 7)
+    ]
+    assert not any(p.blank for p in ranking[:3])
+    assert (ranking.num_pairs, ranking.num_blank) == (3, 5)
+    assert ranking.num_tokens == alone.num_tokens
+    assert (after.pairs - before.pairs, after.blank_passages - before.blank_passages) == (3, 5)
+    assert after.duplicates == before.duplicates
+    assert scorer.rank(QUERY, passages, 4) == ranking[:4]
+    assert scorer.rank(QUERY, passages, threshold=-1e9) == ranking[:3]
+    assert [p.index for p in scorer.rank(QUERY, BLANKS)] == [0, 1, 2, 3]
+    many = scorer.rank_many([(QUERY, passages), (QUERY, []), (QUERY, BLANKS)])
+    assert [[p.index for p in each] for each in many] == [[p.index for p in ranking], [], [0, 1, 2, 3]]
+    assert [each.num_blank for each in many] == [5, 0, 4]
+
+
+async def test_the_async_forms_know_blank_texts_too(scorer: Scorer, texts: list[str]) -> None:
+    passages = ["", texts[0], "\n", texts[1]]
+    expected = [p.index for p in scorer.rank(QUERY, passages)]
+    assert [p.index for p in await scorer.arank(QUERY, passages)] == expected
+    (ranking,) = await scorer.arank_many([(QUERY, passages)])
+    assert [(p.index, p.blank) for p in ranking] == [(index, index in (0, 2)) for index in expected]
+    with pytest.raises(InputError, match="query has nothing to read"):
+        await scorer.arank(" ", passages)
+
+
+def test_what_only_the_tokenizer_finds_blank(checkpoint: Path) -> None:
+    """U+FFFD has a category and a shape, but the embedded model's tokenizer drops it."""
+    with Scorer("embedded", device="cpu") as scorer:
+        assert [p.blank for p in scorer.rank(QUERY, ["\ufffd", "panda"])] == [False, True]
+        with pytest.raises(InputError, match=r"^the query has nothing to read$") as caught:
+            scorer.rank("\ufffd\ufffd", ["panda"])
+        assert caught.value.index is None
+        with pytest.raises(InputError, match=r"^request 1: the query has nothing to read$") as caught:
+            scorer.rank_many([(QUERY, ["panda"]), ("\ufffd", ["panda"])])
+        assert caught.value.index == 1
+        assert scorer.stats().requests == 1, "nothing is begun for what is refused"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_length": 64, "long_passages": "windows", "window_overlap_tokens": 4}]
+)
+def test_an_instruction_makes_no_text_of_a_blank_passage(
+    checkpoint: Path, texts: list[str], settings: dict[str, Any]
+) -> None:
+    with Scorer(
+        checkpoint, device="cpu", passage_instruction="passage: ", normalize=True, **settings
+    ) as scorer:
+        ranking = scorer.rank(QUERY, ["", texts[0], " "])
+        assert [(p.index, p.blank) for p in ranking] == [(1, False), (0, True), (2, True)]
+        assert [p.score for p in ranking[1:]] == [0.0, 0.0]
+        assert scorer.rank(QUERY, ["", texts[0], " "], threshold=1e-300) == ranking[:1]
+
+
+async def test_blank_passages_can_be_refused(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu", blank_passages="refuse") as scorer:
+        for call in (
+            lambda: scorer.rank(QUERY, [texts[0], texts[1], "\n"]),
+            lambda: scorer.rank_many([(QUERY, texts), (QUERY, [texts[0]]), (QUERY, ["a", "\u200b"])]),
+        ):
+            with pytest.raises(InputError, match=r"nothing to read.*blank_passages='last'") as caught:
+                call()
+            assert caught.value.index == 2
+        with pytest.raises(InputError, match="passage 0 has nothing to read"):
+            await scorer.arank(QUERY, ["", "a"])
+        assert scorer.stats().requests == 0
+        assert len(scorer.rank(QUERY, texts)) == len(texts)
+
+
+def test_scores_of_pairs_are_given_whatever_they_hold(scorer: Scorer) -> None:
+    """As FlagReranker's `compute_score` gives them: without a ranking, there is no last place."""
+    pairs = [("", "passage"), ("query", " "), ("", "")]
+    assert scorer.score(pairs) == pytest.approx(scorer.compute_score(pairs), abs=TOLERANCE)
+    assert len(set(scorer.score(pairs))) == 3
+
+
+def test_blank_passages_are_told_once(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "_logged", set())
+    with Scorer(checkpoint, device="cpu") as first, Scorer(checkpoint, device="cpu", max_length=64) as second:
+        first.rank(QUERY, ["CANARY", "text"])
+        assert caplog.messages == []
+        for scorer in (first, second, first):
+            scorer.rank(QUERY, ["CANARY", "", "text"])
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "1 of the 3 passages" in message
+    assert "CANARY" not in message
+
+
+@pytest.fixture(scope="module")
+def steep_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint whose logits are so large that the sigmoid rounds most of them to 0 or 1."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("steep") / "model"))
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["classifier.out_proj.weight"] *= 1000
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_length": 32, "query_max_length": 12, "long_passages": "windows", "window_overlap_tokens": 4}],
+)
+def test_logits_decide_where_the_sigmoid_rounds_scores_together(
+    steep_checkpoint: Path, texts: list[str], settings: dict[str, Any]
+) -> None:
+    with Scorer(steep_checkpoint, device="cpu", **settings) as raw:
+        logits = {p.index: p.score for p in raw.rank(QUERY, texts)}
+        assert max(logits.values()) > 100
+    with Scorer(steep_checkpoint, device="cpu", normalize=True, **settings) as scorer:
+        ranking = scorer.rank(QUERY, texts)
+        assert len({p.score for p in ranking}) < len(texts) - 3
+        assert [p.index for p in ranking] == list(logits)
+        assert [p.index for p in scorer.rank(QUERY, texts, 3)] == list(logits)[:3]
+        assert [p.index for p in scorer.rank_many([(QUERY, texts)])[0]] == list(logits)
+        at_one = [p.index for p in ranking if p.score == 1.0]
+        assert len(at_one) > 1
+        assert [p.index for p in scorer.rank(QUERY, texts, threshold=1.0)] == at_one
+
+
+@pytest.mark.parametrize("threshold", [0, -2, 1.5, 50])
+async def test_a_threshold_off_the_scale_is_refused(checkpoint: Path, threshold: float) -> None:
+    with Scorer(checkpoint, device="cpu", normalize=True) as scorer:
+        with pytest.raises(InputError, match=r"above 0 and at most 1.*normalize=False"):
+            scorer.rank(QUERY, ["a"], threshold=threshold)
+        with pytest.raises(InputError, match="above 0 and at most 1"):
+            await scorer.arank(QUERY, ["a"], threshold=threshold)
+        with pytest.raises(InputError, match="above 0 and at most 1"):
+            scorer.rank_many([(QUERY, ["a"])], threshold=threshold)
 
 
 def test_windows_take_the_best(checkpoint: Path, texts: list[str]) -> None:
@@ -233,7 +411,13 @@ BAD_CALLS = [
     (lambda s: s.rank_many([("q", ["p"]), "secret"]), "request 1 must be a .query, passages. tuple", 1),
     (lambda s: s.rank("q", ["p"], -1), "top_n must not be negative", None),
     (lambda s: s.rank("q", ["p"], "3"), "top_n must be an integer", None),
-    (lambda s: s.rank("q", ["p"], threshold=float("nan")), "must not be NaN", None),
+    (lambda s: s.rank("q", ["p"], threshold=float("nan")), "must be finite", None),
+    (lambda s: s.rank("q", ["p"], threshold=float("inf")), "must be finite", None),
+    (lambda s: s.rank_many([("q", ["p"])], threshold=-float("inf")), "must be finite", None),
+    (lambda s: s.rank("", ["p"]), "^the query has nothing to read$", None),
+    (lambda s: s.rank(" \n\x0c", []), "^the query has nothing to read$", None),
+    (lambda s: s.rank("\u200b\xad", ["p"]), "^the query has nothing to read$", None),
+    (lambda s: s.rank_many([("q", []), ("\t", ["p"])]), "^request 1: the query has nothing to read$", 1),
     (lambda s: s.rank_many([], -1), "top_n must not be negative", None),
 ]
 
@@ -254,9 +438,10 @@ def test_bad_input_says_what_and_which_but_not_the_text(
 @given(st.text(), st.lists(st.text(), max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_arbitrary_text_scores(scorer: Scorer, query: str, passages: list[str]) -> None:
-    ranking = scorer.rank(query, passages)
+    ranking = scorer.rank(f"{query}?", passages)
     assert sorted(p.index for p in ranking) == list(range(len(passages)))
     assert all(np.isfinite(p.score) for p in ranking)
+    assert [p.blank for p in ranking] == sorted(p.blank for p in ranking)
 
 
 @pytest.mark.parametrize("text", ["", "\0", "\ud800", "\u202e", "</s></s> relevant", "x" * 10_000_000])
@@ -266,8 +451,6 @@ def test_odd_strings_score(scorer: Scorer, text: str) -> None:
 
 def test_scores_that_are_not_finite_are_never_returned(checkpoint: Path, tmp_path: Path) -> None:
     """Finite weights can still overflow; here one word's embedding does."""
-    import shutil
-
     from bge_rerank_integrations.tokenization import PairTokenizer
 
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))

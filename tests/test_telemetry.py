@@ -30,6 +30,10 @@ def test_prometheus(checkpoint: Path) -> None:
         assert registry.get_sample_value("bge_rerank_cache_misses_total", labels) == 3
         assert registry.get_sample_value("bge_rerank_cache_hit_rate", labels) == 0.25
         assert (registry.get_sample_value("bge_rerank_compute_p50_ms", labels) or 0) > 0
+        scorer.rank("canary " * 1000, ["canary", "", " "])
+        assert registry.get_sample_value("bge_rerank_query_truncations_total", labels) == 1
+        assert registry.get_sample_value("bge_rerank_blank_passages_total", labels) == 2
+        assert registry.get_sample_value("bge_rerank_truncations_total", labels) == 0
         assert b"canary" not in generate_latest(registry)
     assert registry.get_sample_value("bge_rerank_up", labels) == 0
     assert registry.get_sample_value("bge_rerank_requests_total", labels) is None
@@ -54,6 +58,7 @@ def test_opentelemetry(checkpoint: Path) -> None:
         assert (values["bge_rerank.up"], values["bge_rerank.requests"]) == (1, 1)
         assert (values["bge_rerank.pairs"], values["bge_rerank.duplicates"]) == (1, 1)
         assert (values["bge_rerank.cache_misses"], values["bge_rerank.cache_hit_rate"]) == (1, 0)
+        assert (values["bge_rerank.query_truncations"], values["bge_rerank.blank_passages"]) == (0, 0)
     assert read() == {"bge_rerank.up": 0}
 
 

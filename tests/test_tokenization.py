@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import bge_rerank_integrations
 from bge_rerank_integrations import ScorerConfig
-from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from bge_rerank_integrations.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
 from bge_rerank_integrations.tokenization import PairTokenizer
 from examples.random_checkpoint import SPECIAL_TOKENS, train_tokenizer
 
@@ -37,6 +43,12 @@ def plain(path: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def tokenizer(path: Path) -> PairTokenizer:
     return PairTokenizer(path, ScorerConfig(max_length=64))
+
+
+@pytest.fixture(scope="module")
+def embedded() -> PairTokenizer:
+    folder = Path(bge_rerank_integrations.__file__).parent / "embedded"
+    return PairTokenizer(folder / "tokenizer.json", ScorerConfig())
 
 
 def plain_ids(
@@ -68,7 +80,9 @@ def test_the_pair_is_framed_and_cut_on_ids(
     all_query_ids = plain.encode(query, add_special_tokens=False).ids
     num_ids = len(all_query_ids) + len(plain.encode(passage, add_special_tokens=False).ids) + 4
     (pair,) = tokenizer.encode([query], [passage])
-    assert pair.truncated == (num_ids > 64 or len(all_query_ids) > 48)
+    assert (pair.truncated or pair.query_truncated) == (num_ids > 64 or len(all_query_ids) > 48)
+    assert pair.query_truncated == (len(all_query_ids) > 48)
+    assert pair.truncated == (num_ids - len(all_query_ids) + min(len(all_query_ids), 48) > 64)
 
 
 def test_a_query_without_end_leaves_the_passage_its_room(tokenizer: PairTokenizer) -> None:
@@ -90,6 +104,99 @@ def test_instructions_stand_before_the_texts(path: Path, tokenizer: PairTokenize
     config = ScorerConfig(max_length=64, query_instruction="Query: ", passage_instruction="Passage: ")
     instructed = PairTokenizer(path, config)
     assert only_window(instructed, "panda", "bear") == only_window(tokenizer, "Query: panda", "Passage: bear")
+
+
+@pytest.mark.parametrize("instruction", ["", "Query: ", "Find what answers this question\n"])
+@pytest.mark.parametrize("num_words", [0, 1, 5, 60, 3000, 200_000])
+def test_the_end_of_a_long_query_can_be_kept(
+    path: Path, plain: Tokenizer, texts: list[str], instruction: str, num_words: int
+) -> None:
+    config = ScorerConfig(max_length=64, query_truncation_side="left", query_instruction=instruction)
+    words = " ".join(texts).split()
+    query = " ".join((words * (1 + num_words // len(words)))[:num_words])
+    whole = plain.encode(instruction + query, add_special_tokens=False).ids
+    expected, is_cut = whole, len(whole) > 48
+    if is_cut:
+        instruction_ids = plain.encode(instruction, add_special_tokens=False).ids
+        expected = instruction_ids + whole[len(whole) - 48 + len(instruction_ids) :]
+        assert len(expected) == 48
+    (pair,) = PairTokenizer(path, config).encode([query], ["A bear."])
+    passage_ids = plain.encode("A bear.", add_special_tokens=False).ids
+    assert pair.windows[0].tolist() == [0, *expected, 2, 2, *passage_ids[: 60 - len(expected)], 2]
+    assert pair.query_truncated == is_cut
+
+
+def test_an_instruction_that_leaves_a_query_no_room_is_refused(path: Path) -> None:
+    PairTokenizer(path, ScorerConfig(max_length=64, query_instruction="word " * 20))
+    with pytest.raises(ConfigError, match=r"query instruction has \d+ tokens.*no room.*query_max_length 48"):
+        PairTokenizer(path, ScorerConfig(max_length=64, query_instruction="word " * 60))
+
+
+def test_a_default_prompt_is_an_instruction_unless_there_is_one(path: Path, tokenizer: PairTokenizer) -> None:
+    for instruction, used in ((None, "Prompt: "), ("", ""), ("Query: ", "Query: ")):
+        config = ScorerConfig(max_length=64, query_instruction=instruction)
+        prompted = PairTokenizer(path, config, default_prompt="Prompt: ")
+        assert only_window(prompted, "panda", "bear") == only_window(tokenizer, used + "panda", "bear")
+
+
+BLANK = [
+    "",
+    " ",
+    "  \n\x0c",
+    "\t\r\n\u3000\xa0\u2028",
+    "\0",
+    "\x01\x1f",
+    "\u200b",
+    "\ufeff \xad",
+    "\u202e\u2060",
+]
+TEXT = [
+    "a",
+    "0",
+    ".",
+    "- -",
+    "\u2800",
+    "\U0001f600",
+    "熊",
+    "\u0301x",
+    "\n" * 5000 + "x",
+    "\0" * 500 + "x",
+    "</s>",
+    "|---|",
+]
+
+
+@pytest.mark.parametrize("instruction", [None, "Passage: ", "\u0f00"])
+def test_what_has_nothing_to_read(path: Path, instruction: str | None) -> None:
+    """Whatever the instruction: it is no text of the passage's."""
+    config = ScorerConfig(max_length=64, passage_instruction=instruction, query_instruction=instruction)
+    tokenizer = PairTokenizer(path, config)
+    assert [tokenizer.is_blank(text) for text in BLANK] == [True] * len(BLANK)
+    assert [tokenizer.is_blank(text) for text in TEXT] == [False] * len(TEXT)
+
+
+@given(st.text(st.sampled_from(" \n\x0c\0\x01\x7f\u200b\u200d\u2028\u3000\ufffd\xad\u0301\ud800.")))
+@settings(max_examples=300, deadline=None)
+def test_nothing_to_read_is_also_what_the_tokenizer_drops(embedded: PairTokenizer, text: str) -> None:
+    (pair,) = embedded.encode(["query"], [text])
+    (without,) = embedded.encode(["query"], [""])
+    assert embedded.is_blank(text) == (pair.windows[0].tolist() == without.windows[0].tolist())
+
+
+def test_white_space_with_a_token_of_its_own_is_nothing_to_read(path: Path, tmp_path: Path) -> None:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "always",
+        "split": True,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    tokenizer = PairTokenizer(tmp_path / "tokenizer.json", ScorerConfig())
+    assert len(only_window(tokenizer, "q", " ")) > len(only_window(tokenizer, "q", ""))
+    assert tokenizer.is_blank(" ")
+    assert tokenizer.is_blank("▁")
+    assert not tokenizer.is_blank(" a")
 
 
 # White space as the package's cut knows it, and other characters that tokenizers treat as such; long
@@ -117,6 +224,29 @@ def test_the_cut_before_tokenizing_never_shows(
     text = text[:insertion] + " " * long_gap + text[insertion:]
     expected = plain_ids(plain_without_specials, "query", text, max_length=64, query_max_length=48)
     assert only_window(tokenizer, "query", text) == expected
+
+
+@given(
+    words=st.lists(st.tuples(WORDS, GAPS), min_size=1, max_size=12),
+    repeats=st.integers(1, 400),
+    long_gap=st.sampled_from([0, 0, 300, 20_000]),
+)
+@settings(max_examples=150, deadline=None)
+def test_nor_does_the_cut_before_the_end_of_a_query(
+    path: Path, plain_without_specials: Tokenizer, words: list[tuple[str, str]], repeats: int, long_gap: int
+) -> None:
+    text = "".join(word + gap for word, gap in words) * repeats
+    text = text[:-100] + " " * long_gap + text[-100:]
+    ids = plain_without_specials.encode(text, add_special_tokens=False).ids
+    tokenizer = left_cutting(path)
+    assert only_window(tokenizer, text, "") == [0, *ids[-48:], 2, 2, 2]
+    (pair,) = tokenizer.encode([text], ["a"])
+    assert pair.query_truncated == (len(ids) > 48)
+
+
+@cache
+def left_cutting(path: Path) -> PairTokenizer:
+    return PairTokenizer(path, ScorerConfig(max_length=64, query_truncation_side="left"))
 
 
 @given(run=st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=20, max_size=200))

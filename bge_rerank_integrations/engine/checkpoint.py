@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
+from bge_rerank_integrations.config import EMBEDDED_MODEL, LOCAL_REVISION, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint_folder import (
     ADAPTER_CONFIG,
     describe_other_model,
@@ -35,6 +35,8 @@ ARCHITECTURE: Final = "XLMRobertaForSequenceClassification"
 EMBEDDED_FOLDER: Final = Path(__file__).parents[1] / "embedded"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+# Where sentence-transformers says how a model's inputs are made.
+INPUT_FILES: Final = ("modules.json", "config_sentence_transformers.json", "sentence_*config.json")
 
 # Tensors that older or multi-purpose checkpoints carry and this architecture does not read.
 _UNUSED: Final = frozenset(
@@ -77,10 +79,7 @@ def find_checkpoint(config: ScorerConfig) -> Path:
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
     if path.is_dir():
         if config.revision is not None:
-            raise ConfigError(
-                f"model {config.model!r} is a local folder, which has no revisions; leave revision out, or "
-                "name a model on the hub"
-            )
+            raise ConfigError(LOCAL_REVISION.format(model=config.model))
         return path
     if path.exists():
         raise CheckpointNotFoundError(f"model {config.model!r} is a file; name the folder it lies in")
@@ -98,7 +97,7 @@ def read_shape(folder: Path) -> EncoderShape:
         UnsupportedCheckpointError: It describes something other than a one-label XLM-RoBERTa
             cross-encoder, or asks for remote code.
     """
-    data = _read_json(require_file(folder, "config.json"))
+    data = read_json(require_file(folder, "config.json"))
     if "auto_map" in data:
         raise UnsupportedCheckpointError(
             f"{folder} asks for code of its own to be run (auto_map), which this package never does; "
@@ -152,11 +151,14 @@ def check_max_length(config: ScorerConfig, shape: EncoderShape) -> None:
 def fingerprint(folder: Path) -> str:
     """Return what tells a checkpoint from another without reading all of it.
 
-    The digest is of its config and tokenizer, and of the sizes, beginnings and ends of its weights.
+    The digest is of its config, its tokenizer and how its inputs are made, and of the sizes, beginnings and
+    ends of its weights.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
         digest.update(require_file(folder, name).read_bytes())
+    for path in sorted(path for pattern in INPUT_FILES for path in folder.glob(pattern)):
+        digest.update(path.read_bytes())
     for path in _weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -281,7 +283,14 @@ def _download(config: ScorerConfig) -> Path:
                 revision=config.revision,
                 cache_dir=config.cache_folder,
                 local_files_only=config.local_files_only,
-                allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", INDEX, ADAPTER_CONFIG],
+                allow_patterns=[
+                    "config.json",
+                    "tokenizer.json",
+                    "model*.safetensors",
+                    INDEX,
+                    ADAPTER_CONFIG,
+                    *INPUT_FILES,
+                ],
             )
         )
     except errors.HFValidationError as error:
@@ -311,7 +320,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        names = _read_json(require_file(folder, INDEX)).get("weight_map")
+        names = read_json(require_file(folder, INDEX)).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CorruptCheckpointError(f"{folder / INDEX} names no weight files; fetch it again")
         for name in names.values():
@@ -393,7 +402,12 @@ def _refuse_lfs_pointer(path: Path) -> None:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        CorruptCheckpointError: It holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -31,6 +31,7 @@ from bge_rerank_integrations.engine.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.fused import resolve_fused
 from bge_rerank_integrations.engine.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.linear import resolve_linear
+from bge_rerank_integrations.engine.prompts import read_default_prompt
 from bge_rerank_integrations.engine.vnni import require_int8, why_not
 
 # All BGE rerankers have heads of this width, on which the choice of attention depends.
@@ -198,6 +199,7 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
     folder = find_checkpoint(ScorerConfig.from_dict({**config.to_dict(), "local_files_only": True}))
     shape = read_shape(folder)
     check_max_length(config, shape)
+    read_default_prompt(folder)  # which refuses inputs that cannot be made here
     return CheckpointReport(
         folder=str(folder),
         num_bytes=sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file()),
