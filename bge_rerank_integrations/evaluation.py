@@ -134,7 +134,8 @@ class Report:
         num_unanswered: Queries that the first stage has nothing for; they count as 0.
         num_pairs: Pairs scored.
         num_tokens: Their tokens.
-        num_truncated: Of the pairs, how many lost tokens because they were too long.
+        num_truncated: Of the pairs, how many have a passage that lost tokens because it was too long.
+        num_truncated_queries: Queries that lost tokens.
         seconds: What scoring them took.
     """
 
@@ -149,6 +150,7 @@ class Report:
     num_pairs: int
     num_tokens: int
     num_truncated: int
+    num_truncated_queries: int
     seconds: float
 
     def helped(self, count: int) -> list[Change]:
@@ -221,6 +223,7 @@ def evaluate(
         num_pairs=reranked.num_pairs,
         num_tokens=reranked.num_tokens,
         num_truncated=reranked.num_truncated,
+        num_truncated_queries=reranked.num_truncated_queries,
         seconds=seconds,
     )
 

@@ -37,7 +37,8 @@ class Progress:
     Attributes:
         rows: Rows written by this call.
         pairs: Pairs scored by this call.
-        truncated: Of those, how many lost tokens because they were too long.
+        truncated: Of those, how many have a passage that lost tokens because it was too long.
+        truncated_queries: Queries that lost tokens.
         malformed: Lines that this call left out.
         on_change: Called after each change of the counts of rows.
     """
@@ -45,6 +46,7 @@ class Progress:
     rows: int = 0
     pairs: int = 0
     truncated: int = 0
+    truncated_queries: int = 0
     malformed: int = 0
     on_change: Callable[[Progress], object] = field(default=lambda _: None, repr=False)
 
@@ -54,6 +56,7 @@ class Progress:
             self.rows += 1
             self.pairs += ranking.num_pairs
             self.truncated += ranking.num_truncated
+            self.truncated_queries += ranking.num_truncated_queries
         self.on_change(self)
 
 

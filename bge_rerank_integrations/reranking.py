@@ -24,13 +24,15 @@ class Reranked:
         run: Query id to its passages' scores, best first.
         num_pairs: Pairs scored.
         num_tokens: Tokens the model read for them.
-        num_truncated: Pairs that lost tokens because they were too long.
+        num_truncated: Pairs with a passage that lost tokens because it was too long.
+        num_truncated_queries: Queries that lost tokens.
     """
 
     run: Run
     num_pairs: int
     num_tokens: int
     num_truncated: int
+    num_truncated_queries: int
 
 
 def rerank_run(
@@ -61,7 +63,7 @@ def rerank_run(
         if missing is not None:
             raise DatasetError(f"the run has a passage that the corpus lacks: id {missing!r}")
     reranked: Run = {}
-    num_pairs = num_tokens = num_truncated = 0
+    num_pairs = num_tokens = num_truncated = num_truncated_queries = 0
     with tqdm(total=sum(map(len, run.values())), unit="pair", disable=not progress) as bar:
         for part in _parts(run):
             requests = [
@@ -87,8 +89,15 @@ def rerank_run(
                 num_pairs += ranking.num_pairs
                 num_tokens += ranking.num_tokens
                 num_truncated += ranking.num_truncated
+                num_truncated_queries += ranking.num_truncated_queries
                 bar.update(len(passage_ids))
-    return Reranked(run=reranked, num_pairs=num_pairs, num_tokens=num_tokens, num_truncated=num_truncated)
+    return Reranked(
+        run=reranked,
+        num_pairs=num_pairs,
+        num_tokens=num_tokens,
+        num_truncated=num_truncated,
+        num_truncated_queries=num_truncated_queries,
+    )
 
 
 def _parts(run: Run) -> Iterator[list[str]]:

@@ -107,11 +107,34 @@ def test_rank_normalizes_on_demand(on: list[str]) -> None:
 def test_rank_ends_with_what_was_cut_and_which_precision_ran(on: list[str]) -> None:
     request = {"query": "panda", "passages": ["bear " * 600, "A car."]}
     result = run("rank", *on, stdin=json.dumps(request))
-    assert "1 pair(s) longer than 512 tokens" in flat(result.stderr)
+    assert "1 passage(s) were cut to fit --max-length 512" in flat(result.stderr)
     assert result.stderr.splitlines()[-1].startswith("Ran on cpu in float32")
     windows = run("rank", "--long-passages", "windows", *on, stdin=json.dumps(request))
-    assert "longer than" not in windows.stderr
+    assert "were cut" not in windows.stderr
     assert json.loads(windows.stdout)["results"] != json.loads(result.stdout)["results"]
+
+
+def test_queries_that_are_cut_are_counted(on: list[str]) -> None:
+    request = {"query": "panda " * 600, "passages": ["A bear.", "A car."]}
+    result = run("rank", *on, stdin=json.dumps(request))
+    assert "Queries cut to 384 tokens: 1" in flat(result.stderr)
+    assert "were cut" not in result.stderr
+
+
+def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -> None:
+    request = {"query": "panda", "passages": ["", "A bear.", " \n", "A car."]}
+    results = json.loads(run("rank", *on, stdin=json.dumps(request)).stdout)["results"]
+    assert [found["index"] for found in results][2:] == [0, 2]
+    assert [found.get("blank") for found in results] == [None, None, True, True]
+    refused = run("rank", "--blank-passages", "refuse", *on, stdin=json.dumps(request))
+    assert refused.exit_code == 3
+    assert "line 1: passage 0 has nothing to read" in flat(refused.stderr)
+    trec = folder / "first.trec"
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "empty", "text": ""}) + "\n")
+    trec.write_text("q1 Q0 empty 1 3.0 x\nq1 Q0 a 2 2.0 x\n")
+    rows = [line.split() for line in run("rerank-run", trec, folder, *on).stdout.splitlines()]
+    assert [row[2] for row in rows] == ["a", "empty"]
 
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
@@ -318,12 +341,12 @@ def test_eval_ends_with_what_was_cut_and_which_precision_ran(on: list[str], fold
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "d", "text": "pandas eat " + "bamboo " * 600}) + "\n")
     result = run("eval", folder, *on)
-    assert "2 pair(s) longer than 512 tokens" in result.stdout
+    assert "2 passage(s) were cut to fit --max-length 512" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("Ran on cpu in float32")
     record = json.loads(run("eval", folder, "--json", *on).stdout)
     assert (record["device"], record["dtype"], record["num_truncated"]) == ("cpu", "float32", 2)
     whole = run("eval", folder, "--long-passages", "windows", *on)
-    assert "longer than" not in whole.stdout
+    assert "were cut" not in whole.stdout
 
 
 def test_eval_takes_a_run_as_first_stage(on: list[str], folder: Path) -> None:

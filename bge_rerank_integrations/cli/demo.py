@@ -62,18 +62,19 @@ def demo(config: ScorerConfig, questions: tuple[str, ...], top_n: int, depth: in
         langchain = BGEReranker(scorer=scorer, top_n=top_n, keep_retrieval_score=True)
         llama_index = BGERerankPostprocessor(scorer=scorer, top_n=top_n, keep_retrieval_score=True)
         scorer.warmup()
-        num_pairs, num_truncated, seconds = 0, 0, 0.0
+        num_pairs, num_truncated, num_truncated_queries, seconds = 0, 0, 0, 0.0
         for question in questions or QUESTIONS:
             found = search.search({"": question}, depth)[""]
             documents = [Document(id=name, page_content=docs[name]) for name in found]
             nodes = [
                 NodeWithScore(node=TextNode(id_=name, text=docs[name]), score=found[name]) for name in found
             ]
-            truncated_before = scorer.stats().truncations
+            before_stats = scorer.stats()
             started = time.perf_counter()
             after = langchain.compress_documents(documents, question)
             seconds += time.perf_counter() - started
-            num_truncated += scorer.stats().truncations - truncated_before
+            num_truncated += scorer.stats().truncations - before_stats.truncations
+            num_truncated_queries += scorer.stats().query_truncations - before_stats.query_truncations
             num_pairs += len(documents)
             nodes_after = llama_index.postprocess_nodes(nodes, query_str=question)
             if [document.id for document in after] != [node.node.node_id for node in nodes_after]:
@@ -97,7 +98,7 @@ def demo(config: ScorerConfig, questions: tuple[str, ...], top_n: int, depth: in
     click.echo(f"\n{_RULE}")
     click.echo("LangChain and LlamaIndex gave the same order each time.")
     click.echo(f"{num_pairs} pairs in {seconds:.1f} s: {num_pairs / max(seconds, 1e-9):.0f} pairs/s.")
-    if cut_off := describe_truncation(num_truncated, config):
+    if cut_off := describe_truncation(num_truncated, num_truncated_queries, config):
         click.echo(wrap(cut_off))
     if config.model == EMBEDDED_MODEL:
         click.echo(

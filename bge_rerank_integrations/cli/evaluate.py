@@ -167,7 +167,7 @@ def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfi
     yield from _changes("Helped most", report.helped(_NUM_SHOWN), dataset)
     yield from _changes("Hurt most", report.hurt(_NUM_SHOWN), dataset)
     yield ""
-    if cut_off := describe_truncation(report.num_truncated, config):
+    if cut_off := describe_truncation(report.num_truncated, report.num_truncated_queries, config):
         yield wrap(cut_off)
     yield (
         f"{report.seconds:.1f} s: {report.num_pairs / report.seconds:.0f} pairs/s, "

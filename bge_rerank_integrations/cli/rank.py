@@ -139,7 +139,7 @@ def rank(
     left_out = f"; {progress.malformed} malformed line(s) left out" if progress.malformed else ""
     summary = [
         f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{left_out}.",
-        describe_truncation(progress.truncated, config),
+        describe_truncation(progress.truncated, progress.truncated_queries, config),
         describe_precision_used(config),
     ]
     for line in filter(None, summary):
@@ -197,7 +197,10 @@ def rerank_run_command(
         temporary = output.with_name(output.name + ".partial")
         temporary.write_bytes(text)
         temporary.replace(output)
-    summary = [describe_truncation(reranked.num_truncated, config), describe_precision_used(config)]
+    summary = [
+        describe_truncation(reranked.num_truncated, reranked.num_truncated_queries, config),
+        describe_precision_used(config),
+    ]
     for line in filter(None, summary):
         click.echo(wrap(line), err=True)
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 from bge_rerank_integrations.config import ScorerConfig
 
 
-def describe_truncation(num_truncated: int, config: ScorerConfig) -> str | None:
-    """Say how many pairs lost tokens and which option avoids that; None where none did.
+def describe_truncation(num_truncated: int, num_truncated_queries: int, config: ScorerConfig) -> str | None:
+    """Say how many texts lost tokens and which options avoid that; None where none did.
 
     Args:
-        num_truncated: Pairs whose query or passage was too long.
+        num_truncated: Pairs whose passage was too long.
+        num_truncated_queries: Queries that were too long.
         config: The settings they were scored with.
     """
-    if not num_truncated:
-        return None
-    if config.long_passages == "windows":
-        return (
-            f"{num_truncated} pair(s) with a query of more than {config.effective_query_max_length} tokens: "
-            "the query was cut (--query-max-length)."
+    lines = []
+    if num_truncated:
+        lines.append(
+            f"{num_truncated} passage(s) were cut to fit --max-length {config.max_length}: --long-passages "
+            "windows reads them to their end."
         )
-    return (
-        f"{num_truncated} pair(s) longer than {config.max_length} tokens: the passage or the query was cut. "
-        "--long-passages windows reads passages to their end."
-    )
+    if num_truncated_queries:
+        lines.append(
+            f"Queries cut to {config.effective_query_max_length} tokens: {num_truncated_queries} "
+            "(--query-max-length, --query-truncation-side)."
+        )
+    return " ".join(lines) or None
 
 
 def describe_precision_used(config: ScorerConfig) -> str:
