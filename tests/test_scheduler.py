@@ -516,7 +516,7 @@ def run_python(code: str, checkpoint: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", textwrap.dedent(code), str(checkpoint)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
