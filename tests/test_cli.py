@@ -189,7 +189,7 @@ def test_eval_prints_a_table_and_json(on: list[str], folder: Path) -> None:
     assert record["before"]["MRR@10"] == 1
     assert set(record["intervals"]["MAP"]) == {"mean", "low", "high"}
     assert {change["query_id"] for change in record["changes"]} == {"q1", "q2"}
-    assert "<svg" in plot.read_text()
+    assert "<svg" in plot.read_text(encoding="utf-8")
 
 
 def test_eval_takes_a_run_as_first_stage(on: list[str], folder: Path) -> None:

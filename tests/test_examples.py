@@ -21,7 +21,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=1800,
+        timeout=300,
         check=False,
     )
 
