@@ -256,8 +256,20 @@ def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
     refuse(folder, CorruptCheckpointError, r"config\.json is not")
 
 
-def test_a_config_with_a_value_of_the_wrong_type(folder: Path) -> None:
-    edit_config(folder, hidden_size="wide")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("num_attention_heads", 0),
+        ("vocab_size", -1),
+        ("num_hidden_layers", 2.5),
+        ("pad_token_id", "first"),
+        ("layer_norm_eps", "small"),
+        ("layer_norm_eps", float("inf")),
+    ],
+)
+def test_a_config_with_a_value_that_cannot_be(folder: Path, name: str, value: object) -> None:
+    edit_config(folder, **{name: value})
     refuse(folder, CorruptCheckpointError, r"config\.json is not valid")
 
 
@@ -529,6 +541,15 @@ def test_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> 
             file.seek(path.stat().st_size // 2)
             file.write(b"\xff" * 1000)
         assert loaded.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_norms_may_have_their_old_names(folder: Path, scorer: Scorer) -> None:
+    def rename(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    edit_weights(folder, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    with Scorer(folder, device="cpu") as renamed:
+        assert renamed.score([("a", "b")]) == pytest.approx(scorer.score([("a", "b")]), abs=1e-6)
 
 
 def test_saved_equals_loaded(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:

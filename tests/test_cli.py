@@ -323,7 +323,7 @@ def test_eval_prints_a_table_and_json(on: list[str], folder: Path) -> None:
     assert record["before"]["MRR@10"] == 1
     assert set(record["intervals"]["MAP"]) == {"mean", "low", "high"}
     assert {change["query_id"] for change in record["changes"]} == {"q1", "q2"}
-    assert "<svg" in plot.read_text()
+    assert "<svg" in plot.read_text(encoding="utf-8")
 
 
 def test_eval_counts_repeated_judgements_on_one_line(on: list[str], folder: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_model_compared_with_itself_reaches_all_of_it(scorer: Scorer, folder: 
     assert set(report.compared.shares.values()) == {1.0}
     assert set(report.compared.intervals.values()) == {(0.0, 0.0, 0.0)}
     plot_report(report, tmp_path / "plot.svg", title="test")
-    assert "itself" in (tmp_path / "plot.svg").read_text()
+    assert "itself" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
 
 
 def test_a_comparison_is_over_the_passages_that_are_reranked(scorer: Scorer, folder: Path) -> None:

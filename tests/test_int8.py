@@ -285,10 +285,8 @@ def test_a_missing_extra_is_named_with_its_command(checkpoint: Path, missing: st
 
 
 def test_a_cpu_without_the_instructions_is_told_so(checkpoint: Path) -> None:
-    # torch's own switch for what its libraries may use does not reach what the processor has, so the
-    # answer of a machine without the instructions is given to torch instead.
     code = (
-        "import torch; torch.cpu.get_capabilities = lambda: {'avx2': True}\n"
+        "from llvmlite import binding; binding.get_host_cpu_features = lambda: {'avx2': True}\n"
         "from bge_rerank_integrations import Scorer\n"
         f"Scorer({str(checkpoint)!r}, device='cpu', dtype='int8')"
     )

@@ -87,7 +87,7 @@ ALLOWED_IN = {
     "llama_index": {"llama_index", "cli.demo"},
     "pydantic": {"options", "langchain", "llama_index"},
     "numba": {"engine.tiles", "engine.int8_kernels"},
-    "llvmlite": {"engine.tiles"},
+    "llvmlite": {"engine.tiles", "engine.vnni"},
     "transformers": {"engine.checkpoint"},
     "huggingface_hub": {"engine.checkpoint"},
     "prometheus_client": {"telemetry"},

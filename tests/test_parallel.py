@@ -16,6 +16,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.parallel import SplitForward, select, split_evenly
+from tests.queues import PATIENCE_S
 from tests.test_engine import CPU, random_ids
 
 
@@ -122,7 +123,7 @@ def test_split_equals_whole_from_any_number_of_callers(num_threads: int) -> None
 
 
 def test_parts_run_side_by_side_and_one_thread_each() -> None:
-    meeting = threading.Barrier(3, timeout=20)
+    meeting = threading.Barrier(3, timeout=PATIENCE_S)
     seen: list[int] = []
 
     def forward(batch: PackedBatch) -> Tensor:

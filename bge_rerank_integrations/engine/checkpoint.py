@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,16 @@ _FLOATING: Final = ("F64", "F32", "F16", "BF16")
 # A matrix may be stored as int8, with what each row is to be multiplied by beside it.
 _QUANTIZED: Final = "I8"
 _SCALE: Final = "_scale"
+# What config.json says in whole numbers.
+_SIZES: Final = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 # Of a tensor that is being copied: 64 MB in float32.
 _MAX_MAPPED_VALUES: Final = 1 << 24
 _LFS_POINTER: Final = b"version https://git-lfs"
@@ -114,6 +124,20 @@ def read_shape(folder: Path) -> EncoderShape:
         config = XLMRobertaConfig.from_dict(data)
     except Exception as error:  # its validation raises several unrelated types
         raise CorruptCheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
+    padding_idx = 1 if config.pad_token_id is None else config.pad_token_id
+    # Not every release of transformers checks the types.
+    for name, value, least in (
+        *((name, getattr(config, name), 1) for name in _SIZES),
+        ("pad_token_id", padding_idx, 0),
+    ):
+        if type(value) is not int or value < least:
+            raise CorruptCheckpointError(
+                f"{folder / 'config.json'} is not valid: {name} must be a whole number of at least {least}"
+            )
+    if type(config.layer_norm_eps) is not float or not 0 < config.layer_norm_eps < 1:
+        raise CorruptCheckpointError(
+            f"{folder / 'config.json'} is not valid: layer_norm_eps must be a number between 0 and 1"
+        )
     for name, value, supported in (
         ("num_labels", config.num_labels, 1),
         ("hidden_act", config.hidden_act, "gelu"),
@@ -134,7 +158,7 @@ def read_shape(folder: Path) -> EncoderShape:
         intermediate_size=config.intermediate_size,
         max_position_embeddings=config.max_position_embeddings,
         type_vocab_size=config.type_vocab_size,
-        padding_idx=1 if config.pad_token_id is None else config.pad_token_id,
+        padding_idx=padding_idx,
         layer_norm_eps=config.layer_norm_eps,
     )
 
@@ -211,22 +235,7 @@ def load_weights(
         UnsupportedCheckpointError: The weights are pickled, quantized in another way than by row to
             int8, or without a relevance head.
     """
-    from safetensors import SafetensorError, safe_open
-
-    homes: dict[str, Path] = {}
-    with ExitStack() as stack:
-        holders: dict[str, Any] = {}
-        for path in _weight_files(folder):
-            _refuse_lfs_pointer(path)
-            try:
-                shard = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except SafetensorError as error:
-                raise CorruptCheckpointError(
-                    f"{path} is damaged or was not downloaded to its end ({error}); fetch it again"
-                ) from error
-            holders |= dict.fromkeys(shard.keys(), shard)
-            homes |= dict.fromkeys(shard.keys(), path)
-        _verify_headers(folder, holders, shape)
+    homes = _find_tensors(folder, shape)
     weights: dict[str, Tensor] = {}
     for name, dimensions in shape.parameter_shapes().items():
         target = _loaded_dtype(name, dtype)
@@ -241,6 +250,44 @@ def load_weights(
             )
         weights[name] = tensor
     return weights
+
+
+class _Home(NamedTuple):
+    """The file that a tensor is in, and its name there."""
+
+    path: Path
+    name: str
+
+
+def _find_tensors(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
+    """Return where each tensor of a model is, once the headers of all files are verified."""
+    from safetensors import SafetensorError, safe_open
+
+    homes: dict[str, _Home] = {}
+    headers: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for path in _weight_files(folder):
+            _refuse_lfs_pointer(path)
+            try:
+                shard = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except SafetensorError as error:
+                raise CorruptCheckpointError(
+                    f"{path} is damaged or was not downloaded to its end ({error}); fetch it again"
+                ) from error
+            for stored_name in shard.keys():  # noqa: SIM118  # it is no dict
+                name = _current_name(stored_name)
+                homes[name] = _Home(path, stored_name)
+                headers[name] = shard.get_slice(stored_name)
+        _verify_headers(folder, headers, shape)
+    return homes
+
+
+def _current_name(stored_name: str) -> str:
+    """Return what a tensor is called today: BERT's norms had other names, which some releases still write."""
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if stored_name.endswith(old):
+            return stored_name.removesuffix(old) + new
+    return stored_name
 
 
 def _loaded_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -343,22 +390,23 @@ def _rows_at_once(dimensions: tuple[int, ...]) -> int:
     return max(_MAX_MAPPED_VALUES // math.prod(dimensions[1:]), 1)
 
 
-def _read(homes: Mapping[str, Path], name: str, rows: slice) -> Tensor:
+def _read(homes: Mapping[str, _Home], name: str, rows: slice) -> Tensor:
     """Read some rows; the file is closed again, since what is mapped of it counts as memory until then."""
     from safetensors import safe_open
 
-    with safe_open(homes[name], framework="pt", device="cpu") as shard:
-        part: Tensor = shard.get_slice(name)[rows]
+    with safe_open(homes[name].path, framework="pt", device="cpu") as shard:
+        part: Tensor = shard.get_slice(homes[name].name)[rows]
         if part.dtype is not torch.int8:
             return part
-    with safe_open(homes[name + _SCALE], framework="pt", device="cpu") as shard:
-        scale: Tensor = shard.get_slice(name + _SCALE)[rows]
+    scale_home = homes[name + _SCALE]
+    with safe_open(scale_home.path, framework="pt", device="cpu") as shard:
+        scale: Tensor = shard.get_slice(scale_home.name)[rows]
     return part.float() * scale.float()
 
 
-def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) -> None:
+def _verify_headers(folder: Path, headers: dict[str, Any], shape: EncoderShape) -> None:
     expected = shape.parameter_shapes()
-    missing = sorted(set(expected) - set(holders))
+    missing = sorted(set(expected) - set(headers))
     if any(name.startswith("classifier.") for name in missing):
         raise UnsupportedCheckpointError(
             f"{folder} has no relevance head ({', '.join(n for n in missing if 'classifier' in n)}): it "
@@ -371,17 +419,17 @@ def _verify_headers(folder: Path, holders: dict[str, Any], shape: EncoderShape) 
             f"{missing[0]}; fetch the checkpoint again"
         )
     for name, dimensions in shape.parameter_shapes().items():
-        quantized = len(dimensions) == 2 and holders[name].get_slice(name).get_dtype() == _QUANTIZED
-        if quantized and name + _SCALE in holders:
+        quantized = len(dimensions) == 2 and headers[name].get_dtype() == _QUANTIZED
+        if quantized and name + _SCALE in headers:
             expected[name + _SCALE] = (dimensions[0], 1)
-    extra = sorted(set(holders) - set(expected) - _UNUSED)
+    extra = sorted(set(headers) - set(expected) - _UNUSED)
     if extra:
         raise CorruptCheckpointError(
             f"{folder}: {len(extra)} tensor(s) do not belong to the model that config.json describes, "
             f"the first is {extra[0]}; config and weights must be of one checkpoint"
         )
     for name, dimensions in expected.items():
-        header = holders[name].get_slice(name)
+        header = headers[name]
         if tuple(header.get_shape()) != dimensions:
             raise CorruptCheckpointError(
                 f"{folder}: tensor {name} has shape {tuple(header.get_shape())}, but config.json calls "

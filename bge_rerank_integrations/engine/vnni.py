@@ -10,7 +10,7 @@ from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointErr
 
 # Heads are worked on in vectors of so many floats.
 HEAD_STEP = 16
-_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
+_CPU_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 
 
 def require_int8(head_dim: int) -> None:
@@ -35,12 +35,21 @@ def require_int8(head_dim: int) -> None:
 
 def why_not() -> str | None:
     """Return why int8 products do not work here; None where they do."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not any(capabilities.get(name) for name in _INSTRUCTIONS):
+    if not any(_host_cpu_features().get(name) for name in _CPU_FEATURES):
         return "it needs a CPU with VNNI instructions (x86 since about 2019)"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return f"torch {torch.__version__} comes without oneDNN's int8 products"
     return None if _multiplies_rightly() else f"int8 products of torch {torch.__version__} are wrong here"
+
+
+def _host_cpu_features() -> dict[str, bool]:
+    # numba compiles for what LLVM finds, and every release of torch can be used with it.
+    from llvmlite import binding
+
+    try:
+        return dict(binding.get_host_cpu_features())
+    except RuntimeError:  # LLVM cannot tell on this platform
+        return {}
 
 
 def _multiplies_rightly() -> bool:
