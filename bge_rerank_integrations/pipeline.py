@@ -21,9 +21,9 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.inputs import check_timeout
-from bge_rerank_integrations.notices import warn_once
 from bge_rerank_integrations.pairs import PairResult, PreparedPairs
-from bge_rerank_integrations.process import check_process, mark_process_in_use
+from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
+from bge_rerank_integrations.runtime.warn_once import warn_once
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.token_cache import TokenCache

@@ -22,11 +22,11 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
-from bge_rerank_integrations.process import check_process, mark_process_in_use, was_forked
-from bge_rerank_integrations.shutdown import begin_exit, is_exiting
+from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
+from bge_rerank_integrations.runtime.shutdown import begin_exit, is_exiting
+from bge_rerank_integrations.runtime.tracebacks import release_frames
 from bge_rerank_integrations.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.tokenization import IntArray
-from bge_rerank_integrations.tracebacks import release_frames
 from bge_rerank_integrations.waiting import Batch, Request, WaitingList
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ PACKAGE = Path(bge_rerank_integrations.__file__).parent
 # Bottom to top: a file imports only from rows above its own.
 ROOMS = [
     "errors",
-    "shutdown",
-    "tracebacks",
+    "runtime.shutdown",
+    "runtime.tracebacks",
     "config",
     "inputs",
     "ranking",
@@ -26,8 +26,8 @@ ROOMS = [
     "pairs",
     "waiting",
     "stats",
-    "notices",
-    "process",
+    "runtime.warn_once",
+    "runtime.fork_guard",
     "scheduler",
     "batching",
     "engine.first_calls",

@@ -19,7 +19,7 @@ from bge_rerank_integrations.engine.int8_attention import attend
 from bge_rerank_integrations.engine.int8_kernels import add_norm_quantize, gelu_quantize, quantize
 from bge_rerank_integrations.engine.linear import plain_linear, round_up_rows
 from bge_rerank_integrations.engine.model import EncoderShape
-from bge_rerank_integrations.shutdown import raise_if_exiting
+from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 Floats = npt.NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from bge_rerank_integrations.engine.attention import VarlenAttention
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
 from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, PlainBlocks, Rows
 from bge_rerank_integrations.engine.linear import LinearFactory, plain_linear
-from bge_rerank_integrations.shutdown import raise_if_exiting
+from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 
 @dataclass(frozen=True, kw_only=True)

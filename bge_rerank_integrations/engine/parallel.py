@@ -19,9 +19,9 @@ from torch import Tensor
 # Imported for its side effect, which must be complete before a thread of this module computes.
 import bge_rerank_integrations.engine.first_calls  # noqa: F401
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
-from bge_rerank_integrations.process import was_forked
-from bge_rerank_integrations.shutdown import begin_exit
-from bge_rerank_integrations.tracebacks import release_frames
+from bge_rerank_integrations.runtime.fork_guard import was_forked
+from bge_rerank_integrations.runtime.shutdown import begin_exit
+from bge_rerank_integrations.runtime.tracebacks import release_frames
 
 Forward = Callable[[PackedBatch], Tensor]
 """A packed batch to its B logits, float32 [B], on the device."""

@@ -1,0 +1,1 @@
+"""What belongs to the process: forks, exit, errors and warnings."""
