@@ -13,7 +13,7 @@ from benchmarks.common import MAX_LENGTH, NUM_QUERY_WORDS, PairMaker, Pairs, rew
 from bge_rerank_integrations.bm25 import Bm25
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.datasets import read_beir
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 
 REAL_TEXT: Final = "F"
 _QUERIES_OF_REAL_TEXT: Final = 10

@@ -21,13 +21,13 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.inputs import check_timeout
-from bge_rerank_integrations.pairs import PairResult, PreparedPairs
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.warn_once import warn_once
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
-from bge_rerank_integrations.token_cache import TokenCache
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.pairs import PairResult, PreparedPairs
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 from bge_rerank_integrations.waiting import Request
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from bge_rerank_integrations.runtime.fork_guard import check_process, mark_proce
 from bge_rerank_integrations.runtime.shutdown import begin_exit, is_exiting
 from bge_rerank_integrations.runtime.tracebacks import release_frames
 from bge_rerank_integrations.stats import HealthState, Recorder, ScorerHealth, ScorerStats
-from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.text.tokenization import IntArray
 from bge_rerank_integrations.waiting import Batch, Request, WaitingList
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,6 @@ from bge_rerank_integrations.inputs import (
     check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.pairs import find_blank, find_blank_in_each, rank_each, rank_results
 from bge_rerank_integrations.pipeline import (
     FindBlank,
     Pipeline,
@@ -41,6 +40,7 @@ from bge_rerank_integrations.pipeline import (
 )
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
+from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each, rank_each, rank_results
 
 # Of a stream: enough to fill batches with pairs of like lengths, few enough to be held twice over.
 _NUM_STREAMED_PAIRS: Final = 4096

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Final
 
-from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.text.tokenization import IntArray
 
 # A share of each batch goes to whoever waits longest, the rest to whoever needs least: short requests pass
 # long ones, and long ones are never at a standstill.

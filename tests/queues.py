@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.text.tokenization import IntArray
 
 PATIENCE_S = 120.0  # only what hangs takes so long, on a busy machine too
 

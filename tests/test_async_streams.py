@@ -19,7 +19,7 @@ from bge_rerank_integrations.errors import (
     RequestTimeoutError,
     ScorerClosedError,
 )
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 from tests.queues import PATIENCE_S, wait_until
 from tests.tolerances import LOGIT_TOLERANCE
 

@@ -30,9 +30,9 @@ from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 from bge_rerank_integrations.evaluation import measure
-from bge_rerank_integrations.pairs import PreparedPairs
-from bge_rerank_integrations.token_cache import TokenCache
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.pairs import PreparedPairs
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 from tests.test_engine import CPU, plain_logits, random_ids
 from tests.tolerances import LOGIT_TOLERANCE
 

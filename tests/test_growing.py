@@ -24,8 +24,8 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.pipeline import Pipeline
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
-from bge_rerank_integrations.token_cache import TokenCache
-from bge_rerank_integrations.tokenization import EncodedPair, PairTokenizer
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from bge_rerank_integrations.waiting import Request
 from tests.queues import PATIENCE_S, Gate, ids, sized, wait_until
 from tests.tolerances import LOGIT_TOLERANCE

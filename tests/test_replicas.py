@@ -19,8 +19,8 @@ from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerC
 from bge_rerank_integrations.pipeline import Pipeline
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.stats import ScorerStats
-from bge_rerank_integrations.token_cache import TokenCache
-from bge_rerank_integrations.tokenization import IntArray, PairTokenizer
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
 from bge_rerank_integrations.waiting import Request, WaitingList
 from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
 from tests.tolerances import LOGIT_TOLERANCE

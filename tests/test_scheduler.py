@@ -37,7 +37,7 @@ from bge_rerank_integrations.errors import (
     WorkerDiedError,
 )
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
-from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.text.tokenization import IntArray
 from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
 from tests.tolerances import LOGIT_TOLERANCE
 

@@ -31,7 +31,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
 )
 from bge_rerank_integrations.ranking import sigmoid
-from bge_rerank_integrations.tokenization import EncodedPair, PairTokenizer
+from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from tests.queues import PATIENCE_S
 from tests.tolerances import LOGIT_TOLERANCE
 

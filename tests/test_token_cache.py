@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bge_rerank_integrations import ScorerConfig
-from bge_rerank_integrations.token_cache import TokenCache
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 
 
 def ids(length: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -24,7 +24,7 @@ from bge_rerank_integrations.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 from examples.random_checkpoint import SPECIAL_TOKENS, train_tokenizer
 
 CONTROL_IDS = {0, 1, 2, 4}  # <s> <pad> </s> <mask>; <unk>, 3, is what an unknown character gives

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.tokenization import PairTokenizer
+from bge_rerank_integrations.text.tokenization import PairTokenizer
 
 MAX_DIFFERENCE: Final = 1e-5
 # No wait here takes a tenth of it, unless it hangs.

@@ -19,7 +19,7 @@ from benchmarks.stress.common import (
 )
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.errors import InputTypeError, NonFiniteScoreError
-from bge_rerank_integrations.pairs import PreparedPairs
+from bge_rerank_integrations.text.pairs import PreparedPairs
 
 
 def scores_not_finite(bench: Bench) -> Outcome:

@@ -21,7 +21,7 @@ from bge_rerank_integrations.engine.batch import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import QueueFullError, WorkerDiedError
 from bge_rerank_integrations.scheduler import MicroBatcher, Replica
-from bge_rerank_integrations.tokenization import IntArray
+from bge_rerank_integrations.text.tokenization import IntArray
 
 CPU: Final = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.inputs import is_blank
-from bge_rerank_integrations.token_cache import Encoded, TokenCache
+from bge_rerank_integrations.text.token_cache import Encoded, TokenCache
 
 IntArray = npt.NDArray[np.int32]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
 from bge_rerank_integrations.inputs import BLANK_QUERY
 from bge_rerank_integrations.ranking import BLANK_LOGIT, RankedPassage, Ranking, select, sigmoid
-from bge_rerank_integrations.tokenization import EncodedPair, IntArray, PairTokenizer
+from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
 
 Pair = tuple[str, str]
 
