@@ -12,6 +12,14 @@ from functools import partial
 from typing import ClassVar, Final, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
+from bge_rerank_integrations.batching.inference import (
+    FindBlank,
+    Pipeline,
+    load_pipeline,
+    read_in_thread,
+    run_in_thread,
+)
+from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_OVERLAP,
@@ -31,15 +39,7 @@ from bge_rerank_integrations.inputs import (
     check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.pipeline import (
-    FindBlank,
-    Pipeline,
-    load_pipeline,
-    read_in_thread,
-    run_in_thread,
-)
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
-from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each, rank_each, rank_results
 
 # Of a stream: enough to fill batches with pairs of like lengths, few enough to be held twice over.

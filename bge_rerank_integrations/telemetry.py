@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from bge_rerank_integrations.batching.stats import ScorerStats
 from bge_rerank_integrations.errors import ScorerClosedError, missing_extra
 from bge_rerank_integrations.scorer import Scorer
-from bge_rerank_integrations.stats import ScorerStats
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Meter, Observation

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_rerank_integrations.batching import plan_batches
+from bge_rerank_integrations.engine.batch_planning import plan_batches
 
 
 @given(st.lists(st.integers(1, 600)), st.integers(1, 2000))

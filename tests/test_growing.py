@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.inference import Pipeline
+from bge_rerank_integrations.batching.queue import Request
 from bge_rerank_integrations.engine.batch import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
@@ -22,11 +25,8 @@ from bge_rerank_integrations.errors import (
     RequestTimeoutError,
     ScorerClosedError,
 )
-from bge_rerank_integrations.pipeline import Pipeline
-from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
-from bge_rerank_integrations.waiting import Request
 from tests.queues import PATIENCE_S, Gate, ids, sized, wait_until
 from tests.tolerances import LOGIT_TOLERANCE
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.inference import Pipeline
+from bge_rerank_integrations.batching.queue import Request, WaitingList
+from bge_rerank_integrations.batching.stats import ScorerStats
 from bge_rerank_integrations.engine.checkpoint import read_shape
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost, load_runner, load_runners
 from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerClosedError, WorkerDiedError
-from bge_rerank_integrations.pipeline import Pipeline
-from bge_rerank_integrations.scheduler import MicroBatcher, Replica
-from bge_rerank_integrations.stats import ScorerStats
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
-from bge_rerank_integrations.waiting import Request, WaitingList
 from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
 from tests.tolerances import LOGIT_TOLERANCE
 

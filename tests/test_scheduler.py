@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
 from bge_rerank_integrations.engine.batch import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
@@ -36,7 +37,6 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
-from bge_rerank_integrations.scheduler import MicroBatcher, Replica
 from bge_rerank_integrations.text.tokenization import IntArray
 from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
 from tests.tolerances import LOGIT_TOLERANCE

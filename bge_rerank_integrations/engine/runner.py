@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.batching import plan_batches
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
+from bge_rerank_integrations.engine.batch_planning import plan_batches
 from bge_rerank_integrations.engine.build import build_model
 from bge_rerank_integrations.engine.checkpoint import identity, verify_sha256
 from bge_rerank_integrations.engine.device import (

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from bge_rerank_integrations.batching.queue import Batch, Request, WaitingList
+from bge_rerank_integrations.batching.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.errors import (
     DeviceLostError,
     QueueFullError,
@@ -25,9 +27,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
 from bge_rerank_integrations.runtime.shutdown import begin_exit, is_exiting
 from bge_rerank_integrations.runtime.tracebacks import release_frames
-from bge_rerank_integrations.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.text.tokenization import IntArray
-from bge_rerank_integrations.waiting import Batch, Request, WaitingList
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,9 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
+from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.queue import Request
+from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
     NonFiniteScoreError,
@@ -23,12 +26,9 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.inputs import check_timeout
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.warn_once import warn_once
-from bge_rerank_integrations.scheduler import MicroBatcher, Replica
-from bge_rerank_integrations.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.text.pairs import PairResult, PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
-from bge_rerank_integrations.waiting import Request
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner
