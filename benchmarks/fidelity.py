@@ -17,9 +17,9 @@ from benchmarks.common import Pairs, quiet
 from benchmarks.kendall import tau_b
 from benchmarks.models import chosen_model
 from benchmarks.peers.registry import REFERENCE, load, load_all
-from bge_rerank_integrations.bm25 import Bm25
-from bge_rerank_integrations.datasets import BeirDataset, Run, read_beir
-from bge_rerank_integrations.evaluation import measure
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, Run, read_beir
+from bge_rerank_integrations.evaluation.measures import measure
 
 MEASURE: Final = "nDCG@10"
 DEFAULT_CONTENDERS: Final = ["ours", "onnx-int8", "openvino-int8"]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from benchmarks.common import MAX_LENGTH, NUM_QUERY_WORDS, PairMaker, Pairs, reworded
-from bge_rerank_integrations.bm25 import Bm25
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.datasets import read_beir
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import read_beir
 from bge_rerank_integrations.text.tokenization import PairTokenizer
 
 REAL_TEXT: Final = "F"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
-from bge_rerank_integrations.datasets import join_title
 from bge_rerank_integrations.errors import DatasetError
+from bge_rerank_integrations.evaluation.datasets import join_title
 
 REQUEST_FORM: Final = '{"query": "...", "passages": ["...", "..."]}'
 

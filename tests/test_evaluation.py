@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.bm25 import Bm25
-from bge_rerank_integrations.datasets import BeirDataset, format_run, read_beir, read_run, sorted_run
 from bge_rerank_integrations.errors import DatasetError
-from bge_rerank_integrations.evaluation import bootstrap, evaluate, measure, reranked_to_depth
-from bge_rerank_integrations.plots import plot_report
-from bge_rerank_integrations.reranking import rerank_run
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import (
+    BeirDataset,
+    format_run,
+    read_beir,
+    read_run,
+    sorted_run,
+)
+from bge_rerank_integrations.evaluation.measures import bootstrap, evaluate, measure, reranked_to_depth
+from bge_rerank_integrations.evaluation.plots import plot_report
+from bge_rerank_integrations.evaluation.runs import rerank_run
 
 QRELS = {"q1": {"a": 2, "b": 1}, "q2": {"c": 1}}
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.bm25 import Bm25
-from bge_rerank_integrations.datasets import read_beir
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Rows
@@ -29,7 +27,9 @@ from bge_rerank_integrations.engine.fused import PLAIN_OPS
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, DeviceError
-from bge_rerank_integrations.evaluation import measure
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import read_beir
+from bge_rerank_integrations.evaluation.measures import measure
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer

@@ -226,8 +226,8 @@ def test_batched_equals_alone_and_threads_change_nothing(
 
 @needs_int8
 def test_fidelity_on_what_a_retriever_finds(assets: Path) -> None:
-    from bge_rerank_integrations.bm25 import Bm25
-    from bge_rerank_integrations.datasets import read_beir
+    from bge_rerank_integrations.evaluation.bm25 import Bm25
+    from bge_rerank_integrations.evaluation.datasets import read_beir
 
     dataset = read_beir(assets / "retrieval" / "cranfield")
     queries = dict(list(dataset.judged_queries().items())[::30])

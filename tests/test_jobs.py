@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.datasets import read_corpus
 from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.evaluation.datasets import read_corpus
 from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
 from bge_rerank_integrations.request_lines import (
     MalformedInputError,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.datasets import BeirDataset, Run, read_run
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, Run, read_run
 from training import distill
 from training.dataset import Pairs, judged_groups, load
 from training.original import CLS, EOS, SEP, VOCAB_SIZE, Ids, Original

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bge_rerank_integrations.bm25 import Bm25
-from bge_rerank_integrations.datasets import BeirDataset, read_beir
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, read_beir
 from training import sources
 from training.original import Ids, load_tokenizer
 from training.pairs import Group, make_groups

@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bge_rerank_integrations.datasets import BeirDataset
+from bge_rerank_integrations.evaluation.datasets import BeirDataset
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.bm25 import Bm25
-from bge_rerank_integrations.datasets import BeirDataset, Run, format_run, read_beir, read_run
-from bge_rerank_integrations.evaluation import measure
-from bge_rerank_integrations.reranking import rerank_run
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, Run, format_run, read_beir, read_run
+from bge_rerank_integrations.evaluation.measures import measure
+from bge_rerank_integrations.evaluation.runs import rerank_run
 from training import sources
 from training.original import MAX_LENGTH
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from bge_rerank_integrations.bm25 import Bm25
 from bge_rerank_integrations.cli.console import WIDTH, cut, require_stdout, wrap
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
@@ -22,9 +21,10 @@ from bge_rerank_integrations.cli.options import (
 )
 from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.datasets import BeirDataset, read_beir, read_run
-from bge_rerank_integrations.evaluation import Change, Interval, Report, evaluate
-from bge_rerank_integrations.plots import check_plot, plot_report
+from bge_rerank_integrations.evaluation.bm25 import Bm25
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, read_beir, read_run
+from bge_rerank_integrations.evaluation.measures import Change, Interval, Report, evaluate
+from bge_rerank_integrations.evaluation.plots import check_plot, plot_report
 from bge_rerank_integrations.scorer import Scorer
 
 _NUM_SHOWN = 5

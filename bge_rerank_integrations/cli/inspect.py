@@ -14,7 +14,7 @@ from bge_rerank_integrations.cli.console import WIDTH, cut, require_stdout, wrap
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, config_options, json_option
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.errors import CheckpointError, ConfigError, HubUnreachableError
-from bge_rerank_integrations.published import check_scores, require_reference
+from bge_rerank_integrations.evaluation.reference_scores import check_scores, require_reference
 from bge_rerank_integrations.scorer import Scorer
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from bge_rerank_integrations.cli.options import (
 )
 from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.datasets import format_run, read_corpus, read_queries, read_run
+from bge_rerank_integrations.evaluation.datasets import format_run, read_corpus, read_queries, read_run
+from bge_rerank_integrations.evaluation.runs import rerank_run
 from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
 from bge_rerank_integrations.request_lines import MalformedLineError, check_format
-from bge_rerank_integrations.reranking import rerank_run
 from bge_rerank_integrations.scorer import Scorer
 
 # A job may be continued although these differ: where the model is kept, how many copies of it run, and how

@@ -9,9 +9,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from bge_rerank_integrations.datasets import BeirDataset, Run, sorted_run
 from bge_rerank_integrations.errors import DatasetError, missing_extra
-from bge_rerank_integrations.reranking import rerank_run
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, Run, sorted_run
+from bge_rerank_integrations.evaluation.runs import rerank_run
 from bge_rerank_integrations.scorer import Scorer
 
 MEASURES: Final = ("nDCG@10", "MRR@10", "MAP")

@@ -8,8 +8,8 @@ from typing import Final
 
 from tqdm import tqdm
 
-from bge_rerank_integrations.datasets import Run
 from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.evaluation.datasets import Run
 from bge_rerank_integrations.scorer import Scorer
 
 # Enough to fill batches with pairs of like lengths; few enough that little waits to be encoded.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bge_rerank_integrations.datasets import Run
 from bge_rerank_integrations.errors import DatasetError, missing_extra
+from bge_rerank_integrations.evaluation.datasets import Run
 
 
 class Bm25:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bge_rerank_integrations.errors import DatasetError, missing_extra
-from bge_rerank_integrations.evaluation import PER_QUERY, Report
+from bge_rerank_integrations.evaluation.measures import PER_QUERY, Report
 
 _BETTER, _WORSE, _LINE, _OTHER = "#2a7f62", "#c1443c", "#2b4c7e", "#b3701e"
 
