@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.engine import vnni
 from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.cpu import int8_support as vnni
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
 from examples.random_checkpoint import build_random_checkpoint
@@ -50,7 +50,7 @@ def check_codes(values: Floats, codes: npt.NDArray[np.uint8], affine: Floats) ->
 @pytest.mark.parametrize("width", [16, 100, 384, 768])
 @pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
 def test_quantizing_is_as_near_as_steps_allow(width: int, shift: float) -> None:
-    from bge_rerank_integrations.engine.int8_kernels import quantize
+    from bge_rerank_integrations.engine.cpu.int8_kernels import quantize
 
     x = normal(9, width, scale=2.0, shift=shift)
     x[3] = 0.25  # a row of one value
@@ -64,7 +64,7 @@ def test_quantizing_is_as_near_as_steps_allow(width: int, shift: float) -> None:
 @needs_int8
 @pytest.mark.parametrize("width", [48, 1536])
 def test_gelu_between_products(width: int) -> None:
-    from bge_rerank_integrations.engine.int8_kernels import gelu_quantize
+    from bge_rerank_integrations.engine.cpu.int8_kernels import gelu_quantize
 
     product, affine = normal(7, width, scale=3.0), np.abs(normal(7, 2)) + 0.1
     offset, bias = normal(width), normal(width)
@@ -79,7 +79,7 @@ def test_gelu_between_products(width: int) -> None:
 @needs_int8
 @pytest.mark.parametrize("width", [48, 384])
 def test_residual_and_norm_between_products(width: int) -> None:
-    from bge_rerank_integrations.engine.int8_kernels import add_norm_quantize
+    from bge_rerank_integrations.engine.cpu.int8_kernels import add_norm_quantize
 
     product, affine = normal(7, width), np.abs(normal(7, 2)) + 0.1
     offset, bias, weight, shift = (normal(width) for _ in range(4))
@@ -96,7 +96,7 @@ def test_residual_and_norm_between_products(width: int) -> None:
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128])
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 6, 7], [16, 17, 33], [70, 130], [90, 110], [512]])
 def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
-    from bge_rerank_integrations.engine.int8_attention import attend
+    from bge_rerank_integrations.engine.cpu.int8_attention import attend
 
     num_heads, num_rows = 3, sum(lengths)
     width = num_heads * head_dim
@@ -135,7 +135,7 @@ def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
 def test_powers_are_taken_of_what_is_above_the_greatest(count: int, shift: float) -> None:
     import numba
 
-    from bge_rerank_integrations.engine import tiles
+    from bge_rerank_integrations.engine.cpu import vector_intrinsics as tiles
 
     powers: Any = tiles.powers_of_2
     compiled: Any = numba.njit
@@ -156,7 +156,7 @@ def test_powers_are_taken_of_what_is_above_the_greatest(count: int, shift: float
 def test_llvm_is_told_to_use_the_widest_vectors() -> None:
     import numba
 
-    from bge_rerank_integrations.engine import tiles
+    from bge_rerank_integrations.engine.cpu import vector_intrinsics as tiles
 
     widest_vectors: Any = tiles.widest_vectors
     compiled: Any = numba.njit
@@ -177,7 +177,7 @@ def test_llvm_is_told_to_use_the_widest_vectors() -> None:
 @needs_int8
 @pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 32), (16, 384, 1536), (130, 100, 7)])
 def test_products_are_exact(rows: int, width: int, out: int) -> None:
-    from bge_rerank_integrations.engine.int8 import Int8Linear
+    from bge_rerank_integrations.engine.cpu.int8_model import Int8Linear
 
     weight, bias = torch.from_numpy(normal(out, width)), torch.from_numpy(normal(out))
     weight[0] = 0  # a channel that is off

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.engine.cpu.int8_support import why_not
 from bge_rerank_integrations.engine.runner import Runner
-from bge_rerank_integrations.engine.vnni import why_not
 from bge_rerank_integrations.errors import RequestTimeoutError
 
 PAIRS = [("a question", f"passage {number}") for number in range(8)]

@@ -13,13 +13,13 @@ from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.checkpoint import load_weights
+from bge_rerank_integrations.engine.cpu.int8_support import require_int8
+from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
 from bge_rerank_integrations.engine.cuda import resolve_blocks, resolve_graphs
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
 from bge_rerank_integrations.engine.graphs import Graphs
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
-from bge_rerank_integrations.engine.parallel import Forward, SplitForward
-from bge_rerank_integrations.engine.vnni import require_int8
 
 # Few enough for every checkpoint's positions and for the pass to take no time to speak of.
 _FIRST_PASS_TOKENS: Final = 4
@@ -67,7 +67,7 @@ def build_model(
     if dtype is torch.int8:
         require_int8(shape.head_dim)
         # Here alone: nothing else needs numba, or pays for what it compiles.
-        from bge_rerank_integrations.engine.int8 import Int8CrossEncoder
+        from bge_rerank_integrations.engine.cpu.int8_model import Int8CrossEncoder
 
         weights = load_weights(folder, shape, device=device, dtype=dtype)
         model = Model(Int8CrossEncoder(shape, weights), int)

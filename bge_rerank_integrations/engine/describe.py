@@ -20,6 +20,7 @@ from bge_rerank_integrations.engine.checkpoint import (
     fingerprint,
     read_shape,
 )
+from bge_rerank_integrations.engine.cpu.int8_support import require_int8, why_not
 from bge_rerank_integrations.engine.device import (
     activation_dtype,
     resolve_device,
@@ -32,7 +33,6 @@ from bge_rerank_integrations.engine.fused import resolve_fused
 from bge_rerank_integrations.engine.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.prompts import read_default_prompt
-from bge_rerank_integrations.engine.vnni import require_int8, why_not
 
 # All BGE rerankers have heads of this width, on which the choice of attention depends.
 _BGE_HEAD_DIM = 64
@@ -227,8 +227,8 @@ def _implementations(
     """Return what computes attention and linear layers."""
     if dtype is torch.int8:
         require_int8(_BGE_HEAD_DIM)
-        from bge_rerank_integrations.engine.int8 import Int8Linear
-        from bge_rerank_integrations.engine.int8_attention import attend
+        from bge_rerank_integrations.engine.cpu.int8_attention import attend
+        from bge_rerank_integrations.engine.cpu.int8_model import Int8Linear
 
         return attend, Int8Linear
     attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bge_rerank_integrations.engine.int8_kernels import compiled, inlined, quantize_row
-from bge_rerank_integrations.engine.tiles import (
+from bge_rerank_integrations.engine.cpu.int8_kernels import compiled, inlined, quantize_row
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     NOTHING,
     PANEL,
     ROWS,

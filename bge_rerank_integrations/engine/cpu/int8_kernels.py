@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from bge_rerank_integrations.engine.tiles import as_float, widest_vectors
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import as_float, widest_vectors
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
