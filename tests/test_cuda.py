@@ -17,12 +17,12 @@ from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
 from bge_rerank_integrations.engine.attention import flash_attention, resolve_attention
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.checkpoint import EMBEDDED_FOLDER, load_weights, read_shape
-from bge_rerank_integrations.engine.float8 import check_float8
-from bge_rerank_integrations.engine.fused import FusedBlocks, FusedOps, resolve_fused
-from bge_rerank_integrations.engine.graphs import CudaCapture, Graphs, plan_buckets
+from bge_rerank_integrations.engine.cuda.float8 import check_float8
+from bge_rerank_integrations.engine.cuda.fused_ops import FusedBlocks, FusedOps, resolve_fused
+from bge_rerank_integrations.engine.cuda.graphs import CudaCapture, Graphs, plan_buckets
+from bge_rerank_integrations.engine.cuda.transfer import PinnedTransfer
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.runner import Runner, load_runner
-from bge_rerank_integrations.engine.transfer import PinnedTransfer
 from tests.test_embedded import TRIPLES
 from tests.test_engine import max_difference, plain_logits, random_ids
 from tests.test_float8 import check_on_cranfield, kendall_tau
@@ -51,7 +51,7 @@ def compiled_kernels() -> int:
     """Count what Triton holds compiled of our kernels."""
     from triton.runtime.jit import JITFunction
 
-    from bge_rerank_integrations.engine import triton_kernels
+    from bge_rerank_integrations.engine.cuda import triton_kernels
 
     kernels = [kernel for kernel in vars(triton_kernels).values() if isinstance(kernel, JITFunction)]
     assert kernels

@@ -21,8 +21,7 @@ from bge_rerank_integrations.engine.attention import sdpa_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
 from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
-from bge_rerank_integrations.engine.describe import describe_machine
-from bge_rerank_integrations.engine.fused import (
+from bge_rerank_integrations.engine.cuda.fused_ops import (
     PLAIN_OPS,
     FusedBlocks,
     FusedOps,
@@ -30,6 +29,7 @@ from bge_rerank_integrations.engine.fused import (
     check_quantized,
     resolve_fused,
 )
+from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from tests.test_engine import CPU, max_difference, random_ids
 from tests.tolerances import LOGIT_TOLERANCE

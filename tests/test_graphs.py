@@ -15,7 +15,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.attention import flash_attention, sdpa_attention
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens, pack
 from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
-from bge_rerank_integrations.engine.graphs import (
+from bge_rerank_integrations.engine.cuda.graphs import (
     MAX_ROWS,
     Bucket,
     Capture,

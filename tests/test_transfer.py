@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.batch import PackedBatch, pack
+from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
 from bge_rerank_integrations.engine.runner import Runner
-from bge_rerank_integrations.engine.transfer import PlainTransfer, Transfer, resolve_transfer
 from tests.test_engine import CPU, LimitedMemory, numbered
 
 

@@ -15,9 +15,9 @@ from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.checkpoint import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
-from bge_rerank_integrations.engine.cuda import resolve_blocks, resolve_graphs
+from bge_rerank_integrations.engine.cuda.graphs import Graphs
+from bge_rerank_integrations.engine.cuda.selection import resolve_blocks, resolve_graphs
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
-from bge_rerank_integrations.engine.graphs import Graphs
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 

@@ -21,6 +21,9 @@ from bge_rerank_integrations.engine.checkpoint import (
     read_shape,
 )
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8, why_not
+from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_product
+from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
+from bge_rerank_integrations.engine.cuda.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.device import (
     activation_dtype,
     resolve_device,
@@ -28,9 +31,6 @@ from bge_rerank_integrations.engine.device import (
     resolve_max_batch_tokens,
     resolve_num_threads,
 )
-from bge_rerank_integrations.engine.float8 import check_float8, scaled_product
-from bge_rerank_integrations.engine.fused import resolve_fused
-from bge_rerank_integrations.engine.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.prompts import read_default_prompt
 

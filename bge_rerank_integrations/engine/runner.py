@@ -22,14 +22,14 @@ from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.batch_planning import plan_batches
 from bge_rerank_integrations.engine.build import build_model
 from bge_rerank_integrations.engine.checkpoint import identity, verify_sha256
+from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
+from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
 )
-from bge_rerank_integrations.engine.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.model import EncoderShape
-from bge_rerank_integrations.engine.transfer import PlainTransfer, Transfer, resolve_transfer
 
 logger = logging.getLogger(__name__)
 

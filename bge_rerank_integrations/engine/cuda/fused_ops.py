@@ -195,7 +195,7 @@ class FusedBlocks:
 
 
 def _triton_ops() -> FusedOps:
-    from bge_rerank_integrations.engine.triton_kernels import (
+    from bge_rerank_integrations.engine.cuda.triton_kernels import (
         TRITON,
         add_norm,
         add_norm_quantize,

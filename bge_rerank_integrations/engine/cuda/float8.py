@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.blocks import Norm, Parameters, Quantized, Rows
-from bge_rerank_integrations.engine.fused import PLAIN_OPS, FusedOps
+from bge_rerank_integrations.engine.cuda.fused_ops import PLAIN_OPS, FusedOps
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
 _MULTIPLE: Final = 16
