@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from benchmarks.common import Pairs, spread
 from bge_rerank_integrations import ScorerConfig
-from bge_rerank_integrations.engine.checkpoint import find_checkpoint, load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.checkpoint import find_checkpoint, load_weights, read_shape
 from bge_rerank_integrations.engine.model import EncoderShape
 from examples.random_checkpoint import TOKENIZER_CONFIG, build_random_checkpoint
 

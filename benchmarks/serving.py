@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.common import PairMaker, describe_hardware, import_optional, quiet, version
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.engine.checkpoint import find_checkpoint
+from bge_rerank_integrations.engine.checkpoint.checkpoint import find_checkpoint
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from examples.random_checkpoint import build_random_checkpoint
 

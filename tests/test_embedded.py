@@ -14,7 +14,7 @@ import torch
 import bge_rerank_integrations
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer
 from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
-from bge_rerank_integrations.engine.checkpoint import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.checkpoint.checkpoint import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.cpu.int8_support import why_not
 
 # Question, a passage that answers it, one that shares more words with it and does not.

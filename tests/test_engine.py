@@ -26,7 +26,7 @@ from bge_rerank_integrations.engine.attention import (
     sdpa_attention,
 )
 from bge_rerank_integrations.engine.batch import Seqlens, pack
-from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
     LinearFactory,

@@ -20,7 +20,7 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.attention import sdpa_attention
 from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
-from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.cuda.fused_ops import (
     PLAIN_OPS,
     FusedBlocks,

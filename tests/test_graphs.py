@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import flash_attention, sdpa_attention
 from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens, pack
-from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.cuda.graphs import (
     MAX_ROWS,
     Bucket,

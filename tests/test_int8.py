@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.engine.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.cpu import int8_support as vnni
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError

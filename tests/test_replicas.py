@@ -17,7 +17,7 @@ from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
 from bge_rerank_integrations.batching.inference import Pipeline
 from bge_rerank_integrations.batching.queue import Request, WaitingList
 from bge_rerank_integrations.batching.stats import ScorerStats
-from bge_rerank_integrations.engine.checkpoint import read_shape
+from bge_rerank_integrations.engine.checkpoint.checkpoint import read_shape
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost, load_runner, load_runners
 from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerClosedError, WorkerDiedError
 from bge_rerank_integrations.text.token_cache import TokenCache

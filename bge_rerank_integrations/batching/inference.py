@@ -327,13 +327,13 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         CheckpointError, ConfigError, DeviceError, ForkedProcessError: As `Scorer` says.
     """
     # Here and not above, so that naming a scorer in a signature does not cost the import of torch.
-    from bge_rerank_integrations.engine.checkpoint import (
+    from bge_rerank_integrations.engine.checkpoint.checkpoint import (
         check_max_length,
         find_checkpoint,
         read_shape,
         require_file,
     )
-    from bge_rerank_integrations.engine.prompts import read_default_prompt
+    from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
     from bge_rerank_integrations.engine.runner import is_device_lost, load_runners
 
     check_process()

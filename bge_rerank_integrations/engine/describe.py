@@ -14,12 +14,13 @@ import torch
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
-from bge_rerank_integrations.engine.checkpoint import (
+from bge_rerank_integrations.engine.checkpoint.checkpoint import (
     check_max_length,
     find_checkpoint,
     fingerprint,
     read_shape,
 )
+from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8, why_not
 from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
@@ -32,7 +33,6 @@ from bge_rerank_integrations.engine.device import (
     resolve_num_threads,
 )
 from bge_rerank_integrations.engine.linear import resolve_linear
-from bge_rerank_integrations.engine.prompts import read_default_prompt
 
 # All BGE rerankers have heads of this width, on which the choice of attention depends.
 _BGE_HEAD_DIM = 64

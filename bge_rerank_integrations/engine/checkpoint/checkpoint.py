@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.config import EMBEDDED_MODEL, LOCAL_REVISION, ScorerConfig
-from bge_rerank_integrations.engine.checkpoint_folder import (
+from bge_rerank_integrations.engine.checkpoint.mistaken_folders import (
     ADAPTER_CONFIG,
     describe_other_model,
     download_command,
