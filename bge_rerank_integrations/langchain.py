@@ -22,9 +22,7 @@ except ImportError as error:
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from typing_extensions import Self
 
-from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
-from bge_rerank_integrations.inputs import check_pairs, check_query, check_requests
-from bge_rerank_integrations.options import (
+from bge_rerank_integrations.adapter_options import (
     MARKS,
     Names,
     RerankOptions,
@@ -33,8 +31,10 @@ from bge_rerank_integrations.options import (
     summarize,
     summarize_all,
 )
+from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
 from bge_rerank_integrations.scorer import Scorer, SupportsRank
+from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
 
 _RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
 

@@ -28,10 +28,16 @@ from pydantic import (
     model_validator,
 )
 
+from bge_rerank_integrations.adapter_options import (
+    MARKS,
+    RerankOptions,
+    independent_copy,
+    marks_of,
+    summarize,
+)
 from bge_rerank_integrations.errors import InputError, InputTypeError
-from bge_rerank_integrations.inputs import check_query
-from bge_rerank_integrations.options import MARKS, RerankOptions, independent_copy, marks_of, summarize
 from bge_rerank_integrations.ranking import RankedPassage
+from bge_rerank_integrations.validation import check_query
 
 dispatcher = get_dispatcher(__name__)
 

@@ -30,7 +30,9 @@ from bge_rerank_integrations.config import (
     TruncationSide,
 )
 from bge_rerank_integrations.errors import ScorerClosedError
-from bge_rerank_integrations.inputs import (
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
+from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each, rank_each, rank_results
+from bge_rerank_integrations.validation import (
     acheck_stream,
     check_pairs,
     check_passages,
@@ -39,8 +41,6 @@ from bge_rerank_integrations.inputs import (
     check_stream,
     is_single_pair,
 )
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
-from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each, rank_each, rank_results
 
 # Of a stream: enough to fill batches with pairs of like lengths, few enough to be held twice over.
 _NUM_STREAMED_PAIRS: Final = 4096

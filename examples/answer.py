@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import RerankError, missing_extra
-from bge_rerank_integrations.options import RerankOptions
 from bge_rerank_integrations.scorer import SupportsRank
 
 try:

@@ -18,8 +18,8 @@ import pytest
 from pydantic import ValidationError
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, RankedPassage, Scorer
+from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import CheckpointNotFoundError, RequestTimeoutError, ScorerClosedError
-from bge_rerank_integrations.options import RerankOptions
 from tests.doubles import TableScorer
 from tests.queues import PATIENCE_S
 from tests.test_adapters import ADAPTER_TYPES, QUERY, arank_with, rank_with

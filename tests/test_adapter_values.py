@@ -26,8 +26,8 @@ from llama_index.core.schema import (
 from pydantic import Field, ValidationError
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, ScorerConfig
+from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import ConfigError, InputTypeError
-from bge_rerank_integrations.options import RerankOptions
 from tests.doubles import PANDA, TEA, TableScorer
 
 QUERY = "what does a panda eat?"

@@ -29,13 +29,13 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer, ScorerConfig
+from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
     ConfigError,
     InputError,
     InputTypeError,
 )
-from bge_rerank_integrations.options import RerankOptions
 from tests.doubles import TableScorer
 from tests.tolerances import LOGIT_TOLERANCE
 

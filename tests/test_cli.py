@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 
 from bge_rerank_integrations import Scorer, __version__, published
 from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.config import DEFAULT_MODEL
 from bge_rerank_integrations.engine.cpu.int8_support import why_not
 from bge_rerank_integrations.evaluation.reference_scores import Reference
-from bge_rerank_integrations.stdlib_docs import QUESTIONS, read_stdlib_docs
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
 COMMANDS = ("demo", "rank", "rerank-run", "eval", "info", "check")

@@ -15,13 +15,13 @@ from torch import Tensor
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
 from bge_rerank_integrations.engine.attention import flash_attention, resolve_attention
-from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.checkpoint.checkpoint import EMBEDDED_FOLDER, load_weights, read_shape
 from bge_rerank_integrations.engine.cuda.float8 import check_float8
 from bge_rerank_integrations.engine.cuda.fused_ops import FusedBlocks, FusedOps, resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import CudaCapture, Graphs, plan_buckets
 from bge_rerank_integrations.engine.cuda.transfer import PinnedTransfer
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from tests.test_embedded import TRIPLES
 from tests.test_engine import max_difference, plain_logits, random_ids

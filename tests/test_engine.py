@@ -25,7 +25,6 @@ from bge_rerank_integrations.engine.attention import (
     resolve_attention,
     sdpa_attention,
 )
-from bge_rerank_integrations.engine.batch import Seqlens, pack
 from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
@@ -36,6 +35,7 @@ from bge_rerank_integrations.engine.linear import (
     round_up_rows,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from tests.conftest import load_plain_model
 from tests.tolerances import LOGIT_TOLERANCE

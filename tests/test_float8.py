@@ -18,13 +18,13 @@ from torch import Tensor
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
-from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Rows
 from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.cuda.float8 import Float8Blocks, check_float8, dequantize, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import PLAIN_OPS
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_dtype
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 from bge_rerank_integrations.evaluation.bm25 import Bm25

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.attention import sdpa_attention
-from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
 from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.cuda.fused_ops import (
@@ -31,6 +30,7 @@ from bge_rerank_integrations.engine.cuda.fused_ops import (
 )
 from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import pack
 from tests.test_engine import CPU, max_difference, random_ids
 from tests.tolerances import LOGIT_TOLERANCE
 

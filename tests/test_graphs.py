@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import flash_attention, sdpa_attention
-from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens, pack
 from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
 from bge_rerank_integrations.engine.cuda.graphs import (
     MAX_ROWS,
@@ -26,6 +25,7 @@ from bge_rerank_integrations.engine.cuda.graphs import (
     plan_buckets,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner
 from tests.test_engine import CPU, IntArray, max_difference, random_ids
 from tests.tolerances import LOGIT_TOLERANCE

@@ -17,7 +17,7 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
 from bge_rerank_integrations.batching.inference import Pipeline
 from bge_rerank_integrations.batching.queue import Request
-from bge_rerank_integrations.engine.batch import PackedBatch
+from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
     NonFiniteScoreError,

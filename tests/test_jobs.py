@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
-from bge_rerank_integrations.evaluation.datasets import read_corpus
-from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
-from bge_rerank_integrations.request_lines import (
+from bge_rerank_integrations.cli.jobs.ranking_job import Progress, RankJob, rank_lines
+from bge_rerank_integrations.cli.jobs.requests import (
     MalformedInputError,
     MalformedLineError,
     check_format,
     parse_request,
 )
+from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.evaluation.datasets import read_corpus
 
 REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
 
@@ -350,7 +350,7 @@ def test_what_cannot_be_input_or_output_is_reported(output: Path, tmp_path: Path
 def test_two_processes_cannot_write_one_file(output: Path) -> None:
     with RankJob(output, {}, None):
         code = (
-            "import sys; from pathlib import Path; from bge_rerank_integrations.jobs import RankJob\n"
+            "import sys; from pathlib import Path; from bge_rerank_integrations.cli.jobs.ranking_job import RankJob\n"
             "with RankJob(Path(sys.argv[1]), {}, None): pass"
         )
         run = subprocess.run(

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.cpu.parallel import SplitForward, select, split_evenly
 from bge_rerank_integrations.engine.linear import round_up_rows
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from tests.queues import PATIENCE_S
 from tests.test_engine import CPU, random_ids
 

@@ -26,7 +26,7 @@ import torch
 
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
-from bge_rerank_integrations.engine.batch import PackedBatch
+from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
     DeviceLostError,

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank, notices
-from bge_rerank_integrations.engine.batch import PackedBatch
+from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
     InputError,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner
 from tests.test_engine import CPU, LimitedMemory, numbered
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks.stress.common import MAX_DIFFERENCE, PATIENCE_S, Bench, Outcome, difference
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
-from bge_rerank_integrations.engine.batch import PackedBatch
+from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import QueueFullError, WorkerDiedError
 from bge_rerank_integrations.text.tokenization import IntArray

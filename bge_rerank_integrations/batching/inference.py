@@ -23,12 +23,12 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_integrations.inputs import check_timeout
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.warn_once import warn_once
 from bge_rerank_integrations.text.pairs import PairResult, PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
+from bge_rerank_integrations.validation import check_timeout
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner

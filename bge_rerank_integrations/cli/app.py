@@ -10,11 +10,11 @@ from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import prepare_streams, wrap
 from bge_rerank_integrations.cli.demo import demo
 from bge_rerank_integrations.cli.evaluate import evaluate_command
-from bge_rerank_integrations.cli.inspect import check, info
+from bge_rerank_integrations.cli.info import check, info
+from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA
 from bge_rerank_integrations.cli.rank import rank, rerank_run_command
 from bge_rerank_integrations.errors import ConfigError, InputError, RerankError
-from bge_rerank_integrations.request_lines import MalformedInputError
 
 
 class _Failure(click.ClickException):

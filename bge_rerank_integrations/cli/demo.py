@@ -8,12 +8,12 @@ import click
 
 from bge_rerank_integrations.cli.console import WIDTH, cut, require_stdout, wrap
 from bge_rerank_integrations.cli.options import config_options
+from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.cli.summary import describe_truncation
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.errors import MissingExtraError, RerankError, missing_extra
 from bge_rerank_integrations.evaluation.bm25 import Bm25
 from bge_rerank_integrations.scorer import Scorer
-from bge_rerank_integrations.stdlib_docs import QUESTIONS, read_stdlib_docs
 
 _NAME_WIDTH = 29
 _RULE = "-" * WIDTH

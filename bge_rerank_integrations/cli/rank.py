@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import require_stdout, wrap
+from bge_rerank_integrations.cli.jobs.ranking_job import Progress, RankJob, rank_lines
+from bge_rerank_integrations.cli.jobs.requests import MalformedLineError, check_format
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -25,9 +27,7 @@ from bge_rerank_integrations.cli.summary import describe_precision_used, describ
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.evaluation.datasets import format_run, read_corpus, read_queries, read_run
 from bge_rerank_integrations.evaluation.runs import rerank_run
-from bge_rerank_integrations.jobs import Progress, RankJob, rank_lines
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
-from bge_rerank_integrations.request_lines import MalformedLineError, check_format
 from bge_rerank_integrations.scorer import Scorer
 
 # A job may be continued although these differ: where the model is kept, how many copies of it run, and how

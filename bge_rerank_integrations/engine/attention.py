@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bge_rerank_integrations.engine.batch import Seqlens
 from bge_rerank_integrations.engine.linear import round_up_rows
+from bge_rerank_integrations.engine.packing import Seqlens
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import torch
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
-from bge_rerank_integrations.engine.batch import pack
 from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
@@ -20,6 +19,7 @@ from bge_rerank_integrations.engine.cuda.selection import resolve_blocks, resolv
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import pack
 
 # Few enough for every checkpoint's positions and for the pass to take no time to speak of.
 _FIRST_PASS_TOKENS: Final = 4

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import VarlenAttention
-from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
 from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, PlainBlocks, Rows
 from bge_rerank_integrations.engine.linear import LinearFactory, plain_linear
+from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.engine.batch import PackedBatch, pack
 from bge_rerank_integrations.engine.batch_planning import plan_batches
 from bge_rerank_integrations.engine.build import build_model
 from bge_rerank_integrations.engine.checkpoint.checkpoint import identity, verify_sha256
@@ -30,6 +29,7 @@ from bge_rerank_integrations.engine.device import (
     resolve_max_batch_tokens,
 )
 from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 

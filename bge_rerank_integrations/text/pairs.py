@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
-from bge_rerank_integrations.inputs import BLANK_QUERY
 from bge_rerank_integrations.ranking import BLANK_LOGIT, RankedPassage, Ranking, select, sigmoid
 from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
+from bge_rerank_integrations.validation import BLANK_QUERY
 
 Pair = tuple[str, str]
 

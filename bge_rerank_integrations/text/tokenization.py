@@ -19,8 +19,8 @@ from bge_rerank_integrations.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_integrations.inputs import is_blank
 from bge_rerank_integrations.text.token_cache import Encoded, TokenCache
+from bge_rerank_integrations.validation import is_blank
 
 IntArray = npt.NDArray[np.int32]
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
 from bge_rerank_integrations.engine.cpu.int8_attention import attend
 from bge_rerank_integrations.engine.cpu.int8_kernels import add_norm_quantize, gelu_quantize, quantize
 from bge_rerank_integrations.engine.linear import plain_linear, round_up_rows
 from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 Floats = npt.NDArray[np.float32]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Imported for its side effect, which must be complete before a thread of this module computes.
 import bge_rerank_integrations.engine.cpu.first_calls  # noqa: F401
-from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens
+from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.fork_guard import was_forked
 from bge_rerank_integrations.runtime.shutdown import begin_exit
 from bge_rerank_integrations.runtime.tracebacks import release_frames

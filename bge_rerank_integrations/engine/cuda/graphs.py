@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import flash_attention
-from bge_rerank_integrations.engine.batch import PackedBatch, Seqlens, pack
+from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
 
 logger = logging.getLogger(__name__)
 

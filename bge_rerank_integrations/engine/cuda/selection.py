@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import VarlenAttention
-from bge_rerank_integrations.engine.batch import PackedBatch
 from bge_rerank_integrations.engine.blocks import Blocks
 from bge_rerank_integrations.engine.cuda.float8 import Float8Blocks, check_float8
 from bge_rerank_integrations.engine.cuda.fused_ops import FusedBlocks, resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import CudaCapture, Graphs, can_capture, plan_buckets
 from bge_rerank_integrations.engine.device import activation_dtype
 from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from bge_rerank_integrations.config import (
     path_to_str,
 )
 from bge_rerank_integrations.errors import ConfigError, InputError
-from bge_rerank_integrations.inputs import MAX_TIMEOUT_S
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold
 from bge_rerank_integrations.scorer import Scorer, SupportsRank
+from bge_rerank_integrations.validation import MAX_TIMEOUT_S
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -13,15 +13,15 @@ from typing import IO, Any, Final
 
 from filelock import FileLock, Timeout
 
-from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
-from bge_rerank_integrations.ranking import Ranking
-from bge_rerank_integrations.request_lines import (
+from bge_rerank_integrations.cli.jobs.requests import (
     MalformedInputError,
     MalformedLineError,
     Request,
     no_requests,
     parse_request,
 )
+from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.scorer import Scorer
 
 # Batches fill well with this many pairs at once, and a kill costs no more than scoring them.

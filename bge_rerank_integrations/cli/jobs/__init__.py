@@ -1,0 +1,1 @@
+"""Files of requests: read, ranked, resumed."""
