@@ -55,6 +55,27 @@ ROOMS = [
     "langchain",
     "llama_index",
     "telemetry",
+    "splitting",
+    "remote_wire",
+    "remote",
+    "server.settings",
+    "server.refusal",
+    "server.body",
+    "server.dialects.dialect",
+    "server.dialects.fields",
+    "server.dialects.rerank",
+    "server.dialects.tei",
+    "server.dialects.voyage",
+    "server.dialects.nvidia",
+    "server.dialects.score",
+    "server.dialects.native",
+    "server.dialects.table",
+    "server.service",
+    "server.endpoint",
+    "server.openapi",
+    "server.probes",
+    "server.app",
+    "server.run",
     "datasets",
     "bm25",
     "reranking",
@@ -67,6 +88,7 @@ ROOMS = [
     "cli.rank",
     "cli.evaluate",
     "cli.inspect",
+    "cli.serve",
     "cli.demo",
     "cli.app",
     "cli.__main__",
@@ -86,6 +108,9 @@ ALLOWED_IN = {
     "bm25s": {"bm25"},
     "ir_measures": {"evaluation"},
     "matplotlib": {"plots"},
+    "httpx": {"remote_wire", "remote"},
+    "starlette": {"server.app", "server.probes"},
+    "uvicorn": {"server.run"},
     "click": {room for room in ROOMS if room.startswith("cli.")},
 }
 
@@ -133,7 +158,7 @@ def test_libraries_stay_in_their_rooms(room: str) -> None:
     ],
 )
 def test_importing_loads_neither_torch_nor_a_framework(statement: str) -> None:
-    heavy = ["torch", "transformers", "langchain_core", "llama_index", "pydantic"]
+    heavy = ["torch", "transformers", "langchain_core", "llama_index", "pydantic", "httpx", "starlette"]
     code = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"

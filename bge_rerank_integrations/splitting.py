@@ -1,0 +1,106 @@
+"""Splitting requests into parts of bounded size, and merging the rankings of the parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
+
+
+class Fragment(NamedTuple):
+    """Neighbouring passages of one request.
+
+    Attributes:
+        request: Position of the request.
+        start: Position of the first passage in the request.
+        query: The request's query.
+        passages: The passages.
+    """
+
+    request: int
+    start: int
+    query: str
+    passages: list[str]
+
+
+def split_requests(
+    requests: Iterable[tuple[str, Sequence[str]]], *, max_pairs: int, max_characters: int
+) -> Iterator[list[Fragment]]:
+    """Split requests into parts; a long request is cut, and short ones share a part.
+
+    Args:
+        requests: (query, passages) of each request; read as the parts are taken.
+        max_pairs: Most passages in a part.
+        max_characters: Most characters in a part, queries included; a single pair that is longer is a part
+            by itself.
+
+    Yields:
+        The fragments of one part, in order. A request without passages is in no part.
+
+    Example:
+        >>> [len(part) for part in split_requests([("a", "xyz"), ("b", "x")], max_pairs=2, max_characters=99)]
+        [1, 2]
+    """
+    part: list[Fragment] = []
+    num_pairs = num_characters = 0
+    for position, (query, passages) in enumerate(requests):
+        fragment: Fragment | None = None
+        for index, passage in enumerate(passages):
+            size = len(passage) + (len(query) if fragment is None else 0)
+            if part and (num_pairs == max_pairs or num_characters + size > max_characters):
+                yield part
+                part, fragment = [], None
+                num_pairs = num_characters = 0
+                size = len(query) + len(passage)
+            if fragment is None:
+                fragment = Fragment(position, index, query, [])
+                part.append(fragment)
+            fragment.passages.append(passage)
+            num_pairs += 1
+            num_characters += size
+    if part:
+        yield part
+
+
+def merge_rankings(
+    num_requests: int,
+    parts: Iterable[tuple[Fragment, Ranking]],
+    *,
+    top_n: int | None = None,
+    threshold: float | None = None,
+    normalize: bool = False,
+) -> list[Ranking]:
+    """Merge the rankings of fragments into one ranking for each request.
+
+    Args:
+        num_requests: How many requests there are.
+        parts: Each fragment and the ranking of its passages.
+        top_n: Most passages to keep of each request; None keeps all.
+        threshold: Least score to keep, inclusive; None keeps every score.
+        normalize: Whether the scores are raw logits that are to be put through a sigmoid.
+
+    Returns:
+        One ranking for each request, in order; its counts are the sums over its fragments.
+    """
+    passages: list[list[RankedPassage]] = [[] for _ in range(num_requests)]
+    counts: list[dict[str, int]] = [{} for _ in range(num_requests)]
+    for fragment, ranking in parts:
+        for passage in ranking:
+            score = _normalized(passage) if normalize else passage.score
+            moved = dataclasses.replace(passage, index=fragment.start + passage.index, score=score)
+            passages[fragment.request].append(moved)
+        total = counts[fragment.request]
+        for name, count in vars(ranking).items():
+            total[name] = total.get(name, 0) + count
+    return [
+        # Equal scores keep the input order, so the passages are put into it first.
+        Ranking(select(sorted(kept, key=lambda passage: passage.index), top_n, threshold), **total)
+        for kept, total in zip(passages, counts, strict=True)
+    ]
+
+
+def _normalized(passage: RankedPassage) -> float:
+    # A blank passage was not scored, so it has no logit.
+    return 0.0 if getattr(passage, "blank", False) else sigmoid(passage.score)
