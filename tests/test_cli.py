@@ -15,7 +15,7 @@ from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.stdlib_docs import QUESTIONS, read_stdlib_docs
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
-COMMANDS = ("demo", "rank", "rerank-run", "eval", "info", "check")
+COMMANDS = ("demo", "rank", "rerank-run", "eval", "serve", "info", "check")
 
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> Result:

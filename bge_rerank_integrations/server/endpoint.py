@@ -154,19 +154,22 @@ class RerankEndpoint:
 
     async def _rank(self, exchange: _Exchange, headers: Mapping[str, str], receive: Receive) -> Reply:
         self._check_key(headers)
-        self._service.require_scorer()  # so that nothing is read that cannot be answered
-        body = await self._read(headers, receive)
-        exchange.is_body_read = True
-        fields = parse_object(body)
+        config = self._service.require_scorer().config  # before anything is read that cannot be answered
+
+        async def receive_body() -> MutableMapping[str, Any]:
+            message = await receive()
+            exchange.is_body_read = not message.get("more_body", False)
+            return message
+
+        fields = parse_object(await self._read(headers, receive_body))
         exchange.dialect = choose(self._dialects, fields)
         work = exchange.dialect.parse(fields)
         rankings = await self._score(work, receive)
-        scorer = self._service.require_scorer()
         return Reply(
             id=exchange.id,
             created=int(time.time()),
-            model=work.model or model_name(self._settings, scorer.config.model),
-            max_length=scorer.config.max_length,
+            model=work.model or model_name(self._settings, config.model),
+            max_length=config.max_length,
             work=work,
             rankings=rankings,
         )

@@ -68,9 +68,9 @@ def run_server(
         ws="none",
         timeout_graceful_shutdown=_LAST_RESPONSES_S,
     )
-    server = _Server(config, app.state.service.drain, grace_s)
     with _listen(host, port) as listener:
-        on_listening(_url(listener))
+        url = _url(listener)
+        server = _Server(config, app.state.service.drain, grace_s, lambda: on_listening(url))
         loader = threading.Thread(
             target=_load, args=(load, loading, server), name="bge-rerank-load", daemon=True
         )
@@ -93,9 +93,14 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[float], Awaitable[int]], grace_s: float
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[float], Awaitable[int]],
+        grace_s: float,
+        on_listening: Callable[[], object],
     ) -> None:
         super().__init__(config)
+        self._on_listening = on_listening
         self._drain = drain
         self._grace_s = grace_s
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,6 +110,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._loop is None or self._is_ending:

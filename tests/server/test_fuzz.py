@@ -40,7 +40,7 @@ OBJECTS = st.fixed_dictionaries(
 )
 PATHS = st.sampled_from(sorted(DIALECTS))
 FUZZ = settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

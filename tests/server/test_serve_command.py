@@ -19,7 +19,9 @@ import pytest
 from click.testing import CliRunner
 
 from bge_rerank_integrations.cli.app import main
-from tests.server.doubles import PATIENCE_S, wait_until
+from tests.server.doubles import wait_until
+
+PATIENCE_S = 60.0  # a process that imports torch on a busy machine
 
 KEY = "KEY-CANARY-5678"
 BODY = {"query": "TEXT-CANARY", "documents": ["TEXT-CANARY one", "two"]}
@@ -33,7 +35,7 @@ class Server:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        wait_until(lambda: "Listening on" in self.output or process.poll() is not None)
+        wait_until(lambda: "Listening on" in self.output or process.poll() is not None, PATIENCE_S)
         found = re.search(r"Listening on (http://\S+),", self.output)
         self.url = found[1] if found else ""
 
@@ -42,7 +44,7 @@ class Server:
         return "".join(self.lines)
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: httpx.get(self.url + "/health/ready").status_code == 200)
+        wait_until(lambda: httpx.get(self.url + "/health/ready").status_code == 200, PATIENCE_S)
 
     def end(self) -> int:
         status = self.process.wait(PATIENCE_S)
