@@ -47,6 +47,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "/v1/rerank": COHERE,
     "/v2/rerank": COHERE,
     "/infinity/rerank": COHERE,
+    "/voyage/v1/rerank": COHERE,
     "/score": {"text_1": QUERY, "text_2": PASSAGES},
     "/v1/score": {"text_1": QUERY, "text_2": PASSAGES},
     "/ranking": {"query": {"text": QUERY}, "passages": [{"text": text} for text in PASSAGES]},

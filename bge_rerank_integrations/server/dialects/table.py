@@ -22,6 +22,7 @@ DIALECTS: Final[Mapping[str, Sequence[Dialect]]] = {
     "/v1/rerank": _ALL_SHAPES,
     "/v2/rerank": _ALL_SHAPES,
     "/infinity/rerank": (INFINITY,),
+    "/voyage/v1/rerank": (VOYAGE,),
     "/score": (SCORE,),
     "/v1/score": (SCORE,),
     "/ranking": (NVIDIA,),
