@@ -310,7 +310,9 @@ class RemoteScorer:
         for queries, passages in chunks:
             grouped = groupby(zip(queries, passages, strict=True), key=lambda pair: pair[0])
             requests = [(query, [passage for _, passage in group]) for query, group in grouped]
-            rankings = yield from self._rank_checked(requests, None, None, deadline, start=len(scores))
+            rankings = yield from self._rank_checked(
+                requests, None, None, deadline, only_scores=True, start=len(scores)
+            )
             for ranking in rankings:
                 in_order = sorted(ranking, key=lambda passage: passage.index)
                 scores.extend(passage.score for passage in in_order)
@@ -348,9 +350,19 @@ class RemoteScorer:
         threshold: float | None,
         deadline: float | None,
         *,
+        only_scores: bool = False,
         start: int = 0,
     ) -> _Steps[list[Ranking]]:
-        """Rank requests, as many HTTP requests as it takes; `start` is the index of the first pair."""
+        """Rank requests, in as many HTTP requests as it takes.
+
+        Args:
+            requests: (query, passages) of each request, checked.
+            top_n: As in `rank`.
+            threshold: As in `rank`.
+            deadline: When the call's time is over, on the monotonic clock.
+            only_scores: Score every pair as `score` does.
+            start: Index of the first pair, for errors.
+        """
         if self._is_closed:
             raise ScorerClosedError("this scorer was closed; make a new one")
         ranked: list[tuple[Fragment, Ranking]] = []
@@ -358,8 +370,7 @@ class RemoteScorer:
             body = {
                 "requests": [(fragment.query, fragment.passages) for fragment in part],
                 "top_n": top_n,
-                "threshold": threshold,
-                "normalize": self._normalize,
+                "only_scores": only_scores,
             }
             try:
                 rankings = yield from self._exchange(body, deadline)
@@ -372,7 +383,10 @@ class RemoteScorer:
                 raise_unusable()
             ranked.extend(zip(part, rankings, strict=True))
             start += sum(len(fragment.passages) for fragment in part)
-        return merge_rankings(len(requests), ranked, top_n=top_n, threshold=threshold)
+        # Logits come over the wire, since the order is theirs; the scale is applied here.
+        return merge_rankings(
+            len(requests), ranked, top_n=top_n, threshold=threshold, normalize=self._normalize
+        )
 
     def _exchange(self, body: Mapping[str, Any], deadline: float | None) -> _Steps[list[Ranking]]:
         """Post a body, several times if need be, and return the rankings of the answer."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, sigmoid
 
 
 class Fragment(NamedTuple):
@@ -72,14 +72,14 @@ def merge_rankings(
     threshold: float | None = None,
     normalize: bool = False,
 ) -> list[Ranking]:
-    """Merge the rankings of fragments into one ranking for each request.
+    """Merge the rankings of fragments, whose scores are raw logits, into one ranking for each request.
 
     Args:
         num_requests: How many requests there are.
         parts: Each fragment and the ranking of its passages.
         top_n: Most passages to keep of each request; None keeps all.
-        threshold: Least score to keep, inclusive; None keeps every score.
-        normalize: Whether the scores are raw logits that are to be put through a sigmoid.
+        threshold: Least score to keep, inclusive and on the scale of the result; None keeps every passage.
+        normalize: Whether to put the logits through a sigmoid.
 
     Returns:
         One ranking for each request, in order; its counts are the sums over its fragments.
@@ -87,20 +87,23 @@ def merge_rankings(
     passages: list[list[RankedPassage]] = [[] for _ in range(num_requests)]
     counts: list[dict[str, int]] = [{} for _ in range(num_requests)]
     for fragment, ranking in parts:
-        for passage in ranking:
-            score = _normalized(passage) if normalize else passage.score
-            moved = dataclasses.replace(passage, index=fragment.start + passage.index, score=score)
-            passages[fragment.request].append(moved)
+        passages[fragment.request] += [
+            dataclasses.replace(passage, index=fragment.start + passage.index) for passage in ranking
+        ]
         total = counts[fragment.request]
         for name, count in vars(ranking).items():
             total[name] = total.get(name, 0) + count
     return [
-        # Equal scores keep the input order, so the passages are put into it first.
-        Ranking(select(sorted(kept, key=lambda passage: passage.index), top_n, threshold), **total)
+        Ranking(_select(kept, top_n, threshold, normalize=normalize), **total)
         for kept, total in zip(passages, counts, strict=True)
     ]
 
 
-def _normalized(passage: RankedPassage) -> float:
-    # A blank passage was not scored, so it has no logit.
-    return 0.0 if getattr(passage, "blank", False) else sigmoid(passage.score)
+def _select(
+    passages: Sequence[RankedPassage], top_n: int | None, threshold: float | None, *, normalize: bool
+) -> list[RankedPassage]:
+    """Order passages by their logits, equal ones in input order, and cut the list."""
+    ranked = sorted(passages, key=lambda passage: (-passage.score, passage.index))[:top_n]
+    if normalize:
+        ranked = [dataclasses.replace(passage, score=sigmoid(passage.score)) for passage in ranked]
+    return [passage for passage in ranked if threshold is None or passage.score >= threshold]

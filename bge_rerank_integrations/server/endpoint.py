@@ -118,7 +118,8 @@ class RerankEndpoint:
                     status,
                     body,
                     {"x-request-id": exchange.id, **more_headers},
-                    is_body_read=exchange.is_body_read or "expect" in headers,
+                    is_body_read=exchange.is_body_read,
+                    is_body_sent="expect" not in headers,
                 )
             reply = exchange.reply
             counts = (0, 0, 0) if reply is None else (reply.num_pairs, reply.num_tokens, reply.num_truncated)
@@ -241,8 +242,20 @@ async def _respond(
     headers: Mapping[str, str],
     *,
     is_body_read: bool,
+    is_body_sent: bool,
 ) -> None:
-    """Send a JSON response; if the request's body is unread, close the connection after a moment."""
+    """Send a JSON response, and close the connection if the request's body is unread.
+
+    Args:
+        receive: The ASGI channel of the request.
+        send: The ASGI channel of the response.
+        status: HTTP status.
+        body: What becomes the JSON.
+        headers: More headers.
+        is_body_read: Whether nothing of the request's body is left in the connection.
+        is_body_sent: Whether the client sends the body unasked, that is without `Expect: 100-continue`.
+    """
+    lingers = is_body_sent and not is_body_read
     content = json.dumps(body, allow_nan=False).encode()  # ASCII, so that a lone surrogate is no error
     all_headers = {
         "content-type": "application/json",
@@ -253,8 +266,8 @@ async def _respond(
     }
     encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in all_headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": content, "more_body": not is_body_read})
-    if not is_body_read:
+    await send({"type": "http.response.body", "body": content, "more_body": lingers})
+    if lingers:
         await _discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

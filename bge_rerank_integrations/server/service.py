@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Final
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
 from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
-from bge_rerank_integrations.ranking import Ranking
+from bge_rerank_integrations.ranking import RankedPassage, Ranking
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
@@ -25,6 +25,7 @@ _NUM_PARTS_AT_ONCE: Final = 2
 _MAX_QUEUE_SHARE: Final = 0.5
 
 _Part = list[Fragment]
+_Run = Callable[[Scorer, _Part], Awaitable[list[Ranking]]]
 
 
 class Service:
@@ -123,9 +124,8 @@ class Service:
     async def _rank(self, scorer: Scorer, work: Work) -> list[Ranking]:
         rankings = merge_rankings(
             len(work.requests),
-            await self._run_all(scorer, _parts(scorer, work.requests)),
+            await self._run_all(_score_all if work.only_scores else _rank_all, scorer, work.requests),
             top_n=work.top_n,
-            threshold=work.threshold,
             normalize=not work.raw_scores,
         )
         num_truncated = sum(ranking.num_truncated for ranking in rankings)
@@ -138,8 +138,10 @@ class Service:
             )
         return rankings
 
-    async def _run_all(self, scorer: Scorer, parts: Iterable[_Part]) -> list[tuple[Fragment, Ranking]]:
-        """Score the parts, a few at a time, and return each fragment's ranking."""
+    async def _run_all(
+        self, run: _Run, scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]
+    ) -> list[tuple[Fragment, Ranking]]:
+        """Score requests in parts, a few at a time, and return each fragment's ranking."""
         running: deque[tuple[_Part, int, asyncio.Task[list[Ranking]]]] = deque()
         ranked: list[tuple[Fragment, Ranking]] = []
         num_pairs = 0
@@ -157,13 +159,13 @@ class Service:
             ranked.extend(zip(part, rankings, strict=True))
 
         try:
-            for part in parts:
+            for part in _parts(scorer, requests):
                 # The first part alone decides whether the request is accepted, so it must not be refused for
                 # the room that the second takes.
                 may_wait = num_pairs > 0
                 if running and (not ranked or len(running) == _NUM_PARTS_AT_ONCE):
                     await finish_oldest()
-                task = asyncio.ensure_future(self._run_part(scorer, part, may_wait=may_wait))
+                task = asyncio.ensure_future(self._run_part(run, scorer, part, may_wait=may_wait))
                 running.append((part, num_pairs, task))
                 num_pairs += sum(len(fragment.passages) for fragment in part)
             while running:
@@ -175,16 +177,15 @@ class Service:
                 await asyncio.wait({task for _, _, task in running})
         return ranked
 
-    async def _run_part(self, scorer: Scorer, part: _Part, *, may_wait: bool) -> list[Ranking]:
+    async def _run_part(self, run: _Run, scorer: Scorer, part: _Part, *, may_wait: bool) -> list[Ranking]:
         """Score one part; a later part of a request waits for room instead of failing the whole request."""
-        requests = [(fragment.query, fragment.passages) for fragment in part]
         while True:
             self._num_started += 1
             num_started, was_alone = self._num_started, self._num_running == 0
             self._num_running += 1
             try:
                 _check_room(scorer, part)
-                return await scorer.arank_many(requests)
+                return await run(scorer, part)
             except QueueFullError as error:
                 was_alone = was_alone and num_started == self._num_started
                 if was_alone and scorer.health().queued_tokens == 0:
@@ -199,6 +200,22 @@ class Service:
                 self._part_ended = asyncio.Event()
             if self._num_running:
                 await self._part_ended.wait()
+
+
+async def _rank_all(scorer: Scorer, part: _Part) -> list[Ranking]:
+    if len(part) == 1:  # whose errors then name a passage, not a request
+        return [await scorer.arank(part[0].query, part[0].passages)]
+    return await scorer.arank_many([(fragment.query, fragment.passages) for fragment in part])
+
+
+async def _score_all(scorer: Scorer, part: _Part) -> list[Ranking]:
+    scores = iter(
+        await scorer.ascore([(fragment.query, passage) for fragment in part for passage in fragment.passages])
+    )
+    return [
+        Ranking([RankedPassage(index, next(scores)) for index in range(len(fragment.passages))])
+        for fragment in part
+    ]
 
 
 def _parts(scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]) -> Iterable[_Part]:

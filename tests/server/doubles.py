@@ -14,7 +14,6 @@ import uvicorn
 
 from bge_rerank_integrations import RankedPassage, Ranking, ScorerConfig
 from bge_rerank_integrations.errors import QueueFullError
-from bge_rerank_integrations.ranking import select
 from bge_rerank_integrations.stats import HealthState, ScorerHealth
 
 PATIENCE_S = 20.0  # nothing takes a hundredth of it, unless it hangs
@@ -61,6 +60,14 @@ class HeldScorer:
             raise self.error
         return [_rank(texts) for _, texts in requests]
 
+    async def arank(self, query: str, passages: Sequence[str]) -> Ranking:
+        (ranking,) = await self.arank_many([(query, passages)])
+        return ranking
+
+    async def ascore(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
+        rankings = await self.arank_many([(query, [passage]) for query, passage in pairs])
+        return [ranking[0].score for ranking in rankings]
+
     def health(self) -> ScorerHealth:
         return ScorerHealth(self.state, 0, self.queued_tokens, 1, 1)
 
@@ -70,7 +77,7 @@ def _rank(texts: Sequence[str]) -> Ranking:
         RankedPassage(index, _number(text), truncated="long" in text) for index, text in enumerate(texts)
     ]
     return Ranking(
-        select(scored, None, None),
+        sorted(scored, key=lambda passage: -passage.score),
         num_pairs=len(texts),
         num_tokens=sum(len(text.split()) for text in texts),
         num_truncated=sum(passage.truncated for passage in scored),

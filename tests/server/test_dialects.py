@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -108,13 +109,13 @@ def test_score(names: tuple[str, str]) -> None:
 
 
 def test_native_keeps_everything() -> None:
-    body = {"requests": [["q", ["a", "b"]]], "top_n": 0, "threshold": 0.5, "timeout_s": 3}
+    body = {"requests": [["q", ["a", "b"]]], "top_n": 0, "timeout_s": 3}
     work = NATIVE.parse(body)
-    assert (work.top_n, work.threshold, work.timeout_s, work.raw_scores) == (0, 0.5, 3.0, True)
-    assert not NATIVE.parse({**body, "normalize": True}).raw_scores
+    assert (work.top_n, work.timeout_s, work.raw_scores, work.only_scores) == (0, 3.0, True, False)
+    assert NATIVE.parse({**body, "only_scores": True}).only_scores
     (ranking,) = render(NATIVE, body)["rankings"]
-    assert ranking["passages"][1] == {"index": 0, "score": 0.25, "truncated": True, "windows": 1}
-    assert ranking["counts"] == {"num_pairs": 2, "num_tokens": 30, "num_truncated": 1}
+    assert ranking["passages"][1] == dataclasses.asdict(RANKING[1])
+    assert ranking["counts"] == vars(RANKING)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "/v1/score": {"text_1": QUERY, "text_2": PASSAGES},
     "/ranking": {"query": {"text": QUERY}, "passages": [{"text": text} for text in PASSAGES]},
     "/v1/ranking": {"query": {"text": QUERY}, "passages": [{"text": text} for text in PASSAGES]},
-    "/v1/rank": {"requests": [[QUERY, PASSAGES]], "normalize": True},
+    "/v1/rank": {"requests": [[QUERY, PASSAGES]]},
 }
 
 
@@ -76,7 +76,7 @@ def test_the_order_and_scores_are_the_local_scorers(path: str, client: httpx.Cli
     ranked = local.rank(QUERY, PASSAGES)
     response = client.post(path, json=REQUESTS[path])
     assert response.status_code == 200
-    is_raw = path.endswith("ranking")
+    is_raw = path.endswith(("ranking", "/rank"))
     expected = [(passage.index, passage.score if is_raw else sigmoid(passage.score)) for passage in ranked]
     found = scores_of(response.json())
     if path.endswith("score"):  # in input order
@@ -112,11 +112,11 @@ def test_what_clients_send_and_insist_on(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\u0000\u0001", "</s><s>", "🐼" * 50, "\ud800 alone", "\u202eabc", "\u0f00"]
+    "text", ["", " \n", "\u0000\u0001", "</s><s>", "🐼" * 50, "\ud800 alone", "\u202eabc", "\u0f00"]
 )
-def test_odd_texts_are_scored(text: str, client: httpx.Client) -> None:
-    content = json.dumps({"query": text, "documents": [text, "a"], "return_documents": True})
-    response = client.post("/v1/rerank", content=content)
+def test_odd_texts_come_back(text: str, client: httpx.Client) -> None:
+    body = {"query": f"what is {text}?", "documents": [text, "a"], "return_documents": True}
+    response = client.post("/v1/rerank", content=json.dumps(body))
     assert response.status_code == 200
     assert {each["document"]["text"] for each in json.loads(response.content)["results"]} == {text, "a"}
 
@@ -211,6 +211,17 @@ def test_a_body_that_is_too_large(kind: str, held: HeldScorer, held_client: http
     assert response.status_code == 413
     assert "larger than 10485 bytes" in response.json()["message"]
     assert held_client.post("/v1/rerank", content=small).status_code == 200  # the server goes on
+
+
+def test_a_client_that_asks_before_it_sends_a_large_body(held: HeldScorer, held_client: httpx.Client) -> None:
+    """The answer comes without the body, and the connection ends, so that nothing is taken for a next request."""
+    head = b"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\nexpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", held_client.base_url.port or 0)) as connection:
+        connection.sendall(head)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"100 Continue" not in answer
+    assert b"connection: close" in answer.lower()
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])

@@ -29,17 +29,23 @@ async def until(condition: Callable[[], object]) -> None:
     await asyncio.to_thread(wait_until, condition)
 
 
-async def test_the_scale_the_cut_and_the_threshold() -> None:
+async def test_the_scale_and_the_cut() -> None:
     service = service_of(HeldScorer(is_held=False))
     (ranking,) = await service.rank(Work(requests=[("q", ["1 a", "3 b", "2 c"])], top_n=2))
     assert [(passage.index, passage.score) for passage in ranking] == [(1, sigmoid(3)), (2, sigmoid(2))]
-    (ranking,) = await service.rank(work_of("1 a", "3 b", "2 c", threshold=2))
-    assert [passage.index for passage in ranking] == [1, 2]
+    (ranking,) = await service.rank(work_of("1 a", "3 b", "2 c"))
+    assert [(passage.index, passage.score) for passage in ranking] == [(1, 3), (2, 2), (0, 1)]
     assert (ranking.num_pairs, ranking.num_tokens) == (3, 6)
     (ranking,) = await service.rank(Work(requests=[("q", ["800", "900"])]))  # both are 1.0 as a sigmoid
-    assert [passage.index for passage in ranking] == [0, 1]
+    assert [(passage.index, passage.score) for passage in ranking] == [(1, 1.0), (0, 1.0)]
     assert await service.rank(Work(requests=[])) == []
     assert await service.rank(work_of()) == [[]]
+
+
+async def test_pairs_that_are_only_scored() -> None:
+    work = Work(requests=[("q", ["1", "3"]), ("r", ["2"])], raw_scores=True, only_scores=True)
+    first, second = await service_of(HeldScorer(is_held=False)).rank(work)
+    assert [(passage.index, passage.score) for passage in [*first, *second]] == [(1, 3), (0, 1), (0, 2)]
 
 
 async def test_many_passages_are_split_and_merged() -> None:
@@ -119,12 +125,12 @@ async def test_the_index_of_a_score_that_is_not_finite_counts_through_all_parts(
     scorer = HeldScorer(is_held=False, max_queued_tokens=256)
     service = service_of(scorer)
 
-    async def fail_at_the_second(requests: Any) -> Any:
+    async def fail_at_the_second(query: str, passages: Any) -> Any:
         if scorer.sizes:
             raise NonFiniteScoreError("bad", index=1)
-        return await HeldScorer.arank_many(scorer, requests)
+        return await HeldScorer.arank(scorer, query, passages)
 
-    scorer.arank_many = fail_at_the_second  # type: ignore[method-assign]
+    scorer.arank = fail_at_the_second  # type: ignore[method-assign]
     with pytest.raises(NonFiniteScoreError, match="pair 3") as caught:
         await service.rank(work_of("1", "2", "3", "4"))
     assert caught.value.index == 3

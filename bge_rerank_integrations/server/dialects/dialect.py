@@ -20,8 +20,8 @@ class Work:
     Attributes:
         requests: (query, passages) pairs; most dialects have one.
         top_n: Most passages to return of each request; None returns all.
-        threshold: Least score to return, inclusive; None returns every score.
         raw_scores: Return logits instead of scores from 0 to 1.
+        only_scores: Score every pair, as `Scorer.score` does, and count nothing.
         return_documents: Return the texts with the scores.
         refuse_truncated: Refuse the request if a passage or query is too long, instead of truncating it.
         timeout_s: Most seconds the client waits; None leaves it to the server.
@@ -30,8 +30,8 @@ class Work:
 
     requests: Sequence[tuple[str, list[str]]]
     top_n: int | None = None
-    threshold: float | None = None
     raw_scores: bool = False
+    only_scores: bool = False
     return_documents: bool = False
     refuse_truncated: bool = False
     timeout_s: float | None = None
@@ -60,8 +60,8 @@ class Reply:
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs that were scored."""
-        return sum(ranking.num_pairs for ranking in self.rankings)
+        """Number of pairs that were sent."""
+        return sum(len(passages) for _, passages in self.work.requests)
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""This package's own format, which loses nothing that a `Ranking` holds; `RemoteScorer` speaks it."""
+"""This package's own format: raw logits and all that a `Ranking` holds; `RemoteScorer` speaks it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.inputs import check_requests, check_timeout
-from bge_rerank_integrations.ranking import check_threshold, check_top_n
+from bge_rerank_integrations.ranking import check_top_n
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import read_flag, read_model, read_number
 
 
 def _parse(body: Body) -> Work:
-    top_n, threshold, timeout_s = body.get("top_n"), body.get("threshold"), read_number(body, "timeout_s")
+    top_n, timeout_s = body.get("top_n"), read_number(body, "timeout_s")
     check_top_n(top_n)  # here 0 is none, as in `Scorer.rank`
-    check_threshold(threshold)
     check_timeout(timeout_s)
     requests = body.get("requests")
     if not isinstance(requests, list):
@@ -23,8 +22,8 @@ def _parse(body: Body) -> Work:
     return Work(
         requests=check_requests(requests),
         top_n=top_n,
-        threshold=threshold,
-        raw_scores=not read_flag(body, "normalize"),
+        raw_scores=True,
+        only_scores=read_flag(body, "only_scores"),
         timeout_s=timeout_s,
         model=read_model(body),
     )
@@ -57,8 +56,10 @@ NATIVE: Final = Dialect(
             },
         },
         "top_n": {"type": ["integer", "null"], "minimum": 0, "description": "null is all, 0 is none"},
-        "threshold": {"type": ["number", "null"]},
-        "normalize": {"type": ["boolean", "null"], "description": "0..1 instead of raw logits"},
+        "only_scores": {
+            "type": ["boolean", "null"],
+            "description": "as `Scorer.score`, not as `Scorer.rank`",
+        },
         "timeout_s": {"type": ["number", "null"], "minimum": 0},
     },
     required=("requests",),
