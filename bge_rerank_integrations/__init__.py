@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bge_rerank_integrations.langchain import BGEReranker
     from bge_rerank_integrations.llama_index import BGERerankPostprocessor
     from bge_rerank_integrations.ranking import RankedPassage, Ranking
+    from bge_rerank_integrations.remote import RemoteScorer
     from bge_rerank_integrations.scorer import Scorer, SupportsRank
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "BGEReranker",
     "RankedPassage",
     "Ranking",
+    "RemoteScorer",
     "RerankError",
     "Scorer",
     "ScorerConfig",
@@ -35,6 +37,7 @@ _HOME = {
     "BGEReranker": "langchain",
     "RankedPassage": "ranking",
     "Ranking": "ranking",
+    "RemoteScorer": "remote",
     "RerankError": "errors",
     "Scorer": "scorer",
     "ScorerConfig": "config",

@@ -18,6 +18,9 @@ RerankError
 ├── RequestTimeoutError (TimeoutError)  not finished within the call's timeout
 ├── ScorerClosedError (RuntimeError)    used after close()
 ├── WorkerDiedError (RuntimeError)      the thread that feeds the device ended; the next call starts another
+├── RemoteError                         a rerank server answered with what cannot be used
+│   ├── ServerUnreachableError (ConnectionError)  it does not answer, or cannot take requests now
+│   └── AuthenticationError (PermissionError)     it does not accept the API key
 ├── ForkedProcessError (RuntimeError)   used in a child that was forked after its parent had loaded a model
 └── MissingExtraError (ImportError)     an optional framework is not installed
 ```
@@ -28,6 +31,7 @@ Messages name the setting or the index of the offending item, never its text.
 from __future__ import annotations
 
 __all__ = [
+    "AuthenticationError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigError",
@@ -42,9 +46,11 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteScoreError",
     "QueueFullError",
+    "RemoteError",
     "RequestTimeoutError",
     "RerankError",
     "ScorerClosedError",
+    "ServerUnreachableError",
     "UnsupportedCheckpointError",
     "WorkerDiedError",
     "missing_extra",
@@ -129,6 +135,18 @@ class RequestTimeoutError(RerankError, TimeoutError):
 
 class WorkerDiedError(RerankError, RuntimeError):
     """The thread that feeds the device ended while a request waited; the next call starts another."""
+
+
+class RemoteError(RerankError):
+    """A rerank server answered with something that cannot be used, such as an unknown error."""
+
+
+class ServerUnreachableError(RemoteError, ConnectionError):
+    """A rerank server does not answer, or cannot take requests now."""
+
+
+class AuthenticationError(RemoteError, PermissionError):
+    """A rerank server does not accept the API key, or asks for one."""
 
 
 class ForkedProcessError(RerankError, RuntimeError):

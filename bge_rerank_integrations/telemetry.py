@@ -5,7 +5,8 @@ Both read `Scorer.stats()` and `Scorer.health()` when they are asked; scoring it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from bge_rerank_integrations.batching.stats import ScorerStats
@@ -96,6 +97,54 @@ def prometheus_collector(scorer: Scorer) -> Collector:
             return families
 
     return ScorerCollector()
+
+
+def prometheus_exposition(scorer: Scorer | None) -> tuple[bytes, str]:
+    """Return a scorer's metrics in Prometheus' text format, and its content type.
+
+    Args:
+        scorer: The scorer; None gives no metrics.
+
+    Raises:
+        MissingExtraError: prometheus-client is not installed.
+    """
+    try:
+        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    except ImportError as error:
+        raise missing_extra("prometheus", "prometheus-client") from error
+
+    registry = CollectorRegistry(auto_describe=False)
+    if scorer is not None:
+        registry.register(prometheus_collector(scorer))
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+@contextmanager
+def request_span(name: str, headers: Mapping[str, str]) -> Iterator[Callable[[str, int | str], None]]:
+    """Trace a server's request as a span of OpenTelemetry; without that library, do nothing.
+
+    Args:
+        name: The span's name.
+        headers: The request's headers, lower-case, which may name the parent span.
+
+    Yields:
+        What sets an attribute of the span.
+    """
+    try:
+        from opentelemetry import propagate, trace
+    except ImportError:
+        yield lambda _, __: None
+        return
+    tracer = trace.get_tracer("bge_rerank_integrations.server")
+    # An exception is not recorded: its message may hold a text.
+    with tracer.start_as_current_span(
+        name,
+        context=propagate.extract(headers),
+        kind=trace.SpanKind.SERVER,
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        yield span.set_attribute
 
 
 def observe_with_opentelemetry(scorer: Scorer, meter: Meter) -> None:

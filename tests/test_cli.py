@@ -20,7 +20,7 @@ from bge_rerank_integrations.engine.cpu.int8_support import why_not
 from bge_rerank_integrations.evaluation.reference_scores import Reference
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
-COMMANDS = ("demo", "rank", "rerank-run", "eval", "info", "check")
+COMMANDS = ("demo", "rank", "rerank-run", "eval", "serve", "info", "check")
 
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> Result:

@@ -14,6 +14,7 @@ from bge_rerank_integrations.cli.info import check, info
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA
 from bge_rerank_integrations.cli.rank import rank, rerank_run_command
+from bge_rerank_integrations.cli.serve import serve
 from bge_rerank_integrations.errors import ConfigError, InputError, RerankError
 
 
@@ -76,5 +77,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, rank, rerank_run_command, evaluate_command, info, check):
+for _command in (demo, rank, rerank_run_command, evaluate_command, serve, info, check):
     main.add_command(_command)

@@ -1,0 +1,118 @@
+"""`bge-rerank serve`: the model behind HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import click
+
+from bge_rerank_integrations.cli.options import EXISTING_FILE, config_options
+from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.scorer import Scorer
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--api-key-file",
+    type=EXISTING_FILE,
+    help="File that holds the key clients must send.  [default: BGE_RERANK_API_KEY in the environment]",
+)
+@click.option("--no-auth", is_flag=True, help="Serve without a key even where other machines can connect.")
+@click.option("--model-name", help="Name of the model in responses.  [default: last part of --model]")
+@click.option(
+    "--max-body-mb", type=float, default=32.0, show_default=True, help="Largest request body, in MiB."
+)
+@click.option(
+    "--timeout-s", type=float, default=60.0, show_default=True, help="Most seconds to score a request."
+)
+@click.option(
+    "--grace-s",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Most seconds to finish accepted requests after SIGTERM.",
+)
+@click.option(
+    "--max-queued-tokens",
+    type=click.IntRange(min=1),
+    default=1_000_000,
+    show_default=True,
+    help="Most tokens that may wait; beyond that, clients are told to try again later.",
+)
+@click.option(
+    "--max-wait-ms",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="How long a request may wait for others to share a batch.",
+)
+@config_options()
+def serve(
+    config: ScorerConfig,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    no_auth: bool,
+    model_name: str | None,
+    max_body_mb: float,
+    timeout_s: float,
+    grace_s: float,
+    max_queued_tokens: int,
+    max_wait_ms: float,
+) -> None:
+    """Serve a model over HTTP.
+
+    Answers clients of Cohere, Jina, Text Embeddings Inference, vLLM, Infinity,
+    Voyage and NVIDIA, and `RemoteScorer`. Scores are from 0 to 1 unless a
+    request asks for raw ones.
+
+    Other machines are let in with an API key only, which is taken from
+    BGE_RERANK_API_KEY or a file. At SIGTERM no new requests are taken, the
+    accepted ones are finished, and the exit status is 0.
+
+    \b
+    bge-rerank serve --model embedded
+    BGE_RERANK_API_KEY=secret bge-rerank serve --host 0.0.0.0
+    curl http://127.0.0.1:8000/v1/rerank -H 'Authorization: Bearer secret' \\
+      -d '{"query": "what is a panda?", "documents": ["A bear.", "Tea."]}'
+    """
+    from bge_rerank_integrations.server.run import run_server
+    from bge_rerank_integrations.server.settings import ServerSettings, check_exposure, read_api_key
+
+    # Requests choose their scale, so the scorer gives raw logits.
+    config = dataclasses.replace(
+        config, max_queued_tokens=max_queued_tokens, max_wait_ms=max_wait_ms, normalize=False
+    )
+    settings = ServerSettings(
+        api_key=read_api_key(api_key_file),
+        max_body_mb=max_body_mb,
+        timeout_s=timeout_s,
+        model_name=model_name,
+    )
+    check_exposure(host, settings.api_key, no_auth=no_auth)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("bge_rerank_integrations").setLevel(logging.INFO)
+
+    def load() -> Scorer:
+        scorer = Scorer.from_config(config)
+        scorer.warmup()
+        return scorer
+
+    run_server(
+        load,
+        settings,
+        host=host,
+        port=port,
+        grace_s=grace_s,
+        on_listening=lambda url: click.echo(f"Listening on {url}, loading {config.model}", err=True),
+    )

@@ -1,0 +1,93 @@
+"""`create_app`: the ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+
+from bge_rerank_integrations.errors import missing_extra
+
+try:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise missing_extra("server", "starlette") from error
+
+from bge_rerank_integrations.errors import ConfigError, RerankError
+from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.server.dialects.rerank import RERANK
+from bge_rerank_integrations.server.dialects.table import DIALECTS, error_body
+from bge_rerank_integrations.server.endpoint import (
+    KeyCheck,
+    RerankEndpoint,
+    read_headers,
+    refusal_headers,
+    request_id,
+)
+from bge_rerank_integrations.server.probes import information_routes, probe_routes
+from bge_rerank_integrations.server.refusal import Refusal, refusal_of
+from bge_rerank_integrations.server.service import Service
+from bge_rerank_integrations.server.settings import ServerSettings
+
+
+def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None = None) -> Starlette:
+    """Return an ASGI application that reranks in every dialect, for uvicorn or any other ASGI server.
+
+    It keeps no global state. The scorer stays the caller's: warm it up before and close it after.
+    `app.state.service` is the `Service` that takes the work, whose `drain` ends it.
+
+    Args:
+        scorer: A scorer with `normalize=False`, or the future of one: until it is done, `/health/ready` and
+            requests answer 503.
+        settings: Key and limits; None takes the defaults, which ask for no key.
+
+    Raises:
+        ConfigError: The scorer normalizes its scores, so that raw ones could not be given.
+        MissingExtraError: The extra `server` is not installed.
+
+    Example:
+        >>> scorer = Scorer("embedded")
+        >>> scorer.warmup()
+        >>> app = create_app(scorer, ServerSettings(api_key="secret"))
+    """
+    if isinstance(scorer, Scorer) and scorer.config.normalize:
+        raise ConfigError("the server's scorer must have normalize=False; each request chooses its scale")
+    settings = settings or ServerSettings()
+    service = Service(scorer)
+    check_key = KeyCheck(settings.api_key)
+    endpoints = [
+        Route(path, RerankEndpoint(path, dialects, service, settings, check_key), methods=["POST"])
+        for path, dialects in DIALECTS.items()
+    ]
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        service.begin_drain()
+
+    app = Starlette(
+        routes=[*endpoints, *probe_routes(service), *information_routes(service, settings, check_key)],
+        exception_handlers={HTTPException: _refuse, Refusal: _refuse, RerankError: _refuse},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Answer for routes that do not exist, and for those that only read."""
+    refusal = refusal_of(error)
+    headers = {"x-request-id": request_id(read_headers(request.scope))}
+    if isinstance(error, HTTPException):
+        refusal = Refusal(error.status_code, error.detail, "HttpError")
+        headers |= error.headers or {}
+    return JSONResponse(
+        error_body(RERANK, refusal),
+        status_code=refusal.status,
+        headers={**headers, **refusal_headers(refusal)},
+    )

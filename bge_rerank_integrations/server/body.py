@@ -1,0 +1,117 @@
+"""Reading a request's body under a limit, and parsing it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Final
+
+from bge_rerank_integrations.server.refusal import ClientDisconnectedError, Refusal
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+# Both zlib containers, told apart by their headers.
+_ZLIB_OR_GZIP: Final = 32 + zlib.MAX_WBITS
+
+
+class _Plain:
+    """Takes bytes as they are."""
+
+    is_complete = True
+
+    def unpack(self, chunk: bytes, _: int) -> bytes:
+        return chunk
+
+
+class _Compressed:
+    """Decompresses gzip or zlib, and never produces more than it is allowed."""
+
+    def __init__(self) -> None:
+        self._decompressor = zlib.decompressobj(_ZLIB_OR_GZIP)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._decompressor.eof
+
+    def unpack(self, chunk: bytes, max_bytes: int) -> bytes:
+        unpacked = bytearray()
+        while chunk and len(unpacked) < max_bytes:
+            if self._decompressor.eof:  # gzip files may be concatenated
+                self._decompressor = zlib.decompressobj(_ZLIB_OR_GZIP)
+            unpacked += self._decompressor.decompress(chunk, max_bytes - len(unpacked))
+            chunk = self._decompressor.unconsumed_tail or self._decompressor.unused_data
+        return bytes(unpacked)
+
+
+_UNPACKERS: Final[Mapping[str, Callable[[], _Plain | _Compressed]]] = {
+    "": _Plain,
+    "identity": _Plain,
+    "gzip": _Compressed,
+    "x-gzip": _Compressed,
+    "deflate": _Compressed,
+}
+
+
+async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int) -> bytes:
+    """Read a whole body and decompress it.
+
+    Args:
+        receive: The ASGI channel.
+        headers: Lower-case names and their values.
+        max_bytes: Most bytes to take, counted after decompression. Nothing beyond is kept.
+
+    Raises:
+        Refusal: The body is too large (413), is compressed in an unknown way (415), or is damaged (400).
+        ClientDisconnectedError: The client went away.
+    """
+    too_large = Refusal(
+        413, f"the request body is larger than {max_bytes} bytes, the server's limit", "BodyTooLarge"
+    )
+    make_unpacker = _UNPACKERS.get(headers.get("content-encoding", "").strip().lower())
+    if make_unpacker is None:
+        raise Refusal(415, "the content encoding must be gzip, deflate or none", "UnsupportedEncoding")
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise too_large
+    unpacker = make_unpacker()
+    body = bytearray()
+    num_received = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
+        num_received += len(chunk)
+        try:
+            body += unpacker.unpack(chunk, max_bytes - len(body) + 1)
+        except zlib.error:
+            raise Refusal(400, "the compressed request body is damaged", "DamagedBody") from None
+        if max(len(body), num_received) > max_bytes:
+            raise too_large
+    if body and not unpacker.is_complete:
+        raise Refusal(400, "the compressed request body is incomplete", "DamagedBody")
+    return bytes(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        Refusal: The bytes are not a JSON object (400).
+    """
+    try:
+        data = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # the message of the first may quote the body
+        raise Refusal(400, "the request body is not valid JSON in UTF-8", "MalformedJson") from None
+    if not isinstance(data, dict):
+        raise Refusal(
+            400, f"the request body must be a JSON object, not {type(data).__name__}", "MalformedJson"
+        )
+    return data
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,1 @@
+"""One file for each family of wire formats: pure functions from and to JSON objects."""

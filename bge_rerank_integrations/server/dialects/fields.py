@@ -1,0 +1,122 @@
+"""Reading one field of a request; clients disagree about types, so what can be understood is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from bge_rerank_integrations.errors import InputError, InputTypeError
+
+_FLAGS: Final[Mapping[Any, bool]] = {
+    True: True,  # and 1, which equals it
+    False: False,  # and 0
+    "true": True,
+    "1": True,
+    "false": False,
+    "0": False,
+}
+_MAX_NAME_CHARACTERS: Final = 256
+
+TEXT_SCHEMA: Final = {"type": "string"}
+FLAG_SCHEMA: Final = {"type": ["boolean", "null"]}
+COUNT_SCHEMA: Final = {"type": ["integer", "null"], "minimum": 0, "description": "0 and null are all"}
+DOCUMENTS_SCHEMA: Final = {
+    "type": "array",
+    "items": {"anyOf": [{"type": "string"}, {"type": "object", "properties": {"text": {"type": "string"}}}]},
+}
+
+
+def read_text(body: Mapping[str, Any], name: str) -> str:
+    """Return a required text, which may be an object with the field `text`."""
+    return _text(_required(body, name), f"the field {name!r}")
+
+
+def read_texts(body: Mapping[str, Any], name: str, rank_fields: Sequence[str] = ("text",)) -> list[str]:
+    """Return a required list of texts.
+
+    Args:
+        body: The request.
+        name: The field.
+        rank_fields: Which fields of an object are its text; several become `name: value` lines.
+    """
+    values = _required(body, name)
+    if not isinstance(values, list):
+        raise InputTypeError(f"the field {name!r} must be a list of strings, not {type(values).__name__}")
+    return [
+        _text(value, f"item {index} of {name!r}", rank_fields, index) for index, value in enumerate(values)
+    ]
+
+
+def read_count(body: Mapping[str, Any], name: str) -> int | None:
+    """Return an optional count; None for one that is missing, null or 0, which all mean no limit."""
+    value = body.get(name)
+    if isinstance(value, str):
+        value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputTypeError(f"the field {name!r} must be an integer or null, not {type(value).__name__}")
+    if value < 0:
+        raise InputError(f"the field {name!r} must not be negative")
+    return value or None
+
+
+def read_number(body: Mapping[str, Any], name: str) -> float | None:
+    """Return an optional number."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputTypeError(f"the field {name!r} must be a number or null, not {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"the field {name!r} is out of range")
+    return number
+
+
+def read_flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """Return an optional boolean, which some clients send as a string."""
+    value = body.get(name)
+    if value is None:
+        return default
+    flag = _FLAGS.get(value.lower() if isinstance(value, str) else value) if _is_scalar(value) else None
+    if flag is None:
+        raise InputTypeError(f"the field {name!r} must be a boolean or null, not {type(value).__name__}")
+    return flag
+
+
+def read_model(body: Mapping[str, Any]) -> str | None:
+    """Return the model that the client named; any name is accepted, one that is too long is ignored."""
+    name = body.get("model")
+    return name if isinstance(name, str) and 0 < len(name) <= _MAX_NAME_CHARACTERS else None
+
+
+def _required(body: Mapping[str, Any], name: str) -> Any:
+    if body.get(name) is None:
+        raise InputError(f"the field {name!r} is missing")
+    return body[name]
+
+
+def _text(value: Any, what: str, rank_fields: Sequence[str] = ("text",), index: int | None = None) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        values = {name: value[name] for name in rank_fields if isinstance(value.get(name), str)}
+        if len(rank_fields) == 1 and values:
+            return str(*values.values())
+        if values:
+            return "\n".join(f"{name}: {text}" for name, text in values.items())
+        raise InputError(f"{what} is an object without the text to score", index=index)
+    raise InputTypeError(
+        f"{what} must be a string or an object with a text, not {type(value).__name__}", index=index
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)

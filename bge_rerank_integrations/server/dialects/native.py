@@ -1,0 +1,66 @@
+"""This package's own format: raw logits and all that a `Ranking` holds; `RemoteScorer` speaks it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.validation import check_requests, check_timeout
+from bge_rerank_integrations.ranking import check_top_n
+from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
+from bge_rerank_integrations.server.dialects.fields import read_flag, read_model, read_number
+
+
+def _parse(body: Body) -> Work:
+    top_n, timeout_s = body.get("top_n"), read_number(body, "timeout_s")
+    check_top_n(top_n)  # here 0 is none, as in `Scorer.rank`
+    check_timeout(timeout_s)
+    requests = body.get("requests")
+    if not isinstance(requests, list):
+        raise InputTypeError("the field 'requests' must be a list of [query, passages] pairs")
+    return Work(
+        requests=check_requests(requests),
+        top_n=top_n,
+        raw_scores=True,
+        only_scores=read_flag(body, "only_scores"),
+        timeout_s=timeout_s,
+        model=read_model(body),
+    )
+
+
+def _render(reply: Reply) -> dict[str, Any]:
+    return {
+        "id": reply.id,
+        "model": reply.model,
+        "rankings": [
+            {"passages": [dataclasses.asdict(passage) for passage in ranking], "counts": vars(ranking)}
+            for ranking in reply.rankings
+        ],
+    }
+
+
+NATIVE: Final = Dialect(
+    name="native",
+    parse=_parse,
+    render=_render,
+    error=plain_error,
+    fields={
+        "requests": {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "minItems": 2,
+                "maxItems": 2,
+                "description": "[query, passages]",
+            },
+        },
+        "top_n": {"type": ["integer", "null"], "minimum": 0, "description": "null is all, 0 is none"},
+        "only_scores": {
+            "type": ["boolean", "null"],
+            "description": "as `Scorer.score`, not as `Scorer.rank`",
+        },
+        "timeout_s": {"type": ["number", "null"], "minimum": 0},
+    },
+    required=("requests",),
+)

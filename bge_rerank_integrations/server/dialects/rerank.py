@@ -1,0 +1,106 @@
+"""The shape that Cohere, Jina, vLLM and Infinity share: `documents` in, `results` out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, openai_error
+from bge_rerank_integrations.server.dialects.fields import (
+    COUNT_SCHEMA,
+    DOCUMENTS_SCHEMA,
+    FLAG_SCHEMA,
+    TEXT_SCHEMA,
+    read_count,
+    read_flag,
+    read_model,
+    read_text,
+    read_texts,
+)
+
+_FIELDS: Final = {
+    "model": {"type": ["string", "null"]},
+    "query": TEXT_SCHEMA,
+    "documents": DOCUMENTS_SCHEMA,
+    "top_n": COUNT_SCHEMA,
+    "return_documents": FLAG_SCHEMA,
+    "raw_scores": FLAG_SCHEMA,
+    "use_activation": FLAG_SCHEMA,
+    "rank_fields": {"type": ["array", "null"], "items": {"type": "string"}},
+}
+
+
+def _parse(body: Body) -> Work:
+    documents = read_texts(body, "documents", _rank_fields(body))
+    return Work(
+        requests=[(read_text(body, "query"), documents)],
+        top_n=read_count(body, "top_n"),
+        raw_scores=read_flag(body, "raw_scores") or not read_flag(body, "use_activation", default=True),
+        return_documents=read_flag(body, "return_documents"),
+        model=read_model(body),
+    )
+
+
+def _rank_fields(body: Body) -> list[str]:
+    names = body.get("rank_fields") or ["text"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputTypeError("the field 'rank_fields' must be a list of strings or null")
+    return names
+
+
+def _render(reply: Reply) -> dict[str, Any]:
+    return _response(reply, lambda text: {"text": text})
+
+
+def _render_infinity(reply: Reply) -> dict[str, Any]:
+    return _response(reply, lambda text: text)
+
+
+def _response(reply: Reply, document: Any) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": 1},
+        "tokens": {"input_tokens": reply.num_tokens, "output_tokens": 0},
+    }
+    if reply.warnings:
+        meta["warnings"] = reply.warnings
+    return {
+        "id": reply.id,
+        "object": "rerank",
+        "created": reply.created,
+        "model": reply.model,
+        "results": list(_results(reply, document)),
+        "usage": reply.usage,
+        "meta": meta,
+    }
+
+
+def _results(reply: Reply, document: Any) -> Iterator[dict[str, Any]]:
+    (_, texts), ranking = reply.work.requests[0], reply.rankings[0]
+    for passage in ranking:
+        result = {"index": passage.index, "relevance_score": passage.score}
+        # Clients break at a field that is null, so one that does not apply is left out.
+        if reply.work.return_documents:
+            result["document"] = document(texts[passage.index])
+        if passage.truncated:
+            result["truncated"] = True
+        yield result
+
+
+RERANK: Final = Dialect(
+    name="rerank",
+    parse=_parse,
+    render=_render,
+    error=openai_error,
+    fields=_FIELDS,
+    required=("query", "documents"),
+)
+INFINITY: Final = Dialect(
+    name="infinity",  # which has documents as strings where the others have objects
+    parse=_parse,
+    render=_render_infinity,
+    error=openai_error,
+    fields=_FIELDS,
+    required=("query", "documents"),
+)

@@ -1,0 +1,54 @@
+"""Text Embeddings Inference: `texts` in, a bare array out."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
+from bge_rerank_integrations.server.dialects.fields import (
+    DOCUMENTS_SCHEMA,
+    FLAG_SCHEMA,
+    TEXT_SCHEMA,
+    read_flag,
+    read_text,
+    read_texts,
+)
+
+
+def _parse(body: Body) -> Work:
+    # `truncate` is not read: its default is false, clients send the default, and a server that refuses long
+    # texts because of it is what users complain about.
+    return Work(
+        requests=[(read_text(body, "query"), read_texts(body, "texts"))],
+        raw_scores=read_flag(body, "raw_scores"),
+        return_documents=read_flag(body, "return_text"),
+    )
+
+
+def _render(reply: Reply) -> list[dict[str, Any]]:
+    (_, texts), ranking = reply.work.requests[0], reply.rankings[0]
+    results: list[dict[str, Any]] = []
+    for passage in ranking:
+        result: dict[str, Any] = {"index": passage.index, "score": passage.score}
+        if reply.work.return_documents:
+            result["text"] = texts[passage.index]
+        results.append(result)
+    return results
+
+
+TEI: Final = Dialect(
+    name="tei",
+    parse=_parse,
+    render=_render,
+    error=plain_error,
+    fields={
+        "query": TEXT_SCHEMA,
+        "texts": DOCUMENTS_SCHEMA,
+        "raw_scores": FLAG_SCHEMA,
+        "return_text": FLAG_SCHEMA,
+        "truncate": FLAG_SCHEMA,
+    },
+    required=("query", "texts"),
+    matches=lambda body: "texts" in body,
+    invalid_status=422,
+)

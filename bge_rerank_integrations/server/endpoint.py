@@ -1,0 +1,291 @@
+"""One request over HTTP: key, body, dialect, scoring, response, log line."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from bge_rerank_integrations.errors import RequestTimeoutError
+from bge_rerank_integrations.ranking import Ranking
+from bge_rerank_integrations.server.body import Receive, parse_object, read_body
+from bge_rerank_integrations.server.dialects.dialect import Dialect, Reply, Work
+from bge_rerank_integrations.server.dialects.table import choose, error_body
+from bge_rerank_integrations.server.refusal import ClientDisconnectedError, Refusal, refusal_of
+from bge_rerank_integrations.server.service import Service
+from bge_rerank_integrations.server.settings import ServerSettings
+from bge_rerank_integrations.telemetry import request_span
+
+T = TypeVar("T")
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+logger = logging.getLogger("bge_rerank_integrations.server")
+
+# A client's own request id is kept if it cannot be mistaken for anything else in a log.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# How long a connection with an unread body stays open after the response: a close at once would reset it, and
+# the client might lose the response.
+_LINGER_S: Final = 1.0
+
+
+class KeyCheck:
+    """Compares the `Authorization` header with the key, in a time that tells nothing about either.
+
+    Args:
+        api_key: The key; None lets everybody in.
+    """
+
+    def __init__(self, api_key: str | None) -> None:
+        self._digest = None if api_key is None else _digest(api_key)
+
+    def __call__(self, headers: Mapping[str, str]) -> None:
+        """Raise `Refusal` unless the header is `Bearer KEY` or the bare key."""
+        if self._digest is None:
+            return
+        value = headers.get("authorization", "").strip()
+        scheme, _, rest = value.partition(" ")
+        key = rest.strip() if scheme.lower() == "bearer" else value
+        if not hmac.compare_digest(_digest(key), self._digest):
+            raise Refusal(401, "the API key is missing or wrong", "AuthenticationError")
+
+
+@dataclass
+class _Exchange:
+    """What is known of a request so far.
+
+    Attributes:
+        id: Request id.
+        dialect: The dialect of the body; until it is read, the last one of the path.
+        is_body_read: Whether nothing of the body is left in the connection.
+        reply: What the response is made of, once there is one.
+    """
+
+    id: str
+    dialect: Dialect
+    is_body_read: bool = False
+    reply: Reply | None = None
+
+
+class RerankEndpoint:
+    """ASGI application of one path.
+
+    Args:
+        path: The path, for logs.
+        dialects: The dialects it speaks.
+        service: What scores.
+        settings: Limits.
+        check_key: What refuses strangers.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dialects: Sequence[Dialect],
+        service: Service,
+        settings: ServerSettings,
+        check_key: KeyCheck,
+    ) -> None:
+        self._path = path
+        self._dialects = dialects
+        self._service = service
+        self._settings = settings
+        self._check_key = check_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        started = time.perf_counter()
+        headers = read_headers(scope)
+        exchange = _Exchange(request_id(headers), self._dialects[-1])
+        status: int | str
+        with request_span(f"POST {self._path}", headers) as set_attribute:
+            try:
+                status, body, more_headers = await self._answer(exchange, headers, receive)
+            except ClientDisconnectedError:
+                status = "disconnected"
+            else:
+                await _respond(
+                    receive,
+                    send,
+                    status,
+                    body,
+                    {"x-request-id": exchange.id, **more_headers},
+                    is_body_read=exchange.is_body_read,
+                    is_body_sent="expect" not in headers,
+                )
+            reply = exchange.reply
+            counts = (0, 0, 0) if reply is None else (reply.num_pairs, reply.num_tokens, reply.num_truncated)
+            for name, value in zip(("num_pairs", "num_tokens", "num_truncated"), counts, strict=True):
+                set_attribute(f"bge_rerank.{name}", value)
+            set_attribute("http.response.status_code", status)
+        logger.info(
+            "%s %s %s: %s, %d pairs, %d tokens, %d truncated, %.1f ms",
+            exchange.id,
+            self._path,
+            exchange.dialect.name,
+            status,
+            *counts,
+            1000 * (time.perf_counter() - started),
+        )
+
+    async def _answer(
+        self, exchange: _Exchange, headers: Mapping[str, str], receive: Receive
+    ) -> tuple[int, Any, dict[str, str]]:
+        """Return status, JSON body and headers of the response."""
+        try:
+            reply = exchange.reply = await self._rank(exchange, headers, receive)
+            return 200, exchange.dialect.render(reply), {"x-truncated-documents": str(reply.num_truncated)}
+        except ClientDisconnectedError:
+            raise
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status == 500:
+                logger.error("%s %s: %s", exchange.id, self._path, type(error).__name__)
+            if refusal.status == 400:
+                refusal.status = exchange.dialect.invalid_status
+            return refusal.status, error_body(exchange.dialect, refusal), refusal_headers(refusal)
+
+    async def _rank(self, exchange: _Exchange, headers: Mapping[str, str], receive: Receive) -> Reply:
+        self._check_key(headers)
+        config = self._service.require_scorer().config  # before anything is read that cannot be answered
+
+        async def receive_body() -> MutableMapping[str, Any]:
+            message = await receive()
+            exchange.is_body_read = not message.get("more_body", False)
+            return message
+
+        fields = parse_object(await self._read(headers, receive_body))
+        exchange.dialect = choose(self._dialects, fields)
+        work = exchange.dialect.parse(fields)
+        rankings = await self._score(work, receive)
+        return Reply(
+            id=exchange.id,
+            created=int(time.time()),
+            model=work.model or model_name(self._settings, config.model),
+            max_length=config.max_length,
+            work=work,
+            rankings=rankings,
+        )
+
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+        try:
+            return await asyncio.wait_for(
+                read_body(receive, headers, self._settings.max_body_bytes), self._settings.timeout_s
+            )
+        except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
+            raise Refusal(408, "the request body did not arrive in time", "RequestTimeout") from None
+
+    async def _score(self, work: Work, receive: Receive) -> list[Ranking]:
+        """Score until it is done, the time is over or the client has gone."""
+        timeout_s = min(self._settings.timeout_s, work.timeout_s or self._settings.timeout_s)
+        scoring = asyncio.ensure_future(self._service.rank(work))
+        disconnect = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({scoring, disconnect}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if scoring.done():
+                return scoring.result()
+            if disconnect.done():
+                raise ClientDisconnectedError
+            raise RequestTimeoutError(
+                f"not finished within {timeout_s:g} s; what had not started was dropped"
+            )
+        finally:
+            scoring.cancel()
+            disconnect.cancel()
+            await asyncio.wait({scoring, disconnect})
+
+
+def read_headers(scope: Scope) -> dict[str, str]:
+    """Return a request's headers; of one that is repeated, the last."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """Return the client's request id, or a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def refusal_headers(refusal: Refusal) -> dict[str, str]:
+    """Return the headers that go with a refusal."""
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["retry-after"] = str(refusal.retry_after_s)
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def model_name(settings: ServerSettings, model: str) -> str:
+    """Return the name that the server gives its model; of a folder, not where it lies."""
+    return settings.model_name or model.replace("\\", "/").rstrip("/").rpartition("/")[2] or model
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _respond(
+    receive: Receive,
+    send: Send,
+    status: int,
+    body: Any,
+    headers: Mapping[str, str],
+    *,
+    is_body_read: bool,
+    is_body_sent: bool,
+) -> None:
+    """Send a JSON response, and close the connection if the request's body is unread.
+
+    Args:
+        receive: The ASGI channel of the request.
+        send: The ASGI channel of the response.
+        status: HTTP status.
+        body: What becomes the JSON.
+        headers: More headers.
+        is_body_read: Whether nothing of the request's body is left in the connection.
+        is_body_sent: Whether the client sends the body unasked, that is without `Expect: 100-continue`.
+    """
+    lingers = is_body_sent and not is_body_read
+    content = json.dumps(body, allow_nan=False).encode()  # ASCII, so that a lone surrogate is no error
+    all_headers = {
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+        "cache-control": "no-store",
+        **headers,
+        **({} if is_body_read else {"connection": "close"}),
+    }
+    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in all_headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": content, "more_body": lingers})
+    if lingers:
+        await _discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read and forget the rest of a body, for a limited time."""
+
+    async def discard() -> None:
+        more = True
+        while more:
+            message = await receive()
+            more = message["type"] == "http.request" and message.get("more_body", False)
+
+    try:
+        await asyncio.wait_for(discard(), _LINGER_S)
+    except (TimeoutError, asyncio.TimeoutError):
+        return
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1", "replace")).digest()

@@ -1,0 +1,76 @@
+"""The OpenAPI document, made from the table of dialects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from bge_rerank_integrations import __version__
+from bge_rerank_integrations.server.dialects.dialect import Dialect
+from bge_rerank_integrations.server.dialects.table import DIALECTS
+
+_PROBES: Final = {
+    "/health/live": "Whether the process can do its work.",
+    "/health/ready": "Whether requests are taken now.",
+    "/metrics": "Figures for Prometheus.",
+    "/v1/models": "The model that is served.",
+}
+_REFUSALS: Final = {
+    "400": "The request is malformed.",
+    "401": "The API key is missing or wrong.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is larger than the server's limit.",
+    "415": "The body is compressed in an unknown way.",
+    "422": "The request is malformed (Text Embeddings Inference).",
+    "429": "The queue is full; `Retry-After` says when to try again.",
+    "503": "The model is being loaded, or the server is shutting down.",
+    "504": "The request was not finished in time.",
+}
+
+
+def openapi_document() -> dict[str, Any]:
+    """Return the description of all endpoints as an OpenAPI 3.1 document."""
+    paths: dict[str, Any] = {path: {"post": _operation(dialects)} for path, dialects in DIALECTS.items()}
+    for path, text in _PROBES.items():
+        responses = {"200": {"description": text}, "503": {"description": _REFUSALS["503"]}}
+        paths[path] = {"get": {"summary": text, "responses": responses}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "bge-rerank-integrations", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {
+                "Refusal": {
+                    "type": "object",
+                    "properties": {name: {"type": "string"} for name in ("message", "detail", "type")},
+                    "required": ["message", "detail", "error", "type"],
+                }
+            },
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _operation(dialects: Sequence[Dialect]) -> dict[str, Any]:
+    schemas = [
+        {
+            "type": "object",
+            "title": dialect.name,
+            "properties": dict(dialect.fields),
+            "required": list(dialect.required),
+        }
+        for dialect in dialects
+    ]
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
+    return {
+        "summary": "Dialects: " + ", ".join(dialect.name for dialect in dialects),
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"anyOf": schemas}}},
+        },
+        "responses": {
+            "200": {"description": "Scores.", "content": {"application/json": {"schema": {}}}},
+            **{status: {"description": text, "content": refusal} for status, text in _REFUSALS.items()},
+        },
+    }

@@ -1,0 +1,154 @@
+"""Running the application with uvicorn until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from types import FrameType
+from typing import Final
+
+from bge_rerank_integrations.errors import ConfigError, missing_extra
+
+try:
+    import uvicorn
+except ImportError as error:
+    raise missing_extra("server", "uvicorn") from error
+
+from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.server.app import create_app
+from bge_rerank_integrations.server.settings import ServerSettings, check_seconds
+
+logger = logging.getLogger("bge_rerank_integrations.server")
+
+_BACKLOG: Final = 2048
+# After the drain, connections have this long to take their response.
+_LAST_RESPONSES_S: Final = 2
+
+
+def run_server(
+    load: Callable[[], Scorer],
+    settings: ServerSettings,
+    *,
+    host: str,
+    port: int,
+    grace_s: float,
+    on_listening: Callable[[str], object],
+) -> None:
+    """Listen, load the model meanwhile, and serve until SIGTERM or SIGINT.
+
+    After the signal no new work is taken, and what was accepted has `grace_s` seconds to finish. A second
+    signal ends the wait.
+
+    Args:
+        load: Returns the scorer, which is closed in the end; called in another thread.
+        settings: The application's settings.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        grace_s: Most seconds to finish what was accepted.
+        on_listening: Called with the server's URL.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+        RerankError: The model cannot be loaded, as `Scorer` says.
+    """
+    check_seconds("grace_s", grace_s)
+    loading: Future[Scorer] = Future()
+    app = create_app(loading, settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # it would hold query strings
+        lifespan="on",
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=_LAST_RESPONSES_S,
+    )
+    with _listen(host, port) as listener:
+        url = _url(listener)
+        server = _Server(config, app.state.service.drain, grace_s, lambda: on_listening(url))
+        loader = threading.Thread(
+            target=_load, args=(load, loading, server), name="bge-rerank-load", daemon=True
+        )
+        loader.start()
+        server.run(sockets=[listener])
+    loader.join(grace_s)
+    if loader.is_alive():
+        # A signal came while the model was being loaded. That cannot be interrupted, and the interpreter's
+        # regular exit under a running native library ends in an abort.
+        logging.shutdown()
+        os._exit(0)
+    loading.result().close(timeout=grace_s)
+
+
+class _Server(uvicorn.Server):
+    """Drains the service at the first signal, and ends with status 0.
+
+    uvicorn alone would stop listening at once, so that clients and probes were refused without a reason. It
+    would also raise the signal again at the end.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[float], Awaitable[int]],
+        grace_s: float,
+        on_listening: Callable[[], object],
+    ) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+        self._drain = drain
+        self._grace_s = grace_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_ending = False
+        self._ending: asyncio.Future[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._on_listening()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._loop is None or self._is_ending:
+            self.should_exit = True
+            return
+        self._is_ending = True
+        self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    def _begin_to_end(self) -> None:
+        self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        logger.info("shutting down: finishing accepted requests, for at most %g s", self._grace_s)
+        num_cancelled = await self._drain(self._grace_s)
+        logger.info("shut down: %d request(s) were not finished in time", num_cancelled)
+        self.should_exit = True
+
+
+def _load(load: Callable[[], Scorer], loading: Future[Scorer], server: _Server) -> None:
+    try:
+        scorer = load()
+    except BaseException as error:  # raised again in the main thread
+        loading.set_exception(error)
+        server.should_exit = True
+    else:
+        loading.set_result(scorer)
+        logger.info("ready")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {host!r}, port {port}: {reason}") from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

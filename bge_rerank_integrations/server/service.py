@@ -1,0 +1,256 @@
+"""From work to rankings: admission, splitting, and the end of the process. Nothing here knows of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Final
+
+from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
+from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
+from bge_rerank_integrations.ranking import RankedPassage, Ranking
+from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.server.dialects.dialect import Work
+from bge_rerank_integrations.server.refusal import Refusal
+from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
+
+# A part is encoded by one thread at a time, so a long request cannot keep the tokenizer from the others. Two
+# parts of a request are under way at once, so that the device has work while the next part is encoded.
+_MAX_PAIRS: Final = 512
+_MAX_CHARACTERS: Final = 4_000_000
+_NUM_PARTS_AT_ONCE: Final = 2
+# A part may take at most this share of the queue, so that it always fits when others have left.
+_MAX_QUEUE_SHARE: Final = 0.5
+
+_Part = list[Fragment]
+_Run = Callable[[Scorer, _Part], Awaitable[list[Ranking]]]
+
+
+class Service:
+    """Scores work with one scorer for any number of tasks of one event loop.
+
+    Args:
+        scorer: A scorer whose scores are raw logits, or the future of one that is being loaded.
+
+    Example:
+        >>> service = Service(scorer)
+        >>> await service.rank(Work(requests=[("what is a panda?", ["A bear."])]))
+        [[RankedPassage(index=0, score=..., truncated=False, windows=1)]]
+    """
+
+    def __init__(self, scorer: Scorer | Future[Scorer]) -> None:
+        self._loading: Future[Scorer] = scorer if isinstance(scorer, Future) else _done(scorer)
+        self._is_draining = False
+        self._accepted: set[asyncio.Task[list[Ranking]]] = set()
+        self._num_running = self._num_started = 0  # parts
+        self._part_ended = asyncio.Event()  # a new one for each end
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The scorer, or None while it is being loaded and after that failed."""
+        is_loaded = self._loading.done() and not self._loading.cancelled() and not self._loading.exception()
+        return self._loading.result() if is_loaded else None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this process can still do its work, now or once the model is loaded."""
+        if not self._loading.done():
+            return True
+        scorer = self.scorer
+        return scorer is not None and scorer.health().state != "device lost"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether work is taken now."""
+        scorer = self.scorer
+        return scorer is not None and not self._is_draining and scorer.health().ok
+
+    def require_scorer(self) -> Scorer:
+        """Return the scorer.
+
+        Raises:
+            Refusal: It is not loaded yet, could not be loaded, or the server is shutting down.
+        """
+        if self._is_draining:
+            raise Refusal(503, "the server is shutting down", "ServerDraining", retry_after_s=1)
+        scorer = self.scorer
+        if scorer is None:
+            state = "could not be loaded" if self._loading.done() else "is still being loaded"
+            raise Refusal(503, f"the model {state}", "ModelNotLoaded", retry_after_s=5)
+        return scorer
+
+    async def rank(self, work: Work) -> list[Ranking]:
+        """Return one ranking for each request of the work; cancelling drops what has not started.
+
+        Raises:
+            QueueFullError: There is no room for the first part of the work.
+            Refusal: As `require_scorer` says; the work can never fit; or it was to be refused if truncated.
+            RerankError: As `Scorer.rank` does.
+        """
+        scorer = self.require_scorer()
+        task = asyncio.ensure_future(self._rank(scorer, work))
+        self._accepted.add(task)
+        task.add_done_callback(self._accepted.discard)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()  # does nothing to a task that has ended
+        if task.cancelled():
+            raise Refusal(503, "the server shut down before it was finished", "ServerDraining", None, 1)
+        return task.result()
+
+    def begin_drain(self) -> None:
+        """Take no new work from now on."""
+        self._is_draining = True
+
+    async def drain(self, grace_s: float) -> int:
+        """Wait until the accepted work is finished; cancel what is not after `grace_s` seconds.
+
+        Returns:
+            How many requests were cancelled.
+        """
+        self.begin_drain()
+        if not self._accepted:
+            return 0
+        _, unfinished = await asyncio.wait(self._accepted, timeout=grace_s)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished)
+        return len(unfinished)
+
+    async def _rank(self, scorer: Scorer, work: Work) -> list[Ranking]:
+        rankings = merge_rankings(
+            len(work.requests),
+            await self._run_all(_score_all if work.only_scores else _rank_all, scorer, work.requests),
+            top_n=work.top_n,
+            normalize=not work.raw_scores,
+        )
+        num_truncated = sum(ranking.num_truncated + ranking.num_truncated_queries for ranking in rankings)
+        if work.refuse_truncated and num_truncated:
+            raise Refusal(
+                400,
+                f"{num_truncated} text(s) do not fit into {scorer.config.max_length} tokens with the "
+                "query, and the request forbids truncation",
+                "InputTooLong",
+            )
+        return rankings
+
+    async def _run_all(
+        self, run: _Run, scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]
+    ) -> list[tuple[Fragment, Ranking]]:
+        """Score requests in parts, a few at a time, and return each fragment's ranking."""
+        running: deque[tuple[_Part, int, asyncio.Task[list[Ranking]]]] = deque()
+        ranked: list[tuple[Fragment, Ranking]] = []
+        num_pairs = 0
+
+        async def finish_oldest() -> None:
+            part, start, task = running[0]
+            try:
+                rankings = await task
+            except NonFiniteScoreError as error:
+                index = start + (error.index or 0)
+                raise NonFiniteScoreError(
+                    f"the model's score of pair {index} is not finite", index=index
+                ) from None
+            running.popleft()
+            ranked.extend(zip(part, rankings, strict=True))
+
+        try:
+            for part in _parts(scorer, requests):
+                # The first part alone decides whether the request is accepted, so it must not be refused for
+                # the room that the second takes.
+                may_wait = num_pairs > 0
+                if running and (not ranked or len(running) == _NUM_PARTS_AT_ONCE):
+                    await finish_oldest()
+                task = asyncio.ensure_future(self._run_part(run, scorer, part, may_wait=may_wait))
+                running.append((part, num_pairs, task))
+                num_pairs += sum(len(fragment.passages) for fragment in part)
+            while running:
+                await finish_oldest()
+        finally:
+            for _, _, task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait({task for _, _, task in running})
+        return ranked
+
+    async def _run_part(self, run: _Run, scorer: Scorer, part: _Part, *, may_wait: bool) -> list[Ranking]:
+        """Score one part; a later part of a request waits for room instead of failing the whole request."""
+        while True:
+            self._num_started += 1
+            num_started, was_alone = self._num_started, self._num_running == 0
+            self._num_running += 1
+            try:
+                _check_room(scorer, part)
+                return await run(scorer, part)
+            except QueueFullError as error:
+                was_alone = was_alone and num_started == self._num_started
+                if was_alone and scorer.health().queued_tokens == 0:
+                    raise Refusal(
+                        413, f"a document is too long for the queue: {error}", "InputTooLong"
+                    ) from None
+                if not may_wait:
+                    raise
+            finally:
+                self._num_running -= 1
+                self._part_ended.set()
+                self._part_ended = asyncio.Event()
+            if self._num_running:
+                await self._part_ended.wait()
+
+
+async def _rank_all(scorer: Scorer, part: _Part) -> list[Ranking]:
+    if len(part) == 1:  # whose errors then name a passage, not a request
+        return [await scorer.arank(part[0].query, part[0].passages)]
+    return await scorer.arank_many([(fragment.query, fragment.passages) for fragment in part])
+
+
+async def _score_all(scorer: Scorer, part: _Part) -> list[Ranking]:
+    scores = iter(
+        await scorer.ascore([(fragment.query, passage) for fragment in part for passage in fragment.passages])
+    )
+    return [
+        Ranking([RankedPassage(index, next(scores)) for index in range(len(fragment.passages))])
+        for fragment in part
+    ]
+
+
+def _parts(scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]) -> Iterable[_Part]:
+    limit = scorer.config.max_queued_tokens
+    max_pairs = _MAX_PAIRS
+    if limit is not None:
+        max_pairs = max(min(max_pairs, int(limit * _MAX_QUEUE_SHARE) // scorer.config.max_length), 1)
+    return split_requests(requests, max_pairs=max_pairs, max_characters=_MAX_CHARACTERS)
+
+
+def _check_room(scorer: Scorer, part: _Part) -> None:
+    """Refuse a part that cannot fit before the work of encoding it.
+
+    A word has at least one token, so words give a lower bound of what the part needs.
+
+    Raises:
+        QueueFullError: There is no room.
+    """
+    limit = scorer.config.max_queued_tokens
+    if limit is None:
+        return
+    queued = scorer.health().queued_tokens
+    if queued == 0:
+        return
+    # What the longest query leaves for a passage.
+    room = scorer.config.max_length - scorer.config.effective_query_max_length - NUM_SPECIAL_TOKENS
+    needed = queued
+    for fragment in part:
+        for passage in set(fragment.passages):
+            needed += NUM_SPECIAL_TOKENS + min(len(passage.split(None, room)), room)
+            if needed > limit:
+                raise QueueFullError(f"{queued} tokens are waiting; max_queued_tokens is {limit}")
+
+
+def _done(scorer: Scorer) -> Future[Scorer]:
+    future: Future[Scorer] = Future()
+    future.set_result(scorer)
+    return future

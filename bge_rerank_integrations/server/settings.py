@@ -1,0 +1,104 @@
+"""The settings of the HTTP server."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from bge_rerank_integrations.errors import ConfigError
+
+API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What the HTTP application allows; what it scores with is the scorer's own configuration.
+
+    Attributes:
+        api_key: What clients must send in `Authorization`; None lets everybody in.
+        max_body_mb: Largest request body in MiB, counted after decompression.
+        timeout_s: Most seconds for reading a request's body, and again for scoring it.
+        model_name: Name that `/v1/models` lists and that responses carry where the request names no model;
+            None is the last part of the scorer's `model`.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Example:
+        >>> ServerSettings(api_key="secret", timeout_s=10.0)
+        ServerSettings(max_body_mb=32.0, timeout_s=10.0, model_name=None)
+    """
+
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    max_body_mb: float = 32.0
+    timeout_s: float = 60.0
+    model_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not _is_key(self.api_key):
+            raise ConfigError("the API key must be printable ASCII without spaces, and not empty")
+        check_seconds("timeout_s", self.timeout_s)
+        if not self.max_body_mb > 0 or not math.isfinite(self.max_body_mb):
+            raise ConfigError("max_body_mb must be a positive number")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body in bytes."""
+        return int(self.max_body_mb * 1024 * 1024)
+
+
+def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the key from a file if one is given, else from `BGE_RERANK_API_KEY`, else None.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no key.
+    """
+    if file is None:
+        return environment.get(API_KEY_VARIABLE) or None
+    try:
+        key = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {file} cannot be read ({type(error).__name__})") from None
+    if not key:
+        raise ConfigError(f"the key file {file} is empty")
+    return key
+
+
+def check_exposure(host: str, api_key: str | None, *, no_auth: bool) -> None:
+    """Refuse to let other machines in without a key, unless that is asked for.
+
+    Raises:
+        ConfigError: The host is not a loopback address, there is no key, and `no_auth` is False; or there is
+            a key and `no_auth` is True.
+    """
+    if no_auth and api_key is not None:
+        raise ConfigError("--no-auth contradicts the API key that is set; remove one of them")
+    if api_key is None and not no_auth and not _is_loopback(host):
+        raise ConfigError(
+            f"host {host!r} can be reached from other machines, and no API key is set; set "
+            f"{API_KEY_VARIABLE} or --api-key-file, or allow everybody with --no-auth"
+        )
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Raise `ConfigError` unless a value is a positive, finite number of seconds."""
+    if not value > 0 or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a positive number of seconds")
+
+
+def _is_key(key: str) -> bool:
+    return bool(key) and all("!" <= character <= "~" for character in key)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

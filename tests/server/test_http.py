@@ -1,0 +1,425 @@
+"""The server as a client sees it, over a real connection."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gzip
+import json
+import logging
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.errors import (
+    ConfigError,
+    DeviceLostError,
+    NonFiniteScoreError,
+    ScorerClosedError,
+    WorkerDiedError,
+)
+from bge_rerank_integrations.ranking import sigmoid
+from bge_rerank_integrations.server import ServerSettings, create_app
+from bge_rerank_integrations.server.dialects.table import DIALECTS
+from tests.server.conftest import KEY
+from tests.server.doubles import HeldScorer, running, wait_until
+
+QUERY = "what does a giant panda eat?"
+PASSAGES = [
+    "The giant panda eats bamboo.",
+    "Tea is a hot drink.",
+    "",
+    "Bears eat fish, berries and honey.",
+    "A car has four wheels. " * 200,
+    "Python is a programming language.",
+]
+COHERE = {"query": QUERY, "documents": PASSAGES}
+TEI = {"query": QUERY, "texts": PASSAGES}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "/": TEI,
+    "/rerank": TEI,
+    "/v1/rerank": COHERE,
+    "/v2/rerank": COHERE,
+    "/infinity/rerank": COHERE,
+    "/voyage/v1/rerank": COHERE,
+    "/score": {"text_1": QUERY, "text_2": PASSAGES},
+    "/v1/score": {"text_1": QUERY, "text_2": PASSAGES},
+    "/ranking": {"query": {"text": QUERY}, "passages": [{"text": text} for text in PASSAGES]},
+    "/v1/ranking": {"query": {"text": QUERY}, "passages": [{"text": text} for text in PASSAGES]},
+    "/v1/rank": {"requests": [[QUERY, PASSAGES]]},
+}
+
+
+def scores_of(answer: Any) -> list[tuple[int, float]]:
+    """Return (index, score) of any dialect's answer, as it was ordered."""
+    if isinstance(answer, dict):
+        if "rankings" in answer and "passages" in answer["rankings"][0]:
+            answer = answer["rankings"][0]["passages"]
+        else:
+            answer = answer.get("results") or answer.get("data") or answer.get("rankings")
+    names = ("score", "relevance_score", "logit")
+    return [(each["index"], next(each[name] for name in names if name in each)) for each in answer]
+
+
+def test_every_path_has_a_request_here() -> None:
+    assert set(REQUESTS) == set(DIALECTS)
+
+
+@pytest.mark.parametrize("path", sorted(REQUESTS))
+def test_the_order_and_scores_are_the_local_scorers(path: str, client: httpx.Client, local: Scorer) -> None:
+    ranked = local.rank(QUERY, PASSAGES)
+    response = client.post(path, json=REQUESTS[path])
+    assert response.status_code == 200
+    is_raw = path.endswith(("ranking", "/rank"))
+    expected = [(passage.index, passage.score if is_raw else sigmoid(passage.score)) for passage in ranked]
+    found = scores_of(response.json())
+    if path.endswith("score"):  # in input order
+        expected.sort()
+    assert [index for index, _ in found] == [index for index, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-6)
+    assert sorted(index for index, _ in found) == list(range(len(PASSAGES)))
+    assert response.headers["x-truncated-documents"] == "1"
+    assert response.headers["content-type"] == "application/json"
+
+
+def test_what_clients_send_and_insist_on(client: httpx.Client) -> None:
+    body = {
+        **COHERE,
+        "model": "rerank-v3.5",
+        "top_n": None,
+        "max_tokens_per_doc": None,
+        "return_documents": "true",
+        "nobody": {"knows": ["this"]},
+    }
+    response = client.post("/v2/rerank", json=body, headers={"authorization": "Bearer whatever"})
+    answer = response.json()
+    assert set(answer) >= {"id", "model", "object", "results", "usage", "meta"}
+    assert (answer["object"], answer["model"]) == ("rerank", "rerank-v3.5")
+    assert answer["meta"]["tokens"]["input_tokens"] == answer["usage"]["total_tokens"] > 0
+    assert answer["id"] == response.headers["x-request-id"]
+    assert [PASSAGES[each["index"]] for each in answer["results"]] == [
+        each["document"]["text"] for each in answer["results"]
+    ]
+    assert [each["index"] for each in answer["results"] if "truncated" in each] == [4]
+    assert "1 of 6 documents were truncated" in answer["meta"]["warnings"][0]
+    assert None not in answer["results"][0].values()
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n", "\u0000\u0001", "</s><s>", "🐼" * 50, "\ud800 alone", "\u202eabc", "\u0f00"]
+)
+def test_odd_texts_come_back(text: str, client: httpx.Client) -> None:
+    body = {"query": f"what is {text}?", "documents": [text, "a"], "return_documents": True}
+    response = client.post("/v1/rerank", content=json.dumps(body))
+    assert response.status_code == 200
+    assert {each["document"]["text"] for each in json.loads(response.content)["results"]} == {text, "a"}
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer wrong", "wrong", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer \xe9"],
+)
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rank", "/v1/models", "/openapi.json"])
+def test_a_wrong_key(path: str, authorization: str | None, keyed_url: str) -> None:
+    headers = {} if authorization is None else {"authorization": authorization.encode("latin-1")}
+    method = "POST" if path in DIALECTS else "GET"
+    response = httpx.request(method, keyed_url + path, json=COHERE, headers=headers)  # type: ignore[arg-type]
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    body = response.json()
+    assert body["message"] == body["detail"] == "the API key is missing or wrong"
+    assert KEY not in response.text
+
+
+def test_the_right_key(keyed_url: str) -> None:
+    for authorization in (f"Bearer {KEY}", f"bearer  {KEY}", KEY):
+        headers = {"authorization": authorization}
+        assert httpx.post(keyed_url + "/v1/rerank", json=COHERE, headers=headers).status_code == 200
+        assert httpx.get(keyed_url + "/v1/models", headers=headers).status_code == 200
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):  # need none
+        assert httpx.get(keyed_url + path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"CANARY", "not valid JSON"),
+        (b"[1]", "must be a JSON object, not list"),
+        (b'{"query": "CANARY", "documents": [NaN]}', "not valid JSON"),
+        (b'{"query": "CANARY\xff"}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"top_n": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"query": "CANARY"}', "'documents' is missing"),
+        (b'{"query": "CANARY", "documents": ["a", 1]}', "item 1 of 'documents'"),
+    ],
+)
+def test_malformed_bodies(content: bytes, message: str, client: httpx.Client) -> None:
+    response = client.post("/v1/rerank", content=content)
+    assert response.status_code == 400
+    body = response.json()
+    assert message in body["message"]
+    assert body["detail"] == body["error"]["message"] == body["message"]
+    assert "CANARY" not in response.text
+
+
+def test_malformed_bodies_are_422_where_tei_has_it_so(client: httpx.Client) -> None:
+    response = client.post("/rerank", json={"query": "CANARY", "texts": "CANARY"})
+    assert response.status_code == 422
+    assert (response.json()["error_type"], type(response.json()["error"])) == ("Validation", str)
+    assert "CANARY" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/CANARY", 404), ("GET", "/rerank", 405), ("POST", "/health", 405), ("POST", "/rerank/", 404)],
+)
+def test_wrong_paths_and_methods(method: str, path: str, status: int, client: httpx.Client) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert {"message", "detail", "error"} <= set(response.json())
+    assert "x-request-id" in response.headers
+    assert "CANARY" not in response.text
+
+
+def chunks(num_bytes: int) -> Iterator[bytes]:
+    for _ in range(num_bytes // 1000):
+        yield b" " * 1000
+
+
+@pytest.mark.parametrize("kind", ["declared", "chunked", "gzip", "gzip bomb", "deflate", "concatenated gzip"])
+def test_a_body_that_is_too_large(kind: str, held: HeldScorer, held_client: httpx.Client) -> None:
+    held.is_held = False
+    large, small = b" " * 200_000, json.dumps({"query": "q", "documents": ["1"]}).encode()
+    bodies: dict[str, tuple[Any, str]] = {
+        "declared": (large, ""),
+        "chunked": (chunks(200_000), ""),
+        "gzip": (gzip.compress(large), "gzip"),
+        "gzip bomb": (gzip.compress(b" " * 100_000_000), "gzip"),
+        "deflate": (zlib.compress(large), "deflate"),
+        "concatenated gzip": (b"".join(gzip.compress(b" " * 2000) for _ in range(10)), "gzip"),
+    }
+    content, encoding = bodies[kind]
+    headers = {"content-encoding": encoding} if encoding else {}
+    response = held_client.post("/v1/rerank", content=content, headers=headers)
+    assert response.status_code == 413
+    assert "larger than 10485 bytes" in response.json()["message"]
+    assert held_client.post("/v1/rerank", content=small).status_code == 200  # the server goes on
+
+
+def test_a_client_that_asks_before_it_sends_a_large_body(held: HeldScorer, held_client: httpx.Client) -> None:
+    """The answer comes without the body, and the connection ends, so that nothing is taken for a next request."""
+    head = b"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\nexpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", held_client.base_url.port or 0)) as connection:
+        connection.sendall(head)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"100 Continue" not in answer
+    assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_a_compressed_body(pack: Any, client: httpx.Client) -> None:
+    encoding = {"content-encoding": "gzip" if pack is gzip.compress else "deflate"}
+    content = pack(json.dumps(COHERE).encode())
+    assert client.post("/v1/rerank", content=content, headers=encoding).status_code == 200
+    for damaged in (content[:-9], b"x" + content, content[:20] + b"xx" + content[22:]):
+        response = client.post("/v1/rerank", content=damaged, headers=encoding)
+        assert response.status_code == 400
+        assert "compressed request body" in response.json()["message"]
+    response = client.post("/v1/rerank", content=content, headers={"content-encoding": "br"})
+    assert response.status_code == 415
+
+
+def test_a_full_queue(held: HeldScorer, held_client: httpx.Client) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(held_client.post, "/rerank", json={"query": "q", "texts": ["1 " * 1000]})
+        wait_until(lambda: held.num_calls == 1)
+        durations = []
+        for path, body in REQUESTS.items():
+            if "1 " in str(body):
+                continue
+            started = time.perf_counter()
+            response = held_client.post(path, json={**body, **_few(path)})
+            durations.append(time.perf_counter() - started)
+            assert response.status_code == 429
+            assert response.headers["retry-after"] == "1"
+            assert "tokens are waiting" in response.json()["message"]
+        assert sorted(durations)[len(durations) // 2] < 0.1  # 10 ms where the machine is idle
+        held.is_held = False
+        assert first.result().status_code == 200
+
+
+def _few(path: str) -> dict[str, Any]:
+    """Return fields that make a request fit the small body limit."""
+    few = ["1", "2"]
+    return {
+        "documents": few,
+        "texts": few,
+        "text_2": few,
+        "passages": few,
+        "requests": [["q", few]],
+    }
+
+
+def test_a_client_that_leaves_cancels_its_work(held: HeldScorer, held_client: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        held_client.post("/rerank", json={"query": "q", "texts": ["1"]}, timeout=0.3)
+    wait_until(lambda: held.num_cancelled == 1)
+    assert held.queued_tokens == 0
+
+
+def test_a_request_that_takes_too_long(held: HeldScorer) -> None:
+    with (
+        running(create_app(held, ServerSettings(timeout_s=0.2))) as url,  # type: ignore[arg-type]
+        httpx.Client(base_url=url) as client,
+    ):
+        response = client.post("/v1/rerank", json={"query": "q", "documents": ["1"]})
+        assert (response.status_code, response.json()["type"]) == (504, "RequestTimeoutError")
+        wait_until(lambda: held.num_cancelled == 1)
+        body = {"requests": [["q", ["1"]]], "timeout_s": 0.01}
+        assert "0.01 s" in client.post("/v1/rank", json=body).json()["message"]
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as slow:
+            slow.sendall(b"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_slow_senders_and_idle_connections_do_not_stop_others(
+    held: HeldScorer, held_client: httpx.Client
+) -> None:
+    held.is_held = False
+    address = ("127.0.0.1", held_client.base_url.port or 0)
+    connections = [socket.create_connection(address) for _ in range(100)]
+    try:
+        for connection in connections[::2]:
+            connection.sendall(b"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        response = held_client.post("/rerank", json={"query": "q", "texts": ["1"]})
+        assert response.status_code == 200
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (NonFiniteScoreError("the model's score of pair 0 is not finite", index=0), 500),
+        (WorkerDiedError("ended"), 503),
+        (DeviceLostError("lost"), 503),
+        (ScorerClosedError("closed"), 503),
+        (RuntimeError("CANARY"), 500),
+    ],
+)
+def test_failures_of_the_scorer(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    held = HeldScorer(is_held=False)
+    held.error = error
+    with TestClient(create_app(held)) as client:  # type: ignore[arg-type]
+        response = client.post("/v1/rerank", json={"query": "q", "documents": ["CANARY"]})
+    assert response.status_code == status
+    assert "CANARY" not in response.text + caplog.text
+
+
+def test_health_and_metrics(local: Scorer, open_url: str) -> None:
+    httpx.post(open_url + "/v1/rerank", json=COHERE)
+    health = httpx.get(open_url + "/health/ready")
+    assert (health.status_code, health.json()) == (
+        200,
+        {"status": "ok", "queued_requests": 0, "queued_tokens": 0},
+    )
+    metrics = httpx.get(open_url + "/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert f'bge_rerank_up{{model="{local.config.model}"}} 1.0' in metrics.text
+    assert f'bge_rerank_pairs_total{{model="{local.config.model}"}}' in metrics.text
+
+
+def test_health_of_a_lost_device_and_of_a_drain() -> None:
+    held = HeldScorer()
+    app = create_app(held)  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        assert client.get("/health/ready").status_code == 200
+        app.state.service.begin_drain()
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+        response = client.post("/v1/rerank", json={"query": "q", "documents": ["1"]})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        held.state = "device lost"
+        assert client.get("/health/live").status_code == 503
+
+
+def test_models_are_listed_without_the_folder_they_lie_in() -> None:
+    for settings, name in ((None, "held"), (ServerSettings(model_name="bge"), "bge")):
+        with TestClient(create_app(HeldScorer(), settings)) as client:  # type: ignore[arg-type]
+            (model,) = client.get("/v1/models").json()["data"]
+            assert (model["id"], model["object"]) == (name, "model")
+
+
+def test_the_openapi_document_has_every_path(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(DIALECTS) <= set(document["paths"])
+    operation = document["paths"]["/v1/rerank"]["post"]
+    schemas = operation["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [schema["title"] for schema in schemas] == ["tei", "voyage", "rerank"]
+    assert {"200", "400", "401", "413", "429", "503"} <= set(operation["responses"])
+
+
+def test_request_ids(client: httpx.Client) -> None:
+    for given, is_kept in (("abc-1.2_3", True), ("two words", False), ("x" * 65, False), ("", False)):
+        for path in ("/v1/rerank", "/nowhere"):
+            response = client.post(
+                path, json={"query": "q", "documents": []}, headers={"x-request-id": given}
+            )
+            assert (response.headers["x-request-id"] == given) == is_kept
+
+
+def test_logs_hold_no_text(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    for content in (
+        json.dumps({"query": "CANARY", "documents": ["CANARY"], "model": "CANARY"}),
+        json.dumps({"query": "CANARY", "documents": ["CANARY", 5]}),
+        "CANARY",
+    ):
+        response = client.post("/v1/rerank?CANARY=CANARY", content=content, headers={"x-request-id": "id-1"})
+        assert "x-request-id" in response.headers
+    wait_until(lambda: caplog.text.count("id-1 /v1/rerank rerank: ") == 3)
+    # The clients' own logs, and the access log of uvicorn, which is off where no test captures it.
+    others = ("httpx", "httpcore", "uvicorn.access")
+    own = [record for record in caplog.records if not record.name.startswith(others)]
+    assert not any("CANARY" in record.getMessage() for record in own)
+    assert any("200, 1 pairs" in record.getMessage() for record in own)
+
+
+def test_spans(local: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", lambda *args, **kwargs: provider.get_tracer("test"))
+    parent = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+    with TestClient(create_app(local)) as client:
+        client.post("/v1/rerank", json=COHERE, headers={"traceparent": parent})
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "POST /v1/rerank"
+    assert span.context is not None
+    assert format(span.context.trace_id, "032x") == "0123456789abcdef0123456789abcdef"
+    attributes = span.attributes or {}
+    assert (attributes["bge_rerank.num_pairs"], attributes["http.response.status_code"]) == (6, 200)
+    assert QUERY not in str(span.to_json())
+
+
+def test_a_scorer_that_normalizes_is_refused(checkpoint: Path) -> None:
+    with (
+        Scorer(checkpoint, device="cpu", normalize=True) as normalizing,
+        pytest.raises(ConfigError, match="normalize=False"),
+    ):
+        create_app(normalizing)

@@ -1,0 +1,518 @@
+"""`RemoteScorer` against a real server, and against answers that a real one gives seldom."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import SecretStr
+
+from bge_rerank_integrations import (
+    BGEReranker,
+    BGERerankPostprocessor,
+    RankedPassage,
+    RemoteScorer,
+    Scorer,
+    SupportsRank,
+    remote_wire,
+)
+from bge_rerank_integrations.errors import (
+    AuthenticationError,
+    ConfigError,
+    DeviceLostError,
+    InputError,
+    InputTypeError,
+    NonFiniteScoreError,
+    QueueFullError,
+    RemoteError,
+    RequestTimeoutError,
+    RerankError,
+    ScorerClosedError,
+    ServerUnreachableError,
+)
+from bge_rerank_integrations.remote_wire import Answer, retry_delay
+from bge_rerank_integrations.server import create_app
+from tests.server.conftest import KEY
+from tests.server.doubles import HeldScorer, running, wait_until
+
+QUERY = "what does a giant panda eat?"
+PASSAGES = ["Tea is hot.", "The giant panda eats bamboo.", "", "A car. " * 400, "Bears eat fish.", "\ud800 x"]
+
+
+@pytest.fixture
+def scorer(keyed_url: str) -> Iterator[RemoteScorer]:
+    """Return a scorer that asks the small checkpoint's server."""
+    with RemoteScorer(keyed_url, api_key=KEY) as scorer:
+        yield scorer
+
+
+def test_it_is_what_the_adapters_take(scorer: RemoteScorer) -> None:
+    assert isinstance(scorer, SupportsRank)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("top_n", "threshold"), [(None, None), (2, None), (0, None), (None, 0.45), (3, 0.1)])
+async def test_rank_equals_the_local_scorer(
+    normalize: bool, top_n: int | None, threshold: float | None, keyed_url: str, checkpoint: Path
+) -> None:
+    with Scorer(checkpoint, device="cpu", normalize=normalize) as own:
+        expected = own.rank(QUERY, PASSAGES, top_n, threshold)
+    async with RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer:
+        for found in (
+            scorer.rank(QUERY, PASSAGES, top_n, threshold),
+            await scorer.arank(QUERY, PASSAGES, top_n, threshold),
+        ):
+            assert found == expected
+            assert vars(found) == vars(expected)
+
+
+async def test_rank_many_and_score_equal_the_local_scorer(scorer: RemoteScorer, local: Scorer) -> None:
+    requests = [(QUERY, PASSAGES), ("tea", []), ("tea", PASSAGES[:2])]
+    expected = local.rank_many(requests, 3)
+    assert scorer.rank_many(requests, 3) == expected == await scorer.arank_many(requests, 3)
+    pairs = [(QUERY, text) for text in PASSAGES] + [("tea", text) for text in PASSAGES]
+    scores = local.score(pairs)
+    assert scorer.score(pairs) == scores == await scorer.ascore(pairs)
+    assert scorer.score(iter(pairs)) == pytest.approx(scores, abs=1e-5)
+    assert scorer.score([]) == [] == await scorer.ascore(iter([]))
+    await scorer.aclose()
+
+
+def test_windows_come_over_the_wire(checkpoint: Path) -> None:
+    with (
+        Scorer(checkpoint, device="cpu", long_passages="windows") as own,
+        running(create_app(own)) as url,
+        RemoteScorer(url) as scorer,
+    ):
+        expected = own.rank(QUERY, PASSAGES)
+        assert max(passage.windows for passage in expected) > 1
+        assert scorer.rank(QUERY, PASSAGES) == expected
+
+
+async def test_through_both_adapters(scorer: RemoteScorer, local: Scorer) -> None:
+    texts = [text for text in PASSAGES if text.strip()]
+    expected = [(passage.index, passage.score) for passage in local.rank(QUERY, texts, 3)]
+    langchain = BGEReranker(scorer=scorer, top_n=3)
+    documents = [Document(page_content=text, metadata={"at": at}) for at, text in enumerate(texts)]
+    for ranked in (
+        langchain.compress_documents(documents, QUERY),
+        await langchain.acompress_documents(documents, QUERY),
+    ):
+        assert [(each.metadata["at"], each.metadata["relevance_score"]) for each in ranked] == expected
+    llama_index = BGERerankPostprocessor(scorer=scorer, top_n=3)
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(at))) for at, text in enumerate(texts)]
+    for found in (
+        llama_index.postprocess_nodes(nodes, query_str=QUERY),
+        await llama_index.apostprocess_nodes(nodes, query_str=QUERY),
+    ):
+        assert [(int(node.node_id), node.score) for node in found] == expected
+    await scorer.aclose()
+
+
+def test_adapters_that_hold_one_keep_their_dumps_and_pickles(
+    keyed_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BGE_RERANK_API_KEY", KEY)
+    scorer = RemoteScorer(keyed_url, timeout=5.0, max_retries=1, normalize=True)
+    for adapter in (BGEReranker(scorer=scorer, top_n=1), BGERerankPostprocessor(scorer=scorer, top_n=1)):
+        dumped = json.dumps(adapter.model_dump(mode="json"))
+        pickled = pickle.dumps(adapter)
+        for shown in (dumped, repr(adapter), repr(scorer), json.dumps(scorer.to_dict()), str(vars(scorer))):
+            assert KEY not in shown
+        assert KEY.encode() not in pickled
+        again = pickle.loads(pickled)
+        assert isinstance(again.scorer, RemoteScorer)
+        assert again.scorer.to_dict() == scorer.to_dict()
+        assert again.scorer.rank(QUERY, PASSAGES) == scorer.rank(QUERY, PASSAGES)
+        again.scorer.close()
+        assert copy.deepcopy(adapter).scorer is scorer
+    assert RemoteScorer.from_dict(scorer.to_dict()).to_dict() == scorer.to_dict()
+    scorer.close()
+
+
+def test_the_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BGE_RERANK_API_KEY", raising=False)
+    for key in ("wrong", None):
+        with RemoteScorer(keyed_url, api_key=key) as scorer, pytest.raises(AuthenticationError, match="401"):
+            scorer.rank("a", ["b"])
+    for secret in (KEY, SecretStr(KEY)):
+        with RemoteScorer(keyed_url + "/v1/", api_key=secret) as scorer:
+            assert len(scorer.rank("a", ["b"])) == 1
+    monkeypatch.setenv("BGE_RERANK_API_KEY", KEY)
+    with RemoteScorer(keyed_url) as scorer:
+        assert len(scorer.rank("a", ["b"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("base_url", "message"),
+    [
+        ("", "begin with http"),
+        ("localhost:8000", "begin with http"),
+        ("ftp://host", "begin with http"),
+        ("http://", "name a host"),
+        ("http://user:CANARY@host", "must not hold credentials"),
+        ("http://CANARY@host", "must not hold credentials"),
+        ("http://host?key=CANARY", "no query"),
+        ("http://host#CANARY", "no fragment"),
+        ("http://host/v1/rerank", "not one of its endpoints"),
+        ("http://host:port", "not a URL"),
+        (5, "not a URL"),
+    ],
+)
+def test_wrong_base_urls(base_url: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        RemoteScorer(base_url)
+    assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": "1"}, "timeout"),
+        ({"max_retries": -1}, "max_retries"),
+        ({"max_retries": True}, "max_retries"),
+        ({"normalize": 1}, "normalize"),
+        ({"api_key": "CANARY with spaces"}, "api_key"),
+        ({"api_key": "CANARY\n"}, "api_key"),
+        ({"api_key": ""}, "api_key"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        RemoteScorer("http://host", **settings)
+    assert "CANARY" not in str(caught.value)
+    with pytest.raises(ConfigError, match="unknown"):
+        RemoteScorer.from_dict({"base_url": "http://host", "api_key": "x"})
+
+
+@pytest.mark.parametrize(
+    ("base_url", "url"),
+    [
+        ("http://host:8000", "http://host:8000/v1/rank"),
+        ("http://host:8000/", "http://host:8000/v1/rank"),
+        ("http://host/v1", "http://host/v1/rank"),
+        ("https://host/proxy/rerankers/", "https://host/proxy/rerankers/v1/rank"),
+        ("https://host/proxy/v1/", "https://host/proxy/v1/rank"),
+        ("http://[::1]:8000", "http://[::1]:8000/v1/rank"),
+    ],
+)
+def test_base_urls_keep_their_prefix(base_url: str, url: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return ranked(request)
+
+    stub(answer, base_url=base_url).rank("a", ["b"])
+    assert asked == [url]
+
+
+def test_arguments_are_checked_before_anything_is_sent() -> None:
+    scorer = stub(Answers())
+    calls: list[tuple[Callable[[], Any], int | None]] = [
+        (lambda: scorer.rank(5, ["a"]), None),  # type: ignore[arg-type]
+        (lambda: scorer.rank("q", ["a", None]), 1),  # type: ignore[list-item]
+        (lambda: scorer.rank("q", "abc"), None),
+        (lambda: scorer.rank("q", ["a"], top_n=-1), None),
+        (lambda: scorer.rank("q", ["a"], threshold=float("nan")), None),
+        (lambda: scorer.rank("q", ["a"], timeout=-1), None),
+        (lambda: scorer.rank_many([("q", ["a"]), ("q", "b")]), 1),
+        (lambda: scorer.score([("q", "a"), ("q", 5)]), 1),  # type: ignore[list-item]
+    ]
+    for call, index in calls:
+        with pytest.raises(InputError) as caught:
+            call()
+        assert caught.value.index == index
+
+
+# Answers that a server gives seldom, through a client of the test's.
+
+
+def ranked(request: httpx.Request) -> httpx.Response:
+    """Answer with descending scores, and with fields that a later version may have."""
+    rankings = [
+        {
+            "passages": [
+                {"index": index, "score": -float(index), "unheard_of": 1} for index in range(len(passages))
+            ],
+            "counts": {"num_pairs": len(passages), "num_tokens": 3, "num_unheard_of": 1},
+        }
+        for _, passages in json.loads(request.content)["requests"]
+    ]
+    return httpx.Response(200, json={"rankings": rankings})
+
+
+def stub(
+    answer: Callable[[httpx.Request], Any], base_url: str = "http://host", **settings: Any
+) -> RemoteScorer:
+    transport = httpx.MockTransport(answer)
+    return RemoteScorer(
+        base_url,
+        client=httpx.Client(transport=transport),
+        async_client=httpx.AsyncClient(transport=transport),
+        **settings,
+    )
+
+
+class Answers:
+    """Gives one answer after the other, and remembers when."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self._answers = iter(answers)
+        self.times: list[float] = []
+        self.requests: list[Any] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.times.append(time.monotonic())
+        self.requests.append(json.loads(request.content))
+        answer = next(self._answers, None)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is None:
+            return ranked(request)
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+
+def refused(status: int, type_: str, **more: Any) -> httpx.Response:
+    headers = {"retry-after": more.pop("retry_after")} if "retry_after" in more else {}
+    return httpx.Response(status, json={"message": "told", "type": type_, **more}, headers=headers)
+
+
+@pytest.fixture
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make retries come soon."""
+    monkeypatch.setattr(remote_wire, "_FIRST_DELAY_S", 0.001)
+
+
+RETRIED = [
+    httpx.ConnectError("no"),
+    httpx.ReadError("no"),
+    httpx.RemoteProtocolError("no"),
+    refused(429, "QueueFullError"),
+    httpx.Response(502),
+    refused(503, "ServerDraining"),
+    httpx.Response(504),
+]
+
+
+@pytest.mark.parametrize(
+    "failure", RETRIED, ids=lambda failure: str(getattr(failure, "status_code", failure))
+)
+async def test_what_may_pass_is_tried_again(failure: Any, short_delays: None) -> None:
+    for call in (
+        lambda scorer: asyncio.to_thread(scorer.rank, "a", ["b"]),
+        lambda scorer: scorer.arank("a", ["b"]),
+    ):
+        answers = Answers(failure, failure)
+        assert await call(stub(answers, max_retries=2)) == [RankedPassage(0, 0.0)]
+        assert len(answers.times) == 3
+        answers = Answers(*[failure] * 5)
+        with pytest.raises(RerankError):
+            await call(stub(answers, max_retries=1))
+        assert len(answers.times) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refused(400, "InputError"), InputError),
+        (refused(401, "AuthenticationError"), AuthenticationError),
+        (httpx.Response(403), AuthenticationError),
+        (httpx.Response(404), RemoteError),
+        (httpx.Response(302, headers={"location": "http://elsewhere"}), RemoteError),
+        (httpx.Response(413), InputError),
+        (refused(500, "InternalError"), RemoteError),
+        (refused(500, "NonFiniteScoreError", index=0), NonFiniteScoreError),
+        (refused(504, "RequestTimeoutError"), RequestTimeoutError),
+        (httpx.ReadTimeout("slow"), RequestTimeoutError),
+        (httpx.Response(200, content=b"hello"), RemoteError),
+        (httpx.Response(200, json=[]), RemoteError),
+        (httpx.Response(200, json={"rankings": []}), RemoteError),
+        (httpx.Response(200, json={"rankings": [{"passages": [{"index": 0}], "counts": {}}]}), RemoteError),
+        (httpx.Response(200, json={"rankings": [{"passages": [5], "counts": {}}]}), RemoteError),
+    ],
+)
+async def test_what_will_not_pass_is_an_error_at_once(answer: Any, kind: type[RerankError]) -> None:
+    for call in (
+        lambda scorer: asyncio.to_thread(scorer.rank, "a", ["b"]),
+        lambda scorer: scorer.arank("a", ["b"]),
+    ):
+        answers = Answers(answer)
+        with pytest.raises(kind) as caught:
+            await call(stub(answers))
+        assert type(caught.value) is kind
+        assert len(answers.times) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refused(429, "QueueFullError"), QueueFullError),
+        (httpx.Response(429), QueueFullError),
+        (refused(503, "DeviceLostError"), DeviceLostError),
+        (refused(503, "ModelNotLoaded"), ServerUnreachableError),
+        (httpx.Response(502), ServerUnreachableError),
+        (httpx.ConnectError("no"), ServerUnreachableError),
+    ],
+)
+def test_errors_that_retries_did_not_help(answer: Any, kind: type[RerankError]) -> None:
+    with pytest.raises(kind) as caught:
+        stub(Answers(answer), max_retries=0).rank("a", ["b"])
+    assert type(caught.value) is kind
+
+
+def test_messages_of_other_servers_are_not_repeated() -> None:
+    with pytest.raises(InputError) as caught:
+        stub(Answers(httpx.Response(400, json={"message": "CANARY"}))).rank("a", ["b"])
+    assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "least", "most"),
+    [
+        (None, 0.5, 1.0),
+        ("7", 7, 7.5),
+        ("0.5", 0.5, 1.0),
+        ("-1", 0, 0.5),
+        ("nan", 0.5, 1.0),
+        ("soon", 0.5, 1.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0.5),
+    ],
+)
+def test_delays(retry_after: str | None, least: float, most: float) -> None:
+    headers = {} if retry_after is None else {"retry-after": retry_after}
+    for _ in range(20):
+        delay = retry_delay(Answer(429, headers, b""), QueueFullError(), attempt=2)
+        assert delay is not None
+        assert least <= delay <= most
+    assert (retry_delay(Answer(503, {}, b""), ServerUnreachableError(), attempt=100) or 99) <= 8
+
+
+def test_no_attempt_begins_after_the_deadline() -> None:
+    answers = Answers(refused(429, "QueueFullError", retry_after="7"))
+    with pytest.raises(QueueFullError):
+        stub(answers).rank("a", ["b"], timeout=5)
+    assert len(answers.times) == 1
+
+
+async def test_one_deadline_for_all_attempts(held: HeldScorer) -> None:
+    with running(create_app(held)) as url:  # type: ignore[arg-type]
+        for settings, options in (({"timeout": 0.3}, {}), ({}, {"timeout": 0.3})):
+            async with RemoteScorer(url, **settings) as scorer:  # type: ignore[arg-type]
+                for call in (
+                    lambda scorer=scorer, options=options: asyncio.to_thread(
+                        scorer.rank, "a", ["b"], **options
+                    ),
+                    lambda scorer=scorer, options=options: scorer.arank("a", ["b"], **options),
+                ):
+                    started = time.monotonic()
+                    with pytest.raises(RequestTimeoutError):
+                        await call()
+                    assert time.monotonic() - started < 3
+        await asyncio.to_thread(wait_until, lambda: held.queued_tokens == 0)  # what was asked for is dropped
+
+
+def test_many_pairs_go_in_pieces() -> None:
+    answers = Answers()
+    passages = [str(number) for number in range(2500)]
+    found = stub(answers).rank("q", passages, top_n=2)
+    sizes = [sum(len(texts) for _, texts in request["requests"]) for request in answers.requests]
+    assert sizes == [1024, 1024, 452]
+    assert [passage.index for passage in found] == [0, 1024]  # each piece's best has logit 0
+    assert found.num_pairs == 2500
+    answers = Answers()
+    stub(answers).rank("q", ["x" * 600_000] * 3)
+    assert len(answers.requests) == 3
+
+
+def test_a_stream_is_read_as_it_is_scored() -> None:
+    read = 0
+    most_ahead = 0
+    answers = Answers()
+
+    def stream() -> Iterator[tuple[str, str]]:
+        nonlocal read, most_ahead
+        for number in range(5000):
+            read += 1
+            sent = sum(len(texts) for request in answers.requests for _, texts in request["requests"])
+            most_ahead = max(most_ahead, read - sent)
+            yield f"q{number // 3}", "p"
+
+    assert len(stub(answers).score(stream())) == 5000
+    assert most_ahead <= 1024
+    with pytest.raises(InputTypeError) as caught:
+        stub(Answers()).score(iter([("q", "p")] * 1500 + [("q", 5)]))  # type: ignore[arg-type]
+    assert caught.value.index == 1500
+
+
+def test_the_index_of_a_score_that_is_not_finite_counts_through_all_pieces() -> None:
+    pairs = [("q", str(number)) for number in range(2000)]
+    calls: list[Callable[[RemoteScorer], object]] = [
+        lambda scorer: scorer.score(pairs),
+        lambda scorer: scorer.score(iter(pairs)),
+        lambda scorer: scorer.rank("q", [passage for _, passage in pairs]),
+    ]
+    for call in calls:
+        first = ranked(httpx.Request("POST", "http://x", json={"requests": [["q", ["x"] * 1024]]}))
+        answers = Answers(first, refused(500, "NonFiniteScoreError", index=3))
+        with pytest.raises(NonFiniteScoreError, match="1027") as caught:
+            call(stub(answers))
+        assert caught.value.index == 1027
+
+
+def test_one_pool_for_a_process_and_one_for_a_loop(scorer: RemoteScorer) -> None:
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda: results.append(scorer.rank("a", ["b"]))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    client = scorer._sync_client()
+    assert client is scorer._sync_client()
+
+    async def twice() -> httpx.AsyncClient:
+        await asyncio.gather(scorer.arank("a", ["b"]), scorer.arank("a", ["c"]))
+        client = scorer._async_client()
+        assert client is scorer._async_client()
+        await scorer._async_clients.pop(asyncio.get_running_loop()).aclose()
+        return client
+
+    assert asyncio.run(twice()) is not asyncio.run(twice())
+
+
+async def test_a_closed_scorer(keyed_url: str) -> None:
+    scorer = RemoteScorer(keyed_url, api_key=KEY)
+    scorer.rank("a", ["b"])
+    await scorer.arank("a", ["b"])
+    client, async_client = scorer._sync_client(), scorer._async_client()
+    await scorer.aclose()
+    scorer.close()
+    assert client.is_closed
+    assert async_client.is_closed
+    with pytest.raises(ScorerClosedError):
+        scorer.rank("a", ["b"])
+    with pytest.raises(ScorerClosedError):
+        await scorer.arank("a", ["b"])
+
+
+def test_a_client_of_ones_own_stays_open_and_is_not_pickled() -> None:
+    scorer = stub(ranked)
+    scorer.close()
+    assert scorer._given_client is not None
+    assert not scorer._given_client.is_closed
+    with pytest.raises(ConfigError, match="cannot be pickled"):
+        pickle.dumps(scorer)

@@ -1,0 +1,205 @@
+"""`bge-rerank serve` as a process: starting, refusing to start, and ending."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from bge_rerank_integrations.cli.app import main
+from tests.server.doubles import wait_until
+
+PATIENCE_S = 60.0  # a process that imports torch on a busy machine
+
+KEY = "KEY-CANARY-5678"
+BODY = {"query": "TEXT-CANARY", "documents": ["TEXT-CANARY one", "two"]}
+
+
+class Server:
+    """A running command, what it printed so far, and a client of it."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        wait_until(lambda: "Listening on" in self.output or process.poll() is not None, PATIENCE_S)
+        found = re.search(r"Listening on (http://\S+),", self.output)
+        self.url = found[1] if found else ""
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: httpx.get(self.url + "/health/ready").status_code == 200, PATIENCE_S)
+
+    def end(self) -> int:
+        status = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+
+@contextmanager
+def serving(*arguments: str, key: str | None = None) -> Iterator[Server]:
+    environment = {name: value for name, value in os.environ.items() if name != "BGE_RERANK_API_KEY"}
+    command = [sys.executable, "-m", "bge_rerank_integrations.cli", "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(
+        command,
+        env=environment if key is None else {**environment, "BGE_RERANK_API_KEY": key},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Server(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_serves_and_ends_at_a_signal(checkpoint: Path, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text(KEY + "\n")
+    with serving(
+        "--model", str(checkpoint), "--device", "cpu", "--api-key-file", str(key_file), "--model-name", "bge"
+    ) as server:
+        assert httpx.get(server.url + "/health/live").status_code == 200
+        server.wait_until_ready()
+        assert httpx.post(server.url + "/v1/rerank", json=BODY).status_code == 401
+        headers = {"authorization": f"Bearer {KEY}"}
+        response = httpx.post(server.url + "/v1/rerank?q=TEXT-CANARY", json=BODY, headers=headers)
+        assert (response.status_code, response.json()["model"]) == (200, "bge")
+        httpx.post(server.url + "/v1/rerank", content=b"TEXT-CANARY", headers=headers)
+        with socket.create_connection((httpx.URL(server.url).host, httpx.URL(server.url).port or 0)) as idle:
+            idle.sendall(b"TEXT-CANARY no HTTP\r\n\r\n")
+            idle.recv(1000)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.end() == 0
+        assert "200, 2 pairs" in server.output
+        assert "CANARY" not in server.output
+
+
+@pytest.mark.parametrize("grace_s", [30.0, 0.2])
+def test_what_was_accepted_is_finished_or_told(grace_s: float, checkpoint: Path) -> None:
+    """Requests under way at SIGTERM get their scores, or 503 once the grace is over; then the status is 0."""
+    # A batch of one sequence at a time, so that the requests take a while.
+    slow = ["--model", str(checkpoint), "--device", "cpu", "--max-batch-tokens", "1", "--num-threads", "1"]
+    body = {"query": "q", "documents": [f"word{number} " * 400 for number in range(60)]}
+    answers: list[httpx.Response] = []
+    with serving(*slow, "--grace-s", str(grace_s)) as server:
+        server.wait_until_ready()
+
+        def ask() -> None:
+            answers.append(httpx.post(server.url + "/v1/rerank", json=body, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        with httpx.Client(base_url=server.url) as client:
+            wait_until(lambda: client.get("/health/ready").json()["queued_tokens"] > 20_000)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "shutting down" in server.output)
+            if grace_s > 1:  # while the accepted ones are finished, others are refused with a reason
+                assert client.get("/health/ready").status_code == 503
+                refused = client.post("/v1/rerank", json=BODY)
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        for thread in threads:
+            thread.join()
+        assert server.end() == 0
+    assert len(answers) == 4
+    if grace_s > 1:
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert all(len(answer.json()["results"]) == 60 for answer in answers)
+    else:
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        assert 503 in {answer.status_code for answer in answers}
+        assert all(answer.json() for answer in answers)
+
+
+def test_a_signal_while_the_model_is_loaded(checkpoint: Path) -> None:
+    with serving("--model", str(checkpoint), "--device", "cpu", "--grace-s", "0.1") as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Other"]}))
+    with serving("--model", str(tmp_path)) as server:
+        assert server.end() == 1
+        assert "Error: " in server.output
+        assert "Traceback" not in server.output
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(main, ["serve", "--model", "embedded", "--port", str(port)])
+    assert result.exit_code == 2
+    assert f"cannot listen on '127.0.0.1', port {port}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "can be reached from other machines"),
+        (["--host", "::"], "can be reached from other machines"),
+        (["--host", "example.org"], "can be reached from other machines"),
+        (["--api-key-file", "/no/such/file"], "does not exist"),
+        (["--timeout-s", "0"], "timeout_s must be a positive number"),
+        (["--timeout-s", "nan"], "timeout_s must be a positive number"),
+        (["--grace-s", "-1"], "grace_s must be a positive number"),
+        (["--max-body-mb", "0"], "max_body_mb must be a positive number"),
+        (["--max-queued-tokens", "0"], "max-queued-tokens"),
+        (["--max-wait-ms", "-1"], "max_wait_ms"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BGE_RERANK_API_KEY", raising=False)
+    result = CliRunner().invoke(main, ["serve", "--model", "embedded", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_wrong_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    for content, message in (
+        (b"", "is empty"),
+        (b"\xff", "cannot be read"),
+        (b"CANARY two", "printable ASCII"),
+    ):
+        file.write_bytes(content)
+        result = CliRunner().invoke(main, ["serve", "--api-key-file", str(file)])
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+        assert "CANARY" not in result.output
+    monkeypatch.setenv("BGE_RERANK_API_KEY", KEY)
+    result = CliRunner().invoke(main, ["serve", "--no-auth"])
+    assert result.exit_code == 2
+    assert "--no-auth contradicts" in result.output
+
+
+@pytest.mark.parametrize("library", ["starlette.applications", "uvicorn"])
+def test_a_missing_extra_is_named_with_its_command(library: str) -> None:
+    code = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        "from bge_rerank_integrations.cli.app import main; main(['serve', '--model', 'embedded'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert 'pip install "bge-rerank-integrations[server]"' in " ".join(run.stderr.split())

@@ -1,0 +1,184 @@
+"""Admission, splitting and the drain, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
+from bge_rerank_integrations.ranking import sigmoid
+from bge_rerank_integrations.server.dialects.dialect import Work
+from bge_rerank_integrations.server.refusal import Refusal
+from bge_rerank_integrations.server.service import Service
+from tests.server.doubles import PATIENCE_S, HeldScorer, wait_until
+
+
+def service_of(scorer: Any) -> Service:
+    return Service(scorer)
+
+
+def work_of(*passages: str, **options: Any) -> Work:
+    return Work(requests=[("q", list(passages))], raw_scores=True, **options)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    await asyncio.to_thread(wait_until, condition)
+
+
+async def test_the_scale_and_the_cut() -> None:
+    service = service_of(HeldScorer(is_held=False))
+    (ranking,) = await service.rank(Work(requests=[("q", ["1 a", "3 b", "2 c"])], top_n=2))
+    assert [(passage.index, passage.score) for passage in ranking] == [(1, sigmoid(3)), (2, sigmoid(2))]
+    (ranking,) = await service.rank(work_of("1 a", "3 b", "2 c"))
+    assert [(passage.index, passage.score) for passage in ranking] == [(1, 3), (2, 2), (0, 1)]
+    assert (ranking.num_pairs, ranking.num_tokens) == (3, 6)
+    (ranking,) = await service.rank(Work(requests=[("q", ["800", "900"])]))  # both are 1.0 as a sigmoid
+    assert [(passage.index, passage.score) for passage in ranking] == [(1, 1.0), (0, 1.0)]
+    assert await service.rank(Work(requests=[])) == []
+    assert await service.rank(work_of()) == [[]]
+
+
+async def test_pairs_that_are_only_scored() -> None:
+    work = Work(requests=[("q", ["1", "3"]), ("r", ["2"])], raw_scores=True, only_scores=True)
+    first, second = await service_of(HeldScorer(is_held=False)).rank(work)
+    assert [(passage.index, passage.score) for passage in [*first, *second]] == [(1, 3), (0, 1), (0, 2)]
+
+
+async def test_many_passages_are_split_and_merged() -> None:
+    scorer = HeldScorer(is_held=False)
+    requests = [("q", [str(number) for number in range(1300)]), ("r", []), ("s", ["5", "7"])]
+    first, empty, last = await service_of(scorer).rank(Work(requests=requests, raw_scores=True, top_n=1000))
+    # The double's scores end at 1000.
+    assert [passage.index for passage in first] == [*range(1000, 1300), *reversed(range(300, 1000))]
+    assert first.num_pairs == 1300
+    assert (empty, [passage.index for passage in last]) == ([], [1, 0])
+    assert scorer.sizes == [512, 512, 278]
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    scorer = HeldScorer(max_queued_tokens=100)
+    service = service_of(scorer)
+    first = asyncio.ensure_future(service.rank(work_of("1 " * 60)))
+    await until(lambda: scorer.num_calls == 1)
+    with pytest.raises(QueueFullError):
+        await service.rank(work_of("1 " * 50))
+    second = asyncio.ensure_future(service.rank(work_of("2 " * 30)))  # there is room for this one
+    await until(lambda: scorer.num_calls == 2)
+    num_asked = scorer.num_asked
+    with pytest.raises(QueueFullError, match="90 tokens are waiting; max_queued_tokens is 100"):
+        await service.rank(work_of("3 " * 50))
+    assert scorer.num_asked == num_asked  # so many words cannot fit, which is plain before they are encoded
+    scorer.is_held = False
+    assert [ranking[0].score for ranking in [*await first, *await second]] == [1, 2]
+
+
+async def test_a_request_larger_than_the_queue_is_split_so_that_it_fits() -> None:
+    scorer = HeldScorer(is_held=False, max_queued_tokens=256)
+    (ranking,) = await service_of(scorer).rank(work_of(*[f"{number} " * 50 for number in range(20)]))
+    assert [passage.index for passage in ranking] == list(reversed(range(20)))
+    assert max(scorer.sizes) == 2
+
+
+async def test_later_parts_wait_for_room_that_others_take() -> None:
+    scorer = HeldScorer(max_queued_tokens=256)
+    service = service_of(scorer)
+    long = asyncio.ensure_future(service.rank(work_of(*[f"{number} " * 50 for number in range(8)])))
+    await until(lambda: scorer.num_calls == 1)
+    others = [asyncio.ensure_future(service.rank(work_of("3 " * 50))) for _ in range(3)]
+    await until(lambda: scorer.num_calls == 4)
+    scorer.is_held = False
+    (ranking,) = await asyncio.wait_for(long, PATIENCE_S)
+    assert [passage.index for passage in ranking] == list(reversed(range(8)))
+    await asyncio.gather(*others)
+
+
+async def test_what_can_never_fit_is_said_to_be_too_long() -> None:
+    scorer = HeldScorer(is_held=False, max_queued_tokens=40)
+    with pytest.raises(Refusal) as caught:
+        await service_of(scorer).rank(work_of("1 " * 41))
+    assert (caught.value.status, caught.value.type) == (413, "InputTooLong")
+
+
+async def test_a_cancelled_request_cancels_its_parts() -> None:
+    scorer = HeldScorer()
+    task = asyncio.ensure_future(service_of(scorer).rank(work_of("1")))
+    await until(lambda: scorer.num_calls == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: scorer.num_cancelled == 1)
+
+
+async def test_truncation_that_the_client_forbids() -> None:
+    service = service_of(HeldScorer(is_held=False))
+    with pytest.raises(Refusal) as caught:
+        await service.rank(work_of("1 long", "2", refuse_truncated=True))
+    assert (caught.value.status, caught.value.type) == (400, "InputTooLong")
+    assert await service.rank(work_of("1", "2", refuse_truncated=True))
+
+
+async def test_the_index_of_a_score_that_is_not_finite_counts_through_all_parts() -> None:
+    scorer = HeldScorer(is_held=False, max_queued_tokens=256)
+    service = service_of(scorer)
+
+    async def fail_at_the_second(query: str, passages: Any) -> Any:
+        if scorer.sizes:
+            raise NonFiniteScoreError("bad", index=1)
+        return await HeldScorer.arank(scorer, query, passages)
+
+    scorer.arank = fail_at_the_second  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteScoreError, match="pair 3") as caught:
+        await service.rank(work_of("1", "2", "3", "4"))
+    assert caught.value.index == 3
+
+
+async def test_the_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+    scorer = HeldScorer()
+    service = service_of(scorer)
+    assert service.is_ready
+    accepted = asyncio.ensure_future(service.rank(work_of("1")))
+    await until(lambda: scorer.num_calls == 1)
+    draining = asyncio.ensure_future(service.drain(PATIENCE_S))
+    await asyncio.sleep(0)
+    assert (service.is_ready, service.is_live) == (False, True)
+    with pytest.raises(Refusal) as caught:
+        await service.rank(work_of("2"))
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
+    scorer.is_held = False
+    assert await draining == 0
+    assert [passage.score for passage in (await accepted)[0]] == [1]
+
+
+async def test_the_drain_cancels_what_is_not_finished_in_time() -> None:
+    scorer = HeldScorer()
+    service = service_of(scorer)
+    accepted = asyncio.ensure_future(service.rank(work_of("1")))
+    await until(lambda: scorer.num_calls == 1)
+    assert await service.drain(0.01) == 1
+    with pytest.raises(Refusal, match="shut down"):
+        await accepted
+    assert scorer.num_cancelled == 1
+
+
+async def test_states_from_loading_to_lost() -> None:
+    loading: Future[Any] = Future()
+    service = service_of(loading)
+    assert (service.is_live, service.is_ready, service.scorer) == (True, False, None)
+    with pytest.raises(Refusal, match="still being loaded"):
+        await service.rank(work_of("1"))
+    scorer = HeldScorer(is_held=False)
+    loading.set_result(scorer)
+    assert (service.is_live, service.is_ready) == (True, True)
+    scorer.state = "device lost"
+    assert (service.is_live, service.is_ready) == (False, False)
+
+    failed: Future[Any] = Future()
+    failed.set_exception(RuntimeError("no model"))
+    service = service_of(failed)
+    assert (service.is_live, service.is_ready) == (False, False)
+    with pytest.raises(Refusal, match="could not be loaded"):
+        await service.rank(work_of("1"))
