@@ -446,7 +446,7 @@ def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any, name: An
 
 
 def test_a_prompt_makes_another_checkpoint(folder: Path) -> None:
-    from bge_rerank_integrations.engine.checkpoint.checkpoint import fingerprint
+    from bge_rerank_integrations.engine.checkpoint.files import fingerprint
 
     before = fingerprint(folder)
     save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")

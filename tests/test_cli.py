@@ -16,7 +16,7 @@ from bge_rerank_integrations import Scorer, __version__, published
 from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.config import DEFAULT_MODEL
-from bge_rerank_integrations.engine.cpu.int8_support import why_not
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.evaluation.reference_scores import Reference
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
@@ -139,7 +139,7 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
     stderr = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
-    assert ("--dtype int8 is faster on this machine" in stderr) == (why_not() is None)
+    assert ("--dtype int8 is faster on this machine" in stderr) == (int8_obstacle() is None)
     rounded = flat(run("rank", *on, "--dtype", "float32", stdin=json.dumps(REQUEST)).stderr)
     assert rounded == stderr
 
@@ -478,7 +478,7 @@ def test_check_knows_scores_of_its_default_model(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_embedded_model_passes_its_own_check(dtype: str) -> None:
-    if dtype == "int8" and why_not() is not None:
+    if dtype == "int8" and int8_obstacle() is not None:
         pytest.skip("needs a CPU with VNNI instructions")
     result = run("check", "--model", "embedded", "--device", "cpu", "--dtype", dtype, "--json")
     assert result.exit_code == 0, result.output

@@ -15,7 +15,9 @@ from torch import Tensor
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
 from bge_rerank_integrations.engine.attention import flash_attention, resolve_attention
-from bge_rerank_integrations.engine.checkpoint.checkpoint import EMBEDDED_FOLDER, load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.float8 import check_float8
 from bge_rerank_integrations.engine.cuda.fused_ops import FusedBlocks, FusedOps, resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import CudaCapture, Graphs, plan_buckets

@@ -14,8 +14,8 @@ import torch
 import bge_rerank_integrations
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer
 from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
-from bge_rerank_integrations.engine.checkpoint.checkpoint import EMBEDDED_FOLDER
-from bge_rerank_integrations.engine.cpu.int8_support import why_not
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 
 # Question, a passage that answers it, one that shares more words with it and does not.
 TRIPLES = [
@@ -144,7 +144,7 @@ def test_an_answer_is_found_among_all_passages(scorer: Scorer) -> None:
 
 def test_order_is_kept_in_other_precisions(scorer: Scorer) -> None:
     dtypes: list[tuple[str, DType]] = [("cpu", "bfloat16")]
-    if why_not() is None:
+    if int8_obstacle() is None:
         dtypes.append(("cpu", "int8"))
     if torch.cuda.is_available():
         dtypes += [("cuda", "float16"), ("cuda", "bfloat16")]

@@ -25,7 +25,8 @@ from bge_rerank_integrations.engine.attention import (
     resolve_attention,
     sdpa_attention,
 )
-from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
     LinearFactory,

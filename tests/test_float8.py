@@ -19,7 +19,8 @@ from torch import Tensor
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.blocks import Rows
-from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.float8 import Float8Blocks, check_float8, dequantize, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import PLAIN_OPS
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_dtype

@@ -19,7 +19,8 @@ from torch import Tensor
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.attention import sdpa_attention
 from bge_rerank_integrations.engine.blocks import Norm, Quantized
-from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.fused_ops import (
     PLAIN_OPS,
     FusedBlocks,
@@ -100,7 +101,7 @@ def check_quantizing(
 
 def check_interpreted_kernels() -> None:
     """Run Triton's kernels on the CPU; in a process of its own, since Triton decides when it is imported."""
-    from bge_rerank_integrations.engine import triton_kernels as kernels
+    from bge_rerank_integrations.engine.cuda import triton_kernels as kernels
 
     ops = FusedOps(
         "interpreted",
@@ -150,7 +151,7 @@ def test_the_kernels_compile_for_devices_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bge_rerank_integrations.engine import triton_kernels as kernels
+    from bge_rerank_integrations.engine.cuda import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {

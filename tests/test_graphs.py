@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import flash_attention, sdpa_attention
-from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.graphs import (
     MAX_ROWS,
     Bucket,

@@ -16,7 +16,7 @@ import torch
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
 from bge_rerank_integrations.batching.inference import Pipeline
-from bge_rerank_integrations.batching.queue import Request
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu import int8_support as vnni
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
@@ -23,7 +24,7 @@ from examples.random_checkpoint import build_random_checkpoint
 from tests.test_engine import max_difference, random_ids
 from tests.tolerances import LOGIT_TOLERANCE
 
-REASON = vnni.why_not()
+REASON = vnni.int8_obstacle()
 needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"int8 is not available: {REASON}")
 Floats = npt.NDArray[np.float32]
 RNG = np.random.default_rng(0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.engine.cpu.int8_support import why_not
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.runner import Runner
 from bge_rerank_integrations.errors import RequestTimeoutError
 
@@ -85,7 +85,7 @@ def run_child(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_vector_math_is_called_once_before_several_threads_call_it(dtype: str) -> None:
-    if dtype == "int8" and (obstacle := why_not()):
+    if dtype == "int8" and (obstacle := int8_obstacle()):
         pytest.skip(f"needs a CPU with int8 instructions: {obstacle}")
     child = run_child(FIRST_CALLS, "embedded", dtype)
     assert child.returncode == 0, child.stderr

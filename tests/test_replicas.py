@@ -15,9 +15,10 @@ import torch
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
 from bge_rerank_integrations.batching.inference import Pipeline
-from bge_rerank_integrations.batching.queue import Request, WaitingList
+from bge_rerank_integrations.batching.queue import WaitingList
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.stats import ScorerStats
-from bge_rerank_integrations.engine.checkpoint.checkpoint import read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost, load_runner, load_runners
 from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerClosedError, WorkerDiedError
 from bge_rerank_integrations.text.token_cache import TokenCache

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bge_rerank_integrations import ScorerConfig
-from bge_rerank_integrations.engine.checkpoint.checkpoint import read_shape
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.runner import load_runner
 from examples.random_checkpoint import build_random_checkpoint
 from tests.conftest import load_plain_model
