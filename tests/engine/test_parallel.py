@@ -16,8 +16,8 @@ from torch import Tensor
 from bge_rerank_integrations.engine.cpu.parallel import SplitForward, select, split_evenly
 from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
-from tests.queues import PATIENCE_S
-from tests.test_engine import CPU, random_ids
+from tests.support.engine import CPU, random_ids
+from tests.support.queues import PATIENCE_S
 
 
 def batch_of(lengths: list[int], seed: int = 0) -> PackedBatch:

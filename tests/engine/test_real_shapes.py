@@ -12,9 +12,9 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.runner import load_runner
 from examples.random_checkpoint import build_random_checkpoint
-from tests.conftest import load_plain_model
-from tests.test_engine import max_difference, plain_logits, random_ids
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.engine import max_difference, plain_logits, random_ids
+from tests.support.plain_model import load_plain_model
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 # name: layers, width, heads, feed-forward, positions, lengths to try
 SHAPES = {

@@ -39,8 +39,8 @@ from pydantic import Field, ValidationError
 
 from bge_rerank_integrations import BGERerankPostprocessor, Scorer
 from bge_rerank_integrations.errors import InputError
-from tests.doubles import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.scorers import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 QUERY = "what does a panda eat?"
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]

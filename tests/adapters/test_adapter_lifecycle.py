@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, RankedPassage, Scorer
 from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import CheckpointNotFoundError, RequestTimeoutError, ScorerClosedError
-from tests.doubles import TableScorer
-from tests.queues import PATIENCE_S
-from tests.test_adapters import ADAPTER_TYPES, QUERY, arank_with, rank_with
+from tests.support.adapters import ADAPTER_TYPES, QUERY, arank_with, rank_with
+from tests.support.queues import PATIENCE_S
+from tests.support.scorers import TableScorer
 
 TEXTS = ["bamboo", "a bear", "tea"]
 

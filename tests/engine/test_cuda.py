@@ -25,11 +25,11 @@ from bge_rerank_integrations.engine.cuda.transfer import PinnedTransfer
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
-from tests.test_embedded import TRIPLES
-from tests.test_engine import max_difference, plain_logits, random_ids
-from tests.test_float8 import check_on_cranfield, kendall_tau
-from tests.test_fused import check_quantizing, check_values
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.engine import max_difference, plain_logits, random_ids
+from tests.support.fused_ops import check_quantizing, check_values
+from tests.support.rankings import check_on_cranfield, kendall_tau
+from tests.support.tolerances import LOGIT_TOLERANCE
+from tests.support.triples import TRIPLES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda", 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner
-from tests.test_engine import CPU, LimitedMemory, numbered
+from tests.support.engine import CPU, LimitedMemory, numbered
 
 
 class Pipelined(PlainTransfer):

@@ -19,7 +19,7 @@ from langchain_core.language_models import FakeListLLM
 from langchain_core.retrievers import BaseRetriever
 from pydantic import Field
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 QUESTION = "what does a giant panda eat?"
 PASSAGES = [

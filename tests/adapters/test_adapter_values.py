@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, ScorerConfig
 from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import ConfigError, InputTypeError
-from tests.doubles import PANDA, TEA, TableScorer
+from tests.support.scorers import PANDA, TEA, TableScorer
 
 QUERY = "what does a panda eat?"
 NAN = float("nan")

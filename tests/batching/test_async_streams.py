@@ -20,8 +20,8 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
 )
 from bge_rerank_integrations.text.tokenization import PairTokenizer
-from tests.queues import PATIENCE_S, wait_until
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.queues import PATIENCE_S, wait_until
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 QUERY = "what does a giant panda eat?"

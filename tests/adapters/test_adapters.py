@@ -36,12 +36,22 @@ from bge_rerank_integrations.errors import (
     InputError,
     InputTypeError,
 )
-from tests.doubles import TableScorer
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.adapters import (
+    ADAPTER_TYPES,
+    QUERY,
+    Ranked,
+    arank_with,
+    langchain_documents,
+    llama_index_nodes,
+    rank_with,
+    ranked_documents,
+    ranked_nodes,
+)
+from tests.support.scorers import TableScorer
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 T = TypeVar("T")
 
-QUERY = "what does a panda eat?"
 TIBETAN_OM = "\u0f00"  # unknown to the small tokenizer, so that a long run of it is one token
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 CONFIG_FIELDS = {field.name: field.default for field in dataclasses.fields(ScorerConfig)}
@@ -58,25 +68,6 @@ class Adapter(Protocol):
     """One framework's adapter behind one signature: texts in, (position, score) out, best first."""
 
     def __call__(self, query: Any, texts: Sequence[Any], **options: Any) -> Awaitable[list[Ranked]]: ...
-
-
-Ranked = tuple[int, float | None]
-
-
-def langchain_documents(texts: Sequence[str]) -> list[Document]:
-    return [Document(page_content=text, metadata={"at": at}) for at, text in enumerate(texts)]
-
-
-def llama_index_nodes(texts: Sequence[str]) -> list[NodeWithScore]:
-    return [NodeWithScore(node=TextNode(text=text, id_=str(at))) for at, text in enumerate(texts)]
-
-
-def ranked_documents(documents: Sequence[Document]) -> list[Ranked]:
-    return [(document.metadata["at"], document.metadata["relevance_score"]) for document in documents]
-
-
-def ranked_nodes(nodes: Sequence[NodeWithScore]) -> list[Ranked]:
-    return [(int(node.node_id), node.score) for node in nodes]
 
 
 async def langchain_sync(query: Any, texts: Sequence[str], **options: Any) -> list[Ranked]:
@@ -111,22 +102,6 @@ class ScorerWithAKey(TableScorer):
 
     def __repr__(self) -> str:
         return "ScorerWithAKey(key='SECRET')"
-
-
-def rank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
-    """Rank texts with either adapter."""
-    if isinstance(options, BGEReranker):
-        return ranked_documents(options.compress_documents(langchain_documents(texts), QUERY))
-    assert isinstance(options, BGERerankPostprocessor)
-    return ranked_nodes(options.postprocess_nodes(llama_index_nodes(texts), query_str=QUERY))
-
-
-async def arank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
-    """Do what `rank_with` does, asynchronously."""
-    if isinstance(options, BGEReranker):
-        return ranked_documents(await options.acompress_documents(langchain_documents(texts), QUERY))
-    assert isinstance(options, BGERerankPostprocessor)
-    return ranked_nodes(await options.apostprocess_nodes(llama_index_nodes(texts), query_str=QUERY))
 
 
 ADAPTERS: list[Adapter] = [langchain_sync, langchain_async, llama_index_sync, llama_index_async]
@@ -165,8 +140,6 @@ def on_cpu(checkpoint: Path) -> dict[str, Any]:
 
 
 # --- the same options --------------------------------------------------------------------------------
-
-ADAPTER_TYPES: list[type[RerankOptions]] = [BGEReranker, BGERerankPostprocessor]
 
 
 def shared_options(adapter_type: type[RerankOptions]) -> dict[str, Any]:

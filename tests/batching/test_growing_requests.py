@@ -27,8 +27,8 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
-from tests.queues import PATIENCE_S, Gate, ids, sized, wait_until
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.queues import PATIENCE_S, Gate, ids, sized, wait_until
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 NUM_PAIRS = 1300  # three parts

@@ -36,8 +36,8 @@ from tokenizers import Tokenizer
 
 from bge_rerank_integrations import BGEReranker, Scorer
 from bge_rerank_integrations.errors import InputError, InputTypeError
-from tests.doubles import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.scorers import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 QUERY = "QUERY-CANARY what does a panda eat?"
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]

@@ -28,8 +28,8 @@ from bge_rerank_integrations.engine.cuda.graphs import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner
-from tests.test_engine import CPU, IntArray, max_difference, random_ids
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.engine import CPU, IntArray, max_difference, random_ids
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 BUCKETS = plan_buckets(max_length=512, max_batch_tokens=1000)
 

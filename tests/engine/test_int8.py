@@ -21,8 +21,8 @@ from bge_rerank_integrations.engine.cpu import int8_support as vnni
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
 from examples.random_checkpoint import build_random_checkpoint
-from tests.test_engine import max_difference, random_ids
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.engine import max_difference, random_ids
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 REASON = vnni.int8_obstacle()
 needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"int8 is not available: {REASON}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,36 +37,18 @@ from bge_rerank_integrations.engine.linear import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
-from tests.conftest import load_plain_model
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.engine import (
+    CPU,
+    LimitedMemory,
+    max_difference,
+    numbered,
+    plain_logits,
+    random_ids,
+)
+from tests.support.plain_model import load_plain_model
+from tests.support.tolerances import LOGIT_TOLERANCE
 
-IntArray = npt.NDArray[np.int32]
-CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def random_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[IntArray]:
-    """Return framed sequences without control tokens inside."""
-    random = np.random.default_rng(seed)
-    sequences = [random.integers(5, vocab_size, length, dtype=np.int32) for length in lengths]
-    for sequence in sequences:
-        sequence[0], sequence[-1] = 0, 2
-    return sequences
-
-
-def plain_logits(model: Any, sequences: list[IntArray]) -> list[float]:
-    """Score one by one, so that padding plays no part."""
-    with torch.inference_mode():
-        return [
-            model(torch.from_numpy(sequence)[None].long().to(model.device)).logits.float().item()
-            for sequence in sequences
-        ]
-
-
-def max_difference(ours: list[float], theirs: list[float]) -> float:
-    differences = np.abs(np.array(ours) - np.array(theirs))
-    print(f"max {differences.max():.2e}, mean {differences.mean():.2e}, spread {np.std(theirs):.2f}")
-    return float(differences.max())
 
 
 @pytest.fixture(scope="module")
@@ -311,26 +292,8 @@ def test_cuda(checkpoint: Path, plain_model: Any, vocab_size: int, dtype: str) -
     assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[getattr(torch, dtype)]
 
 
-class LimitedMemory:
-    """A forward pass that gives each sequence's first id and runs out of memory beyond some tokens."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.tried: list[int] = []
-
-    def __call__(self, batch: Any) -> Tensor:
-        self.tried.append(len(batch.ids))
-        if len(batch.ids) > self.max_tokens:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return batch.ids[batch.seqlens.cu_seqlens[:-1]].float()  # type: ignore[no-any-return]
-
-
 def runner_of(forward: Callable[[Any], Tensor], max_batch_tokens: int = 1000) -> Runner:
     return Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=max_batch_tokens)
-
-
-def numbered(lengths: list[int]) -> list[IntArray]:
-    return [np.full(length, number, dtype=np.int32) for number, length in enumerate(lengths)]
 
 
 def test_out_of_memory_splits_the_batch_and_is_remembered(caplog: pytest.LogCaptureFixture) -> None:

@@ -38,8 +38,8 @@ from bge_rerank_integrations.errors import (
     WorkerDiedError,
 )
 from bge_rerank_integrations.text.tokenization import IntArray
-from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, results, sized
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from bge_rerank_integrations.engine.runner import Runner, is_device_lost, load_r
 from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerClosedError, WorkerDiedError
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
-from tests.queues import PATIENCE_S, Gate, firsts, ids, results, sized
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, results, sized
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 
