@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from benchmarks.common import Pairs, spread
 from bge_rerank_integrations import ScorerConfig
-from bge_rerank_integrations.engine.checkpoint.checkpoint import find_checkpoint, load_weights, read_shape
+from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.model import EncoderShape
 from examples.random_checkpoint import TOKENIZER_CONFIG, build_random_checkpoint
 

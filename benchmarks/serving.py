@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.common import PairMaker, describe_hardware, import_optional, quiet, version
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.engine.checkpoint.checkpoint import find_checkpoint
+from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from examples.random_checkpoint import build_random_checkpoint
 
@@ -173,11 +173,11 @@ def _load_contenders(scorer: Scorer, model: str, device: str) -> tuple[list[Cont
     contenders = [_load_ours(scorer), _load_ours_async(scorer)]
     missing: dict[str, str] = {}
     for (name, (module, command)), load in zip(PEERS.items(), (_load_locked, _load_llama_index), strict=True):
-        package, why_not = import_optional(module)
+        package, int8_obstacle = import_optional(module)
         try:
             contenders.append(load(package, model, device))
         except (AttributeError, ImportError) as error:
-            missing[name] = f"{command}  ({why_not or error})"
+            missing[name] = f"{command}  ({int8_obstacle or error})"
     return contenders, missing
 
 

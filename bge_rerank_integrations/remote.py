@@ -26,14 +26,6 @@ try:
 except ImportError as error:
     raise missing_extra("remote", "httpx") from error
 
-from bge_rerank_integrations.validation import (
-    check_pairs,
-    check_passages,
-    check_query,
-    check_requests,
-    check_stream,
-    check_timeout,
-)
 from bge_rerank_integrations.ranking import Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.remote_wire import (
     Answer,
@@ -46,6 +38,14 @@ from bge_rerank_integrations.remote_wire import (
     retry_delay,
 )
 from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
+from bge_rerank_integrations.validation import (
+    check_pairs,
+    check_passages,
+    check_query,
+    check_requests,
+    check_stream,
+    check_timeout,
+)
 
 T = TypeVar("T")
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.plain_model import load_plain_model
+
 # Before any hub library is imported: no test may reach the network, nor wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
 
 from bge_rerank_integrations import Scorer
 from examples.random_checkpoint import build_random_checkpoint, read_texts
@@ -50,11 +51,3 @@ def assets() -> Path:
     if not ASSETS.is_dir():
         pytest.skip(f"needs the development data at {ASSETS.name}/ beside the repository")
     return ASSETS
-
-
-def load_plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load `XLMRobertaForSequenceClassification` with eager attention."""
-    from transformers import XLMRobertaForSequenceClassification
-
-    model: Any = XLMRobertaForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
-    return model.to(dtype).eval()

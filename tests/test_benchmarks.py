@@ -28,7 +28,7 @@ from benchmarks.peers.contender import Contender, longest_first, scored_by_query
 from benchmarks.peers.registry import ENTRIES, select
 from benchmarks.workloads import SPECS, WorkloadMaker
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.engine.checkpoint.checkpoint import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.model import EncoderShape
 
 ROOT = Path(__file__).parents[1]

@@ -32,8 +32,8 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
-from tests.queues import PATIENCE_S
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.queues import PATIENCE_S
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 QUERY = "what does a giant panda eat?"

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from bge_rerank_integrations.batching.queue import Batch, Request, WaitingList
+from bge_rerank_integrations.batching.queue import WaitingList
+from bge_rerank_integrations.batching.request import Batch, Request
 from bge_rerank_integrations.batching.stats import HealthState, Recorder, ScorerHealth, ScorerStats
 from bge_rerank_integrations.errors import (
     DeviceLostError,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
-from bge_rerank_integrations.batching.queue import Request
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
@@ -327,12 +327,9 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         CheckpointError, ConfigError, DeviceError, ForkedProcessError: As `Scorer` says.
     """
     # Here and not above, so that naming a scorer in a signature does not cost the import of torch.
-    from bge_rerank_integrations.engine.checkpoint.checkpoint import (
-        check_max_length,
-        find_checkpoint,
-        read_shape,
-        require_file,
-    )
+    from bge_rerank_integrations.engine.checkpoint.files import require_file
+    from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
+    from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
     from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
     from bge_rerank_integrations.engine.runner import is_device_lost, load_runners
 

@@ -69,7 +69,7 @@ class Blocks(Protocol):
     def project(self, linear: Parameters, before: Norm) -> Callable[[Rows], Tensor]:
         """Make a projection to what attention reads, of rows that a norm made."""
 
-    def close(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
+    def attention_output(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
         """Make what follows attention: of attended rows and the residual, projection, sum and norm."""
 
     def feed_forward(
@@ -97,7 +97,7 @@ class PlainBlocks:
         run = self._linear(*linear)
         return lambda rows: run(rows.values)
 
-    def close(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
+    def attention_output(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
         """See `Blocks`."""
         run = self._linear(*linear)
         return lambda attended, residual: Rows(_layer_norm(run(attended) + residual.values, norm))

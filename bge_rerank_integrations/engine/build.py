@@ -11,7 +11,7 @@ import torch
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
-from bge_rerank_integrations.engine.checkpoint.checkpoint import load_weights
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
 from bge_rerank_integrations.engine.cuda.graphs import Graphs

@@ -14,14 +14,11 @@ import torch
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
-from bge_rerank_integrations.engine.checkpoint.checkpoint import (
-    check_max_length,
-    find_checkpoint,
-    fingerprint,
-    read_shape,
-)
+from bge_rerank_integrations.engine.checkpoint.files import fingerprint
+from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
+from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
 from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
-from bge_rerank_integrations.engine.cpu.int8_support import require_int8, why_not
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle, require_int8
 from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import can_capture, plan_buckets
@@ -215,7 +212,7 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
 def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return the precision that is faster on a device than this one, as `dtype` in a config."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        if why_not() is None:
+        if int8_obstacle() is None:
             return "int8"
         return "bfloat16" if dtype is torch.float32 and _has_fast_bfloat16(device) else None
     return "float16" if device.type == "cuda" and dtype is torch.float32 else None

@@ -172,12 +172,14 @@ class _AfterAttention:
         blocks = take.blocks
         between = take.norm(f"{name}.attention.output.LayerNorm")
         self.norm: Norm = take.norm(f"{name}.output.LayerNorm")
-        self._close = blocks.close(take.parameters(f"{name}.attention.output.dense"), between)
+        self._attention_output = blocks.attention_output(
+            take.parameters(f"{name}.attention.output.dense"), between
+        )
         up, down = (take.parameters(f"{name}.{part}.dense") for part in ("intermediate", "output"))
         self._feed_forward = blocks.feed_forward(up, down, between, self.norm)
 
     def __call__(self, residual: Rows, attended: Tensor) -> Rows:
-        return self._feed_forward(self._close(attended.flatten(-2), residual))
+        return self._feed_forward(self._attention_output(attended.flatten(-2), residual))
 
 
 class _Taker:

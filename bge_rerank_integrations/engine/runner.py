@@ -20,7 +20,7 @@ from torch import Tensor
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.batch_planning import plan_batches
 from bge_rerank_integrations.engine.build import build_model
-from bge_rerank_integrations.engine.checkpoint.checkpoint import identity, verify_sha256
+from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
 from bge_rerank_integrations.engine.device import (

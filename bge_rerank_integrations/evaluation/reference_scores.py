@@ -20,7 +20,7 @@ _HI_PAIR: Final = ("what is panda?", "hi")
 _PANDA_PAIR: Final = ("what is panda?", _PANDA)
 
 # `bge-rerank check --model embedded --dtype float32 --json` prints the scores that belong in this file.
-_GOLDEN_FILE: Final = Path(__file__).parent / "embedded" / "golden.json"
+_GOLDEN_FILE: Final = Path(__file__).parents[1] / "embedded" / "golden.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ import httpx
 
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.server import ServerSettings, create_app
-from tests.server.doubles import HeldScorer, running, wait_until
+from tests.support.servers import HeldScorer, running, wait_until
 
 KEY = "the-right-key"
 QUERY = "what does a giant panda eat?"

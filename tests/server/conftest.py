@@ -11,7 +11,7 @@ import pytest
 
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.server import ServerSettings, create_app
-from tests.server.doubles import HeldScorer, running
+from tests.support.servers import HeldScorer, running
 
 KEY = "KEY-CANARY-1234"
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from bge_rerank_integrations.server import ServerSettings, create_app
 from bge_rerank_integrations.server.dialects.table import DIALECTS
-from tests.server.doubles import HeldScorer
+from tests.support.servers import HeldScorer
 
 NAMES = sorted({name for dialects in DIALECTS.values() for dialect in dialects for name in dialect.fields})
 SCALARS = (

@@ -29,7 +29,7 @@ from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.server import ServerSettings, create_app
 from bge_rerank_integrations.server.dialects.table import DIALECTS
 from tests.server.conftest import KEY
-from tests.server.doubles import HeldScorer, running, wait_until
+from tests.support.servers import HeldScorer, running, wait_until
 
 QUERY = "what does a giant panda eat?"
 PASSAGES = [

@@ -13,8 +13,8 @@ import httpx
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.server import ServerSettings, create_app
 from tests.server.conftest import KEY
-from tests.server.doubles import running
-from tests.tolerances import LOGIT_TOLERANCE
+from tests.support.servers import running
+from tests.support.tolerances import LOGIT_TOLERANCE
 
 NUM_CLIENTS = 16
 NUM_REQUESTS = 400

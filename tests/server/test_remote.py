@@ -44,7 +44,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.remote_wire import Answer, retry_delay
 from bge_rerank_integrations.server import create_app
 from tests.server.conftest import KEY
-from tests.server.doubles import HeldScorer, running, wait_until
+from tests.support.servers import HeldScorer, running, wait_until
 
 QUERY = "what does a giant panda eat?"
 PASSAGES = ["Tea is hot.", "The giant panda eats bamboo.", "", "A car. " * 400, "Bears eat fish.", "\ud800 x"]

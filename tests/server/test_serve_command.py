@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from bge_rerank_integrations.cli.app import main
-from tests.server.doubles import wait_until
+from tests.support.servers import wait_until
 
 PATIENCE_S = 60.0  # a process that imports torch on a busy machine
 

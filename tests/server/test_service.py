@@ -14,7 +14,7 @@ from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
 from bge_rerank_integrations.server.service import Service
-from tests.server.doubles import PATIENCE_S, HeldScorer, wait_until
+from tests.support.servers import PATIENCE_S, HeldScorer, wait_until
 
 
 def service_of(scorer: Any) -> Service:

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any, Final
 
-from bge_rerank_integrations.engine.checkpoint.checkpoint import read_json
+from bge_rerank_integrations.engine.checkpoint.files import read_json
 from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
 
 _logger = logging.getLogger(__name__)

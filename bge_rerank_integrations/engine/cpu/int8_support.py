@@ -23,7 +23,7 @@ def require_int8(head_dim: int) -> None:
     """
     if find_spec("numba") is None:
         raise missing_extra("int8", "numba")
-    reason = why_not()
+    reason = int8_obstacle()
     if reason is not None:
         raise DeviceError(f"dtype 'int8' is not available: {reason}; use 'float32' or 'bfloat16'")
     if head_dim % HEAD_STEP:
@@ -33,7 +33,7 @@ def require_int8(head_dim: int) -> None:
         )
 
 
-def why_not() -> str | None:
+def int8_obstacle() -> str | None:
     """Return why int8 products do not work here; None where they do."""
     if not any(_host_cpu_features().get(name) for name in _CPU_FEATURES):
         return "it needs a CPU with VNNI instructions (x86 since about 2019)"

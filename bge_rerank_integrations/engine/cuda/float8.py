@@ -64,7 +64,7 @@ class Float8Blocks:
         weight = PLAIN_OPS.quantize(linear.weight)
         return lambda rows: scaled_product(_quantized(rows), weight, bias)
 
-    def close(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
+    def attention_output(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
         """See `Blocks`."""
         weight, bias = PLAIN_OPS.quantize(linear.weight), linear.bias
 

@@ -169,7 +169,7 @@ class FusedBlocks:
         run = plain_linear(*linear)
         return lambda rows: run(rows.values)
 
-    def close(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
+    def attention_output(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
         """See `Blocks`."""
         weight, bias = linear
 

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputTypeError
-from bge_rerank_integrations.validation import check_requests, check_timeout
 from bge_rerank_integrations.ranking import check_top_n
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import read_flag, read_model, read_number
+from bge_rerank_integrations.validation import check_requests, check_timeout
 
 
 def _parse(body: Body) -> Work:

@@ -1,0 +1,94 @@
+"""Finds the folder of a checkpoint, or downloads it from the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from bge_rerank_integrations.config import EMBEDDED_MODEL, LOCAL_REVISION, ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.files import INDEX, INPUT_FILES
+from bge_rerank_integrations.engine.checkpoint.mistaken_folders import (
+    ADAPTER_CONFIG,
+    download_command,
+)
+from bge_rerank_integrations.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    HubUnreachableError,
+)
+
+EMBEDDED_FOLDER: Final = Path(__file__).parents[2] / "embedded"
+
+
+def find_checkpoint(config: ScorerConfig) -> Path:
+    """Return the local folder of a checkpoint, downloading it from the hub where needed.
+
+    `embedded` is the one that comes with this package, also where the working directory has a folder of
+    that name (which is `./embedded`).
+
+    Raises:
+        ConfigError: A revision is asked for of a local folder.
+        CheckpointNotFoundError: The folder, repository or revision does not exist or may not be read.
+        HubUnreachableError: The hub does not answer and the cache does not have the model.
+    """
+    if config.model == EMBEDDED_MODEL:
+        return EMBEDDED_FOLDER
+    try:
+        path = Path(config.model).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
+    if path.is_dir():
+        if config.revision is not None:
+            raise ConfigError(LOCAL_REVISION.format(model=config.model))
+        return path
+    if path.exists():
+        raise CheckpointNotFoundError(f"model {config.model!r} is a file; name the folder it lies in")
+    if path.is_absolute() or config.model[0] in ".~" or (os.sep == "\\" and "\\" in config.model):
+        raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist")
+    return _download(config)
+
+
+def _download(config: ScorerConfig) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    what = f"model {config.model!r}" + (f" at revision {config.revision!r}" if config.revision else "")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                config.model,
+                revision=config.revision,
+                cache_dir=config.cache_folder,
+                local_files_only=config.local_files_only,
+                allow_patterns=[
+                    "config.json",
+                    "tokenizer.json",
+                    "model*.safetensors",
+                    INDEX,
+                    ADAPTER_CONFIG,
+                    *INPUT_FILES,
+                ],
+            )
+        )
+    except errors.HFValidationError as error:
+        raise CheckpointNotFoundError(
+            f"{what}: neither an existing folder nor a valid hub id ('organisation/name')"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise CheckpointNotFoundError(
+            f"{what} is gated: accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise CheckpointNotFoundError(
+            f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
+            "`hf auth login`"
+        ) from error
+    except OSError as error:  # the hub's own errors for no answer, and the network's
+        raise HubUnreachableError(
+            f"{what} is not an existing local folder, not in the local cache, and the hub could not be "
+            "asked. To work offline, fetch it once on a connected machine "
+            f"(`{download_command(config.model)}`), copy that folder here and pass its path as the model; "
+            "point cache_folder at a cache that has it, with local_files_only=True; or use "
+            f'model="{EMBEDDED_MODEL}", the small English model that comes with this package'
+        ) from error

@@ -1,0 +1,104 @@
+"""Reads the model's shape from config.json, and refuses models that would score wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.files import read_json, require_file
+from bge_rerank_integrations.engine.checkpoint.mistaken_folders import (
+    describe_other_model,
+)
+from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
+
+ARCHITECTURE: Final = "XLMRobertaForSequenceClassification"
+# What config.json says in whole numbers.
+_SIZES: Final = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
+def read_shape(folder: Path) -> EncoderShape:
+    """Read config.json.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CorruptCheckpointError: It cannot be parsed.
+        UnsupportedCheckpointError: It describes something other than a one-label XLM-RoBERTa
+            cross-encoder, or asks for remote code.
+    """
+    data = read_json(require_file(folder, "config.json"))
+    if "auto_map" in data:
+        raise UnsupportedCheckpointError(
+            f"{folder} asks for code of its own to be run (auto_map), which this package never does; "
+            f"use a plain {ARCHITECTURE} checkpoint"
+        )
+    architectures = data.get("architectures") or [ARCHITECTURE]
+    if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
+        raise UnsupportedCheckpointError(
+            f"{folder} {describe_other_model(data.get('model_type'), data.get('architectures'))}"
+        )
+    from transformers import XLMRobertaConfig
+
+    try:
+        config = XLMRobertaConfig.from_dict(data)
+    except Exception as error:  # its validation raises several unrelated types
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
+    padding_idx = 1 if config.pad_token_id is None else config.pad_token_id
+    # Not every release of transformers checks the types.
+    for name, value, least in (
+        *((name, getattr(config, name), 1) for name in _SIZES),
+        ("pad_token_id", padding_idx, 0),
+    ):
+        if type(value) is not int or value < least:
+            raise CorruptCheckpointError(
+                f"{folder / 'config.json'} is not valid: {name} must be a whole number of at least {least}"
+            )
+    if type(config.layer_norm_eps) is not float or not 0 < config.layer_norm_eps < 1:
+        raise CorruptCheckpointError(
+            f"{folder / 'config.json'} is not valid: layer_norm_eps must be a number between 0 and 1"
+        )
+    for name, value, supported in (
+        ("num_labels", config.num_labels, 1),
+        ("hidden_act", config.hidden_act, "gelu"),
+        ("position_embedding_type", data.get("position_embedding_type", "absolute"), "absolute"),
+        ("is_decoder", bool(data.get("is_decoder", False)), False),
+        ("hidden_size % num_attention_heads", config.hidden_size % config.num_attention_heads, 0),
+    ):
+        if value != supported:
+            raise UnsupportedCheckpointError(
+                f"{folder} has {name} = {value!r}; a cross-encoder that gives one relevance score has "
+                f"{supported!r}"
+            )
+    return EncoderShape(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
+        padding_idx=padding_idx,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def check_max_length(config: ScorerConfig, shape: EncoderShape) -> None:
+    """Raise `ConfigError` if a config wants longer pairs than a model has positions for."""
+    if config.max_length > shape.max_length:
+        raise ConfigError(
+            f"max_length {config.max_length} is more than the {shape.max_length} tokens that "
+            f"{config.model!r} has positions for"
+        )

@@ -1,0 +1,311 @@
+"""Values inside documents, nodes and options: what is missing, what is of the wrong type, what is shared."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import (
+    ImageNode,
+    IndexNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    NodeRelationship,
+    NodeWithScore,
+    RelatedNodeInfo,
+    TextNode,
+)
+from pydantic import Field, ValidationError
+
+from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, ScorerConfig
+from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.errors import ConfigError, InputTypeError
+from tests.support.scorers import PANDA, TEA, TableScorer
+
+QUERY = "what does a panda eat?"
+NAN = float("nan")
+
+
+class Section(Document):
+    """A user's own kind of document, with a field that can be edited in place."""
+
+    tags: list[str] = Field(default_factory=list)
+
+
+# --- missing values are no text ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", [None, NAN])
+@pytest.mark.parametrize(
+    ("options", "scored"),
+    [
+        ({"rank_fields": ["title", "year"]}, "year: 2016\nt"),
+        ({"document_template": "{title}|{year}|{page_content}"}, "|2016|t"),
+        ({"document_template": "{title!r}|{title:>9}|{title:d}|{page_content}"}, "|||t"),
+    ],
+)
+def test_what_a_document_lacks_is_no_text(missing: Any, options: dict[str, Any], scored: str) -> None:
+    scorer = TableScorer()
+    document = Document(page_content="t", metadata={"title": missing, "year": 2016})
+    BGEReranker(scorer=scorer, **options).compress_documents([document], QUERY)
+    assert scorer.asked == [(QUERY, [scored])]
+
+
+@pytest.mark.parametrize("missing", [None, NAN])
+@pytest.mark.parametrize("rank_fields", [None, ["title", "text"]])
+def test_what_a_mapping_lacks_is_no_text(missing: Any, rank_fields: list[str] | None) -> None:
+    scorer = TableScorer()
+    reranker = BGEReranker(scorer=scorer)
+    reranker.rerank([{"title": missing, "text": "t"}], QUERY, rank_fields=rank_fields)
+    assert scorer.asked == [(QUERY, ["text: t"])]
+
+
+@pytest.mark.parametrize("value", [0, False, "", "None", 0.0])
+def test_what_is_there_is_text(value: Any) -> None:
+    scorer = TableScorer()
+    BGEReranker(scorer=scorer).rerank([{"title": value}], QUERY)
+    assert scorer.asked == [(QUERY, [f"title: {value}"])]
+
+
+# --- values of the wrong type ------------------------------------------------------------------------
+
+
+def with_value(name: str, value: Any) -> Document:
+    document = Document(page_content="TEXT-CANARY", metadata={"a": "METADATA-CANARY"})
+    setattr(document, name, value)  # which pydantic does not check
+    return document
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("page_content", None), ("page_content", NAN), ("page_content", b"CANARY"), ("metadata", None), ("metadata", NAN), ("metadata", [("a", "CANARY")])],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"rank_fields": ["a"]}, {"document_template": "{a} {page_content}"}])
+async def test_a_document_changed_to_what_cannot_be_scored_is_named(
+    name: str, value: Any, options: dict[str, Any]
+) -> None:
+    scorer = TableScorer()
+    reranker = BGEReranker(scorer=scorer, **options)
+    documents = [Document(page_content="a", metadata={"a": 1}), with_value(name, value)]
+    calls: list[Callable[[], Any]] = [
+        lambda: reranker.compress_documents(documents, QUERY),
+        lambda: asyncio.run(reranker.acompress_documents(documents, QUERY)),
+        lambda: reranker.rerank(documents, QUERY),
+        lambda: reranker.rerank_many([(QUERY, []), (QUERY, documents)]),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InputTypeError, match=f"{name} of document 1 must be .*{type(value).__name__}"
+        ) as e:
+            await asyncio.to_thread(call)
+        assert e.value.index == 1
+        assert "CANARY" not in str(e.value)
+    assert scorer.asked == []
+
+
+def changed(node: Any, name: str, value: Any) -> Any:
+    object.__setattr__(node, "__dict__", {**node.__dict__, name: value})  # as no validation would
+    return node
+
+
+@pytest.mark.parametrize("mode", list(MetadataMode))
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (changed(TextNode(text="a", metadata={"k": "CANARY"}), "text", None), "text of node 1 .*NoneType"),
+        (changed(TextNode(text="a"), "text", NAN), "text of node 1 .*float"),
+        (changed(ImageNode(text="a", metadata={"k": "CANARY"}), "text", 3), "text of node 1 .*int"),
+        (changed(TextNode(text="CANARY"), "metadata", None), "metadata of node 1 .*NoneType"),
+        (changed(TextNode(text="CANARY"), "metadata", NAN), "metadata of node 1 .*float"),
+        (
+            Node.model_validate(
+                {"text_resource": changed(MediaResource(text="a"), "text", NAN), "metadata": {"k": "CANARY"}}
+            ),
+            "text of node 1 .*float",
+        ),
+    ],
+)
+async def test_a_node_changed_to_what_cannot_be_scored_is_named(
+    mode: MetadataMode, node: Any, message: str
+) -> None:
+    scorer = TableScorer()
+    postprocessor = BGERerankPostprocessor(scorer=scorer, metadata_mode=mode)
+    nodes = [NodeWithScore(node=TextNode(text="a")), NodeWithScore.model_construct(node=node, score=None)]
+
+    async def call_async() -> list[NodeWithScore]:
+        return await postprocessor.apostprocess_nodes(nodes, query_str=QUERY)
+
+    async def call() -> list[NodeWithScore]:
+        return postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+
+    calls: list[Callable[[], Awaitable[list[NodeWithScore]]]] = [call, call_async]
+    for each in calls:
+        with pytest.raises(InputTypeError, match=message) as caught:
+            await each()
+        assert caught.value.index == 1
+        assert "CANARY" not in str(caught.value)
+    assert scorer.asked == []
+
+
+# --- what comes back is the caller's own to edit -----------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_retrieval_score", [False, True])
+def test_editing_what_comes_back_leaves_documents_alone(keep_retrieval_score: bool) -> None:
+    documents = [
+        Section(page_content=text, metadata={"nested": {"tags": [{"a": 1}]}, "list": [[1]]}, tags=["x"])
+        for text in (TEA, PANDA)
+    ]
+    before = copy.deepcopy(documents)
+    returned = BGEReranker(
+        scorer=TableScorer(), keep_retrieval_score=keep_retrieval_score
+    ).compress_documents(documents, QUERY)
+    for document in returned:
+        assert isinstance(document, Section)
+        document.metadata["nested"]["tags"][0]["a"] = 2
+        document.metadata["nested"]["more"] = 1
+        document.metadata["list"][0].append(2)
+        document.tags.append("y")
+    assert documents == before
+
+
+@pytest.mark.parametrize("keep_retrieval_score", [False, True])
+@pytest.mark.parametrize("node_type", [TextNode, Node, ImageNode])
+def test_editing_what_comes_back_leaves_nodes_alone(keep_retrieval_score: bool, node_type: Any) -> None:
+    related = RelatedNodeInfo(node_id="source", metadata={"nested": {"tags": [1]}})
+    nodes = [
+        NodeWithScore(
+            node=node_type(
+                text_resource=MediaResource(text=text),
+                metadata={"nested": {"tags": [1]}},
+                excluded_embed_metadata_keys=["nested"],
+                excluded_llm_metadata_keys=["nested"],
+                relationships={NodeRelationship.SOURCE: related},
+                embedding=[0.5, 0.25],
+            ),
+            score=0.5,
+        )
+        for text in (TEA, PANDA)
+    ]
+    before = copy.deepcopy(nodes)
+    returned = BGERerankPostprocessor(
+        scorer=TableScorer(), keep_retrieval_score=keep_retrieval_score
+    ).postprocess_nodes(nodes, query_str=QUERY)
+    for each in returned:
+        node: Any = each.node
+        assert node.class_name() == node_type.class_name()
+        node.metadata["nested"]["tags"].append(2)
+        node.metadata["new"] = 1
+        node.excluded_embed_metadata_keys.append("x")
+        node.excluded_llm_metadata_keys.append("x")
+        node.relationships[NodeRelationship.SOURCE].metadata["nested"]["tags"].append(2)
+        node.relationships[NodeRelationship.NEXT] = related
+        node.embedding[0] = 0.0
+        if node_type is Node:
+            node.text_resource.text = "edited"
+        else:
+            node.text = "edited"
+    assert nodes == before
+
+
+def test_nodes_that_were_not_scored_are_copies_too() -> None:
+    nodes = [NodeWithScore(node=TextNode(text=" ", metadata={}), score=0.5)]
+    (returned,) = BGERerankPostprocessor(scorer=TableScorer()).postprocess_nodes(nodes, query_str=QUERY)
+    returned.node.metadata["new"] = 1
+    assert nodes[0].node.metadata == {}
+
+
+def test_what_cannot_be_copied_is_kept_and_the_rest_is_copied() -> None:
+    lock = threading.Lock()
+    metadata = {"lock": lock, "tags": [1], "nested": {"lock": lock, "tags": [1]}}
+    document = Document(page_content=PANDA, metadata=metadata)
+    (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    assert returned.metadata["lock"] is returned.metadata["nested"]["lock"] is lock
+    returned.metadata["tags"].append(2)
+    returned.metadata["nested"]["tags"].append(2)
+    assert (metadata["tags"], metadata["nested"]) == ([1], {"lock": lock, "tags": [1]})
+
+
+def test_the_object_of_an_index_node_stays_the_same() -> None:
+    """It may be another index or a retriever, which a retriever goes on with."""
+    target = ["another index"]
+    node = NodeWithScore(node=IndexNode(text=PANDA, index_id="x", obj=target))
+    (returned,) = BGERerankPostprocessor(scorer=TableScorer()).postprocess_nodes([node], query_str=QUERY)
+    assert isinstance(returned.node, IndexNode)
+    assert returned.node.obj is target
+
+
+# --- one rule for options ----------------------------------------------------------------------------
+
+# Another type for every option, one that could be converted.
+OTHER_TYPES: dict[str, list[Any]] = {
+    "model": [3, b"a", None],
+    "revision": [3, b"a"],
+    "sha256": [10**63, b"0" * 64],
+    "cache_folder": [3, b"a"],
+    "local_files_only": [1, "true", None],
+    "device": [0, b"cpu"],
+    "devices": ["cpu", {"cpu"}, [0], iter(["cpu"])],
+    "dtype": [32, b"float32"],
+    "max_length": ["256", 256.0, True, None],
+    "query_max_length": ["64", 64.0, True],
+    "max_batch_tokens": ["1024", 1024.0, True],
+    "num_threads": ["1", 1.0, True],
+    "max_wait_ms": ["1", True, None],
+    "max_queued_tokens": ["1000", 1000.0, True],
+    "normalize": [1, "true", None],
+    "query_instruction": [3, b"a"],
+    "passage_instruction": [3, b"a"],
+    "long_passages": [1, True],
+    "window_overlap_tokens": ["32", 32.0, True],
+    "top_n": ["3", 3.0, True],
+    "score_threshold": ["0.5", True],
+    "keep_retrieval_score": [1, "true", None],
+    "timeout": ["3", True],
+    "score_key": [3, b"a", None],
+    "rank_fields": ["title", {"title"}, [3], iter(["title"])],
+    "document_template": [3, b"{page_content}"],
+    "query_truncation_side": [1, True],
+    "blank_passages": [1, True],
+    "mark_unread": [1, "true", None],
+}
+CASES = [(name, value) for name, values in OTHER_TYPES.items() for value in values]
+
+
+@pytest.mark.parametrize("adapter_type", [BGEReranker, BGERerankPostprocessor])
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_adapters_convert_no_option(adapter_type: type[RerankOptions], name: str, value: Any) -> None:
+    if name not in adapter_type.model_fields:
+        return
+    with pytest.raises(ValidationError, match=name):
+        adapter_type(**{name: value})
+    adapter = adapter_type()
+    with pytest.raises(ValidationError, match=name):
+        setattr(adapter, name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_the_config_converts_no_option(name: str, value: Any) -> None:
+    if name not in {field.name for field in dataclasses.fields(ScorerConfig)}:
+        return
+    with pytest.raises(ConfigError, match=name):
+        ScorerConfig(**{name: value})
+
+
+def test_every_option_is_checked() -> None:
+    names = set(BGEReranker.model_fields) | set(BGERerankPostprocessor.model_fields)
+    assert names - set(OTHER_TYPES) == {"scorer", "callback_manager", "metadata_mode"}
+
+
+@pytest.mark.parametrize("adapter_type", [BGEReranker, BGERerankPostprocessor])
+def test_a_whole_number_is_taken_where_a_number_is(adapter_type: type[RerankOptions], tmp_path: Path) -> None:
+    adapter = adapter_type(max_wait_ms=1, timeout=2, score_threshold=1, model=tmp_path, cache_folder=tmp_path)
+    assert (adapter.max_wait_ms, adapter.timeout, adapter.score_threshold) == (1.0, 2.0, 1.0)

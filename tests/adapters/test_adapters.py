@@ -1,0 +1,667 @@
+"""What the two framework adapters have in common: options, model, order, scores, and good manners."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import gc
+import inspect
+import json
+import logging
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer, ScorerConfig
+from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    InputError,
+    InputTypeError,
+)
+from tests.support.adapters import (
+    ADAPTER_TYPES,
+    QUERY,
+    Ranked,
+    arank_with,
+    langchain_documents,
+    llama_index_nodes,
+    rank_with,
+    ranked_documents,
+    ranked_nodes,
+)
+from tests.support.scorers import TableScorer
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+T = TypeVar("T")
+
+TIBETAN_OM = "\u0f00"  # unknown to the small tokenizer, so that a long run of it is one token
+TOLERANCE = LOGIT_TOLERANCE[torch.float32]
+CONFIG_FIELDS = {field.name: field.default for field in dataclasses.fields(ScorerConfig)}
+
+
+class ForbiddenPool(ThreadPoolExecutor):
+    """A default executor of an event loop that nobody may use."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        raise AssertionError("the event loop's default pool was used")
+
+
+class Adapter(Protocol):
+    """One framework's adapter behind one signature: texts in, (position, score) out, best first."""
+
+    def __call__(self, query: Any, texts: Sequence[Any], **options: Any) -> Awaitable[list[Ranked]]: ...
+
+
+async def langchain_sync(query: Any, texts: Sequence[str], **options: Any) -> list[Ranked]:
+    documents = langchain_documents(texts)
+    return ranked_documents(BGEReranker(**options).compress_documents(documents, query))
+
+
+async def langchain_async(query: Any, texts: Sequence[str], **options: Any) -> list[Ranked]:
+    documents = langchain_documents(texts)
+    return ranked_documents(await BGEReranker(**options).acompress_documents(documents, query))
+
+
+async def llama_index_sync(query: Any, texts: Sequence[str], **options: Any) -> list[Ranked]:
+    nodes = llama_index_nodes(texts)
+    return ranked_nodes(BGERerankPostprocessor(**options).postprocess_nodes(nodes, query_str=query))
+
+
+async def llama_index_async(query: Any, texts: Sequence[str], **options: Any) -> list[Ranked]:
+    nodes = llama_index_nodes(texts)
+    return ranked_nodes(await BGERerankPostprocessor(**options).apostprocess_nodes(nodes, query_str=query))
+
+
+def assert_same(ranked: Sequence[Ranked], expected: Sequence[Ranked]) -> None:
+    """Compare rankings whose scores come from batches of other make-up, thus may differ in the last bits."""
+    assert len(ranked) == len(expected)
+    assert dict(ranked) == pytest.approx(dict(expected), abs=TOLERANCE)
+    assert list(ranked) == sorted(ranked, key=lambda each: (-(each[1] or 0.0), each[0]))
+
+
+class ScorerWithAKey(TableScorer):
+    """Shows what nobody may see."""
+
+    def __repr__(self) -> str:
+        return "ScorerWithAKey(key='SECRET')"
+
+
+ADAPTERS: list[Adapter] = [langchain_sync, langchain_async, llama_index_sync, llama_index_async]
+
+
+@pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.__name__)
+def adapter(request: pytest.FixtureRequest) -> Adapter:
+    """Run a test once for each adapter, sync and async."""
+    adapter: Adapter = request.param
+    return adapter
+
+
+@pytest.fixture
+def make_fresh_checkpoint(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]:
+    """Return what copies a checkpoint, so that nothing in this process has loaded it; closes what loads it."""
+    folders: list[Path] = []
+
+    def make() -> Path:
+        folders.append(tmp_path / f"model-{len(folders)}")
+        shutil.copytree(checkpoint, folders[-1])
+        return folders[-1]
+
+    yield make
+    for folder in folders:
+        Scorer.shared(RerankOptions(**on_cpu(folder)).scorer_config()).close()
+
+
+@pytest.fixture
+def fresh_checkpoint(make_fresh_checkpoint: Callable[[], Path]) -> Path:
+    """Return a checkpoint that nothing in this process has loaded; what loads it is closed again."""
+    return make_fresh_checkpoint()
+
+
+def on_cpu(checkpoint: Path) -> dict[str, Any]:
+    return {"model": str(checkpoint), "device": "cpu"}
+
+
+# --- the same options --------------------------------------------------------------------------------
+
+
+def shared_options(adapter_type: type[RerankOptions]) -> dict[str, Any]:
+    """Return name and default of each option that both adapters have, in the adapter's order."""
+    fields = adapter_type.model_fields
+    return {name: field.default for name, field in fields.items() if name in RerankOptions.model_fields}
+
+
+def test_both_adapters_have_the_same_options_in_the_same_order_with_the_same_defaults() -> None:
+    langchain, llama_index = map(shared_options, ADAPTER_TYPES)
+    assert list(langchain.items()) == list(llama_index.items())
+    assert PydanticUndefined not in langchain.values()
+
+
+def test_options_of_one_adapter_only_are_its_frameworks_own() -> None:
+    names = [
+        set(adapter_type.model_fields) - set(RerankOptions.model_fields) for adapter_type in ADAPTER_TYPES
+    ]
+    assert names == [
+        {"score_key", "rank_fields", "document_template"},
+        {"metadata_mode", "callback_manager"},
+    ]
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_signatures_show_the_same_order(adapter_type: type[RerankOptions]) -> None:
+    names = [n for n in inspect.signature(adapter_type).parameters if n in RerankOptions.model_fields]
+    assert names == list(RerankOptions.model_fields)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_options_agree_with_the_config(adapter_type: type[RerankOptions]) -> None:
+    """All but `normalize`, which the adapters switch on."""
+    options = shared_options(adapter_type)
+    assert [name for name in options if name in CONFIG_FIELDS and name != "normalize"] == [
+        name for name in CONFIG_FIELDS if name != "normalize"
+    ]
+    assert {n: options[n] for n in CONFIG_FIELDS} == {**CONFIG_FIELDS, "normalize": True}
+    assert adapter_type().scorer_config() == ScorerConfig(normalize=True)
+
+
+def test_scorer_takes_the_options_of_the_config_in_order() -> None:
+    parameters = dict(inspect.signature(Scorer).parameters)
+    assert [(name, parameter.default) for name, parameter in parameters.items()] == list(
+        CONFIG_FIELDS.items()
+    )
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("name", sorted(CONFIG_FIELDS))
+def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], name: str) -> None:
+    others: dict[str, Any] = {
+        "model": "BAAI/bge-reranker-large",
+        "revision": "main",
+        "sha256": "0" * 64,
+        "cache_folder": "cache",
+        "local_files_only": True,
+        "device": "cuda:1",
+        "devices": ("cuda:0", "cuda:1"),
+        "dtype": "bfloat16",
+        "max_length": 256,
+        "query_max_length": 64,
+        "query_truncation_side": "left",
+        "max_batch_tokens": 1024,
+        "num_threads": 1,
+        "max_wait_ms": 2.5,
+        "max_queued_tokens": 100_000,
+        "normalize": False,
+        "query_instruction": "query: ",
+        "passage_instruction": "passage: ",
+        "long_passages": "windows",
+        "window_overlap_tokens": 32,
+        "blank_passages": "refuse",
+    }
+    needed: dict[str, Any] = {"long_passages": "windows"} if name == "window_overlap_tokens" else {}
+    assert getattr(adapter_type().scorer_config(), name) != others[name]
+    assert getattr(adapter_type(**needed, **{name: others[name]}).scorer_config(), name) == others[name]
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_paths_are_taken_as_models(adapter_type: Callable[..., RerankOptions], tmp_path: Path) -> None:
+    options = adapter_type(model=tmp_path / "model", cache_folder=tmp_path)
+    assert (options.model, options.cache_folder) == (str(tmp_path / "model"), str(tmp_path))
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_a_scorer_of_ones_own_is_named_by_its_type_alone(adapter_type: Callable[..., RerankOptions]) -> None:
+    """A remote one may hold an address or a key, and show it."""
+    options = adapter_type(scorer=ScorerWithAKey())
+    for shown in (repr(options), str(options), options.model_dump_json(), repr(options.model_dump())):
+        assert "ScorerWithAKey" in shown
+        assert "SECRET" not in shown
+        assert "bge-reranker-base" not in shown
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_repr_and_dump_name_the_model_of_a_scorer(
+    adapter_type: Callable[..., RerankOptions], scorer: Scorer, checkpoint: Path
+) -> None:
+    options = adapter_type(scorer=scorer, top_n=3)
+    assert repr(scorer) in repr(options)
+    assert "top_n=3" in repr(options)
+    dump = options.model_dump()
+    assert dump["scorer"] == {"give_again": str(checkpoint)}
+    assert "model" not in dump
+    assert "bge-reranker-base" not in repr(options) + repr(dump)
+    plain = adapter_type()
+    assert "scorer" not in plain.model_dump()
+    assert "scorer" not in repr(plain)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("timeout", [None, 60.0])
+async def test_a_dump_made_with_a_scorer_refuses_to_score_until_one_is_given(
+    adapter_type: type[RerankOptions], scorer: Scorer, checkpoint: Path, timeout: float | None
+) -> None:
+    options = adapter_type(scorer=scorer, top_n=1, timeout=timeout)
+    dump = json.loads(json.dumps(options.model_dump(mode="json")))
+    for restored in (
+        adapter_type.model_validate(dump),
+        adapter_type.model_validate_json(options.model_dump_json()),
+        adapter_type.model_validate(adapter_type.model_validate(dump).model_dump()),
+        pickle.loads(pickle.dumps(adapter_type.model_validate(dump))),
+        copy.deepcopy(adapter_type.model_validate(dump)),
+    ):
+        assert restored.scorer_name() == str(checkpoint)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"give scorer= again") as caught:
+                rank_with(restored, ["a", "b"])
+            assert str(checkpoint) in str(caught.value)
+            with pytest.raises(ConfigError, match=r"give scorer= again"):
+                await arank_with(restored, ["a", "b"])
+        expected = rank_with(options, ["a", "b"])
+        assert_same(rank_with(restored.model_copy(update={"scorer": scorer}), ["a", "b"]), expected)
+        restored.scorer = scorer
+        assert_same(rank_with(restored, ["a", "b"]), expected)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("bad", [{"give_again": 3}, {"give_again": "x", "more": "y"}, {}, "x"])
+def test_what_is_no_scorer_is_refused(adapter_type: Callable[..., RerankOptions], bad: Any) -> None:
+    with pytest.raises(ValidationError, match="scorer"):
+        adapter_type(scorer=bad)
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_settings_beside_the_scorer_of_a_dump_are_refused(
+    adapter_type: Callable[..., RerankOptions], scorer: Scorer
+) -> None:
+    dump = adapter_type(scorer=scorer).model_dump()
+    with pytest.raises(ValidationError, match=r"\['max_length'\] cannot be set beside scorer"):
+        adapter_type(**dump, max_length=256)
+
+
+# --- the same model ----------------------------------------------------------------------------------
+
+
+def test_one_model_for_both_however_many_ask_at_once(fresh_checkpoint: Path) -> None:
+    num_threads = 16
+    barrier = threading.Barrier(num_threads)
+
+    def resolve(number: int) -> object:
+        options = ADAPTER_TYPES[number % 2](**on_cpu(fresh_checkpoint), top_n=number)
+        barrier.wait()
+        return options.resolve_scorer()
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        scorers = list(pool.map(resolve, range(num_threads)))
+    assert len(set(map(id, scorers))) == 1
+
+
+async def test_one_model_for_both_when_asked_asynchronously(fresh_checkpoint: Path) -> None:
+    options = [ADAPTER_TYPES[number % 2](**on_cpu(fresh_checkpoint)) for number in range(16)]
+    scorers = await asyncio.gather(*(each.aresolve_scorer() for each in options))
+    assert len(set(map(id, scorers))) == 1
+    assert options[0].resolve_scorer() is scorers[0]
+
+
+def test_other_settings_are_another_model(checkpoint: Path) -> None:
+    raw, normalized = (BGEReranker(**on_cpu(checkpoint), normalize=normalize) for normalize in (False, True))
+    assert raw.resolve_scorer() is not normalized.resolve_scorer()
+
+
+async def test_a_closed_model_is_loaded_again(adapter: Adapter, fresh_checkpoint: Path) -> None:
+    before = await adapter(QUERY, ["a", "b c"], **on_cpu(fresh_checkpoint))
+    Scorer.shared(RerankOptions(**on_cpu(fresh_checkpoint)).scorer_config()).close()
+    assert_same(await adapter(QUERY, ["a", "b c"], **on_cpu(fresh_checkpoint)), before)
+
+
+async def test_a_model_that_is_not_there_is_reported_each_time(adapter: Adapter, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(CheckpointNotFoundError):
+            await adapter(QUERY, ["a"], **on_cpu(tmp_path / "nowhere"))
+
+
+async def test_nothing_to_rank_needs_no_model(adapter: Adapter, tmp_path: Path) -> None:
+    assert await adapter(QUERY, [], **on_cpu(tmp_path / "nowhere")) == []
+
+
+# --- the same results --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize": False}, {"top_n": 7}, {"score_threshold": 0.5}, {"max_length": 32}],
+    ids=str,
+)
+async def test_adapters_agree_with_the_scorer(
+    options: dict[str, Any], checkpoint: Path, texts: list[str]
+) -> None:
+    options = {**on_cpu(checkpoint), **options}
+    config = RerankOptions(**options).scorer_config()
+    ranking = Scorer.shared(config).rank(QUERY, texts, options.get("top_n"), options.get("score_threshold"))
+    expected: list[Ranked] = [(passage.index, passage.score) for passage in ranking]
+    assert 0 < len(expected) <= len(texts)
+    for adapter in ADAPTERS:
+        assert_same(await adapter(QUERY, texts, **options), expected)
+
+
+async def test_adapters_take_a_scorer_of_ones_own(adapter: Adapter, scorer: Scorer) -> None:
+    texts = ["bamboo", "a bear", "tea", "bamboo"]
+    assert not scorer.config.normalize
+    for normalize in (True, False):
+        ranking = scorer.rank(QUERY, texts, normalize=normalize)
+        expected = [(passage.index, passage.score) for passage in ranking]
+        assert_same(await adapter(QUERY, texts, scorer=scorer, normalize=normalize), expected)
+    assert all(0 < score < 1 for _, score in await adapter(QUERY, texts, scorer=scorer) if score is not None)
+    table = TableScorer({"a bear": 0.5, "tea": 0.25})
+    assert await adapter(QUERY, texts, scorer=table) == [(1, 0.5), (2, 0.25), (0, 0.0), (3, 0.0)]
+
+
+@given(
+    scores=st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=12),
+    top_n=st.none() | st.integers(0, 14),
+    threshold=st.none() | st.sampled_from([0.0, 0.25, 0.6, 1.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_ranking_comes_through_as_it_is(
+    scores: list[float], top_n: int | None, threshold: float | None
+) -> None:
+    texts = [f"text {index}" for index in range(len(scores))]
+    options = {
+        "scorer": TableScorer(dict(zip(texts, scores, strict=True))),
+        "top_n": top_n,
+        "score_threshold": threshold,
+    }
+    kept = [(i, score) for i, score in enumerate(scores) if threshold is None or score >= threshold]
+    expected = sorted(kept, key=lambda each: (-each[1], each[0]))[:top_n]
+    for adapter in ADAPTERS:
+        assert asyncio.run(_await(adapter(QUERY, texts, **options))) == expected
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+async def test_blank_texts_come_last_in_every_adapter(
+    adapter: Adapter, checkpoint: Path, texts: list[str], normalize: bool
+) -> None:
+    lowest = 0.0 if normalize else -65504.0
+    options: dict[str, Any] = {**on_cpu(checkpoint), "normalize": normalize}
+    given_texts = ["", texts[0], " \n\x0c", texts[1], "\u200b"]
+    ranked = await adapter(QUERY, given_texts, **options)
+    assert sorted(index for index, _ in ranked[:2]) == [1, 3]
+    assert ranked[2:] == [(0, lowest), (2, lowest), (4, lowest)]
+    assert_same(await adapter(QUERY, given_texts, **options, top_n=3), ranked[:3])
+    least = 1e-300 if normalize else -1e9
+    assert_same(await adapter(QUERY, given_texts, **options, score_threshold=least), ranked[:2])
+    assert await adapter(QUERY, ["", "\t"], **options) == [(0, lowest), (1, lowest)]
+    with pytest.raises(InputError, match="passage 2 has nothing to read") as caught:
+        await adapter(QUERY, [texts[0], texts[1], ""], **options, blank_passages="refuse")
+    assert caught.value.index == 2
+
+
+async def test_a_blank_query_is_refused_whoever_scores(adapter: Adapter, scorer: Scorer) -> None:
+    for each in (scorer, TableScorer({})):
+        for query in ("", " \n", "\u200b"):
+            with pytest.raises(InputError, match="the query has nothing to read"):
+                await adapter(query, ["a"], scorer=each)
+
+
+def test_what_is_cut_is_told_in_the_same_way(checkpoint: Path) -> None:
+    texts = ["panda", "bamboo " * 100, ""]
+    options: dict[str, Any] = {**on_cpu(checkpoint), "max_length": 64}
+    expected: list[dict[str, Any]] = [{}, {"rerank_truncated": True}, {"rerank_blank": True}]
+
+    def marks(**more: Any) -> list[list[dict[str, Any]]]:
+        documents = BGEReranker(**options, **more).compress_documents(langchain_documents(texts), QUERY)
+        nodes = BGERerankPostprocessor(**options, **more).postprocess_nodes(
+            llama_index_nodes(texts), query_str=QUERY
+        )
+        by_position = [
+            [document.metadata for document in sorted(documents, key=lambda each: each.metadata["at"])],
+            [node.metadata for node in sorted(nodes, key=lambda each: each.node_id)],
+        ]
+        return [
+            [{key: value for key, value in each.items() if key.startswith("rerank_")} for each in metadata]
+            for metadata in by_position
+        ]
+
+    assert marks() == [expected, expected]
+    assert marks(mark_unread=False) == [[{}, {}, {}]] * 2
+    windows = {"long_passages": "windows", "window_overlap_tokens": 4, "query_max_length": 16}
+    assert marks(**windows) == [[{}, {}, {"rerank_blank": True}]] * 2, "windows read all of it"
+
+
+class PlainScorer(TableScorer):
+    """Returns objects that have an index and a score, and nothing else."""
+
+    def rank(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [SimpleNamespace(index=each.index, score=each.score) for each in super().rank(*args, **kwargs)]
+
+    async def arank(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return self.rank(*args, **kwargs)
+
+
+async def test_a_scorer_that_tells_no_more_than_scores_will_do(adapter: Adapter) -> None:
+    ranked = await adapter(QUERY, ["a", "", "b"], scorer=PlainScorer({"b": 0.5, "": 0.25}))
+    assert ranked == [(2, 0.5), (1, 0.25), (0, 0.0)]
+
+
+def test_marks_of_an_earlier_reranker_do_not_stay() -> None:
+    options: dict[str, Any] = {"scorer": TableScorer({})}
+    metadata = {"title": "a", "rerank_truncated": True, "rerank_blank": True}
+    (document,) = BGEReranker(**options).compress_documents(
+        [Document(page_content="a", metadata=metadata)], QUERY
+    )
+    assert document.metadata == {"title": "a", "relevance_score": 0.0}
+    (node,) = BGERerankPostprocessor(**options).postprocess_nodes(
+        [NodeWithScore(node=TextNode(text="a", metadata=metadata))], query_str=QUERY
+    )
+    assert node.metadata == {"title": "a"}
+    assert metadata == {"title": "a", "rerank_truncated": True, "rerank_blank": True}
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+@pytest.mark.parametrize("threshold", [0, 0.0, -2, 1.0000001, 1.5, 50])
+def test_a_threshold_off_the_scale_is_refused_at_construction(
+    adapter_type: Callable[..., RerankOptions], checkpoint: Path, threshold: float
+) -> None:
+    message = r"score_threshold: .*normalize=True scores lie between 0 and 1.*normalize=False.*raw logits"
+    with pytest.raises(ValidationError, match=message) as caught:
+        adapter_type(score_threshold=threshold)
+    (error,) = caught.value.errors()
+    assert isinstance(error["ctx"]["error"], ConfigError)
+    normalizing = Scorer.shared(ScorerConfig(model=str(checkpoint), device="cpu", normalize=True))
+    with pytest.raises(ValidationError, match=message):
+        adapter_type(scorer=normalizing, score_threshold=threshold)
+    options = adapter_type(normalize=False, score_threshold=threshold)
+    with pytest.raises(ValidationError, match=message):
+        options.normalize = True
+    assert options.normalize is False
+    adapter_type(scorer=TableScorer({}), score_threshold=threshold)  # on a scale that only it knows
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_thresholds_on_the_scale_are_taken(
+    adapter_type: Callable[..., RerankOptions], scorer: Scorer
+) -> None:
+    for threshold in (1, 1.0, 0.5, 1e-9, None):
+        assert adapter_type(score_threshold=threshold).score_threshold == threshold
+    assert adapter_type(normalize=False, score_threshold=-3.5).score_threshold == -3.5
+
+
+@given(
+    query=st.text(max_size=40),
+    texts=st.lists(st.text(st.characters(), max_size=60).filter(str.strip), max_size=8),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_adapters_agree_on_any_text(scorer: Scorer, query: str, texts: list[str]) -> None:
+    results = [asyncio.run(_await(adapter(f"{query}?", texts, scorer=scorer))) for adapter in ADAPTERS]
+    for ranked in results:
+        assert_same(ranked, results[0])
+        assert sorted(index for index, _ in ranked) == list(range(len(texts)))
+        assert {type(score) for _, score in ranked} <= {float}
+
+
+async def _await(result: Awaitable[T]) -> T:
+    return await result
+
+
+async def test_adapters_agree_on_what_is_wrong(adapter: Adapter) -> None:
+    options = {"scorer": TableScorer({})}
+    with pytest.raises(InputTypeError, match="the query must be a string"):
+        await adapter(3, ["a"], **options)
+    for bad in ({"top_n": -1}, {"score_threshold": float("nan")}, {"no_such_option": 1}, {"device": "tpu"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            await adapter(QUERY, ["a"], **bad)
+
+
+@pytest.mark.parametrize("score", [None, 0.25])
+def test_only_a_retrieval_score_that_was_given_is_kept(score: float | None) -> None:
+    options: dict[str, Any] = {"scorer": TableScorer({}), "keep_retrieval_score": True}
+    kept = {"retrieval_rank": 0} if score is None else {"retrieval_rank": 0, "retrieval_score": score}
+    document = Document(page_content="a", metadata={} if score is None else {"score": score})
+    (returned,) = BGEReranker(**options).compress_documents([document], QUERY)
+    assert {key: value for key, value in returned.metadata.items() if key.startswith("retrieval_")} == kept
+    node = NodeWithScore(node=TextNode(text="a"), score=score)
+    (postprocessed,) = BGERerankPostprocessor(**options).postprocess_nodes([node], query_str=QUERY)
+    assert postprocessed.metadata == kept
+
+
+# --- good manners ------------------------------------------------------------------------------------
+
+
+def test_threads_that_share_documents_change_nothing(checkpoint: Path, texts: list[str]) -> None:
+    num_documents, num_threads = 1000, 8
+    words = " ".join(texts).split()
+    metadata = {"nested": {"tags": ["a", "b"]}, "score": 0.5}
+    contents = [" ".join(words[index % 200 : index % 200 + 5]) for index in range(num_documents)]
+    documents = [
+        Document(id=str(at), page_content=text, metadata={"at": at, **copy.deepcopy(metadata)})
+        for at, text in enumerate(contents)
+    ]
+    nodes = [
+        NodeWithScore(
+            node=TextNode(
+                id_=str(at),
+                text=text,
+                metadata=copy.deepcopy(metadata),
+                excluded_embed_metadata_keys=list(metadata),
+            ),
+            score=0.5,
+        )
+        for at, text in enumerate(contents)
+    ]
+    before = copy.deepcopy((documents, nodes))
+    options: dict[str, Any] = {**on_cpu(checkpoint), "top_n": 100, "keep_retrieval_score": True}
+    reranker, postprocessor = BGEReranker(**options), BGERerankPostprocessor(**options)
+    settings_before = (reranker.model_dump(), postprocessor.to_dict())
+    barrier = threading.Barrier(num_threads)
+
+    def rerank(number: int) -> tuple[list[Ranked], list[Ranked]]:
+        query = f"{QUERY} {number}"
+        barrier.wait()
+        return (
+            ranked_documents(reranker.compress_documents(documents, query)),
+            ranked_nodes(postprocessor.postprocess_nodes(nodes, query_str=query)),
+        )
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        results = list(pool.map(rerank, range(num_threads)))
+    assert (documents, nodes) == before
+    assert (reranker.model_dump(), postprocessor.to_dict()) == settings_before
+    for number, both in enumerate(results):
+        alone = reranker.rerank(contents, f"{QUERY} {number}", top_n=None)
+        score_of = {result["index"]: result["relevance_score"] for result in alone}
+        for ranked in both:
+            assert_same(ranked, [(index, score_of[index]) for index, _ in ranked])
+            best = [result["relevance_score"] for result in alone[:100]]
+            assert [score for _, score in ranked] == pytest.approx(best, abs=TOLERANCE)
+    assert len({tuple(langchain) for langchain, _ in results}) == num_threads
+
+
+async def watch_loop(work: Awaitable[T]) -> tuple[T, list[float]]:
+    """Await something while a 5 ms sleeper ticks; return its result and the seconds between ticks."""
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.005)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    # What the process held before is no matter of the work's, but a full collection would walk it all.
+    gc.collect()
+    gc.freeze()
+    ticker = asyncio.create_task(tick())
+    try:
+        await asyncio.sleep(0)  # the sleeper's clock starts here
+        result = await work
+        await asyncio.sleep(0.02)  # so that it also wakes from work that blocked to the end
+    finally:
+        ticker.cancel()
+        gc.unfreeze()
+    return result, gaps
+
+
+async def test_the_loop_watcher_sees_a_block() -> None:
+    async def block() -> None:
+        time.sleep(0.3)  # noqa: ASYNC251  # what must not happen
+
+    _, gaps = await watch_loop(block())
+    assert max(gaps) >= 0.29
+
+
+ASYNC_ADAPTERS = pytest.mark.parametrize(
+    "adapter", [langchain_async, llama_index_async], ids=lambda adapter: adapter.__name__
+)
+
+
+@ASYNC_ADAPTERS
+async def test_the_event_loop_stays_free(
+    adapter: Adapter, make_fresh_checkpoint: Callable[[], Path], texts: list[str]
+) -> None:
+    """While a model loads, and reads and ranks 300 passages, some of which take long to tokenize.
+
+    Other programs can hold up the loop too. They rarely do so three times in a row, and our own code would.
+    """
+    passages = [f"{number} {texts[number % len(texts)]}"[:250] for number in range(290)]
+    passages += [f"{number} {TIBETAN_OM * 100_000}" for number in range(10)]
+    longest_gaps: list[float] = []
+    while len(longest_gaps) < 3 and (not longest_gaps or min(longest_gaps) >= 0.2):
+        ranked, gaps = await watch_loop(adapter(QUERY, passages, **on_cpu(make_fresh_checkpoint())))
+        assert len(ranked) == len(passages)
+        longest_gaps.append(max(gaps))
+    assert min(longest_gaps) < 0.2
+
+
+@ASYNC_ADAPTERS
+async def test_a_model_loads_in_another_thread(
+    adapter: Adapter, fresh_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small one loads too fast for the loop to show it; but loading logs what it chose."""
+    caplog.set_level(logging.INFO, "bge_rerank_integrations")
+    await adapter(QUERY, ["a"], **on_cpu(fresh_checkpoint))
+    assert [record for record in caplog.records if "attention" in record.message]
+    assert threading.get_ident() not in {record.thread for record in caplog.records}
+
+
+@ASYNC_ADAPTERS
+async def test_async_calls_leave_the_loops_default_pool_alone(
+    adapter: Adapter, fresh_checkpoint: Path
+) -> None:
+    asyncio.get_running_loop().set_default_executor(ForbiddenPool())
+    assert len(await adapter(QUERY, ["a", "b"], **on_cpu(fresh_checkpoint))) == 2

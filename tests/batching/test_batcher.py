@@ -1,0 +1,588 @@
+"""The queue over plain callables: every request ends in exactly one of result, error, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import os
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.engine.packing import PackedBatch
+from bge_rerank_integrations.engine.runner import Runner, is_device_lost
+from bge_rerank_integrations.errors import (
+    DeviceLostError,
+    ForkedProcessError,
+    InputError,
+    QueueFullError,
+    RequestTimeoutError,
+    ScorerClosedError,
+    WorkerDiedError,
+)
+from bge_rerank_integrations.text.tokenization import IntArray
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, results, sized
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., MicroBatcher]]:
+    """Return what makes batchers and closes them after the test."""
+    made: list[MicroBatcher] = []
+
+    def build(
+        score: Callable[[list[IntArray]], list[float]], budget: int = 100, **options: Any
+    ) -> MicroBatcher:
+        made.append(MicroBatcher([Replica(score, lambda: budget)], **options))
+        return made[-1]
+
+    yield build
+    for batcher in made:
+        batcher.close(timeout=1.0)
+
+
+def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroBatcher]) -> None:
+    batcher = make(firsts, budget=50)
+    numbers = random.Random(0)
+    requests = [
+        [sized(numbers.randrange(1000), numbers.randrange(1, 60)) for _ in range(7)] for _ in range(60)
+    ]
+    futures = [batcher.submit(request) for request in requests]
+    assert results(futures) == [firsts(request) for request in requests]
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
+    assert (stats.requests, stats.pairs, stats.failed, stats.cancelled) == (60, 420, 0, 0)
+    assert (stats.queued_requests, stats.queued_tokens) == (0, 0)
+    assert stats.tokens == sum(len(sequence) for request in requests for sequence in request)
+    assert 0.0 < stats.fill <= 1.3
+    assert stats.waiting.p99_ms >= stats.waiting.p50_ms >= 0.0
+
+
+def test_an_empty_request_is_done_at_once(make: Callable[..., MicroBatcher]) -> None:
+    assert make(firsts).submit([]).result(0) == []
+
+
+def test_what_is_waiting_shares_a_batch(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    batcher = make(gate)
+    futures = [batcher.submit([ids(0)])]
+    gate.wait_until_entered()
+    futures += [batcher.submit([ids(number)]) for number in range(1, 11)]
+    gate.let_through()
+    results(futures)
+    assert [sorted(batch) for batch in gate.batches] == [[0], list(range(1, 11))]
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).requests_per_batch == 5.5
+
+
+def test_batches_stay_within_the_budget(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    seen: list[int] = []
+
+    def score(batch: list[IntArray]) -> list[float]:
+        seen.append(sum(map(len, batch)))
+        return gate(batch)
+
+    batcher = make(score, budget=100)
+    futures = [batcher.submit([sized(1, 30), sized(2, 45), sized(3, 5)]) for _ in range(9)]
+    gate.let_through()
+    results(futures)
+    assert max(seen) <= 100
+    futures = [batcher.submit([sized(1, 300)])]
+    results(futures)
+    assert seen[-1] == 300, "a sequence longer than the budget is a batch by itself"
+
+
+def test_a_short_request_passes_a_long_one_and_the_long_one_goes_on(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate, budget=100)
+    long = batcher.submit([sized(1, 10)] * 100)
+    gate.wait_until_entered()
+    shorts = [batcher.submit([sized(2, 10)] * 3) for _ in range(8)]
+    for _ in range(5):
+        gate.let_through(1)
+        gate.wait_until_entered()
+    assert all(short.done() for short in shorts)
+    assert not long.done()
+    # All the while the oldest got its share.
+    assert all(1.0 in batch for batch in gate.batches)
+    gate.let_through()
+    assert long.result(PATIENCE_S) == [1.0] * 100
+
+
+def test_max_wait_lets_company_come(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    gate.let_through()
+    batcher = make(gate, budget=4, max_wait_ms=600_000)
+    futures = [batcher.submit([ids(number)]) for number in range(4)]
+    results(futures)  # which has less patience than the batcher: a full batch does not wait
+    assert gate.batches == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_max_wait_ends(make: Callable[..., MicroBatcher]) -> None:
+    assert make(firsts, max_wait_ms=20).submit([ids(7)]).result(PATIENCE_S) == [7.0]
+
+
+def test_the_queue_cap_refuses_at_once_and_the_rest_come_out_right(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate, max_queued_tokens=40)
+    running = batcher.submit([sized(1, 30)])
+    gate.wait_until_entered()
+    accepted = [running]
+    for number in range(200):
+        with suppress(QueueFullError):  # at once: the gate is closed, so a call that waited would not return
+            accepted.append(batcher.submit([sized(number, 10)]))
+    assert len(accepted) == 5
+    with pytest.raises(QueueFullError, match=r"40 tokens are waiting .* max_queued_tokens is 40"):
+        batcher.check_open()
+    gate.let_through()
+    assert results(accepted) == [[1.0], [0.0], [1.0], [2.0], [3.0]]
+    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+
+
+def test_cancelled_work_is_not_computed(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    batcher = make(gate, budget=20)
+    running = batcher.submit([sized(1, 10)])
+    gate.wait_until_entered()
+    doomed = batcher.submit([sized(666, 10)] * 5)
+    kept = batcher.submit([sized(2, 10)])
+    assert doomed.cancel()
+    assert batcher.health().queued_tokens == 10
+    gate.let_through()
+    assert results([running, kept]) == [[1.0], [2.0]]
+    assert all(666 not in batch for batch in gate.batches)
+    with pytest.raises(CancelledError):
+        doomed.result(0)
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
+    assert (stats.cancelled, stats.queued_requests, stats.queued_tokens) == (1, 0, 0)
+
+
+def test_cancelling_what_runs_drops_its_rest(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    batcher = make(gate, budget=20)
+    half = batcher.submit([sized(1, 10)] * 10)
+    gate.wait_until_entered()
+    assert half.cancel()
+    gate.let_through()
+    assert batcher.submit([ids(2)]).result(PATIENCE_S) == [2.0]
+    assert sum(batch.count(1.0) for batch in gate.batches) == 2
+
+
+def poisoned(batch: list[IntArray]) -> list[float]:
+    if any(sequence[0] == 13 for sequence in batch):
+        raise ValueError("poison")
+    return firsts(batch)
+
+
+@pytest.mark.parametrize("position", [0, 7, 15])
+def test_one_bad_request_among_sixteen_fails_alone(
+    make: Callable[..., MicroBatcher], gate: Gate, position: int
+) -> None:
+    batcher = make(lambda batch: poisoned(batch) and gate(batch))
+    first = batcher.submit([ids(1)])
+    gate.wait_until_entered()
+    futures = [batcher.submit([ids(13 if number == position else 20 + number)]) for number in range(16)]
+    gate.let_through()
+    assert first.result(PATIENCE_S) == [1.0]
+    for number, future in enumerate(futures):
+        if number == position:
+            with pytest.raises(ValueError, match="poison"):
+                future.result(PATIENCE_S)
+        else:
+            assert future.result(PATIENCE_S) == [20.0 + number]
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).failed == 1
+
+
+def test_an_error_reaches_its_caller_unchanged(make: Callable[..., MicroBatcher]) -> None:
+    error = KeyError("mine")
+
+    def score(batch: list[IntArray]) -> list[float]:
+        raise error
+
+    future = make(score).submit([ids(1)])
+    assert future.exception(PATIENCE_S) is error
+
+
+def test_too_few_scores_are_an_error(make: Callable[..., MicroBatcher]) -> None:
+    future = make(lambda batch: [1.0]).submit([ids(1), ids(2)])
+    with pytest.raises(RuntimeError, match="2 sequences gave 1 scores"):
+        future.result(PATIENCE_S)
+
+
+def test_a_fault_in_progress_is_its_owners(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    batcher = make(gate)
+    first = batcher.submit([ids(0)])
+    gate.wait_until_entered()
+
+    def broken(count: int) -> None:
+        raise OSError("no terminal")
+
+    faulty, other = batcher.submit([ids(1)], broken), batcher.submit([ids(2)])
+    gate.let_through()
+    assert results([first, other]) == [[0.0], [2.0]]
+    with pytest.raises(OSError, match="no terminal"):
+        faulty.result(PATIENCE_S)
+
+
+def test_a_lost_device_fails_everyone_at_once_and_says_so(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    cause = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def score(batch: list[IntArray]) -> list[float]:
+        gate(batch)
+        raise cause
+
+    batcher = make(score, budget=2, is_device_lost=is_device_lost)
+    futures = [batcher.submit([ids(number)]) for number in range(20)]
+    gate.let_through()
+    for future in futures:
+        error = future.exception(PATIENCE_S)
+        assert isinstance(error, DeviceLostError)
+        assert error.__cause__ is cause
+    assert batcher.health().state == "device lost"
+    assert not batcher.health().ok
+    assert len(gate.batches) == 1
+    with pytest.raises(DeviceLostError):
+        batcher.submit([ids(1)])
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_what_counts_as_a_lost_device(error: Exception, lost: bool) -> None:
+    assert is_device_lost(error) is lost
+
+
+def test_the_workers_death_leaves_nobody_waiting(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+    dying = threading.Event()
+
+    def score(batch: list[IntArray]) -> list[float]:
+        gate(batch)
+        if dying.is_set():
+            raise SystemExit
+        return firsts(batch)
+
+    batcher = make(score, budget=3)
+    gate.let_through()
+    for _ in range(20):
+        dying.set()
+        futures = [batcher.submit([ids(number)]) for number in range(50)]
+        done, waiting = wait(futures, timeout=PATIENCE_S)
+        assert not waiting
+        assert all(isinstance(future.exception(0), WorkerDiedError) for future in done)
+        dying.clear()
+        assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0], "the next call starts another worker"
+
+
+def test_a_worker_killed_from_outside_leaves_nobody_waiting(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate)
+    futures = [batcher.submit([ids(0)])]
+    gate.wait_until_entered()
+    futures += [batcher.submit([ids(number)]) for number in range(50)]
+    (worker,) = batcher._workers.values()
+    assert worker.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
+    gate.let_through()
+    done, waiting = wait(futures, timeout=PATIENCE_S)
+    assert not waiting
+    assert {type(future.exception(0)) for future in done} <= {WorkerDiedError, type(None)}
+    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+
+
+def test_close_finishes_what_was_accepted_and_refuses_more(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate, budget=3)
+    futures = [batcher.submit([ids(number)]) for number in range(20)]
+    gate.let_through()
+    batcher.close()
+    assert results(futures) == [[float(number)] for number in range(20)]
+    with pytest.raises(ScorerClosedError):
+        batcher.submit([ids(1)])
+    assert batcher.health().state == "closed"
+
+
+def test_close_within_a_time_limit_fails_what_is_not_finished(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate, budget=3)
+    futures = [batcher.submit([ids(number)]) for number in range(20)]
+    gate.wait_until_entered()
+    batcher.close(timeout=0.05)
+    assert all(isinstance(future.exception(0), ScorerClosedError) for future in futures)
+    gate.let_through()
+
+
+def test_a_forgotten_batcher_goes_away() -> None:
+    batcher = MicroBatcher([Replica(firsts, lambda: 10)], idle_s=0.05)
+    assert batcher.submit([ids(3)]).result(PATIENCE_S) == [3.0]
+    workers = list(batcher._workers.values())
+    reference = weakref.ref(batcher)
+    del batcher
+    for worker in workers:
+        worker.join(PATIENCE_S)
+    gc.collect()
+    assert reference() is None
+
+
+def test_an_idle_worker_comes_back(make: Callable[..., MicroBatcher]) -> None:
+    batcher = make(firsts, idle_s=0.001)
+    for number in range(300):
+        assert batcher.submit([ids(number)]).result(PATIENCE_S) == [float(number)]
+        if number % 3 == 0:
+            time.sleep(0.002)  # about as long as the worker's patience: both outcomes happen
+
+
+class FlakyForward:
+    """Gives each sequence's first id; sometimes out of memory, sometimes another error."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+        self.num_errors = self.num_out_of_memory = 0
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        draw = self.random.random()
+        if draw < 0.03 and len(batch.seqlens.lengths) > 1:
+            self.num_out_of_memory += 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        if draw > 0.98:
+            self.num_errors += 1
+            raise FloatingPointError("injected")
+        return batch.ids[batch.seqlens.cu_seqlens[:-1]].float()
+
+
+def test_two_thousand_requests_through_injected_errors(make: Callable[..., MicroBatcher]) -> None:
+    forward = FlakyForward()
+    runner = Runner(forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=200)
+    replica = Replica(runner.run, lambda: runner.max_batch_tokens)
+    batcher = MicroBatcher([replica], is_device_lost=is_device_lost)
+    numbers = random.Random(1)
+    requests = [[sized(number, numbers.randrange(1, 30)) for _ in range(3)] for number in range(2000)]
+    with ThreadPoolExecutor(16) as pool:
+        futures = list(pool.map(batcher.submit, requests))
+    outcomes = [future.exception(PATIENCE_S) for future in futures]
+    assert forward.num_errors > 10
+    assert forward.num_out_of_memory > 10
+    for number, (future, error) in enumerate(zip(futures, outcomes, strict=True)):
+        if error is None:
+            assert future.result() == [float(number)] * 3
+        else:
+            assert isinstance(error, FloatingPointError)
+    assert sum(error is not None for error in outcomes) < 200
+    forward.random = random.Random(2)
+    forward.random.random = lambda: 0.5  # type: ignore[method-assign]
+    for _ in range(1000):
+        batcher.submit([ids(1)]).result(PATIENCE_S)
+    assert runner.max_batch_tokens == 200, "the working budget recovers"
+    batcher.close()
+
+
+# Through the scorer: sync, async and the process's end.
+
+
+def test_timeout(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu") as scorer:
+        long = [("query", f"{text} {number}") for number in range(30) for text in texts]
+        with pytest.raises(RequestTimeoutError, match="not finished within the timeout"):
+            scorer.score(long, timeout=0.01)
+        with pytest.raises(TimeoutError):
+            scorer.rank("query", [text for _, text in long], timeout=0.0)
+        assert scorer.score(long[:2], timeout=60) == scorer.score(long[:2])
+        stats = scorer.stats()
+        assert stats.cancelled >= 1
+        assert (stats.queued_requests, stats.queued_tokens) == (0, 0)
+        assert stats.pairs < len(long), "the rest was never computed"
+
+
+async def test_timeout_in_a_task(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu") as scorer:
+        passages = [f"{text} {number}" for number in range(30) for text in texts]
+        with pytest.raises(RequestTimeoutError):
+            await scorer.arank("query", passages, timeout=0.01)
+        assert [p.index for p in await scorer.arank("query", passages[:3], timeout=60)]
+        assert scorer.health().queued_requests == 0
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "3", True])
+def test_a_timeout_that_is_none(scorer: Scorer, timeout: Any) -> None:
+    with pytest.raises(InputError, match="timeout must"):
+        scorer.score([("a", "b")], timeout=timeout)
+
+
+async def test_cancelled_tasks_leave_nothing_behind(checkpoint: Path, texts: list[str]) -> None:
+    """200 async calls, 60 of them cancelled at random moments."""
+    chooser = random.Random(0)
+    with Scorer(checkpoint, device="cpu", max_batch_tokens=512) as scorer:
+        expected = scorer.score([("query", text) for text in texts])
+        tasks = [
+            asyncio.create_task(scorer.ascore([("query", texts[(n + i) % len(texts)]) for i in range(3)]))
+            for n in range(200)
+        ]
+        doomed = set(chooser.sample(range(200), 60))
+        for n in sorted(doomed, key=lambda _: chooser.random()):
+            await asyncio.sleep(chooser.random() / 200)
+            tasks[n].cancel()
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
+        for n, outcome in enumerate(outcomes):
+            if isinstance(outcome, BaseException):
+                assert n in doomed
+                assert isinstance(outcome, asyncio.CancelledError)
+            else:
+                wanted = [expected[(n + i) % len(texts)] for i in range(3)]
+                assert outcome == pytest.approx(wanted, abs=LOGIT_TOLERANCE[torch.float32])
+        assert (scorer.stats().queued_requests, scorer.stats().queued_tokens) == (0, 0)
+
+
+def test_requests_share_batches(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu", max_wait_ms=50) as scorer:
+        barrier = threading.Barrier(16)
+
+        def ask(number: int) -> list[float]:
+            barrier.wait()
+            return scorer.score([("query", texts[number])])
+
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(ask, range(16)))
+        stats = scorer.stats()
+        assert stats.batches < 16
+        assert stats.requests_per_batch > 1
+        alone = [scorer.score([("query", texts[number])]) for number in range(16)]
+        assert np.array(together) == pytest.approx(np.array(alone), abs=LOGIT_TOLERANCE[torch.float32])
+
+
+def test_the_queue_cap_of_a_scorer(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu", max_queued_tokens=1000) as scorer:
+        with pytest.raises(QueueFullError):
+            scorer.score([("query", text) for text in texts])
+        assert len(scorer.score([("query", texts[0])])) == 1
+
+
+def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu", max_length=64) as scorer:
+        scorer.score([("query", texts[0]), ("query", "short"), ("query", "short")])
+        stats = scorer.stats()
+        assert (stats.duplicates, stats.truncations, stats.pairs, stats.requests) == (1, 1, 2, 1)
+        assert pickle.loads(pickle.dumps(stats)) == stats
+        assert stats.to_dict()["waiting"] == {
+            "p50_ms": stats.waiting.p50_ms,
+            "p90_ms": stats.waiting.p90_ms,
+            "p99_ms": stats.waiting.p99_ms,
+        }
+    assert scorer.health().state == "closed"
+
+
+def test_passages_that_come_back_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
+    with Scorer(checkpoint, device="cpu") as scorer:
+        first = scorer.score([("query", text) for text in texts])
+        assert (scorer.stats().cache_hits, scorer.stats().cache_hit_rate) == (0, 0.0)
+        assert scorer.score([("query", text) for text in texts]) == first
+        assert scorer.stats().cache_hits == scorer.stats().cache_misses == len(texts)
+        assert scorer.stats().to_dict()["cache_hit_rate"] == 0.5
+        scorer.score([("other", texts[0]), ("another", texts[0]), ("other", "new")])
+        assert scorer.stats().cache_hits == len(texts) + 1
+
+
+def run_python(code: str, checkpoint: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, which fails the test where it does not end."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(checkpoint)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_the_interpreter_ends_with_requests_in_the_queue(checkpoint: Path) -> None:
+    code = """
+        import sys, threading, time
+        from bge_rerank_integrations import Scorer
+        scorer = Scorer(sys.argv[1], device="cpu", max_batch_tokens=512)
+        def ask(n):
+            while True:  # some are queued at the end, some are tokenizing, some are about to ask again
+                scorer.score([(f"query {n}", "word " * 300 + str(i)) for i in range(4)])
+        for n in range(100):
+            threading.Thread(target=ask, args=(n,), daemon=True).start()
+        while scorer.health().queued_requests < 50:
+            time.sleep(0.01)
+    """
+    completed = run_python(code, checkpoint)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
+
+
+def test_threads_that_outlive_the_main_one_are_served(checkpoint: Path) -> None:
+    code = """
+        import sys, threading, time
+        from bge_rerank_integrations import Scorer
+        scorer = Scorer(sys.argv[1], device="cpu")
+        def work():
+            threading.main_thread().join()
+            print(len(scorer.score([("a", "b"), ("a", "c")])))
+        threading.Thread(target=work).start()
+    """
+    completed = run_python(code, checkpoint)
+    assert (completed.returncode, completed.stdout.strip(), completed.stderr) == (0, "2", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_gets_a_typed_error(checkpoint: Path) -> None:
+    code = """
+        import os, sys, time
+        from bge_rerank_integrations import Scorer
+        from bge_rerank_integrations.errors import ForkedProcessError
+        scorer = Scorer(sys.argv[1], device="cpu")
+        scorer.score([("a", "b")])
+        child = os.fork()
+        if child == 0:
+            for call in (
+                lambda: scorer.score([("a", "b")]),
+                lambda: Scorer(sys.argv[1], device="cpu"),
+                scorer.stats,
+                scorer.health,
+            ):
+                try:
+                    call()
+                    os._exit(1)
+                except ForkedProcessError as error:
+                    assert "spawn" in str(error)
+            scorer.close()
+            os._exit(0)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                print(status, len(scorer.score([("a", "b")])))
+                break
+            time.sleep(0.01)
+    """
+    completed = run_python(code, checkpoint)
+    assert (completed.returncode, completed.stdout.strip()) == (0, "0 1")
+    assert ForkedProcessError.__name__ not in completed.stderr

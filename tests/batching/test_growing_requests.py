@@ -1,0 +1,351 @@
+"""Requests that grow: the device is busy with what is encoded while the rest is."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.inference import Pipeline
+from bge_rerank_integrations.batching.request import Request
+from bge_rerank_integrations.engine.packing import PackedBatch
+from bge_rerank_integrations.engine.runner import Runner, is_device_lost
+from bge_rerank_integrations.errors import (
+    NonFiniteScoreError,
+    QueueFullError,
+    RequestTimeoutError,
+    ScorerClosedError,
+)
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
+from tests.support.queues import PATIENCE_S, Gate, ids, sized, wait_until
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+TOLERANCE = LOGIT_TOLERANCE[torch.float32]
+NUM_PAIRS = 1300  # three parts
+QUERY = "what is a panda?"
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def batcher(gate: Gate) -> Iterator[MicroBatcher]:
+    batcher = MicroBatcher([Replica(gate, lambda: 100)])
+    yield batcher
+    gate.let_through()
+    batcher.close(timeout=1.0)
+
+
+# --- in the queue ------------------------------------------------------------------------------------
+
+
+def test_a_request_ends_when_its_last_part_does(batcher: MicroBatcher, gate: Gate) -> None:
+    gate.let_through()
+    request = Request()
+    for start in range(0, 40, 10):
+        assert not request.future.done()
+        batcher.add(request, [ids(number) for number in range(start, start + 10)], is_last=start == 30)
+    assert request.future.result(PATIENCE_S) == [float(number) for number in range(40)]
+    stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
+    assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, 40, 0)
+
+
+def test_parts_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
+    gate.let_through()
+    request = Request()
+    batcher.add(request, [ids(1)], is_last=False)
+    wait_until(lambda: request.num_unfinished == 0)
+    batcher.add(request, [], is_last=False)
+    assert not request.future.done()
+    batcher.add(request, [])
+    assert request.future.result(PATIENCE_S) == [1.0]
+    nothing = Request()
+    batcher.add(nothing, [])
+    assert nothing.future.result(0) == []
+
+
+@pytest.mark.parametrize("num_before", [1, 2, 3])
+def test_how_a_lone_request_falls_into_batches_is_no_matter_of_time(
+    batcher: MicroBatcher, gate: Gate, num_before: int
+) -> None:
+    """However many parts are there before the first batch is done, batches are the same."""
+    parts = [[sized(n, 10 + 7 * n % 30) for n in range(start, start + 8)] for start in (0, 8, 16)]
+    request = Request()
+    for number, part in enumerate(parts):
+        if number == num_before:
+            gate.let_through()
+            wait_until(lambda: request.num_unfinished == 0)
+        batcher.add(request, part, is_last=part is parts[-1])
+    gate.let_through()
+    assert request.future.result(PATIENCE_S) == [float(n) for n in range(24)]
+    alone: list[list[float]] = []
+    for part in parts:
+        other = Gate()
+        other.let_through()
+        single = MicroBatcher([Replica(other, lambda: 100)])
+        single.submit(part).result(PATIENCE_S)
+        single.close()
+        alone += other.batches
+    assert gate.batches == alone
+
+
+def test_cancelling_drops_all_parts_and_those_to_come(batcher: MicroBatcher, gate: Gate) -> None:
+    request = Request()
+    batcher.add(request, [sized(6, 50)] * 4, is_last=False)
+    gate.wait_until_entered()
+    batcher.add(request, [sized(6, 50)] * 4, is_last=False)
+    assert batcher.health().queued_tokens == 300
+    assert request.future.cancel()
+    assert batcher.health().queued_tokens == 0
+    batcher.add(request, [sized(6, 50)] * 4)
+    assert batcher.health().queued_tokens == 0
+    gate.let_through()
+    assert batcher.submit([ids(1)]).result(PATIENCE_S) == [1.0]
+    assert sum(batch.count(6.0) for batch in gate.batches) == 2
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).cancelled == 1
+
+
+def test_what_is_cancelled_before_it_begins_is_never_queued(batcher: MicroBatcher) -> None:
+    request = Request()
+    request.future.cancel()
+    batcher.add(request, [ids(1)])
+    batcher.add(request, [])
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).requests == 0
+
+
+def test_nothing_is_added_to_a_request_that_failed(batcher: MicroBatcher, gate: Gate) -> None:
+    request = Request()
+    batcher.add(request, [ids(1)], is_last=False)
+    gate.wait_until_entered()
+    gate.error = ValueError("poison")
+    gate.let_through()
+    assert isinstance(request.future.exception(PATIENCE_S), ValueError)
+    batcher.add(request, [ids(2)])
+    assert batcher.health().queued_tokens == 0
+
+
+def test_a_part_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
+    gate.let_through()
+    request = Request()
+    batcher.add(request, [ids(1)], is_last=False)
+    batcher.close()
+    with pytest.raises(ScorerClosedError):
+        batcher.add(request, [ids(2)])
+
+
+# --- through the pipeline ----------------------------------------------------------------------------
+
+
+class WatchedTokenizer(PairTokenizer):
+    """Counts the parts it has encoded, and calls `before` with the number of each but the first."""
+
+    num_parts = 0
+    before: Callable[[int], object] = staticmethod(lambda number: None)
+
+    def stream(
+        self, queries: Sequence[str], passages: Sequence[str], num_pairs: int
+    ) -> Iterator[list[EncodedPair]]:
+        for part in super().stream(queries, passages, num_pairs):
+            if self.num_parts:
+                self.before(self.num_parts)
+            self.num_parts += 1
+            yield part
+
+
+class Device:
+    """A pipeline over a tokenizer that is watched and a model whose score is the number of tokens."""
+
+    def __init__(self, checkpoint: Path, **settings: Any) -> None:
+        config = ScorerConfig(model=str(checkpoint), device="cpu", **settings)
+        self.cache = TokenCache(1_000_000)
+        self.tokenizer = WatchedTokenizer(checkpoint / "tokenizer.json", config, self.cache)
+        self.begun = threading.Event()
+        self.num_sequences = 0
+        self.give: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths
+        runner = Runner(self.forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=2048)
+        self.pipeline = Pipeline(self.tokenizer, self.cache, [runner], config, is_device_lost)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        self.begun.set()
+        self.num_sequences += len(batch.seqlens.lengths)
+        return self.give(torch.tensor(batch.seqlens.lengths, dtype=torch.float32))
+
+
+@pytest.fixture
+def start(checkpoint: Path) -> Iterator[Callable[..., Device]]:
+    """Return what makes devices and closes them after the test."""
+    made: list[Device] = []
+
+    def build(**settings: Any) -> Device:
+        made.append(Device(checkpoint, **settings))
+        return made[-1]
+
+    yield build
+    for device in made:
+        device.pipeline.close(timeout=1.0)
+
+
+@pytest.fixture(scope="module")
+def passages() -> list[str]:
+    return [f"passage number {number} " + "word " * (number % 7) for number in range(NUM_PAIRS)]
+
+
+def lengths_of(device: Device, queries: list[str], passages: list[str]) -> list[float]:
+    pairs = PairTokenizer.encode(device.tokenizer, queries, passages)
+    return [float(sum(map(len, pair.windows))) for pair in pairs]
+
+
+def test_the_device_begins_before_all_is_encoded(start: Callable[..., Device], passages: list[str]) -> None:
+    device = start()
+    begun_before: list[bool] = []
+    device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
+    results = device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+    assert begun_before == [True, True]
+    device.tokenizer.before = lambda _: None
+    assert [result.score for result in results] == lengths_of(device, [QUERY] * NUM_PAIRS, passages)
+    stats = device.pipeline.stats()
+    assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, NUM_PAIRS, 0)
+
+
+async def test_nor_does_it_wait_for_an_async_caller(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start()
+    begun_before: list[bool] = []
+    device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
+    results = await device.pipeline.ascore([QUERY] * NUM_PAIRS, passages)
+    assert begun_before == [True, True]
+    assert [result.num_tokens for result in results] == [int(result.score) for result in results]
+
+
+def test_duplicates_in_different_parts_are_encoded_and_scored_once(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start()
+    twice = [*passages, *reversed(passages), *passages[:10]]
+    queries = [QUERY] * (2 * NUM_PAIRS) + ["another"] * 10
+    results = device.pipeline.score(queries, twice)
+    stats = device.pipeline.stats()
+    assert (stats.pairs, device.num_sequences) == (NUM_PAIRS + 10, NUM_PAIRS + 10)
+    assert (stats.duplicates, stats.truncations) == (NUM_PAIRS, 0)
+    assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 0), "each passage is looked up once"
+    assert [result.score for result in results] == lengths_of(device, queries, twice)
+    device.pipeline.score(queries, twice)
+    stats = device.pipeline.stats()
+    assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 2 * NUM_PAIRS)
+    assert stats.cache_hit_rate == pytest.approx(2 / 3)
+
+
+def test_a_timeout_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
+    device = start()
+    with pytest.raises(RequestTimeoutError):
+        device.pipeline.score([QUERY] * NUM_PAIRS, passages, timeout=0.0)
+    assert device.tokenizer.num_parts == 1
+    assert device.pipeline.health().queued_tokens == 0
+
+
+async def test_cancellation_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
+    device = start()
+    reached, cancelled = threading.Event(), threading.Event()
+
+    def before(_: int) -> None:
+        reached.set()
+        assert cancelled.wait(PATIENCE_S)
+
+    device.tokenizer.before = before
+    task = asyncio.create_task(device.pipeline.ascore([QUERY] * NUM_PAIRS, passages))
+    assert await asyncio.to_thread(reached.wait, PATIENCE_S)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    cancelled.set()
+    device.pipeline.close()  # waits for the thread that encodes
+    assert device.tokenizer.num_parts == 2
+    assert device.num_sequences <= 512
+    assert device.pipeline.health().queued_tokens == 0
+
+
+def test_an_error_of_the_device_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
+    device = start()
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the device is on fire")
+
+    device.give = fail
+    device.tokenizer.before = lambda _: wait_until(lambda: device.pipeline.stats().failed)
+    with pytest.raises(ValueError, match="on fire"):
+        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+    assert device.tokenizer.num_parts == 2
+
+
+def test_an_error_of_the_encoding_drops_what_is_queued(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start()
+
+    def before(_: int) -> None:
+        raise MemoryError
+
+    device.tokenizer.before = before
+    with pytest.raises(MemoryError):
+        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+    assert device.pipeline.health().queued_tokens == 0
+    assert device.pipeline.stats().cancelled == 1
+
+
+def test_a_full_queue_refuses_a_long_request_before_any_of_it_is_computed(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start(max_queued_tokens=10_000)
+    with pytest.raises(QueueFullError):
+        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+    assert device.num_sequences == 0
+    assert len(device.pipeline.score([QUERY] * 100, passages[:100])) == 100
+
+
+def test_the_pair_that_is_not_finite_is_named_whatever_its_part(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start()
+    marked = [*passages[:1200], "word " * 300, *passages[1200:]]
+    device.give = lambda lengths: torch.where(lengths > 200, torch.nan, lengths)
+    with pytest.raises(NonFiniteScoreError) as caught:
+        device.pipeline.score([QUERY] * len(marked), marked)
+    assert caught.value.index == 1200
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_length": 32, "long_passages": "windows", "window_overlap_tokens": 2}]
+)
+def test_the_progress_bar_ends_at_its_total(
+    start: Callable[..., Device], passages: list[str], settings: dict[str, Any]
+) -> None:
+    device = start(**settings)
+    long = [*passages, "word " * 100, "other " * 100]
+    shown = io.StringIO()
+    with redirect_stderr(shown):
+        results = device.pipeline.score([QUERY] * len(long), long, progress=True)
+    num_windows = sum(result.windows for result in results)
+    assert (num_windows > len(long)) == bool(settings)
+    assert f"{num_windows}/{num_windows}" in shown.getvalue()
+
+
+def test_long_requests_score_as_short_ones_do(scorer: Scorer, passages: list[str]) -> None:
+    whole = scorer.score([(QUERY, passage) for passage in passages])
+    some = [0, 511, 512, 1023, 1024, 1299]
+    assert [whole[index] for index in some] == pytest.approx(
+        scorer.score([(QUERY, passages[index]) for index in some]), abs=TOLERANCE
+    )
+    assert whole == scorer.score([(QUERY, passage) for passage in passages]), "to the last bit, if alone"

@@ -1,0 +1,180 @@
+"""What a process must hold to from its first score to its end: first calls, freed memory, a clean exit."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
+from bge_rerank_integrations.engine.runner import Runner
+from bge_rerank_integrations.errors import RequestTimeoutError
+
+PAIRS = [("a question", f"passage {number}") for number in range(8)]
+
+FIRST_CALLS = """
+    import sys, threading
+
+    calls = []
+
+    def record(frame, event, function):
+        if event in ("c_call", "c_return") and getattr(function, "__name__", "") == "tanh":
+            calls.append((threading.current_thread().name, event))
+
+    threading.setprofile(record)
+    sys.setprofile(record)
+    from bge_rerank_integrations import Scorer
+
+    scorer = Scorer(sys.argv[1], device="cpu", dtype=sys.argv[2], num_threads=2)
+    scorer.score([("a question", f"passage {number}") for number in range(8)])
+    sys.setprofile(None)
+    print(*(f"{name}:{event}" for name, event in calls))
+"""
+
+# On one core, threads of low priority run again only after the main thread has gone on, here to its end.
+EXIT_AFTER_ANSWER = """
+    import os, sys, threading
+    from bge_rerank_integrations import Scorer
+
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(sys.argv[2]) % len(cores)]})
+    scorer = Scorer(sys.argv[1], device="cpu", num_threads=2)
+    pairs = [("a question", f"passage {number}") for number in range(8)]
+    scorer.score(pairs)
+    for thread in threading.enumerate():
+        if thread.name.startswith("bge-rerank"):
+            os.setpriority(os.PRIO_PROCESS, thread.native_id, 19)
+    scorer.score(pairs)
+"""
+
+# The batch takes longer than exit may, and each of its layers a small part of that.
+EXIT_DURING_BATCH = """
+    import sys, threading, time
+    from bge_rerank_integrations import Scorer
+
+    scorer = Scorer("embedded", device="cpu", num_threads=int(sys.argv[1]), max_batch_tokens=1 << 15)
+    pairs = [("a question", f"{number} " * 400) for number in range(100)]
+    threading.Thread(target=scorer.score, args=(pairs,), daemon=True).start()
+    while scorer.stats().waiting.p50_ms == 0.0:  # until the first batch has begun
+        time.sleep(0.01)
+    time.sleep(0.5)
+"""
+
+
+def run_child(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_vector_math_is_called_once_before_several_threads_call_it(dtype: str) -> None:
+    if dtype == "int8" and (obstacle := int8_obstacle()):
+        pytest.skip(f"needs a CPU with int8 instructions: {obstacle}")
+    child = run_child(FIRST_CALLS, "embedded", dtype)
+    assert child.returncode == 0, child.stderr
+    first, second, *others = child.stdout.split()
+    assert [first, second] == ["MainThread:c_call", "MainThread:c_return"]
+    assert {"bge-rerank-cpu-0:c_call", "bge-rerank-cpu-1:c_call"} <= set(others)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux to choose a thread's core")
+def test_a_process_whose_threads_are_held_up_after_their_answer_exits_cleanly(checkpoint: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        children = list(pool.map(lambda n: run_child(EXIT_AFTER_ANSWER, checkpoint, str(n % 2)), range(40)))
+    assert [child.returncode for child in children] == [0] * 40
+    assert {child.stderr for child in children} == {""}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_process_that_ends_during_a_long_batch_exits_cleanly(num_threads: int) -> None:
+    child = run_child(EXIT_DURING_BATCH, str(num_threads))
+    assert (child.returncode, child.stderr) == (0, "")
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def score(scorer: Scorer) -> None:
+    scorer.score(PAIRS)
+
+
+def score_async(scorer: Scorer) -> None:
+    asyncio.run(scorer.ascore(PAIRS))
+
+
+def time_out(scorer: Scorer) -> None:
+    with pytest.raises(RequestTimeoutError):
+        scorer.score(PAIRS, timeout=0)
+
+
+def fail_in_the_engine(scorer: Scorer) -> None:
+    """Fail in the forward pass: no text gives a token that the model does not have, so queue one."""
+    pipeline: Any = scorer._pipeline
+    with pytest.raises(IndexError):
+        pipeline._batcher.submit([np.array([0, 10**8, 2], dtype=np.int32)]).result(60)
+
+
+@pytest.mark.parametrize("use", [score, score_async, time_out, fail_in_the_engine])
+def test_close_releases_the_model_without_the_garbage_collector(
+    checkpoint: Path, without_collector: None, use: Callable[[Scorer], None]
+) -> None:
+    # A budget of its own, so that no other test's scorer shares the model.
+    with Scorer(checkpoint, device="cpu", num_threads=2, max_batch_tokens=1999) as scorer:
+        use(scorer)
+        score(scorer)
+        assert live_models(1999) == 1
+    assert live_models(1999) == 0
+    assert scorer.health().state == "closed"
+
+
+def test_close_releases_the_shared_model_without_the_garbage_collector(
+    checkpoint: Path, without_collector: None
+) -> None:
+    scorer = Scorer.shared(
+        ScorerConfig(model=str(checkpoint), device="cpu", num_threads=2, max_batch_tokens=1998)
+    )
+    score(scorer)
+    assert live_models(1998) == 1
+    scorer.close()
+    assert live_models(1998) == 0
+
+
+def test_a_scorer_that_is_dropped_without_close_releases_its_model(
+    checkpoint: Path, without_collector: None
+) -> None:
+    scorer = Scorer(checkpoint, device="cpu", num_threads=2, max_batch_tokens=1997)
+    score(scorer)
+    assert live_models(1997) == 1
+    del scorer
+    for thread in threading.enumerate():
+        if thread.name == "bge-rerank-worker":
+            thread.join(20)  # it ends when it has been idle for a few seconds
+    assert live_models(1997) == 0
+
+
+def live_models(max_batch_tokens: int) -> int:
+    return sum(
+        type(each) is Runner and each.max_batch_tokens == max_batch_tokens for each in gc.get_objects()
+    )

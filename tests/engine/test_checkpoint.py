@@ -1,0 +1,637 @@
+"""Every way a checkpoint can be wrong is refused with a typed error that says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    DeviceError,
+    HubUnreachableError,
+    UnsupportedCheckpointError,
+)
+
+Tensors = dict[str, torch.Tensor]
+PAIRS = [("what is a panda?", "A bear."), ("panda", "hi")]
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a copy of the good checkpoint, to be broken."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(edit(tensors), path, metadata={"format": "pt"})
+
+
+def without(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+
+
+def with_value(value: float) -> Callable[[Tensors], Tensors]:
+    def edit(tensors: Tensors) -> Tensors:
+        tensors["roberta.encoder.layer.1.output.dense.weight"][3, 4] = value
+        return tensors
+
+    return edit
+
+
+def refuse(folder: Path, error: type[CheckpointError], message: str, **settings: Any) -> None:
+    with pytest.raises(error, match=message) as caught:
+        Scorer(folder, device="cpu", **settings)
+    assert type(caught.value) is error
+
+
+def test_an_embedding_model(folder: Path) -> None:
+    edit_config(folder, architectures=["XLMRobertaModel"])
+    edit_weights(
+        folder, lambda t: {n.removeprefix("roberta."): w for n, w in without("classifier")(t).items()}
+    )
+    refuse(folder, UnsupportedCheckpointError, "An embedding model has no relevance head")
+
+
+def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
+    edit_weights(folder, without("classifier."))
+    refuse(folder, UnsupportedCheckpointError, "no relevance head .*use a reranker such as")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
+            "'bert' checkpoint .*It is a cross-encoder .*runs XLM-RoBERTa cross-encoders: take BAAI/bge-.*'embedded'",
+        ),
+        (
+            {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]},
+            "'deberta-v2' .*It is a cross-encoder",
+        ),
+        ({"model_type": "bert", "architectures": None}, r"'bert' checkpoint\. This package runs"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "An embedding model has no relevance head"),
+        ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "'gemma' .*It is a language model"),
+        ({"architectures": ["XLMRobertaForMaskedLM"]}, "XLMRobertaForMaskedLM"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "num_labels = 2"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never does"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder = True"),
+    ],
+)
+def test_another_architecture(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(folder, **changes)
+    refuse(folder, UnsupportedCheckpointError, message)
+
+
+def test_a_lora_adapter(folder: Path) -> None:
+    adapter = {"base_model_name_or_path": "BAAI/bge-reranker-base", "peft_type": "LORA"}
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "adapter_model.safetensors").touch()
+    refuse(
+        folder,
+        UnsupportedCheckpointError,
+        "is a LoRA adapter.*Merge the two first.*base, lora, merged = 'BAAI/bge-reranker-base', .*merge_and_unload",
+    )
+    (folder / "adapter_config.json").write_text("{}")
+    refuse(folder, UnsupportedCheckpointError, "'BASE_MODEL'")
+
+
+def test_a_lora_adapter_beside_a_config_and_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").touch()
+    refuse(folder, UnsupportedCheckpointError, "is a LoRA adapter")
+
+
+def cache_entry(checkpoint: Path, cache: Path) -> tuple[Path, Path]:
+    """Return a hub cache's entry of the checkpoint, and its snapshot, made of links as they are."""
+    entry = cache / "models--someone--reranker"
+    snapshot = entry / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copytree(checkpoint, entry / "blobs")
+    for path in (entry / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return entry, snapshot
+
+
+def test_a_hub_cache_is_told_from_a_checkpoint(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+    entry, snapshot = cache_entry(checkpoint, tmp_path / "hub")
+    refuse(
+        entry,
+        CheckpointNotFoundError,
+        f"is an entry of a hub cache.*{snapshot}.*'someone/reranker'.*cache_folder",
+    )
+    refuse(entry / "snapshots", CheckpointNotFoundError, f"its subfolders do.*{snapshot}")
+    refuse(entry.parent, CheckpointNotFoundError, "is a hub cache with someone/reranker")
+    with Scorer(snapshot, device="cpu") as real:
+        assert real.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_a_hub_cache_copied_without_what_its_links_point_to(checkpoint: Path, tmp_path: Path) -> None:
+    entry, snapshot = cache_entry(checkpoint, tmp_path)
+    blobs = {path.name: path.read_bytes() for path in (entry / "blobs").iterdir()}
+    for missing in ("config.json", "tokenizer.json", "model.safetensors"):
+        (entry / "blobs" / missing).unlink()
+        refuse(
+            snapshot, CheckpointNotFoundError, f"{missing} is a link to a file that is not there.*--local-dir"
+        )
+        (entry / "blobs" / missing).write_bytes(blobs[missing])
+    shutil.rmtree(entry / "blobs")
+    refuse(entry, CheckpointNotFoundError, "config.json is a link to a file that is not there.*cp -rL")
+    shutil.rmtree(entry / "snapshots")
+    refuse(entry, CheckpointNotFoundError, "none of its snapshots.*hf download someone/reranker --local-dir")
+
+
+def test_a_trainers_folder_names_its_checkpoints(folder: Path) -> None:
+    inside = folder / "run"
+    for number in (500, 1000):
+        shutil.copytree(folder, inside / f"checkpoint-{number}", ignore=shutil.ignore_patterns("run"))
+    (inside / "runs").mkdir()
+    (inside / "training_args.bin").touch()
+    message = f"its subfolders do.*: {inside}/checkpoint-500, {inside}/checkpoint-1000$"
+    refuse(inside, CheckpointNotFoundError, message)
+    shutil.copy(folder / "config.json", inside)
+    refuse(inside, CheckpointNotFoundError, message)
+
+
+def test_a_local_folder_has_no_revisions(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="is a local folder, which has no revisions; leave revision out"):
+        Scorer(folder, revision="main")
+
+
+def test_a_missing_layer(folder: Path) -> None:
+    edit_weights(folder, without("roberta.encoder.layer.1."))
+    refuse(folder, CorruptCheckpointError, "16 tensor.s. .* missing.*encoder.layer.1.*fetch")
+
+
+def test_an_extra_layer(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1)
+    refuse(folder, CorruptCheckpointError, "16 tensor.s. do not belong.*encoder.layer.1")
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=64)
+    refuse(folder, CorruptCheckpointError, "has shape .*but config.json calls for")
+
+
+def test_quantized_weights(folder: Path) -> None:
+    edit_weights(folder, lambda t: {n: w.to(torch.int8) for n, w in t.items()})
+    refuse(folder, UnsupportedCheckpointError, "stored as I8")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(folder: Path, value: float) -> None:
+    edit_weights(folder, with_value(value))
+    refuse(folder, CorruptCheckpointError, "output.dense.weight holds NaN or infinity")
+
+
+def test_values_that_overflow_in_the_precision_asked_for(folder: Path) -> None:
+    edit_weights(folder, lambda t: {n: w.double() for n, w in with_value(1e300)({n: w.double() for n, w in t.items()}).items()})  # fmt: skip
+    refuse(folder, CorruptCheckpointError, "in torch.float32")
+
+
+class Canary:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "executed")))
+    refuse(folder, UnsupportedCheckpointError, "pickled weights only.*save_pretrained")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 10_000, -1])
+def test_a_truncated_file(folder: Path, size: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refuse(folder, CorruptCheckpointError, "damaged or was not downloaded to its end.*fetch it again")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer(folder: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / name).write_text(pointer)
+    refuse(folder, CorruptCheckpointError, "Git LFS pointer.*git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    refuse(folder, CheckpointNotFoundError, f"holds no {name}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    refuse(folder, CorruptCheckpointError, r"config\.json is not")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("num_attention_heads", 0),
+        ("vocab_size", -1),
+        ("num_hidden_layers", 2.5),
+        ("pad_token_id", "first"),
+        ("layer_norm_eps", "small"),
+        ("layer_norm_eps", float("inf")),
+    ],
+)
+def test_a_config_with_a_value_that_cannot_be(folder: Path, name: str, value: object) -> None:
+    edit_config(folder, **{name: value})
+    refuse(folder, CorruptCheckpointError, r"config\.json is not valid")
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    edit_config(folder, vocab_size=100)
+    edit_weights(
+        folder,
+        lambda t: {
+            n: w[:100].contiguous() if n.endswith("word_embeddings.weight") else w for n, w in t.items()
+        },
+    )
+    refuse(folder, UnsupportedCheckpointError, "the tokenizer gives ids up to .* embeds only 100")
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    refuse(tmp_path / "nowhere", CheckpointNotFoundError, "does not exist")
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
+        Scorer("./nowhere")
+    (tmp_path / "file").touch()
+    refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; name the folder")
+
+
+def test_a_name_that_the_hub_would_not_take() -> None:
+    with pytest.raises(CheckpointNotFoundError, match="nor a valid hub id"):
+        Scorer("not a/valid/id")
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) -> None:
+    # The whole suite runs with the hub switched off.
+    with pytest.raises(
+        HubUnreachableError,
+        match=r"To work offline, fetch it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
+    ):
+        Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
+
+
+def test_a_revision_of_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    for model in (folder, folder.name):  # the second could be a model on the hub
+        with pytest.raises(ConfigError, match="is a local folder, which has no revisions"):
+            Scorer(model, device="cpu", revision="main")
+
+
+# --- what sentence-transformers says about inputs ----------------------------------------------------
+
+TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+
+
+def save_as_sentence_transformers_does(
+    folder: Path, *, modules: Any = (TRANSFORMER,), input_settings: Any = None, **settings: Any
+) -> None:
+    """Write what `CrossEncoder.save_pretrained` of sentence-transformers 6 writes beside the model."""
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps(
+            {
+                "__version__": {
+                    "pytorch": "2.13.0",
+                    "sentence_transformers": "6.2.0",
+                    "transformers": "5.0.0",
+                },
+                "activation_fn": "torch.nn.modules.linear.Identity",
+                "default_prompt_name": None,
+                "model_type": "CrossEncoder",
+                "prompts": {},
+                **settings,
+            }
+        )
+    )
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": i, "name": str(i), "path": "", "type": name} for i, name in enumerate(modules)])
+    )
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps(
+            {
+                "transformer_task": "sequence-classification",
+                "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+                "module_output_name": "scores",
+                **(input_settings or {}),
+            }
+        )
+    )
+
+
+PROMPTS = {"search": "Find what answers this: ", "none": None, "empty": ""}
+
+
+def test_a_checkpoints_default_prompt_stands_before_the_query(folder: Path, scorer: Scorer) -> None:
+    """As `Transformer.preprocess` there: before the first text of the pair, as it is."""
+    save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
+    prompted = [(PROMPTS["search"] + query, passage) for query, passage in PAIRS]  # type: ignore[operator]
+    with Scorer(folder, device="cpu") as here:
+        assert here.score(PAIRS) == pytest.approx(scorer.score(prompted), abs=1e-5)
+        assert here.score(PAIRS) != pytest.approx(scorer.score(PAIRS), abs=1e-3)
+        (best,) = here.rank(PAIRS[0][0], [PAIRS[0][1]])
+        assert best.score == pytest.approx(scorer.score(prompted[:1])[0], abs=1e-5)
+    with Scorer(folder, device="cpu", query_instruction="") as plain:
+        assert plain.score(PAIRS) == pytest.approx(scorer.score(PAIRS), abs=1e-5)
+    with Scorer(folder, device="cpu", query_instruction="Q: ") as own:
+        expected = scorer.score([("Q: " + query, passage) for query, passage in PAIRS])
+        assert own.score(PAIRS) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prompts": PROMPTS},
+        {"prompts": PROMPTS, "default_prompt_name": "none"},
+        {"prompts": PROMPTS, "default_prompt_name": "empty"},
+        {"prompts": PROMPTS, "default_prompt_name": "search", "model_type": "SentenceTransformer"},
+        {"input_settings": {"processing_kwargs": {"text": {"max_length": 128, "truncation": True}}}},
+    ],
+    ids=str,
+)
+def test_without_a_default_prompt_nothing_stands_there(
+    folder: Path, scorer: Scorer, settings: dict[str, Any]
+) -> None:
+    save_as_sentence_transformers_does(folder, **settings)
+    with Scorer(folder, device="cpu") as here:
+        assert here.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_prompts_count_only_beside_modules_as_there(folder: Path, scorer: Scorer) -> None:
+    save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
+    (folder / "modules.json").unlink()
+    with Scorer(folder, device="cpu") as here:
+        assert here.score(PAIRS) == scorer.score(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules": [TRANSFORMER, "sentence_transformers.base.modules.dense.Dense"]}, r"modules .*'Dense'"),
+        ({"input_settings": {"transformer_task": "feature-extraction"}}, "transformer_task"),
+        ({"input_settings": {"do_lower_case": True}}, "do_lower_case.*Lowercase"),
+        (
+            {"input_settings": {"modality_config": {"message": {}, "text": {}}}},
+            "chat template.*query_instruction=.*passage_instruction=",
+        ),
+        (
+            {"input_settings": {"processing_kwargs": {"text": {"add_special_tokens": False}}}},
+            "processing_kwargs .*add_special_tokens",
+        ),
+    ],
+    ids=str,
+)
+def test_inputs_that_are_made_in_another_way(folder: Path, settings: dict[str, Any], message: str) -> None:
+    save_as_sentence_transformers_does(folder, **settings)
+    refuse(folder, UnsupportedCheckpointError, f"saved by sentence-transformers with.*{message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config_sentence_transformers.json", "[]"),
+        ("config_sentence_transformers.json", "{"),
+        ("modules.json", "{"),
+        ("modules.json", '["Transformer"]'),
+        ("sentence_bert_config.json", "3"),
+    ],
+)
+def test_settings_that_cannot_be_read(folder: Path, name: str, content: str) -> None:
+    save_as_sentence_transformers_does(folder)
+    (folder / name).write_text(content)
+    refuse(folder, CorruptCheckpointError, "fetch it again")
+
+
+@pytest.mark.parametrize("prompts", [{}, {"search": 3}, None, []])
+@pytest.mark.parametrize("name", ["search", ["search"]])
+def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any, name: Any) -> None:
+    save_as_sentence_transformers_does(folder, prompts=prompts, default_prompt_name=name)
+    refuse(folder, CorruptCheckpointError, "no text for its default_prompt_name .*search")
+
+
+def test_a_prompt_makes_another_checkpoint(folder: Path) -> None:
+    from bge_rerank_integrations.engine.checkpoint.files import fingerprint
+
+    before = fingerprint(folder)
+    save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
+    assert fingerprint(folder) != before
+
+
+def test_a_cached_hub_model_loads_offline(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+    repository = tmp_path / "models--someone--reranker"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
+    with Scorer(
+        "someone/reranker", cache_folder=str(tmp_path), local_files_only=True, device="cpu"
+    ) as cached:
+        assert cached.score(PAIRS) == scorer.score(PAIRS)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights over two files with an index, as large checkpoints are."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        name = f"model-0000{number}-of-00002.safetensors"
+        save_file({n: tensors[n].contiguous() for n in names}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards(folder: Path, scorer: Scorer) -> None:
+    shard(folder)
+    with Scorer(folder, device="cpu") as sharded:
+        assert sharded.score(PAIRS) == scorer.score(PAIRS)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_hash_pins_the_weights(folder: Path, scorer: Scorer, sharded: bool) -> None:
+    if sharded:
+        shard(folder)
+    contents = b"".join(path.read_bytes() for path in sorted(folder.glob("model*.safetensors")))
+    sha256 = hashlib.sha256(contents).hexdigest()
+    with Scorer(folder, device="cpu", sha256=sha256) as pinned:
+        assert pinned.score(PAIRS) == scorer.score(PAIRS)
+    path = max(folder.glob("model*.safetensors"))
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1  # the last bit of a weight, which nothing else would notice
+    path.write_bytes(changed)
+    refuse(folder, CorruptCheckpointError, "not the one asked for", sha256=sha256)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refuse(folder, CheckpointNotFoundError, "holds no model-00002-of-00002")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
+def test_an_index_that_points_elsewhere(folder: Path, name: Any) -> None:
+    weight_map = shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, name)}))
+    refuse(folder, CorruptCheckpointError, "points outside its folder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_stored_in_another_precision(folder: Path, dtype: torch.dtype) -> None:
+    rounded = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}.get(dtype, torch.float32)
+    edit_weights(folder, lambda t: {n: w.to(rounded).float() for n, w in t.items()})
+    with Scorer(folder, device="cpu") as wide:
+        expected = wide.score(PAIRS)
+    edit_weights(folder, lambda t: {n: w.to(dtype) for n, w in t.items()})
+    with Scorer(folder, device="cpu") as stored:
+        assert stored.score(PAIRS) == expected
+
+
+def test_tensors_that_are_not_read_may_be_there(folder: Path, scorer: Scorer) -> None:
+    unused = {
+        "roberta.embeddings.position_ids": torch.arange(514)[None],
+        "roberta.pooler.dense.weight": torch.zeros(64, 64),
+        "roberta.pooler.dense.bias": torch.zeros(64),
+    }
+    edit_weights(folder, lambda tensors: tensors | unused)
+    with Scorer(folder, device="cpu") as other:
+        assert other.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> None:
+    with Scorer(folder, device="cpu") as loaded:
+        path = folder / "model.safetensors"
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(b"\xff" * 1000)
+        assert loaded.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_norms_may_have_their_old_names(folder: Path, scorer: Scorer) -> None:
+    def rename(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    edit_weights(folder, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    with Scorer(folder, device="cpu") as renamed:
+        assert renamed.score([("a", "b")]) == pytest.approx(scorer.score([("a", "b")]), abs=1e-6)
+
+
+def test_saved_equals_loaded(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+    from transformers import XLMRobertaForSequenceClassification
+
+    XLMRobertaForSequenceClassification.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path)
+    with Scorer(tmp_path, device="cpu") as saved:
+        assert saved.score(PAIRS) == scorer.score(PAIRS)
+
+
+def test_max_length_beyond_the_positions(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_length 513 is more than the 512 tokens"):
+        Scorer(folder, max_length=513)
+
+
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    missing = "cuda:99"
+    with pytest.raises(DeviceError, match="cuda:99' is not available"):
+        Scorer(folder, device=missing)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without MPS")
+def test_float16_where_auto_means_the_cpu(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="not supported on a CPU"):
+        Scorer(folder, dtype="float16")
+
+
+def quantized(tensors: Tensors) -> Tensors:
+    """Store every matrix of the encoder as int8 with a scale for each row."""
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and not name.startswith("classifier."):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            stored[name], stored[f"{name}_scale"] = (tensor / scale).round().to(torch.int8), scale
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def test_weights_stored_as_int8_by_row_are_multiplied_out(folder: Path) -> None:
+    def multiplied_out(tensors: Tensors) -> Tensors:
+        stored = quantized(tensors)
+        return {
+            name: stored[name].float() * stored[f"{name}_scale"]
+            if f"{name}_scale" in stored
+            else stored[name]
+            for name in tensors
+        }
+
+    packed = Path(shutil.copytree(folder, folder.with_name("packed")))
+    edit_weights(folder, multiplied_out)
+    edit_weights(packed, quantized)
+    assert (packed / "model.safetensors").stat().st_size < 0.5 * (folder / "model.safetensors").stat().st_size
+    with Scorer(folder, device="cpu") as plain, Scorer(packed, device="cpu") as scorer:
+        assert scorer.score(PAIRS) == plain.score(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("output.dense.weight_scale", None, UnsupportedCheckpointError, "stored as I8"),
+        ("output.dense.weight_scale", lambda t: t[:-1], CorruptCheckpointError, "has shape"),
+        ("output.dense.weight_scale", lambda t: t.squeeze(1), CorruptCheckpointError, "has shape"),
+        ("output.dense.weight_scale", lambda t: t.to(torch.int8), UnsupportedCheckpointError, "stored as I8"),
+        ("output.dense.weight_scale", lambda t: t * float("nan"), CorruptCheckpointError, "NaN"),
+        ("output.dense.weight", lambda t: t.to(torch.uint8), CorruptCheckpointError, "do not belong"),
+    ],
+)
+def test_quantized_weights_without_their_scales_are_refused(
+    folder: Path,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+    error: type[CheckpointError],
+    message: str,
+) -> None:
+    def edit(tensors: Tensors) -> Tensors:
+        stored = quantized(tensors)
+        full_name = f"roberta.encoder.layer.1.{name}"
+        tensor = stored.pop(full_name)
+        return stored if change is None else {**stored, full_name: change(tensor).contiguous()}
+
+    edit_weights(folder, edit)
+    refuse(folder, error, message)

@@ -1,0 +1,252 @@
+"""What only a CUDA device can show: kernels, graphs, pinned copies and float8 as they are used there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
+from bge_rerank_integrations.engine.attention import flash_attention, resolve_attention
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cuda.float8 import check_float8
+from bge_rerank_integrations.engine.cuda.fused_ops import FusedBlocks, FusedOps, resolve_fused
+from bge_rerank_integrations.engine.cuda.graphs import CudaCapture, Graphs, plan_buckets
+from bge_rerank_integrations.engine.cuda.transfer import PinnedTransfer
+from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
+from bge_rerank_integrations.engine.runner import Runner, load_runner
+from tests.support.engine import max_difference, plain_logits, random_ids
+from tests.support.fused_ops import check_quantizing, check_values
+from tests.support.rankings import check_on_cranfield, kendall_tau
+from tests.support.tolerances import LOGIT_TOLERANCE
+from tests.support.triples import TRIPLES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = torch.device("cuda", 0)
+HALF: list[DType] = ["float16", "bfloat16"]
+
+
+def has_float8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+needs_float8 = pytest.mark.skipif(not has_float8(), reason="needs a CUDA device of capability 8.9 or later")
+
+
+def triton_ops(dtype: torch.dtype, widths: tuple[int, int] = (64, 128)) -> FusedOps:
+    ops = resolve_fused(CUDA, dtype, widths, quantizing=has_float8())
+    assert not ops.is_plain, ops.name
+    return ops
+
+
+def compiled_kernels() -> int:
+    """Count what Triton holds compiled of our kernels."""
+    from triton.runtime.jit import JITFunction
+
+    from bge_rerank_integrations.engine.cuda import triton_kernels
+
+    kernels = [kernel for kernel in vars(triton_kernels).values() if isinstance(kernel, JITFunction)]
+    assert kernels
+    return sum(len(per_device[0]) for kernel in kernels for per_device in kernel.device_caches.values())
+
+
+def cuda_model(folder: Path, dtype: torch.dtype, ops: FusedOps | None) -> Callable[[PackedBatch], Tensor]:
+    shape = read_shape(folder)
+    return PackedCrossEncoder(
+        shape,
+        load_weights(folder, shape, device=CUDA, dtype=dtype),
+        attention=resolve_attention(CUDA, dtype, shape.head_dim),
+        blocks=None if ops is None else FusedBlocks(ops),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [384, 768, 1000, 1024, 4096])
+@pytest.mark.parametrize("num_rows", [1, 7, 1025])
+def test_fused_kernels(dtype: torch.dtype, width: int, num_rows: int) -> None:
+    ops = triton_ops(dtype, (width, width))
+    check_values(ops, dtype, num_rows, width, "cuda")
+    if has_float8():
+        check_quantizing(ops, dtype, num_rows, width, "cuda")
+
+
+@needs_float8
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fused_quantizing_makes_no_number_of_what_is_none(value: float) -> None:
+    x = torch.ones(2, 384, device=CUDA, dtype=torch.bfloat16)
+    x[1, 3] = value
+    codes, scales = triton_ops(torch.bfloat16).quantize(x)
+    dequantized = codes.float() * scales
+    assert dequantized[0].isfinite().all()
+    assert not dequantized[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fused_layers_give_what_plain_ones_do(checkpoint: Path, plain_model: Any, dtype: torch.dtype) -> None:
+    sequences = random_ids([*range(1, 513, 7)], read_shape(checkpoint).vocab_size, seed=8)
+    batch = pack(sequences, padding_idx=1, device=CUDA)
+    fused = cuda_model(checkpoint, dtype, triton_ops(dtype))(batch).tolist()
+    plain = cuda_model(checkpoint, dtype, None)(batch).tolist()
+    truth = plain_logits(plain_model, sequences)
+    assert max_difference(fused, plain) <= LOGIT_TOLERANCE[dtype]
+    assert max_difference(fused, truth) <= LOGIT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [*HALF, pytest.param("float8", marks=needs_float8)])
+def test_nothing_is_compiled_after_loading(checkpoint: Path, dtype: DType) -> None:
+    shape = read_shape(checkpoint)
+    runner = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
+    before = compiled_kernels()
+    assert before > 0
+    for seed, count in enumerate([1, 2, 3, 16, 17, 64, 200]):
+        lengths = np.random.default_rng(seed).integers(4, 513, count).tolist()
+        runner.run(random_ids(lengths, shape.vocab_size, seed=seed))
+    runner.warmup()
+    runner.run(random_ids([5, 6, 7], shape.vocab_size))
+    assert compiled_kernels() == before
+
+
+@pytest.mark.parametrize("dtype", [*HALF, pytest.param("float8", marks=needs_float8)])
+def test_graphs_give_what_runs_without_them(checkpoint: Path, dtype: DType) -> None:
+    shape = read_shape(checkpoint)
+    eager = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
+    graphed = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
+    graphed.warmup()
+    graphs = graphed._graphs
+    if resolve_attention(CUDA, torch.bfloat16, shape.head_dim) is not flash_attention:
+        pytest.skip("needs a device and a torch that have the varlen kernel")
+    assert graphs is not None
+    assert graphs.num_captured == len(plan_buckets(512, eager.max_batch_tokens))
+    tolerance = LOGIT_TOLERANCE[getattr(torch, {"float8": "float8_e4m3fn"}.get(dtype, dtype))]
+    random = np.random.default_rng(0)
+    for seed in range(60):
+        lengths = random.integers(4, int(random.choice([8, 60, 513])), int(random.integers(1, 60))).tolist()
+        sequences = random_ids(lengths, shape.vocab_size, seed=seed)
+        assert max_difference(graphed.run(sequences), eager.run(sequences)) <= tolerance
+
+
+def test_a_capture_that_fails_leaves_the_device_and_the_stream_as_they_were(checkpoint: Path) -> None:
+    model = cuda_model(checkpoint, torch.float16, None)
+    stream = torch.cuda.current_stream()
+
+    def forward(batch: PackedBatch) -> Tensor:
+        logits = model(batch)
+        if torch.cuda.is_current_stream_capturing():
+            logits.tolist()  # waits for the device, which a capture cannot
+        return logits
+
+    graphs = Graphs(
+        forward, device=CUDA, padding_idx=1, buckets=plan_buckets(512, 300), capture=CudaCapture(CUDA)
+    )
+    runner = Runner(forward, device=CUDA, padding_idx=1, max_batch_tokens=300, graphs=graphs)
+    sequences = random_ids([20, 30], read_shape(checkpoint).vocab_size)
+    expected = runner.run(sequences)
+    runner.warmup()
+    assert graphs.num_captured == 0
+    assert torch.cuda.current_stream() == stream
+    assert runner.run(sequences) == expected
+
+
+def test_pinned_copies_give_what_plain_ones_do(checkpoint: Path) -> None:
+    """Buffers are used again and again, and a batch too large for them goes another way."""
+    vocab_size = read_shape(checkpoint).vocab_size
+    model = cuda_model(checkpoint, torch.float16, None)
+    plain = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=600)
+    transfer = PinnedTransfer(CUDA, 600)
+    pinned = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=600, transfer=transfer)
+    small = Runner(
+        model, device=CUDA, padding_idx=1, max_batch_tokens=600, transfer=PinnedTransfer(CUDA, 100)
+    )
+    sequences = random_ids(np.random.default_rng(0).integers(4, 513, 300).tolist(), vocab_size)
+    expected = plain.run(sequences)
+    assert pinned.run(sequences) == expected
+    assert small.run(sequences) == expected
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    limit = (torch.cuda.memory_allocated() + (96 << 20)) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def test_memory_that_is_not_enough_splits_batches(checkpoint: Path, little_memory: None) -> None:
+    vocab_size = read_shape(checkpoint).vocab_size
+    model = cuda_model(checkpoint, torch.float16, None)
+    transfer = PinnedTransfer(CUDA, 600)
+    sequences = random_ids([500] * 400, vocab_size)
+    expected = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=2000).run(sequences)
+    runner = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=200_000, transfer=transfer)
+    assert max_difference(runner.run(sequences), expected) <= LOGIT_TOLERANCE[torch.float16]
+    assert runner.num_splits > 0
+
+
+@needs_float8
+def test_float8_works_on_this_device() -> None:
+    for widths in ((384, 1536), (768, 3072), (1024, 4096)):
+        check_float8(CUDA, widths)
+
+
+@needs_float8
+def test_float8_keeps_the_order_of_a_real_model() -> None:
+    passages = [passage for _, relevant, distractor in TRIPLES for passage in (relevant, distractor)]
+    with (
+        Scorer(EMBEDDED_MODEL, device="cpu", dtype="float32") as exact,
+        Scorer(EMBEDDED_MODEL, device="cuda", dtype="float8") as coarse,
+    ):
+        coarse.warmup()
+        for query, relevant, distractor in TRIPLES:
+            assert coarse.rank(query, [distractor, relevant])[0].index == 1, query
+        pairs = [(query, passage) for query, _, _ in TRIPLES for passage in passages]
+        ours, theirs = coarse.score(pairs), exact.score(pairs)
+    taus = [
+        kendall_tau(ours[start : start + len(passages)], theirs[start : start + len(passages)])
+        for start in range(0, len(pairs), len(passages))
+    ]
+    print(f"Kendall's tau with float32: mean {np.mean(taus):.4f}, least {min(taus):.4f}")
+    # Nearly all of these have nothing to do with the query, and their scores are crowded.
+    assert np.mean(taus) >= 0.88
+
+
+@needs_float8
+def test_float8_keeps_a_real_models_ranking(assets: Path) -> None:
+    check_on_cranfield(
+        assets,
+        lambda folder: load_runner(ScorerConfig(device="cuda", dtype="float32"), folder, read_shape(folder)),
+        lambda folder: load_runner(ScorerConfig(device="cuda", dtype="float8"), folder, read_shape(folder)),
+    )
+
+
+@needs_float8
+def test_float8_weights_take_about_half_the_memory() -> None:
+    config = ScorerConfig(model=EMBEDDED_MODEL, device="cuda", dtype="bfloat16")
+    shape = read_shape(EMBEDDED_FOLDER)
+    sizes = []
+    for dtype in ("bfloat16", "float8"):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        runner = load_runner(
+            ScorerConfig.from_dict({**config.to_dict(), "dtype": dtype}), EMBEDDED_FOLDER, shape
+        )
+        sizes.append(torch.cuda.memory_allocated() - before)
+        del runner
+    matrices = sum(
+        2 * rows[0] * rows[1]
+        for name, rows in shape.parameter_shapes().items()
+        if ".layer." in name and len(rows) == 2
+    )
+    assert sizes[0] - sizes[1] > 0.4 * matrices

@@ -1,0 +1,98 @@
+"""The model that comes with the package ranks for real, the same in every precision."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bge_rerank_integrations
+from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer
+from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
+from tests.support.triples import TRIPLES
+
+MAX_BYTES = 35_000_000
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Any:
+    with Scorer(EMBEDDED_MODEL, device="cpu", dtype="float32") as scorer:
+        yield scorer
+
+
+@pytest.mark.parametrize("triple", TRIPLES, ids=[triple[0] for triple in TRIPLES])
+def test_the_passage_that_answers_comes_first(scorer: Scorer, triple: tuple[str, str, str]) -> None:
+    query, relevant, distractor = triple
+    assert scorer.rank(query, [distractor, relevant])[0].index == 1
+
+
+def test_an_answer_is_found_among_all_passages(scorer: Scorer) -> None:
+    passages = [passage for _, relevant, distractor in TRIPLES for passage in (distractor, relevant)]
+    rankings = scorer.rank_many([(query, passages) for query, _, _ in TRIPLES], top_n=1)
+    found = [ranking[0].index == 2 * i + 1 for i, ranking in enumerate(rankings)]
+    assert sum(found) >= 19, f"missed: {[i for i, right in enumerate(found) if not right]}"
+
+
+def test_order_is_kept_in_other_precisions(scorer: Scorer) -> None:
+    dtypes: list[tuple[str, DType]] = [("cpu", "bfloat16")]
+    if int8_obstacle() is None:
+        dtypes.append(("cpu", "int8"))
+    if torch.cuda.is_available():
+        dtypes += [("cuda", "float16"), ("cuda", "bfloat16")]
+    passages = [passage for _, relevant, distractor in TRIPLES for passage in (relevant, distractor)]
+    for device, dtype in dtypes:
+        with Scorer(EMBEDDED_MODEL, device=device, dtype=dtype) as other:
+            for query, relevant, distractor in TRIPLES:
+                assert other.rank(query, [distractor, relevant])[0].index == 1, (dtype, query)
+            for query, _, _ in TRIPLES:
+                exact = scorer.score([(query, passage) for passage in passages])
+                rounded = other.score([(query, passage) for passage in passages])
+                # Neighbours may trade places where the scores are as good as equal, and nowhere else.
+                order = sorted(range(len(passages)), key=lambda i: -rounded[i])
+                rises = [exact[after] - exact[before] for before, after in pairwise(order)]
+                assert max(rises) < 0.25, (dtype, query)
+
+
+def test_both_adapters_take_it() -> None:
+    from langchain_core.documents import Document
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    query, relevant, distractor = TRIPLES[0]
+    documents = [Document(page_content=distractor), Document(page_content=relevant)]
+    [best] = BGEReranker(model="embedded", top_n=1).compress_documents(documents, query)
+    assert best.page_content == relevant
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in (distractor, relevant)]
+    [node] = BGERerankPostprocessor(model="embedded", top_n=1).postprocess_nodes(nodes, query_str=query)
+    assert node.get_content() == relevant
+
+
+def test_a_folder_of_that_name_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "embedded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    query, relevant, distractor = TRIPLES[0]
+    with Scorer("embedded", device="cpu") as scorer:
+        assert scorer.rank(query, [distractor, relevant])[0].index == 1
+
+
+def test_it_is_complete_small_and_no_bge_model() -> None:
+    assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) <= MAX_BYTES
+    config = json.loads((EMBEDDED_FOLDER / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["XLMRobertaForSequenceClassification"]
+    card = (EMBEDDED_FOLDER / "README.md").read_text(encoding="utf-8")
+    for word in ("no BGE model", "ms-marco-MiniLM-L-12-v2", "Apache-2.0", "English", "Not good for"):
+        assert word in card
+    assert "Apache License" in (EMBEDDED_FOLDER / "LICENSE").read_text(encoding="utf-8")
+    assert "MiniLM" in (EMBEDDED_FOLDER / "NOTICE").read_text(encoding="utf-8")
+    root = Path(bge_rerank_integrations.__file__).parents[1]
+    pinned = re.search("`([0-9a-f]{64})`", card)
+    assert pinned is not None
+    with Scorer("embedded", device="cpu", sha256=pinned.group(1)):  # the card is of these weights
+        pass
+    assert (root / "pyproject.toml").exists()

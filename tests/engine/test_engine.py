@@ -1,0 +1,352 @@
+"""The packed forward pass against transformers' own `XLMRobertaForSequenceClassification`."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.engine.attention import (
+    VarlenAttention,
+    flash_attention,
+    matmul_attention,
+    resolve_attention,
+    sdpa_attention,
+)
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
+from bge_rerank_integrations.engine.linear import (
+    LinearFactory,
+    onednn_linear,
+    plain_linear,
+    resolve_linear,
+    round_up_rows,
+)
+from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import Seqlens, pack
+from bge_rerank_integrations.engine.runner import Runner, load_runner
+from tests.support.engine import (
+    CPU,
+    LimitedMemory,
+    max_difference,
+    numbered,
+    plain_logits,
+    random_ids,
+)
+from tests.support.plain_model import load_plain_model
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint: Path) -> Runner:
+    return load_runner(ScorerConfig(device="cpu"), checkpoint, read_shape(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def vocab_size(checkpoint: Path) -> int:
+    return read_shape(checkpoint).vocab_size
+
+
+def test_every_length_from_one_to_the_longest(runner: Runner, plain_model: Any, vocab_size: int) -> None:
+    sequences = random_ids(list(range(1, 513)), vocab_size)
+    theirs = plain_logits(plain_model, sequences)
+    assert np.std(theirs) > 0.5, "scores that hardly vary would prove nothing"
+    assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[7], [512], [3] * 300, [512, 1, 512, 2], [10, 10, 11, 11, 10]], ids=lambda ids: f"{len(ids)}"
+)
+def test_mixed_and_equal_lengths(
+    runner: Runner, plain_model: Any, vocab_size: int, lengths: list[int]
+) -> None:
+    sequences = random_ids(lengths, vocab_size, seed=1)
+    theirs = plain_logits(plain_model, sequences)
+    assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_bfloat16(checkpoint: Path, plain_model: Any, vocab_size: int) -> None:
+    """As near to the float32 truth as the tolerance says, and no further from it than transformers is."""
+    config = ScorerConfig(device="cpu", dtype="bfloat16")
+    runner = load_runner(config, checkpoint, read_shape(checkpoint))
+    sequences = random_ids([*range(2, 513, 5)], vocab_size, seed=2)
+    truth = plain_logits(plain_model, sequences)
+    theirs = plain_logits(load_plain_model(checkpoint, torch.bfloat16), sequences)
+    ours = runner.run(sequences)
+    assert max_difference(ours, truth) <= LOGIT_TOLERANCE[torch.bfloat16]
+    assert max_difference(ours, theirs) <= LOGIT_TOLERANCE[torch.bfloat16]
+    assert np.corrcoef(ours, truth)[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000, 10**6])
+def test_batched_equals_alone(
+    checkpoint: Path, runner: Runner, vocab_size: int, max_batch_tokens: int
+) -> None:
+    config = ScorerConfig(device="cpu", max_batch_tokens=max_batch_tokens)
+    batched = load_runner(config, checkpoint, read_shape(checkpoint))
+    sequences = random_ids([*range(1, 300, 7)], vocab_size, seed=3)
+    alone = [logit for sequence in sequences for logit in runner.run([sequence])]
+    assert max_difference(batched.run(sequences), alone) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_permuted_equals_original(runner: Runner, vocab_size: int) -> None:
+    sequences = random_ids([5, 80, 33, 5, 200, 41, 80, 7, 512], vocab_size, seed=4)
+    order = np.random.default_rng(5).permutation(len(sequences))
+    original = runner.run(sequences)
+    permuted = runner.run([sequences[index] for index in order])
+    expected = [original[index] for index in order]
+    assert max_difference(permuted, expected) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_the_same_batch_twice_is_bit_identical(runner: Runner, vocab_size: int) -> None:
+    sequences = random_ids([5, 80, 33, 5, 200], vocab_size, seed=6)
+    assert runner.run(sequences) == runner.run(sequences)
+
+
+@pytest.mark.parametrize("linear", [plain_linear, onednn_linear])
+def test_each_way_of_linear_layers_agrees(
+    checkpoint: Path, plain_model: Any, vocab_size: int, linear: LinearFactory
+) -> None:
+    if linear is onednn_linear and resolve_linear(CPU, torch.float32).make is not onednn_linear:
+        pytest.skip("needs a torch built with oneDNN")
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, linear=linear, attention=sdpa_attention)
+    assert not weights, "every weight is taken, so that no second copy lives on"
+    sequences = random_ids([9, 120, 120, 512], vocab_size, seed=7)
+    logits = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
+    theirs = plain_logits(plain_model, sequences)
+    assert max_difference(logits, theirs) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_positions_begin_after_the_padding_index(runner: Runner) -> None:
+    batch = pack(random_ids([3, 1, 2], 100), padding_idx=1, device=CPU)
+    assert batch.positions.tolist() == [2, 3, 4, 2, 2, 3]
+    assert batch.seqlens.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert (batch.seqlens.lengths, batch.seqlens.max_seqlen) == ((3, 1, 2), 3)
+    assert batch.ids.dtype == batch.positions.dtype == torch.int32
+
+
+def test_rows_beyond_the_last_sequence_change_nothing(checkpoint: Path, vocab_size: int) -> None:
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, linear=plain_linear, attention=sdpa_attention)
+    sequences = random_ids([9, 120, 33], vocab_size, seed=9)
+    exact = model(pack(sequences, padding_idx=1, device=CPU))
+    filled = pack(sequences, padding_idx=1, device=CPU, num_rows=lambda n: n + 37)
+    assert len(filled.ids) == len(filled.positions) == 9 + 120 + 33 + 37
+    assert filled.seqlens.cu_seqlens.tolist() == [0, 9, 129, 162]
+    assert max_difference(model(filled).tolist(), exact.tolist()) <= LOGIT_TOLERANCE[torch.float32]
+
+
+def test_few_numbers_of_rows_reach_the_linear_layers() -> None:
+    rounded = [round_up_rows(n) for n in range(1, 8193)]
+    assert all(n <= r <= max(1.125 * n, n + 15) for n, r in enumerate(rounded, start=1))
+    assert all(round_up_rows(r) == r for r in rounded)
+    assert len(set(rounded)) <= 56
+
+
+def test_requests_of_changing_shape_reach_the_linear_layers_as_few(checkpoint: Path, vocab_size: int) -> None:
+    """Memory that oneDNN keeps for each number of rows must not grow with every new request."""
+    seen: set[int] = set()
+
+    def recording_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        plain = plain_linear(weight, bias)
+
+        def linear(x: Tensor) -> Tensor:
+            seen.add(len(x))
+            return plain(x)
+
+        return linear
+
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, linear=recording_linear, attention=sdpa_attention)
+    runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, num_rows=round_up_rows)
+    for length in range(1, 401, 3):
+        runner.run(random_ids([length, length // 2 + 1], vocab_size, seed=length))
+    first_token_rows = {1, 2}  # which `onednn_linear` rounds up itself
+    assert seen - first_token_rows <= {round_up_rows(n) for n in range(1, 602)}
+    assert len(seen) < 40
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Softmax over explicit scores in float64, sequence by sequence and head by head."""
+    output = torch.empty_like(q, dtype=torch.float64)
+    q_bounds = q_seqlens.cu_seqlens.tolist()
+    kv_bounds = kv_seqlens.cu_seqlens.tolist()
+    for i in range(len(q_bounds) - 1):
+        rows, columns = slice(q_bounds[i], q_bounds[i + 1]), slice(kv_bounds[i], kv_bounds[i + 1])
+        for head in range(q.shape[1]):
+            scores = q[rows, head].double() @ k[columns, head].double().T / q.shape[-1] ** 0.5
+            output[rows, head] = F.softmax(scores, dim=-1) @ v[columns, head].double()
+    return output
+
+
+# 1,500 tokens have more scores than `matmul_attention` computes at a time.
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [9, 4, 4, 1, 1], [64, 3], [1500]])
+@pytest.mark.parametrize(
+    ("attention", "device", "dtype", "tolerance"),
+    [
+        pytest.param(sdpa_attention, "cpu", torch.float32, 1e-5, id="sdpa-float32"),
+        pytest.param(sdpa_attention, "cpu", torch.bfloat16, 2e-2, id="sdpa-bfloat16"),
+        pytest.param(matmul_attention, "cpu", torch.float32, 1e-5, id="matmul-float32"),
+        pytest.param(matmul_attention, "cpu", torch.bfloat16, 2e-2, id="matmul-bfloat16"),
+        pytest.param(flash_attention, "cuda", torch.float16, 2e-3, id="flash-float16", marks=needs_cuda),
+        pytest.param(flash_attention, "cuda", torch.bfloat16, 2e-2, id="flash-bfloat16", marks=needs_cuda),
+    ],
+)
+def test_attention_agrees_with_explicit_scores(
+    attention: VarlenAttention, device: str, dtype: torch.dtype, tolerance: float, lengths: list[int]
+) -> None:
+    torch.manual_seed(0)
+    seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=torch.device(device)).seqlens
+    # Strided as the fused projection gives them.
+    q, k, v = torch.randn(sum(lengths), 3, 4, 16, device=device, dtype=dtype).unbind(1)
+    full = attention(q, k, v, seqlens, seqlens)
+    assert full.is_contiguous()
+    expected = naive_attention(q, k, v, seqlens, seqlens)
+    assert (full.double() - expected).abs().max().item() <= tolerance
+    first_rows = seqlens.cu_seqlens[:-1].long()
+    first = attention(q[first_rows], k, v, seqlens.first_tokens(), seqlens)
+    assert (first.double() - expected[first_rows]).abs().max().item() <= tolerance
+
+
+def test_what_was_chosen_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
+        assert resolve_attention(CPU, torch.float32, 64) is sdpa_attention
+        assert resolve_attention(CPU, torch.bfloat16, 64) is matmul_attention
+        resolve_linear(CPU, torch.float32)
+    assert "sdpa_attention" in caplog.text
+    assert "linear layers on cpu" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_are_as_many_as_asked_for_and_only_in_the_forward_pass(fails: bool) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def forward(batch: Any) -> Tensor:
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise RuntimeError("broken")
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    wanted = before + 3
+    runner = Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=100, num_threads=wanted)
+    with pytest.raises(RuntimeError, match="broken") if fails else nullcontext():
+        runner.run(random_ids([5, 7], 100))
+    assert seen == [wanted]
+    assert torch.get_num_threads() == before
+
+
+def test_scorers_of_one_checkpoint_share_its_weights_while_they_live(checkpoint: Path) -> None:
+    shape = read_shape(checkpoint)
+    budget = 777  # nobody else's
+    first = load_runner(ScorerConfig(device="cpu", max_batch_tokens=budget), checkpoint, shape)
+    second = load_runner(
+        ScorerConfig(device="cpu", max_batch_tokens=budget, max_length=100, normalize=True), checkpoint, shape
+    )
+    assert first is second
+    for other in (
+        {"max_batch_tokens": budget + 1},
+        {"max_batch_tokens": budget, "dtype": "bfloat16"},
+        {"max_batch_tokens": budget, "num_threads": 1},
+    ):
+        config = ScorerConfig(device="cpu", **other)
+        assert load_runner(config, checkpoint, shape) is not first
+    gone = weakref.ref(first)
+    del first, second
+    gc.collect()
+    assert gone() is None, "nothing is kept for nobody"
+
+
+def test_each_thread_of_a_cpu_has_tokens_enough() -> None:
+    few, many = ScorerConfig(device="cpu", num_threads=2), ScorerConfig(device="cpu", num_threads=64)
+    assert resolve_max_batch_tokens(few, CPU) < resolve_max_batch_tokens(many, CPU)
+    config = ScorerConfig(device="cpu", num_threads=64, max_batch_tokens=100)
+    assert resolve_max_batch_tokens(config, CPU) == 100
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cuda(checkpoint: Path, plain_model: Any, vocab_size: int, dtype: str) -> None:
+    config = ScorerConfig(device="cuda", dtype=dtype)  # type: ignore[arg-type]
+    runner = load_runner(config, checkpoint, read_shape(checkpoint))
+    sequences = random_ids([*range(1, 513, 3)], vocab_size, seed=8)
+    theirs = plain_logits(plain_model, sequences)
+    assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[getattr(torch, dtype)]
+
+
+def runner_of(forward: Callable[[Any], Tensor], max_batch_tokens: int = 1000) -> Runner:
+    return Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=max_batch_tokens)
+
+
+def test_out_of_memory_splits_the_batch_and_is_remembered(caplog: pytest.LogCaptureFixture) -> None:
+    forward = LimitedMemory(max_tokens=300)
+    runner = runner_of(forward)
+    lengths = [100, 20, 30, 150, 290, 40, 10, 10, 200, 250, 3]
+    with caplog.at_level(logging.WARNING):
+        assert runner.run(numbered(lengths)) == list(range(len(lengths)))
+    assert runner.max_batch_tokens <= 300 < 1000
+    assert "out of memory" in caplog.text
+    forward.tried.clear()
+    assert runner.run(numbered(lengths)) == list(range(len(lengths)))
+    assert max(forward.tried) <= 300, "the second request does not run into it again"
+    assert runner.num_splits > 0
+
+
+def test_the_budget_grows_back_when_memory_does() -> None:
+    forward = LimitedMemory(max_tokens=300)
+    runner = runner_of(forward)
+    runner.run(numbered([100] * 20))
+    assert runner.max_batch_tokens <= 300
+    forward.max_tokens = 10**6
+    for _ in range(400):
+        runner.run(numbered([50, 50]))
+    assert runner.max_batch_tokens == 1000
+
+
+def test_a_single_sequence_that_does_not_fit_surfaces() -> None:
+    runner = runner_of(LimitedMemory(max_tokens=300))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        runner.run(numbered([100, 301]))
+    assert runner.run(numbered([100, 100])) == [0, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), MemoryError("host")])
+def test_every_other_error_surfaces_as_it_was_at_once(error: Exception) -> None:
+    calls = []
+
+    def forward(batch: Any) -> Tensor:
+        calls.append(batch)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        runner_of(forward).run(numbered([5, 5]))
+    assert caught.value is error
+    assert len(calls) == 1
+
+
+def test_progress_counts_every_sequence_once() -> None:
+    done: list[int] = []
+    runner_of(LimitedMemory(300)).run(numbered([100, 290, 10, 5, 200]), on_progress=done.append)
+    assert sum(done) == 5
+
+
+def test_nothing_gives_nothing(runner: Runner) -> None:
+    assert runner.run([]) == []

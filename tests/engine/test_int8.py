@@ -1,0 +1,297 @@
+"""int8 on CPUs: each kernel against plain float arithmetic, and the whole against float32."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cpu import int8_support as vnni
+from bge_rerank_integrations.engine.runner import Runner, load_runner
+from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
+from examples.random_checkpoint import build_random_checkpoint
+from tests.support.engine import max_difference, random_ids
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+REASON = vnni.int8_obstacle()
+needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"int8 is not available: {REASON}")
+Floats = npt.NDArray[np.float32]
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Floats:
+    return (RNG.standard_normal(shape) * scale + shift).astype(np.float32)
+
+
+def room(num_rows: int, width: int) -> tuple[npt.NDArray[np.uint8], Floats]:
+    return np.empty((num_rows, width), np.uint8), np.empty((num_rows, 2), np.float32)
+
+
+def check_codes(values: Floats, codes: npt.NDArray[np.uint8], affine: Floats) -> None:
+    """Every value is within half a step, and a row's least and greatest are the ends of its codes."""
+    restored = affine[:, :1] * codes + affine[:, 1:]
+    assert (np.abs(restored - values) <= affine[:, :1] * 0.5001 + 1e-6).all()
+    varied = affine[:, 0] > 0
+    assert (codes[varied].min(1) == 0).all()
+    assert (codes[varied].max(1) == 255).all()
+
+
+@needs_int8
+@pytest.mark.parametrize("width", [16, 100, 384, 768])
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
+def test_quantizing_is_as_near_as_steps_allow(width: int, shift: float) -> None:
+    from bge_rerank_integrations.engine.cpu.int8_kernels import quantize
+
+    x = normal(9, width, scale=2.0, shift=shift)
+    x[3] = 0.25  # a row of one value
+    x[4, 5] = 1000.0
+    codes, affine = room(*x.shape)
+    quantize(x, codes, affine)
+    check_codes(x, codes, affine)
+    assert (affine[3, 0] * codes[3] + affine[3, 1] == 0.25).all()
+
+
+@needs_int8
+@pytest.mark.parametrize("width", [48, 1536])
+def test_gelu_between_products(width: int) -> None:
+    from bge_rerank_integrations.engine.cpu.int8_kernels import gelu_quantize
+
+    product, affine = normal(7, width, scale=3.0), np.abs(normal(7, 2)) + 0.1
+    offset, bias = normal(width), normal(width)
+    whole = affine[:, :1] * product + affine[:, 1:] * offset + bias
+    expected = F.gelu(torch.from_numpy(whole)).numpy()
+    codes, out_affine = room(7, width)
+    gelu_quantize(product, affine, offset, bias, codes, out_affine)
+    assert np.abs(product - expected).max() <= 2e-6 * np.abs(expected).max(), "it is left in place"
+    check_codes(product, codes, out_affine)
+
+
+@needs_int8
+@pytest.mark.parametrize("width", [48, 384])
+def test_residual_and_norm_between_products(width: int) -> None:
+    from bge_rerank_integrations.engine.cpu.int8_kernels import add_norm_quantize
+
+    product, affine = normal(7, width), np.abs(normal(7, 2)) + 0.1
+    offset, bias, weight, shift = (normal(width) for _ in range(4))
+    x = normal(7, width, shift=3.0)
+    whole = torch.from_numpy(x + affine[:, :1] * product + affine[:, 1:] * offset + bias)
+    expected = F.layer_norm(whole, (width,), torch.from_numpy(weight), torch.from_numpy(shift), 1e-5).numpy()
+    codes, out_affine = room(7, width)
+    add_norm_quantize(product, affine, offset, bias, x, weight, shift, 1e-5, codes, out_affine)
+    assert np.abs(x - expected).max() <= 1e-5
+    check_codes(x, codes, out_affine)
+
+
+@needs_int8
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128])
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 6, 7], [16, 17, 33], [70, 130], [90, 110], [512]])
+def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
+    from bge_rerank_integrations.engine.cpu.int8_attention import attend
+
+    num_heads, num_rows = 3, sum(lengths)
+    width = num_heads * head_dim
+    product, affine = normal(num_rows, 3 * width, scale=2.0), np.abs(normal(num_rows, 2)) + 0.1
+    offset, bias = normal(3 * width), normal(3 * width)
+    whole = torch.from_numpy(affine[:, :1] * product + affine[:, 1:] * offset + bias)
+    q, k, v = whole.view(num_rows, 3, num_heads, head_dim).double().unbind(1)
+    expected = torch.cat(
+        [
+            F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in parts)).transpose(0, 1)
+            for parts in zip(*(tensor.split(lengths) for tensor in (q, k, v)), strict=True)
+        ]
+    ).flatten(1)
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    weights = (product, affine, offset, bias, cu_seqlens)
+    attended = np.empty((num_rows, width), np.float32)
+    codes, out_affine = room(num_rows, width)
+    attend(*weights, *weights, width, num_heads, attended, codes, out_affine)
+    assert np.abs(attended - expected.numpy()).max() <= 1e-5 * np.abs(expected.numpy()).max()
+    check_codes(attended, codes, out_affine)
+
+    firsts = cu_seqlens[:-1]
+    queries = np.ascontiguousarray(product[firsts, :width])
+    positions = np.arange(len(lengths) + 1, dtype=np.int32)
+    first = np.empty((len(lengths), width), np.float32)
+    attend(
+        queries, affine[firsts], offset[:width], bias[:width], positions,
+        *weights, width, num_heads, first, *room(len(lengths), width),
+    )  # fmt: skip
+    assert np.abs(first - attended[firsts]).max() <= 1e-6
+
+
+@needs_int8
+@pytest.mark.parametrize("count", [16, 32, 112])
+@pytest.mark.parametrize("shift", [-1000.0, 0.0, 1000.0])
+def test_powers_are_taken_of_what_is_above_the_greatest(count: int, shift: float) -> None:
+    import numba
+
+    from bge_rerank_integrations.engine.cpu import vector_intrinsics as tiles
+
+    powers: Any = tiles.powers_of_2
+    compiled: Any = numba.njit
+    take = compiled(lambda row, start, count: powers(row, start, count))
+    row = normal(count + 5, scale=8.0, shift=shift)
+    row[4:8] = row[4], row[4] - 300, tiles.NOTHING, row[4]
+    before = row.copy()
+    total = take(row, 3, count)
+    above = (before[3 : count + 3] - before[3 : count + 3].max()).astype(np.float64)
+    expected = np.exp2(np.maximum(above, -126))
+    np.testing.assert_allclose(row[3 : count + 3], expected, rtol=4e-6)
+    np.testing.assert_allclose(total, expected.sum(), rtol=4e-6)
+    assert (row[:3] == before[:3]).all()
+    assert (row[count + 3 :] == before[count + 3 :]).all()
+
+
+@needs_int8
+def test_llvm_is_told_to_use_the_widest_vectors() -> None:
+    import numba
+
+    from bge_rerank_integrations.engine.cpu import vector_intrinsics as tiles
+
+    widest_vectors: Any = tiles.widest_vectors
+    compiled: Any = numba.njit
+
+    def twice(x: Floats) -> None:
+        widest_vectors()
+        for i in range(x.shape[0]):
+            x[i] *= 2
+
+    double = compiled(twice)
+    x = normal(100)
+    expected = 2 * x
+    double(x)
+    assert (x == expected).all()
+    assert any('"prefer-vector-width"="512"' in text for text in double.inspect_llvm().values())
+
+
+@needs_int8
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 32), (16, 384, 1536), (130, 100, 7)])
+def test_products_are_exact(rows: int, width: int, out: int) -> None:
+    from bge_rerank_integrations.engine.cpu.int8_model import Int8Linear
+
+    weight, bias = torch.from_numpy(normal(out, width)), torch.from_numpy(normal(out))
+    weight[0] = 0  # a channel that is off
+    linear = Int8Linear(weight.clone(), bias)
+    codes = torch.from_numpy(RNG.integers(0, 256, (rows, width), dtype=np.uint8))
+    scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+    integers = (weight / scale[:, None]).round()
+    expected = (codes.double() @ integers.double().T) * scale.double()
+    np.testing.assert_allclose(linear.product(codes), expected.numpy(), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(linear.offset, (integers.sum(1) * scale).numpy(), rtol=1e-5, atol=1e-5)
+    assert (linear.bias == bias.numpy()).all()
+
+
+@pytest.fixture(scope="module")
+def int8_runner(checkpoint: Path) -> Runner:
+    return load_runner(ScorerConfig(device="cpu", dtype="int8"), checkpoint, read_shape(checkpoint))
+
+
+@needs_int8
+def test_against_float32(checkpoint: Path, int8_runner: Runner) -> None:
+    shape = read_shape(checkpoint)
+    exact = load_runner(ScorerConfig(device="cpu"), checkpoint, shape)
+    sequences = random_ids([*range(1, 513, 5)], shape.vocab_size, seed=5)
+    theirs = exact.run(sequences)
+    ours = int8_runner.run(sequences)
+    assert max_difference(ours, theirs) <= LOGIT_TOLERANCE[torch.int8]
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.999
+
+
+@needs_int8
+@pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_batched_equals_alone_and_threads_change_nothing(
+    checkpoint: Path, int8_runner: Runner, max_batch_tokens: int, num_threads: int
+) -> None:
+    shape = read_shape(checkpoint)
+    config = ScorerConfig(
+        device="cpu", dtype="int8", max_batch_tokens=max_batch_tokens, num_threads=num_threads
+    )
+    batched = load_runner(config, checkpoint, shape)
+    sequences = random_ids([*range(1, 300, 17)], shape.vocab_size, seed=6)
+    alone = [logit for sequence in sequences for logit in int8_runner.run([sequence])]
+    # Rows are quantized each by itself and integers add up exactly; only the head is rounded.
+    assert max_difference(batched.run(sequences), alone) <= 1e-6
+
+
+@needs_int8
+def test_fidelity_on_what_a_retriever_finds(assets: Path) -> None:
+    from bge_rerank_integrations.evaluation.bm25 import Bm25
+    from bge_rerank_integrations.evaluation.datasets import read_beir
+
+    dataset = read_beir(assets / "retrieval" / "cranfield")
+    queries = dict(list(dataset.judged_queries().items())[::30])
+    run = Bm25(dataset.corpus).search(queries, 20)
+    pairs = [(queries[query_id], dataset.corpus[passage]) for query_id in run for passage in run[query_id]]
+    with (
+        Scorer("embedded", device="cpu") as exact,
+        Scorer("embedded", device="cpu", dtype="int8") as rounded,
+    ):
+        expected, scores = exact.score(pairs), rounded.score(pairs)
+    taus = [
+        kendall_tau(expected[start : start + 20], scores[start : start + 20])
+        for start in range(0, len(pairs), 20)
+    ]
+    print(f"Kendall tau: mean {np.mean(taus):.4f}, least {min(taus):.4f}")
+    assert np.mean(taus) >= 0.975
+
+
+def kendall_tau(a: list[float], b: list[float]) -> float:
+    signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
+    return float(np.mean(signs))
+
+
+@needs_int8
+def test_word_embeddings_take_half_and_nothing_else_is_rounded(checkpoint: Path) -> None:
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=torch.device("cpu"), dtype=torch.int8)
+    halves = {name for name, tensor in weights.items() if tensor.dtype is not torch.float32}
+    assert halves == {"roberta.embeddings.word_embeddings.weight"}
+
+
+@needs_int8
+def test_heads_of_an_odd_width_are_refused(tmp_path: Path) -> None:
+    folder = build_random_checkpoint(tmp_path, hidden_size=32, num_heads=4)
+    with pytest.raises(UnsupportedCheckpointError, match="multiple of 16"):
+        Scorer(folder, device="cpu", dtype="int8")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_it_is_for_cpus_alone(device: str) -> None:
+    with pytest.raises(ConfigError, match="CPUs alone"):
+        ScorerConfig(device=device, dtype="int8")
+
+
+@pytest.mark.parametrize("missing", ["numba"])
+def test_a_missing_extra_is_named_with_its_command(checkpoint: Path, missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"from bge_rerank_integrations import Scorer\n"
+        f"Scorer({str(checkpoint)!r}, device='cpu', dtype='int8')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert 'pip install "bge-rerank-integrations[int8]"' in run.stderr
+
+
+def test_a_cpu_without_the_instructions_is_told_so(checkpoint: Path) -> None:
+    code = (
+        "from llvmlite import binding; binding.get_host_cpu_features = lambda: {'avx2': True}\n"
+        "from bge_rerank_integrations import Scorer\n"
+        f"Scorer({str(checkpoint)!r}, device='cpu', dtype='int8')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "DeviceError" in run.stderr
+    assert "VNNI" in run.stderr

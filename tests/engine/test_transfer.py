@@ -1,0 +1,149 @@
+"""Batches that are under way at once: the order of launching and reading, and what running out of memory does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
+from bge_rerank_integrations.engine.runner import Runner
+from tests.support.engine import CPU, LimitedMemory, numbered
+
+
+class Pipelined(PlainTransfer):
+    """Two batches at once; what is launched is held in memory until it is read."""
+
+    depth = 2
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.events: list[str] = []
+        self.tokens_under_way: list[int] = []
+
+    def download(self, logits: Tensor) -> Callable[[], list[float]]:
+        values = [int(value) for value in logits]
+        self.events.append(f"launch {values}")
+
+        def read() -> list[float]:
+            self.events.append(f"read {values}")
+            self.tokens_under_way.pop(0)
+            return [float(value) for value in values]
+
+        return read
+
+
+class SharedMemory:
+    """A forward pass whose memory is not free before its result is read."""
+
+    def __init__(self, transfer: Pipelined, max_tokens: int) -> None:
+        self.transfer = transfer
+        self.max_tokens = max_tokens
+        self.num_failures = 0
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        under_way = self.transfer.tokens_under_way
+        if sum(under_way) + len(batch.ids) > self.max_tokens:
+            self.num_failures += 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        under_way.append(len(batch.ids))
+        return batch.ids[batch.seqlens.cu_seqlens[:-1]].float()
+
+
+def runner_of(forward: Callable[[PackedBatch], Tensor], transfer: Transfer, budget: int = 100) -> Runner:
+    return Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=budget, transfer=transfer)
+
+
+def test_the_next_batch_is_launched_before_the_last_is_read() -> None:
+    transfer = Pipelined()
+    runner = runner_of(SharedMemory(transfer, 10**6), transfer)
+    done: list[int] = []
+    assert runner.run(numbered([60, 60, 60, 30, 30]), on_progress=done.append) == [0, 1, 2, 3, 4]
+    assert transfer.events == [
+        "launch [0]", "launch [1]", "read [0]", "launch [2, 3]", "read [1]", "launch [4]", "read [2, 3]", "read [4]",
+    ]  # fmt: skip
+    assert done == [1, 1, 2, 1]
+
+
+def test_one_at_a_time_is_read_before_the_next_is_launched() -> None:
+    transfer = Pipelined()
+    transfer.depth = 1
+    runner = runner_of(SharedMemory(transfer, 100), transfer)
+    assert runner.run(numbered([60, 60, 60])) == [0, 1, 2]
+    assert transfer.events == ["launch [0]", "read [0]", "launch [1]", "read [1]", "launch [2]", "read [2]"]
+    assert runner.num_splits == 0
+
+
+def test_memory_that_only_company_takes_splits_nothing() -> None:
+    transfer = Pipelined()
+    forward = SharedMemory(transfer, 100)
+    runner = runner_of(forward, transfer)
+    done: list[int] = []
+    assert runner.run(numbered([60, 61, 62, 63]), on_progress=done.append) == [0, 1, 2, 3]
+    assert forward.num_failures > 0
+    assert (runner.num_splits, runner.max_batch_tokens) == (0, 100)
+    assert sum(done) == 4
+
+
+def test_a_batch_that_does_not_fit_alone_either_is_split() -> None:
+    transfer = Pipelined()
+    runner = runner_of(SharedMemory(transfer, 100), transfer, budget=300)
+    done: list[int] = []
+    lengths = [70, 60, 50, 40, 30, 20, 10, 90]
+    assert runner.run(numbered(lengths), on_progress=done.append) == list(range(len(lengths)))
+    assert runner.num_splits > 0
+    assert runner.max_batch_tokens <= 150
+    assert sum(done) == len(lengths)
+
+
+def test_a_single_sequence_that_does_not_fit_surfaces_and_the_next_request_works() -> None:
+    transfer = Pipelined()
+    runner = runner_of(LimitedMemory(100), transfer)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        runner.run(numbered([101, 50, 60]))
+    transfer.tokens_under_way = [0] * 100
+    assert runner.run(numbered([50, 60])) == [0, 1]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_every_other_error_surfaces_as_it_was(fails_at: int) -> None:
+    transfer = Pipelined()
+    inner = SharedMemory(transfer, 10**6)
+    error = RuntimeError("CUDA error: device-side assert")
+    calls: list[int] = []
+
+    def forward(batch: PackedBatch) -> Tensor:
+        calls.append(len(batch.ids))
+        if len(calls) == fails_at:
+            raise error
+        return inner(batch)
+
+    with pytest.raises(RuntimeError) as caught:
+        runner_of(forward, transfer).run(numbered([60, 60, 60]))
+    assert caught.value is error
+    assert len(calls) == fails_at
+    launched = [event.removeprefix("launch ") for event in transfer.events if event.startswith("launch")]
+    read = [event.removeprefix("read ") for event in transfer.events if event.startswith("read")]
+    assert read == launched, "nothing is under way after the call"
+
+
+def test_a_call_has_as_much_as_can_be_under_way() -> None:
+    transfer = Pipelined()
+    forward = SharedMemory(transfer, 10**6)
+    assert runner_of(forward, transfer, budget=100).max_call_tokens == 200
+    assert runner_of(forward, PlainTransfer(CPU), budget=100).max_call_tokens == 100
+
+
+def test_a_cpu_copies_plainly() -> None:
+    transfer = resolve_transfer(CPU, 1000)
+    assert isinstance(transfer, PlainTransfer)
+    sequences = [np.array([0, 7, 2], dtype=np.int32), np.array([0, 2], dtype=np.int32)]
+    plain = pack(sequences, padding_idx=1, device=CPU)
+    ours = pack(sequences, padding_idx=1, device=CPU, upload=transfer.upload)
+    assert torch.equal(ours.ids, plain.ids)
+    assert torch.equal(ours.seqlens.cu_seqlens, plain.seqlens.cu_seqlens)
+    assert transfer.download(torch.tensor([1.5, 2.5]))() == [1.5, 2.5]

@@ -1,0 +1,55 @@
+"""Sequences of random ids, the plain model's logits, and a device whose memory is limited."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int32]
+CPU = torch.device("cpu")
+
+
+def random_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[IntArray]:
+    """Return framed sequences without control tokens inside."""
+    random = np.random.default_rng(seed)
+    sequences = [random.integers(5, vocab_size, length, dtype=np.int32) for length in lengths]
+    for sequence in sequences:
+        sequence[0], sequence[-1] = 0, 2
+    return sequences
+
+
+def plain_logits(model: Any, sequences: list[IntArray]) -> list[float]:
+    """Score one by one, so that padding plays no part."""
+    with torch.inference_mode():
+        return [
+            model(torch.from_numpy(sequence)[None].long().to(model.device)).logits.float().item()
+            for sequence in sequences
+        ]
+
+
+def max_difference(ours: list[float], theirs: list[float]) -> float:
+    differences = np.abs(np.array(ours) - np.array(theirs))
+    print(f"max {differences.max():.2e}, mean {differences.mean():.2e}, spread {np.std(theirs):.2f}")
+    return float(differences.max())
+
+
+class LimitedMemory:
+    """A forward pass that gives each sequence's first id and runs out of memory beyond some tokens."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.tried: list[int] = []
+
+    def __call__(self, batch: Any) -> Tensor:
+        self.tried.append(len(batch.ids))
+        if len(batch.ids) > self.max_tokens:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return batch.ids[batch.seqlens.cu_seqlens[:-1]].float()  # type: ignore[no-any-return]
+
+
+def numbered(lengths: list[int]) -> list[IntArray]:
+    return [np.full(length, number, dtype=np.int32) for number, length in enumerate(lengths)]

@@ -1,0 +1,97 @@
+"""Checks of fused operations against float64."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations.engine.blocks import Norm
+from bge_rerank_integrations.engine.cuda.fused_ops import (
+    PLAIN_OPS,
+    FusedOps,
+)
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_values(ops: FusedOps, dtype: torch.dtype, num_rows: int, width: int, device: str = "cpu") -> None:
+    """Compare `bias_gelu` and `add_norm` with float64, to one rounding of the result."""
+    generator = torch.Generator().manual_seed(num_rows * width)
+
+    def random(*size: int) -> Tensor:
+        return (2 * torch.randn(*size, generator=generator)).to(device, dtype)
+
+    x, residual, bias = random(num_rows, width), random(num_rows, width), random(width)
+    norm = Norm(random(width), random(width), 1e-5)
+    rtol = max(torch.finfo(dtype).eps, 1e-6)
+    gelu = ops.bias_gelu(x, bias)
+    assert (gelu.dtype, gelu.shape) == (dtype, x.shape)
+    torch.testing.assert_close(gelu.double(), F.gelu(x.double() + bias.double()), rtol=rtol, atol=1e-5)
+    normed = ops.add_norm(x, bias, residual, norm)
+    assert (normed.dtype, normed.shape) == (dtype, x.shape)
+    expected = F.layer_norm(
+        x.double() + bias.double() + residual.double(),
+        (width,),
+        norm.weight.double(),
+        norm.bias.double(),
+        norm.eps,
+    )
+    torch.testing.assert_close(normed.double(), expected, rtol=rtol, atol=1e-5)
+
+
+def check_quantizing(
+    ops: FusedOps, dtype: torch.dtype, num_rows: int, width: int, device: str = "cpu"
+) -> None:
+    """Compare the quantizing operators with those they combine."""
+    generator = torch.Generator().manual_seed(num_rows * width)
+
+    def random(*size: int) -> Tensor:
+        return (2 * torch.randn(*size, generator=generator)).to(device, dtype)
+
+    x, residual, bias = random(num_rows, width), random(num_rows, width), random(width)
+    x[0] = 0
+    norm = Norm(random(width), random(width), 1e-5)
+    values, normed = ops.add_norm_quantize(x, bias, residual, norm)
+    torch.testing.assert_close(values, ops.add_norm(x, bias, residual, norm))
+    for ours, exact in (
+        (ops.quantize(x), x.float()),
+        (ops.bias_gelu_quantize(x, bias.float()), F.gelu(x.float() + bias.float())),
+        (normed, PLAIN_OPS.add_norm(x.float(), bias, residual, norm) - norm.bias.float()),
+    ):
+        assert (ours.codes.dtype, ours.codes.shape) == (torch.float8_e4m3fn, x.shape)
+        assert (ours.scales.dtype, ours.scales.shape) == (torch.float32, (num_rows, 1))
+        peaks = exact.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(ours.scales * 448, peaks.clamp_min(1e-12), rtol=1e-5, atol=1e-6)
+        scaled = exact / ours.scales
+        wrong = (ours.codes.float() - scaled).abs() > scaled.abs() / 16 + 2**-10
+        if os.environ.get("TRITON_INTERPRET"):
+            # The interpreter drops the carry where a number rounds up to a power of two, and cuts off those
+            # below the normal ones instead of rounding them; devices round in hardware.
+            nearest = scaled.to(torch.float8_e4m3fn).float()
+            carries = (nearest.frexp().mantissa.abs() == 0.5) & (scaled.abs() < nearest.abs())
+            wrong &= ~(carries | (scaled.abs() < 1.01 * 2**-6))
+        assert not wrong.any()
+
+
+def check_interpreted_kernels() -> None:
+    """Run Triton's kernels on the CPU; in a process of its own, since Triton decides when it is imported."""
+    from bge_rerank_integrations.engine.cuda import triton_kernels as kernels
+
+    ops = FusedOps(
+        "interpreted",
+        kernels.bias_gelu,
+        kernels.add_norm,
+        kernels.quantize,
+        kernels.bias_gelu_quantize,
+        kernels.add_norm_quantize,
+    )
+    for dtype in (torch.float32, *HALF):
+        for num_rows, width in ((1, 384), (7, 384), (1, 768), (7, 1000), (1, 1024), (7, 4096)):
+            check_values(ops, dtype, num_rows, width)
+            check_quantizing(ops, dtype, num_rows, width)
+    check_values(ops, torch.bfloat16, 1025, 384)
+    check_quantizing(ops, torch.bfloat16, 7, 4096)
+    print("all agree")
