@@ -192,7 +192,7 @@ def test_malformed_native_requests() -> None:
             NATIVE.parse({"requests": requests})
     with pytest.raises(InputTypeError, match="request 1: passage 0 must be a string"):
         NATIVE.parse({"requests": [["q", ["a"]], ["q", [None]]]})
-    with pytest.raises(InputError, match="timeout must not be negative"):
+    with pytest.raises(InputError, match="timeout must"):
         NATIVE.parse({"requests": [], "timeout_s": -1})
 
 

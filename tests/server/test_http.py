@@ -10,13 +10,14 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.errors import (
     ConfigError,
     DeviceLostError,
@@ -416,10 +417,9 @@ def test_spans(local: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert QUERY not in str(span.to_json())
 
 
-def test_a_scorer_that_normalizes_is_refused(local: Scorer) -> None:
-    class Normalizing(Scorer):
-        def __init__(self) -> None:
-            self.config = ScorerConfig(normalize=True)
-
-    with pytest.raises(ConfigError, match="normalize=False"):
-        create_app(Normalizing())
+def test_a_scorer_that_normalizes_is_refused(checkpoint: Path) -> None:
+    with (
+        Scorer(checkpoint, device="cpu", normalize=True) as normalizing,
+        pytest.raises(ConfigError, match="normalize=False"),
+    ):
+        create_app(normalizing)

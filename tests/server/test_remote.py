@@ -68,10 +68,15 @@ async def test_rank_equals_the_local_scorer(
 ) -> None:
     with Scorer(checkpoint, device="cpu", normalize=normalize) as own:
         expected = own.rank(QUERY, PASSAGES, top_n, threshold)
-    async with RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer:
+    async with (
+        RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer,
+        RemoteScorer(keyed_url, api_key=KEY) as raw,
+    ):
         for found in (
             scorer.rank(QUERY, PASSAGES, top_n, threshold),
             await scorer.arank(QUERY, PASSAGES, top_n, threshold),
+            raw.rank(QUERY, PASSAGES, top_n, threshold, normalize=normalize, timeout=20),
+            scorer.rank_many([(QUERY, PASSAGES)], top_n, threshold, normalize=normalize)[0],
         ):
             assert found == expected
             assert vars(found) == vars(expected)
