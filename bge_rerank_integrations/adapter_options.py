@@ -35,7 +35,7 @@ from bge_rerank_integrations.config import (
 )
 from bge_rerank_integrations.errors import ConfigError, InputError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold
-from bge_rerank_integrations.scorer import Scorer, SupportsRank
+from bge_rerank_integrations.scorer import OwnScorer, Scorer, SupportsRank
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -131,10 +131,10 @@ class RerankOptions(BaseModel):
         timeout: Most seconds for one call, from the first text that is tokenized to the last score; None is
             no limit. Loading the model does not count: call `warmup` first. When the time is over, the call
             raises `RequestTimeoutError`, and what has not started is dropped.
-        scorer: A scorer of one's own: a `Scorer`, or anything with its `rank` and `arank`. It has its own
-            settings, so those above up to `blank_passages` cannot be given beside it. `normalize` and
-            `timeout` apply to a `Scorer`. The scores of any other are taken as they are, and it must limit
-            its time itself. None, the default, uses the process's shared scorer for these settings, loaded
+        scorer: A scorer of one's own: a `Scorer`, a `RemoteScorer`, or anything with its `rank` and `arank`. It
+            has its own settings, so those above up to `blank_passages` cannot be given beside it. `normalize`
+            and `timeout` apply to the first two. The scores of any other are taken as they are, and it must
+            limit its time itself. None, the default, uses the process's shared scorer for these settings, loaded
             at first use. A scorer is in no dump, since it may hold an address or a key. An adapter that is
             read back from such a dump raises `ConfigError` until it is given one again.
     """
@@ -185,13 +185,13 @@ class RerankOptions(BaseModel):
             given = [n for n in _SCORER_FIELDS if getattr(config, n) != getattr(defaults, n)]
             if given:
                 raise ConfigError(f"{given} cannot be set beside scorer, which has its own settings")
-            if self.timeout is not None and not isinstance(self.scorer, Scorer | MissingScorer):
+            if self.timeout is not None and not isinstance(self.scorer, OwnScorer | MissingScorer):
                 raise ConfigError("timeout cannot be set beside a scorer that is no Scorer; give it its own")
         self._check_threshold()
         return self
 
     def _check_threshold(self) -> None:
-        if self.scorer is not None and not isinstance(self.scorer, Scorer):
+        if self.scorer is not None and not isinstance(self.scorer, OwnScorer):
             return  # only the owner of another scorer knows its scale
         try:
             check_threshold(self.score_threshold, normalize=self.normalize)
@@ -306,7 +306,7 @@ class RerankOptions(BaseModel):
         threshold: float | None,
     ) -> Sequence[RankedPassage]:
         """Rank texts on this adapter's scale and within its timeout."""
-        if isinstance(scorer, Scorer):
+        if isinstance(scorer, OwnScorer):
             return scorer.rank(query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize)
         return scorer.rank(query, texts, top_n, threshold)
 
@@ -319,7 +319,7 @@ class RerankOptions(BaseModel):
         threshold: float | None,
     ) -> Sequence[RankedPassage]:
         """Do what `rank_texts` does, off the event loop."""
-        if isinstance(scorer, Scorer):
+        if isinstance(scorer, OwnScorer):
             return await scorer.arank(
                 query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )

@@ -33,7 +33,7 @@ from bge_rerank_integrations.adapter_options import (
 )
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
-from bge_rerank_integrations.scorer import Scorer, SupportsRank
+from bge_rerank_integrations.scorer import OwnScorer, SupportsRank
 from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
 
 _RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
@@ -254,7 +254,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     def _rank_requests(
         self, scorer: SupportsRank, requests: list[tuple[str, list[str]]], top_n: int | None
     ) -> Sequence[Sequence[RankedPassage]]:
-        if isinstance(scorer, Scorer):
+        if isinstance(scorer, OwnScorer):
             return scorer.rank_many(
                 requests, top_n, self.score_threshold, timeout=self.timeout, normalize=self.normalize
             )
@@ -265,7 +265,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     async def _arank_requests(
         self, scorer: SupportsRank, requests: list[tuple[str, list[str]]], top_n: int | None
     ) -> Sequence[Sequence[RankedPassage]]:
-        if isinstance(scorer, Scorer):
+        if isinstance(scorer, OwnScorer):
             return await scorer.arank_many(
                 requests, top_n, self.score_threshold, timeout=self.timeout, normalize=self.normalize
             )

@@ -9,7 +9,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from itertools import count, groupby
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -37,8 +46,10 @@ from bge_rerank_integrations.remote_wire import (
     raise_unusable,
     retry_delay,
 )
+from bge_rerank_integrations.scorer import OwnScorer
 from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
 from bge_rerank_integrations.validation import (
+    acheck_stream,
     check_pairs,
     check_passages,
     check_query,
@@ -70,11 +81,19 @@ class _Sleep(NamedTuple):
     seconds: float
 
 
+class _Cut(NamedTuple):
+    """What to keep of a ranking: arguments of `rank`, with the scale decided."""
+
+    top_n: int | None
+    threshold: float | None
+    normalize: bool
+
+
 # What a call does, step by step; the same steps are taken with a sync and with an async client.
 _Steps = Generator[_Send | _Sleep, Answer | httpx.TransportError | None, T]
 
 
-class RemoteScorer:
+class RemoteScorer(OwnScorer):
     """Scores by asking a server that `bge-rerank serve` started; takes the place of a `Scorer`.
 
     Arguments, results and errors are those of `Scorer`. One instance may be used by any number of threads
@@ -156,9 +175,23 @@ class RemoteScorer:
         """
         return self._run(self._score(pairs, _deadline(timeout)))
 
-    async def ascore(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
-        """Do what `score` does without blocking the event loop."""
-        return await self._arun(self._score(pairs, _deadline(timeout)))
+    async def ascore(
+        self,
+        pairs: Iterable[tuple[str, str]] | AsyncIterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+    ) -> list[float]:
+        """Do what `score` does without blocking the event loop.
+
+        An iterator is read in the caller's task, so one that blocks should be asynchronous.
+        """
+        deadline = _deadline(timeout)
+        if not isinstance(pairs, AsyncIterable):
+            return await self._arun(self._score(pairs, deadline))
+        scores: list[float] = []
+        async for queries, passages in acheck_stream(pairs, _MAX_PAIRS):
+            scores += await self._arun(self._score_chunk(queries, passages, deadline, len(scores)))
+        return scores
 
     def rank(
         self,
@@ -168,6 +201,7 @@ class RemoteScorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> Ranking:
         """Do what `Scorer.rank` does.
 
@@ -177,6 +211,7 @@ class RemoteScorer:
             top_n: Most passages to return; None is all, 0 is none.
             threshold: Least score to return, inclusive; None returns every score.
             timeout: Most seconds for the whole call; None is no limit but that of each HTTP request.
+            normalize: Scores from 0 to 1 or raw logits; None is as this scorer was made.
 
         Returns:
             A list of `RankedPassage`, best first, equal scores in input order.
@@ -185,7 +220,7 @@ class RemoteScorer:
             InputError: An argument is of the wrong type or out of range; `.index` says which passage.
             RerankError: Otherwise, as `score` does.
         """
-        return self._run(self._rank_one(query, passages, top_n, threshold, _deadline(timeout)))
+        return self._run(self._rank_one(query, passages, top_n, threshold, timeout, normalize))
 
     async def arank(
         self,
@@ -195,9 +230,10 @@ class RemoteScorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> Ranking:
         """Do what `rank` does without blocking the event loop."""
-        return await self._arun(self._rank_one(query, passages, top_n, threshold, _deadline(timeout)))
+        return await self._arun(self._rank_one(query, passages, top_n, threshold, timeout, normalize))
 
     def rank_many(
         self,
@@ -206,6 +242,7 @@ class RemoteScorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> list[Ranking]:
         """Do what `Scorer.rank_many` does.
 
@@ -214,6 +251,7 @@ class RemoteScorer:
             top_n: As in `rank`, for each request.
             threshold: As in `rank`, for each request.
             timeout: As in `rank`, for all requests together.
+            normalize: As in `rank`.
 
         Returns:
             One ranking a request, in order.
@@ -222,7 +260,7 @@ class RemoteScorer:
             InputError: As `rank` does; `.index` says which request.
             RerankError: Otherwise, as `score` does.
         """
-        return self._run(self._rank_many(requests, top_n, threshold, _deadline(timeout)))
+        return self._run(self._rank_many(requests, top_n, threshold, timeout, normalize))
 
     async def arank_many(
         self,
@@ -231,9 +269,10 @@ class RemoteScorer:
         threshold: float | None = None,
         *,
         timeout: float | None = None,
+        normalize: bool | None = None,
     ) -> list[Ranking]:
         """Do what `rank_many` does without blocking the event loop."""
-        return await self._arun(self._rank_many(requests, top_n, threshold, _deadline(timeout)))
+        return await self._arun(self._rank_many(requests, top_n, threshold, timeout, normalize))
 
     def to_dict(self) -> dict[str, str | float | bool | None]:
         """Return the settings as a dict that JSON can hold, without the key; `from_dict` takes it back."""
@@ -308,15 +347,18 @@ class RemoteScorer:
         chunks = check_stream(pairs, _MAX_PAIRS) if isinstance(pairs, Iterator) else [check_pairs(pairs)]
         scores: list[float] = []
         for queries, passages in chunks:
-            grouped = groupby(zip(queries, passages, strict=True), key=lambda pair: pair[0])
-            requests = [(query, [passage for _, passage in group]) for query, group in grouped]
-            rankings = yield from self._rank_checked(
-                requests, None, None, deadline, only_scores=True, start=len(scores)
-            )
-            for ranking in rankings:
-                in_order = sorted(ranking, key=lambda passage: passage.index)
-                scores.extend(passage.score for passage in in_order)
+            scores += yield from self._score_chunk(queries, passages, deadline, len(scores))
         return scores
+
+    def _score_chunk(
+        self, queries: list[str], passages: list[str], deadline: float | None, start: int
+    ) -> _Steps[list[float]]:
+        grouped = groupby(zip(queries, passages, strict=True), key=lambda pair: pair[0])
+        requests = [(query, [passage for _, passage in group]) for query, group in grouped]
+        cut = _Cut(None, None, self._normalize)
+        rankings = yield from self._rank_checked(requests, cut, deadline, only_scores=True, start=start)
+        in_order = [sorted(ranking, key=lambda passage: passage.index) for ranking in rankings]
+        return [passage.score for ranking in in_order for passage in ranking]
 
     def _rank_one(
         self,
@@ -324,12 +366,12 @@ class RemoteScorer:
         passages: Sequence[str],
         top_n: int | None,
         threshold: float | None,
-        deadline: float | None,
+        timeout: float | None,
+        normalize: bool | None,
     ) -> _Steps[Ranking]:
-        check_top_n(top_n)
-        check_threshold(threshold, normalize=self._normalize)
+        cut = self._cut(top_n, threshold, normalize)
         texts = check_passages(passages)
-        rankings = yield from self._rank_checked([(check_query(query), texts)], top_n, threshold, deadline)
+        rankings = yield from self._rank_checked([(check_query(query), texts)], cut, _deadline(timeout))
         return rankings[0]
 
     def _rank_many(
@@ -337,17 +379,22 @@ class RemoteScorer:
         requests: Iterable[tuple[str, Sequence[str]]],
         top_n: int | None,
         threshold: float | None,
-        deadline: float | None,
+        timeout: float | None,
+        normalize: bool | None,
     ) -> _Steps[list[Ranking]]:
+        cut = self._cut(top_n, threshold, normalize)
+        return (yield from self._rank_checked(check_requests(requests), cut, _deadline(timeout)))
+
+    def _cut(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> _Cut:
         check_top_n(top_n)
-        check_threshold(threshold, normalize=self._normalize)
-        return (yield from self._rank_checked(check_requests(requests), top_n, threshold, deadline))
+        scale = self._normalize if normalize is None else normalize
+        check_threshold(threshold, normalize=scale)
+        return _Cut(top_n, threshold, scale)
 
     def _rank_checked(
         self,
         requests: Sequence[tuple[str, list[str]]],
-        top_n: int | None,
-        threshold: float | None,
+        cut: _Cut,
         deadline: float | None,
         *,
         only_scores: bool = False,
@@ -357,8 +404,7 @@ class RemoteScorer:
 
         Args:
             requests: (query, passages) of each request, checked.
-            top_n: As in `rank`.
-            threshold: As in `rank`.
+            cut: What to keep of each ranking, and on which scale.
             deadline: When the call's time is over, on the monotonic clock.
             only_scores: Score every pair as `score` does.
             start: Index of the first pair, for errors.
@@ -369,7 +415,7 @@ class RemoteScorer:
         for part in split_requests(requests, max_pairs=_MAX_PAIRS, max_characters=_MAX_CHARACTERS):
             body = {
                 "requests": [(fragment.query, fragment.passages) for fragment in part],
-                "top_n": top_n,
+                "top_n": cut.top_n,
                 "only_scores": only_scores,
             }
             try:
@@ -385,7 +431,7 @@ class RemoteScorer:
             start += sum(len(fragment.passages) for fragment in part)
         # Logits come over the wire, since the order is theirs; the scale is applied here.
         return merge_rankings(
-            len(requests), ranked, top_n=top_n, threshold=threshold, normalize=self._normalize
+            len(requests), ranked, top_n=cut.top_n, threshold=cut.threshold, normalize=cut.normalize
         )
 
     def _exchange(self, body: Mapping[str, Any], deadline: float | None) -> _Steps[list[Ranking]]:

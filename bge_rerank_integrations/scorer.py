@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -73,6 +74,63 @@ class SupportsRank(Protocol):
         """Rank passages without blocking the event loop; see `Scorer.arank`."""
 
 
+class OwnScorer(ABC):
+    """A scorer of this package, here or behind a server: each call may choose its scale and its time.
+
+    The adapters apply their `normalize` and `timeout` to it, and rank many requests in one call.
+    """
+
+    @abstractmethod
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> Ranking:
+        """Rank passages, best first; see `Scorer.rank`."""
+
+    @abstractmethod
+    async def arank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> Ranking:
+        """Rank passages without blocking the event loop."""
+
+    @abstractmethod
+    def rank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> list[Ranking]:
+        """Rank the passages of several queries; see `Scorer.rank_many`."""
+
+    @abstractmethod
+    async def arank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> list[Ranking]:
+        """Rank the passages of several queries without blocking the event loop."""
+
+
 @dataclass
 class _Shared:
     """A scorer in the process's registry and who uses it.
@@ -94,7 +152,7 @@ class _Shared:
             self.holders[id(holder)] = holder
 
 
-class Scorer:
+class Scorer(OwnScorer):
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
     One scorer holds one model, on one device or a copy on each of several. Any number of threads and tasks

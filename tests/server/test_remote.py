@@ -8,7 +8,7 @@ import json
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,15 @@ async def test_rank_equals_the_local_scorer(
 ) -> None:
     with Scorer(checkpoint, device="cpu", normalize=normalize) as own:
         expected = own.rank(QUERY, PASSAGES, top_n, threshold)
-    async with RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer:
+    async with (
+        RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer,
+        RemoteScorer(keyed_url, api_key=KEY) as raw,
+    ):
         for found in (
             scorer.rank(QUERY, PASSAGES, top_n, threshold),
             await scorer.arank(QUERY, PASSAGES, top_n, threshold),
+            raw.rank(QUERY, PASSAGES, top_n, threshold, normalize=normalize, timeout=20),
+            scorer.rank_many([(QUERY, PASSAGES)], top_n, threshold, normalize=normalize)[0],
         ):
             assert found == expected
             assert vars(found) == vars(expected)
@@ -100,23 +105,39 @@ def test_windows_come_over_the_wire(checkpoint: Path) -> None:
         assert scorer.rank(QUERY, PASSAGES) == expected
 
 
-async def test_through_both_adapters(scorer: RemoteScorer, local: Scorer) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+async def test_through_both_adapters(normalize: bool, scorer: RemoteScorer, local: Scorer) -> None:
     texts = [text for text in PASSAGES if text.strip()]
-    expected = [(passage.index, passage.score) for passage in local.rank(QUERY, texts, 3)]
-    langchain = BGEReranker(scorer=scorer, top_n=3)
+    expected = [
+        (passage.index, passage.score) for passage in local.rank(QUERY, texts, 3, normalize=normalize)
+    ]
+    langchain = BGEReranker(scorer=scorer, top_n=3, normalize=normalize, timeout=20)
     documents = [Document(page_content=text, metadata={"at": at}) for at, text in enumerate(texts)]
     for ranked in (
         langchain.compress_documents(documents, QUERY),
         await langchain.acompress_documents(documents, QUERY),
     ):
         assert [(each.metadata["at"], each.metadata["relevance_score"]) for each in ranked] == expected
-    llama_index = BGERerankPostprocessor(scorer=scorer, top_n=3)
+    (many,) = langchain.rerank_many([(QUERY, texts)])
+    assert [(each["index"], each["relevance_score"]) for each in many] == expected
+    llama_index = BGERerankPostprocessor(scorer=scorer, top_n=3, normalize=normalize, timeout=20)
     nodes = [NodeWithScore(node=TextNode(text=text, id_=str(at))) for at, text in enumerate(texts)]
     for found in (
         llama_index.postprocess_nodes(nodes, query_str=QUERY),
         await llama_index.apostprocess_nodes(nodes, query_str=QUERY),
     ):
         assert [(int(node.node_id), node.score) for node in found] == expected
+    await scorer.aclose()
+
+
+async def test_an_asynchronous_stream(scorer: RemoteScorer, local: Scorer) -> None:
+    pairs = [(QUERY, text) for text in PASSAGES]
+
+    async def stream() -> AsyncIterator[tuple[str, str]]:
+        for pair in pairs:
+            yield pair
+
+    assert await scorer.ascore(stream()) == local.score(pairs)  # blank passages too, unlike rank
     await scorer.aclose()
 
 
