@@ -131,12 +131,13 @@ class RerankOptions(BaseModel):
         timeout: Most seconds for one call, from the first text that is tokenized to the last score; None is
             no limit. Loading the model does not count: call `warmup` first. When the time is over, the call
             raises `RequestTimeoutError`, and what has not started is dropped.
-        scorer: A scorer of one's own: a `Scorer`, a `RemoteScorer`, or anything with its `rank` and `arank`. It
-            has its own settings, so those above up to `blank_passages` cannot be given beside it. `normalize`
-            and `timeout` apply to the first two. The scores of any other are taken as they are, and it must
-            limit its time itself. None, the default, uses the process's shared scorer for these settings, loaded
-            at first use. A scorer is in no dump, since it may hold an address or a key. An adapter that is
-            read back from such a dump raises `ConfigError` until it is given one again.
+        scorer: A scorer of one's own: a `Scorer`, a `RemoteScorer`, or anything with its `rank` and
+            `arank`. It has its own settings, so those above up to `blank_passages` cannot be given beside
+            it. `normalize` and `timeout` apply to the first two. The scores of any other are taken as they
+            are, and it must limit its time itself. None, the default, uses the process's shared scorer for
+            these settings, loaded at first use. A scorer is in no dump, since it may hold an address or a
+            key. An adapter that is read back from such a dump raises `ConfigError` until it is given one
+            again.
     """
 
     model_config = ConfigDict(
