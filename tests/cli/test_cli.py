@@ -489,7 +489,7 @@ def test_the_embedded_model_passes_its_own_check(dtype: str) -> None:
 def test_the_check_of_the_embedded_model_finds_a_small_error(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = reference_scores.require_reference("embedded")
     off = {pair: logit + 0.005 for pair, logit in reference.logits.items()}
-    monkeypatch.setattr(published, "_read_golden", lambda: dataclasses.replace(reference, logits=off))
+    monkeypatch.setattr(reference_scores, "_read_golden", lambda: dataclasses.replace(reference, logits=off))
     assert run("check", "--model", "embedded", "--device", "cpu").exit_code == 3
 
 
