@@ -161,9 +161,9 @@ def serve_command() -> Iterator[str]:
             found = re.search(r"Listening on (http://\S+),", line)
         with ThreadPoolExecutor(1) as pool:
             pool.submit(process.stderr.read)  # so that a full pipe does not stop the server
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while httpx.get(found[1] + "/health/ready").status_code != 200:
-                assert time.monotonic() < deadline, "the server is not ready after two minutes"
+                assert time.monotonic() < deadline, "the server is not ready after five minutes"
                 time.sleep(0.1)
             yield found[1]
             process.terminate()
