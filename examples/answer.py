@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from bge_rerank_integrations.scorer import SupportsRank
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n|\n(?=\s*(?:[-*+]|\d+\.)\s)")
-_MARKUP = re.compile(r"^\s*(?:[-*+>]|\d+\.|#{1,6})\s+|\*\*|`")
+# What starts a line that stands alone: a heading, an item of a list, a quotation, a row of a table.
+_LINE_START = re.compile(r"^\s*(?:[-*+>|]|\d+[.)]|#{1,6})\s+", re.MULTILINE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n")
 
 
 class Quote(NamedTuple):
@@ -45,13 +46,14 @@ def find_quote(scorer: SupportsRank, question: str, passages: Sequence[tuple[str
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences of plain text or Markdown, each on one line and without its markup.
+    r"""Return the sentences of plain text or Markdown, each on one line and without its markup.
 
     Example:
-        >>> split_sentences("It is **hot**. Is it?\\n\\n- a list\\n- of two")
+        >>> split_sentences("It is **hot**. Is it?\n\n- a list\n- of two")
         ['It is hot.', 'Is it?', 'a list', 'of two']
     """
-    parts = (" ".join(_MARKUP.sub("", part).split()) for part in _SENTENCE_END.split(text))
+    plain = _LINE_START.sub("\n\n", text).replace("**", "").replace("`", "")
+    parts = (" ".join(part.split()).strip(" |") for part in _SENTENCE_END.split(plain))
     return [part for part in parts if any(character.isalnum() for character in part)]
 
 

@@ -30,11 +30,11 @@ class SentenceEmbedder:
         self.dimension = int(self._model.get_embedding_dimension() or 0)
 
     def embed_passages(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return one vector a text."""
-        vectors: list[list[float]] = self._model.encode_document(list(texts), show_progress_bar=False).tolist()
-        return vectors
+        """Return one vector of length 1 for each text."""
+        vectors = self._model.encode_document(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return [vector.tolist() for vector in vectors]
 
     def embed_question(self, text: str) -> list[float]:
-        """Return the vector of a question, with the instruction that the model wants before it."""
-        vector: list[float] = self._model.encode_query(text, show_progress_bar=False).tolist()
-        return vector
+        """Return the vector, of length 1, of a question with the instruction that the model wants."""
+        vector = self._model.encode_query(text, normalize_embeddings=True, show_progress_bar=False)
+        return [float(value) for value in vector]

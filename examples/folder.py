@@ -117,17 +117,16 @@ def read_pages(path: Path) -> list[Page]:
     return pages
 
 
-def find_headings(markdown: str) -> list[tuple[int, str]]:
-    """Return where each heading starts, and the path of headings that leads to it.
+def split_sections(markdown: str) -> list[tuple[str, str]]:
+    r"""Return the sections of a Markdown text: the headings that lead to each, and its text without them.
 
     Example:
-        >>> find_headings("# Guide\\n\\n## Install\\n")
-        [(0, 'Guide'), (9, 'Guide > Install')]
+        >>> split_sections("Hi.\n# Guide\nRead.\n## Install\nUnpack.\n")
+        [('', 'Hi.\n'), ('Guide', 'Read.\n'), ('Guide > Install', 'Unpack.\n')]
     """
-    headings: list[tuple[int, str]] = []
+    sections: list[tuple[str, list[str]]] = [("", [])]
     above: list[tuple[int, str]] = []
     fence = ""
-    start = 0
     for line in markdown.splitlines(keepends=True):
         if match := _FENCE.match(line):
             if not fence:
@@ -137,9 +136,10 @@ def find_headings(markdown: str) -> list[tuple[int, str]]:
         elif not fence and (match := _HEADING.match(line)):
             level = len(match[1])
             above = [*(heading for heading in above if heading[0] < level), (level, match[2])]
-            headings.append((start, " > ".join(text for _, text in above)))
-        start += len(line)
-    return headings
+            sections.append((" > ".join(text for _, text in above), []))
+            continue
+        sections[-1][1].append(line)
+    return [(path, text) for path, lines in sections if (text := "".join(lines)).strip()]
 
 
 def _walk(path: Path) -> Iterator[Path]:
@@ -188,7 +188,7 @@ def _read_html(data: bytes) -> list[Page]:
         raise SkippedFileError("it is binary")
     soup = BeautifulSoup(data, "html.parser")
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
-    for tag in soup(["head", "script", "style", "template", "noscript", "nav"]):
+    for tag in soup(["head", "title", "script", "style", "template", "noscript", "nav"]):
         tag.decompose()
     converter = MarkdownConverter(
         heading_style="ATX", strip=["a", "img"], escape_asterisks=False, escape_underscores=False

@@ -8,7 +8,6 @@ Needs no key and no network: the answer is a quote. A language model answers ins
 
 from __future__ import annotations
 
-import bisect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +25,7 @@ from langchain_text_splitters import Language, RecursiveCharacterTextSplitter
 
 from bge_rerank_integrations.langchain import BGEReranker
 from examples.answer import find_quote, format_quote
-from examples.folder import SourceFile, find_files, find_headings, read_pages
+from examples.folder import SourceFile, find_files, read_pages, split_sections
 from examples.store import Chunk, ChunkStore
 from examples.terminal import (
     NUM_CANDIDATES,
@@ -42,11 +41,16 @@ from examples.terminal import (
     report_update,
 )
 
-# About 200 tokens of English, 500 of Chinese: with the question, what a reranker reads at once.
-CHUNK = {"chunk_size": 800, "chunk_overlap": 100, "add_start_index": True}
-MARKDOWN_SPLITTER = RecursiveCharacterTextSplitter.from_language(Language.MARKDOWN, **CHUNK)
+# Characters: about 200 tokens of English or 500 of Chinese, what a reranker reads at once.
+CHUNK_SIZE, CHUNK_OVERLAP = 800, 100
+MARKDOWN_SPLITTER = RecursiveCharacterTextSplitter.from_language(
+    Language.MARKDOWN, chunk_size=CHUNK_SIZE, chunk_overlap=CHUNK_OVERLAP
+)
 TEXT_SPLITTER = RecursiveCharacterTextSplitter(
-    separators=["\n\n", "\n", "。", "！", "？", ". ", " ", ""], keep_separator="end", **CHUNK
+    separators=["\n\n", "\n", "。", "！", "？", ". ", " ", ""],
+    keep_separator="end",
+    chunk_size=CHUNK_SIZE,
+    chunk_overlap=CHUNK_OVERLAP,
 )
 
 PROMPT = ChatPromptTemplate.from_messages(
@@ -62,7 +66,7 @@ PROMPT = ChatPromptTemplate.from_messages(
 
 
 class FileLoader(BaseLoader):
-    """Loads a file: one document for each page of a PDF and each line of JSON, else one in all."""
+    """Loads a file: one document for each page of a PDF, line of JSON or section of Markdown or HTML."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
@@ -70,15 +74,13 @@ class FileLoader(BaseLoader):
     def lazy_load(self) -> Iterator[Document]:
         """Give the documents; raises `SkippedFileError` for a file that cannot be read."""
         for page in read_pages(self._file.path):
-            yield Document(
-                page.text,
-                metadata={
-                    "source": self._file.name,
-                    "page": page.number,
-                    "heading": page.heading,
-                    "is_markdown": page.is_markdown,
-                },
-            )
+            # LangChain's MarkdownHeaderTextSplitter would take away the indentation of code.
+            sections = split_sections(page.text) if page.is_markdown else [(page.heading, page.text)]
+            for heading, text in sections:
+                yield Document(
+                    text,
+                    metadata={"heading": heading, "page": page.number, "is_markdown": page.is_markdown},
+                )
 
 
 class StoreRetriever(BaseRetriever):
@@ -110,20 +112,20 @@ class StoreRetriever(BaseRetriever):
 def split_file(file: SourceFile) -> Iterator[Chunk]:
     """Load a file and split it; raises `SkippedFileError` if it cannot be read."""
     for document in FileLoader(file).lazy_load():
-        is_markdown = document.metadata["is_markdown"]
-        headings = find_headings(document.page_content) if is_markdown else []
-        splitter = MARKDOWN_SPLITTER if is_markdown else TEXT_SPLITTER
+        splitter = MARKDOWN_SPLITTER if document.metadata["is_markdown"] else TEXT_SPLITTER
         for part in splitter.split_documents([document]):
-            number = bisect.bisect(headings, part.metadata["start_index"], key=lambda heading: heading[0])
-            heading = headings[number - 1][1] if number else part.metadata["heading"]
-            yield Chunk(part.page_content, heading, part.metadata["page"])
+            yield Chunk(part.page_content, part.metadata["heading"], part.metadata["page"])
 
 
-def make_retriever(store: ChunkStore, model: str, top_n: int) -> ContextualCompressionRetriever:
-    """Return a retriever that finds chunks and reranks them; a chunk's heading is read with its text."""
-    reranker = BGEReranker(
+def make_reranker(model: str, top_n: int) -> BGEReranker:
+    """Return a reranker that reads a chunk's heading above its text."""
+    return BGEReranker(
         model=model, top_n=top_n, document_template="{heading}\n\n{page_content}", keep_retrieval_score=True
     )
+
+
+def make_retriever(store: ChunkStore, reranker: BGEReranker) -> ContextualCompressionRetriever:
+    """Return a retriever that finds chunks and reranks them."""
     return ContextualCompressionRetriever(
         base_compressor=reranker, base_retriever=StoreRetriever(store=store)
     )
@@ -132,9 +134,8 @@ def make_retriever(store: ChunkStore, model: str, top_n: int) -> ContextualCompr
 def load_llm(name: str, url: str | None) -> BaseChatModel:
     """Return the chat model called `provider:name`, from a server of your own if there is a URL."""
     # A local server asks for no key, but its client does.
-    local = {} if url is None else {"base_url": url, "api_key": os.environ.get("OPENAI_API_KEY", "none")}
-    llm: BaseChatModel = init_chat_model(name, **local)
-    return llm
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return init_chat_model(name) if url is None else init_chat_model(name, base_url=url, api_key=key)
 
 
 def format_passages(documents: list[Document]) -> str:
@@ -172,9 +173,10 @@ def main() -> None:
         with stages.measure("index"):
             store = open_store(args, "langchain")
             report_update(store.update(files, split_file, progress=True), store)
-        retriever = make_retriever(store, args.model, args.top_n)
+        reranker = make_reranker(args.model, args.top_n)
         with stages.measure("load"):
-            scorer = load_scorer(retriever.base_compressor)
+            scorer = load_scorer(reranker)
+        retriever = make_retriever(store, reranker)
 
         def answer(documents: list[Document]) -> str:
             if llm is not None:
@@ -187,7 +189,7 @@ def main() -> None:
         with stages.measure("retrieve"):
             found = retriever.base_retriever.invoke(args.question)
         with stages.measure("rerank"):
-            kept = list(retriever.base_compressor.compress_documents(found, args.question))
+            kept = list(reranker.compress_documents(found, args.question))
         print(f"\nQuestion: {args.question}")
         if args.compare:
             plain = found[: args.top_n]

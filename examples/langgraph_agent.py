@@ -18,7 +18,14 @@ from langchain_core.tools import BaseTool, tool
 from langgraph.graph.state import CompiledStateGraph
 
 from examples.folder import find_files
-from examples.langchain_rag import as_sources, format_passages, load_llm, make_retriever, split_file
+from examples.langchain_rag import (
+    as_sources,
+    format_passages,
+    load_llm,
+    make_reranker,
+    make_retriever,
+    split_file,
+)
 from examples.terminal import (
     errors_end_the_program,
     llm_errors_end_the_program,
@@ -60,7 +67,7 @@ def main() -> None:
         files = find_files(args.folder)
         store = open_store(args, "langchain")
         report_update(store.update(files, split_file, progress=True), store)
-        agent = make_agent(llm, make_retriever(store, args.model, args.top_n))
+        agent = make_agent(llm, make_retriever(store, make_reranker(args.model, args.top_n)))
         with llm_errors_end_the_program():
             state = agent.invoke({"messages": [("user", args.question)]})
         for message in state["messages"]:

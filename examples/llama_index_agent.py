@@ -47,8 +47,8 @@ def make_search_tool(retriever: BaseRetriever, reranker: BaseNodePostprocessor) 
 
 def make_agent(llm: LLM, retriever: BaseRetriever, reranker: BaseNodePostprocessor) -> AgentWorkflow:
     """Return a workflow that calls the model and the search tool in turn."""
-    tools = [make_search_tool(retriever, reranker)]
-    return AgentWorkflow.from_tools_or_functions(tools, llm=llm, system_prompt=SYSTEM_PROMPT)
+    search = make_search_tool(retriever, reranker)
+    return AgentWorkflow.from_tools_or_functions([search], llm=llm, system_prompt=SYSTEM_PROMPT)
 
 
 async def run_agent(agent: AgentWorkflow, question: str) -> str:

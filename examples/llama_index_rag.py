@@ -125,7 +125,8 @@ def split_file(file: SourceFile) -> Iterator[Chunk]:
             sections = [move_heading(node) for node in HEADING_PARSER.get_nodes_from_documents([document])]
         for section in sections:
             for text in SENTENCE_SPLITTER.split_text(section.get_content()):
-                yield Chunk(text, section.metadata["heading"], section.metadata["page"])
+                if text:  # a heading may have no text of its own
+                    yield Chunk(text, section.metadata["heading"], section.metadata["page"])
 
 
 def move_heading(section: BaseNode) -> TextNode:

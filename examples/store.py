@@ -35,8 +35,8 @@ _MAX_HEADING_LENGTH = 300  # characters; a page that has all of its text in one 
 _COLUMNS = [("id", pa.string()), ("file", pa.string()), ("stamp", pa.string()), ("position", pa.int32())]
 _COLUMNS += [("page", pa.int32()), ("heading", pa.string()), ("text", pa.string()), ("words", pa.string())]
 
-# Chinese, Japanese and Korean do not put a space between all words. Lucene's analyzer for them does the same:
-# each pair of neighbouring characters counts as a word.
+# Chinese and Japanese do not put spaces between words. Each pair of neighboring characters counts as one, as
+# in Lucene's analyzer for them. LanceDB's own `icu` tokenizer knows words, but then 熊猫 misses 大熊猫.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+")
 
@@ -47,10 +47,10 @@ class Embedder(Protocol):
     dimension: int
 
     def embed_passages(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return one vector a text."""
+        """Return one vector of length 1 for each text."""
 
     def embed_question(self, text: str) -> list[float]:
-        """Return the vector of a question."""
+        """Return the vector, of length 1, of a question."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ class ChunkStore:
             update = Update(num_removed=len(gone))
             names: list[str] = []
             rows: list[dict[str, Any]] = []
-            for file in tqdm(changed, desc="Indexing", unit="file", leave=False, disable=None if progress else True):
+            hidden = None if progress else True  # None hides it where stderr is no terminal
+            for file in tqdm(changed, desc="Indexing", unit="file", leave=False, disable=hidden):
                 try:
                     chunks = [chunk for chunk in split(file) if chunk.text.strip()]
                     rows.extend(_make_row(file, *item) for item in enumerate(chunks))
@@ -189,7 +190,7 @@ class ChunkStore:
             num_results: How many, at most.
         """
         question = _valid_unicode(question)
-        words = MatchQuery(split_words(question), "words")
+        words = MatchQuery(split_words(question), "words")  # type: ignore[call-arg]  # they have defaults
         columns = ["id", "file", "page", "heading", "text"]
         if self._embedder is None:
             score = "_score"
@@ -198,7 +199,7 @@ class ChunkStore:
             score = "_relevance_score"
             hybrid = self._table.search(query_type="hybrid").text(words)
             vector = self._embedder.embed_question(question)
-            query = hybrid.vector(vector).distance_type("cosine").rerank(RRFReranker())
+            query = hybrid.vector(vector).rerank(RRFReranker())
         rows = query.limit(num_results).to_list()
         return [FoundChunk(score=row[score], **{name: row[name] for name in columns}) for row in rows]
 

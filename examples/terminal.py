@@ -68,7 +68,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         default=list(DEFAULT_PATHS),
-        help="folders or files to search: Markdown, text, HTML, PDF (default: this repository's documentation)",
+        help="folders or files: Markdown, text, HTML, PDF (default: this repository's documentation)",
     )
     parser.add_argument(
         "--index",
