@@ -27,7 +27,7 @@ class SentenceEmbedder:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"the embedding model {model!r} cannot be loaded: {reason}") from error
-        self.dimension = int(self._model.get_embedding_dimension() or 0)
+        self.dimension = len(self.embed_question("How long is a vector?"))
 
     def embed_passages(self, texts: Sequence[str]) -> list[list[float]]:
         """Return one vector of length 1 for each text."""

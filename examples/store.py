@@ -258,4 +258,4 @@ def _make_row(file: SourceFile, position: int, chunk: Chunk) -> dict[str, Any]:
 
 def _valid_unicode(text: str) -> str:
     """Replace what is no character: halves of surrogate pairs, from JSON or a broken PDF."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -92,6 +92,12 @@ def test_long_text_is_split_at_sentences_in_both_scripts(app: ModuleType, tmp_pa
 
 
 @both_apps
+def test_half_of_a_surrogate_pair_is_no_obstacle(app: ModuleType, folder: Path, run_main: Runner) -> None:
+    (folder / "facts.jsonl").write_text('{"text": "Zebras \\ud800 have stripes."}\n')
+    assert "Answer: “Zebras \N{REPLACEMENT CHARACTER} have stripes.” [1]" in run_main(app, "zebra\ud800 stripes", "--folder", folder)
+
+
+@both_apps
 def test_a_section_longer_than_a_chunk_keeps_its_heading(app: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(
         "# Top\n\n## Long\n\n" + "A sentence of some words. " * 200 + "\n## Next\n\nEnd."
@@ -195,7 +201,7 @@ def test_a_fresh_clone_answers_from_its_own_documentation(module: str, tmp_path:
 
 
 def test_a_quote_is_a_sentence_without_its_markup() -> None:
-    text = "# Title\n\nA **bold** `word`. Next!\nstill next\n\n- one\n- two\n\n1. three 中文。更多？\n---\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    text = "# Title\n\nA **bold** `word`. [Next](a.md)!\nstill next\n\n- one\n- two\n\n1. three 中文。更多？\n---\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
     assert split_sentences(text) == [
         "Title",
         "A bold word.",
