@@ -10,6 +10,7 @@ from bge_rerank_integrations.scorer import SupportsRank
 
 # What starts a line that stands alone: a heading, an item of a list, a quotation, a row of a table.
 _LINE_START = re.compile(r"^\s*(?:[-*+>|]|\d+[.)]|#{1,6})\s+", re.MULTILINE)
+_FENCE = re.compile(r"^\s*(?:```|~~~).*$", re.MULTILINE)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n")
 
@@ -53,7 +54,8 @@ def split_sentences(text: str) -> list[str]:
         >>> split_sentences("It is **hot**. Is it?\n\n- a list\n- of two")
         ['It is hot.', 'Is it?', 'a list', 'of two']
     """
-    plain = _LINK.sub(r"\1", _LINE_START.sub("\n\n", text)).replace("**", "").replace("`", "")
+    plain = _LINE_START.sub("\n\n", _FENCE.sub("\n\n", text))
+    plain = _LINK.sub(r"\1", plain).replace("**", "").replace("`", "")
     parts = (" ".join(part.split()).strip(" |") for part in _SENTENCE_END.split(plain))
     return [part for part in parts if any(character.isalnum() for character in part)]
 

@@ -94,7 +94,9 @@ def test_long_text_is_split_at_sentences_in_both_scripts(app: ModuleType, tmp_pa
 @both_apps
 def test_half_of_a_surrogate_pair_is_no_obstacle(app: ModuleType, folder: Path, run_main: Runner) -> None:
     (folder / "facts.jsonl").write_text('{"text": "Zebras \\ud800 have stripes."}\n')
-    assert "Answer: “Zebras \N{REPLACEMENT CHARACTER} have stripes.” [1]" in run_main(app, "zebra\ud800 stripes", "--folder", folder)
+    assert "Answer: “Zebras \N{REPLACEMENT CHARACTER} have stripes.” [1]" in run_main(
+        app, "zebra\ud800 stripes", "--folder", folder
+    )
 
 
 @both_apps
@@ -201,7 +203,7 @@ def test_a_fresh_clone_answers_from_its_own_documentation(module: str, tmp_path:
 
 
 def test_a_quote_is_a_sentence_without_its_markup() -> None:
-    text = "# Title\n\nA **bold** `word`. [Next](a.md)!\nstill next\n\n- one\n- two\n\n1. three 中文。更多？\n---\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    text = "# Title\n\nA **bold** `word`. [Next](a.md)!\nstill next\n\n- one\n- two\n\n1. three 中文。更多？\n---\n| a | b |\n| --- | --- |\n| 1 | 2 |\n```sh\nls\n```\n"
     assert split_sentences(text) == [
         "Title",
         "A bold word.",
@@ -213,6 +215,7 @@ def test_a_quote_is_a_sentence_without_its_markup() -> None:
         "更多？",
         "a | b",
         "1 | 2",
+        "ls",
     ]
     scorer = TableScorer({"Tea: It is hot.": 0.9, "Bears: They are big.": 0.2})
     quote = find_quote(
