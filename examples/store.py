@@ -128,7 +128,8 @@ class ChunkStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / "update.lock")
             with self._lock:
-                database = lancedb.connect(folder)
+                # What another process writes is seen at once.
+                database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
                 self._table = database.create_table("chunks", schema=self._schema, exist_ok=True)
                 if not self._table.list_indices():
                     # `split_words` has split the text. Stop words stay: a question may consist of them.
@@ -136,7 +137,9 @@ class ChunkStore:
                     self._table.create_index("words", config=config)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise FolderError(f"no index can be kept in {folder}; is it damaged? {reason}") from error
+            raise FolderError(
+                f"no index can be kept in {folder}; if it is damaged, delete it: {reason}"
+            ) from error
 
     def __len__(self) -> int:
         """Return the number of chunks."""
@@ -157,7 +160,6 @@ class ChunkStore:
             progress: Show a progress bar on stderr, if that is a terminal.
         """
         with self._lock:
-            self._table.checkout_latest()
             known = self._stamps()
             changed = [file for file in files if known.get(file.name) != file.stamp]
             gone = sorted(known.keys() - {file.name for file in files})
@@ -177,7 +179,7 @@ class ChunkStore:
                     self._replace(names, rows)
                     names, rows = [], []
             self._replace(names + gone, rows)
-            if changed or gone:
+            if changed or gone or self._num_unindexed():
                 # Puts the new chunks into the full-text index; until then they are found by a slower scan.
                 self._table.optimize(cleanup_older_than=timedelta(hours=1))
         return update
@@ -212,6 +214,11 @@ class ChunkStore:
     def _stamps(self) -> dict[str, str]:
         first = self._table.search().where("position = 0").select(["file", "stamp"])
         return {row["file"]: row["stamp"] for row in first.limit(len(self)).to_list()}
+
+    def _num_unindexed(self) -> int:
+        """Return the number of chunks that an update which was killed has left out of the full-text index."""
+        statistics = self._table.index_stats("words_idx")
+        return 0 if statistics is None else statistics.num_unindexed_rows
 
     def _replace(self, names: list[str], rows: list[dict[str, Any]]) -> None:
         """Put rows in the place of all rows of some files, in one commit: both happen, or neither."""

@@ -190,6 +190,22 @@ def test_a_kill_in_the_middle_leaves_an_index_that_works_and_heals(tmp_path: Pat
     assert len(store.chunks()) == len(whole.chunks())
 
 
+def test_chunks_left_out_of_the_full_text_index_get_into_it(
+    store: ChunkStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._table, "optimize", die)
+        with pytest.raises(KeyboardInterrupt):
+            index(store, folder)
+    assert store._num_unindexed() == 6
+    assert found_files(store, "hottest") == ["planets.html"]
+    assert index(store, folder) == (Update(), [])
+    assert store._num_unindexed() == 0
+
+
 def test_an_update_that_raises_leaves_what_was_there(
     store: ChunkStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,8 +224,11 @@ def test_an_update_that_raises_leaves_what_was_there(
 def test_a_second_process_sees_what_the_first_one_wrote(store: ChunkStore, folder: Path) -> None:
     other = ChunkStore(store.folder)
     index(store, folder)
-    assert index(other, folder) == (Update(), [])
     assert found_files(other, "hottest") == ["planets.html"]
+    assert index(other, folder) == (Update(), [])
+    (folder / "planets.html").unlink()
+    index(other, folder)
+    assert found_files(store, "hottest") == []
 
 
 def test_an_index_without_its_full_text_index_gets_one(store: ChunkStore, folder: Path) -> None:
@@ -224,7 +243,7 @@ def test_a_damaged_or_impossible_index_is_one_clear_error(store: ChunkStore, tmp
     for file in (store.folder / "chunks.lance").rglob("*"):
         if file.is_file():
             file.write_bytes(b"garbage")
-    with pytest.raises(FolderError, match="is it damaged"):
+    with pytest.raises(FolderError, match="if it is damaged, delete it"):
         ChunkStore(store.folder)
     (tmp_path / "a file").touch()
     with pytest.raises(FolderError, match="no index can be kept"):
