@@ -1,53 +1,92 @@
-"""Answer a question with LangChain: BM25 finds 20 passages, `BGEReranker` picks the best, one is quoted.
+"""Answer a question from your own files with LangChain: LanceDB finds 50 chunks, `BGEReranker` keeps 5.
 
-    python -m examples.langchain_rag "How did the jaguar cars get their name?" --model BAAI/bge-reranker-base
+    python -m examples.langchain_rag "How do I keep a GPU busy?" --folder ~/notes --compare
 
-Needs no key. A language model answers instead of the quote with, say, `--llm openai:gpt-4o-mini`.
+Needs no key and no network: the answer is a quote. A language model answers instead with, say,
+`--llm openai:gpt-4o-mini`, or one on your own machine with `--llm-url` beside it.
 """
 
 from __future__ import annotations
 
-import sys
+import os
+from collections.abc import Iterator
+from typing import Any
 
+from langchain.chat_models import init_chat_model
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
+from langchain_text_splitters import Language, RecursiveCharacterTextSplitter
 
 from bge_rerank_integrations.langchain import BGEReranker
-from examples.answer import (
+from examples.answer import find_quote, format_quote
+from examples.folder import SourceFile, find_files, read_pages, split_sections
+from examples.store import Chunk, ChunkStore
+from examples.terminal import (
     NUM_CANDIDATES,
-    KeywordSearch,
-    Result,
-    Timer,
+    Source,
+    Stages,
     errors_end_the_program,
-    find_quote,
-    format_quote,
+    llm_errors_end_the_program,
     load_scorer,
+    make_label,
     make_rag_parser,
-    print_results,
-    read_corpus,
+    open_store,
+    print_sources,
+    report_update,
+)
+
+# Characters: about 200 tokens of English or 500 of Chinese, what a reranker reads at once.
+CHUNK_SIZE, CHUNK_OVERLAP = 800, 100
+MARKDOWN_SPLITTER = RecursiveCharacterTextSplitter.from_language(
+    Language.MARKDOWN, chunk_size=CHUNK_SIZE, chunk_overlap=CHUNK_OVERLAP
+)
+TEXT_SPLITTER = RecursiveCharacterTextSplitter(
+    separators=["\n\n", "\n", "。", "！", "？", ". ", " ", ""],
+    keep_separator="end",
+    chunk_size=CHUNK_SIZE,
+    chunk_overlap=CHUNK_OVERLAP,
 )
 
 PROMPT = ChatPromptTemplate.from_messages(
     [
         (
             "system",
-            "Answer the question from the passages alone and name the titles you used. If they do not "
-            "hold the answer, say so.\n\n{passages}",
+            "Answer the question from the passages alone. After each statement give the number of the "
+            "passage it comes from, as [1]. If the passages do not hold the answer, say so.\n\n{passages}",
         ),
         ("human", "{question}"),
     ]
 )
 
 
-class KeywordRetriever(BaseRetriever):
-    """BM25 as a LangChain retriever."""
+class FileLoader(BaseLoader):
+    """Loads a file: one document for each page of a PDF, line of JSON or section of Markdown or HTML."""
 
-    search: KeywordSearch
+    def __init__(self, file: SourceFile) -> None:
+        self._file = file
+
+    def lazy_load(self) -> Iterator[Document]:
+        """Give the documents; raises `SkippedFileError` for a file that cannot be read."""
+        for page in read_pages(self._file.path):
+            # LangChain's MarkdownHeaderTextSplitter would take away the indentation of code.
+            sections = split_sections(page.text) if page.is_markdown else [(page.heading, page.text)]
+            for heading, text in sections:
+                yield Document(
+                    text,
+                    metadata={"heading": heading, "page": page.number, "is_markdown": page.is_markdown},
+                )
+
+
+class StoreRetriever(BaseRetriever):
+    """The index as a LangChain retriever."""
+
+    store: ChunkStore
     num_candidates: int = NUM_CANDIDATES
 
     def _get_relevant_documents(
@@ -58,77 +97,109 @@ class KeywordRetriever(BaseRetriever):
     ) -> list[Document]:
         return [
             Document(
-                id=passage.id, page_content=passage.text, metadata={"title": passage.title, "score": score}
+                id=chunk.id,
+                page_content=chunk.text,
+                metadata={
+                    "source": make_label(chunk.file, chunk.page, chunk.heading),
+                    "heading": chunk.heading,
+                    "score": chunk.score,
+                },
             )
-            for passage, score in self.search.search(query, self.num_candidates)
+            for chunk in self.store.search(query, self.num_candidates)
         ]
 
 
-def make_reranker(model: str, top_n: int | None) -> BGEReranker:
-    """Return a reranker that reads a passage with its title above it."""
+def split_file(file: SourceFile) -> Iterator[Chunk]:
+    """Load a file and split it; raises `SkippedFileError` if it cannot be read."""
+    for document in FileLoader(file).lazy_load():
+        splitter = MARKDOWN_SPLITTER if document.metadata["is_markdown"] else TEXT_SPLITTER
+        for part in splitter.split_documents([document]):
+            yield Chunk(part.page_content, part.metadata["heading"], part.metadata["page"])
+
+
+def make_reranker(model: str, top_n: int) -> BGEReranker:
+    """Return a reranker that reads a chunk's heading above its text."""
     return BGEReranker(
-        model=model, top_n=top_n, document_template="{title}\n\n{page_content}", keep_retrieval_score=True
+        model=model, top_n=top_n, document_template="{heading}\n\n{page_content}", keep_retrieval_score=True
+    )
+
+
+def make_retriever(store: ChunkStore, reranker: BGEReranker) -> ContextualCompressionRetriever:
+    """Return a retriever that finds chunks and reranks them."""
+    return ContextualCompressionRetriever(
+        base_compressor=reranker, base_retriever=StoreRetriever(store=store)
+    )
+
+
+def load_llm(name: str, url: str | None) -> BaseChatModel:
+    """Return the chat model called `provider:name`, from a server of your own if there is a URL."""
+    # A local server asks for no key, but its client does.
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return init_chat_model(name) if url is None else init_chat_model(name, base_url=url, api_key=key)
+
+
+def format_passages(documents: list[Document]) -> str:
+    """Return documents as a language model reads them, numbered."""
+    return "\n\n".join(
+        f"[{number}] {document.metadata['source']}\n{document.page_content}"
+        for number, document in enumerate(documents, start=1)
     )
 
 
 def answer_with_llm(llm: BaseChatModel, question: str, documents: list[Document]) -> str:
     """Let a chat model answer from documents."""
-    passages = "\n\n".join(f"# {d.metadata['title']}\n{d.page_content}" for d in documents)
     chain = PROMPT | llm | StrOutputParser()
-    return chain.invoke({"question": question, "passages": passages})
+    return chain.invoke({"question": question, "passages": format_passages(documents)})
 
 
-def load_llm(name: str) -> BaseChatModel:
-    """Return the chat model called `provider:name`."""
-    try:
-        from langchain.chat_models import init_chat_model  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        sys.exit("error: --llm needs the langchain package: pip install langchain")
-    try:
-        llm: BaseChatModel = init_chat_model(name)
-    except (ImportError, ValueError) as error:  # a missing provider package or an unknown provider
-        sys.exit(f"error: {error}")
-    return llm
+def as_sources(documents: list[Document], score_key: str) -> list[Source]:
+    """Return documents as lines to print."""
+    return [_as_source(document.metadata, score_key) for document in documents]
 
 
-def as_results(documents: list[Document]) -> list[Result]:
-    """Return reranked documents as lines to print."""
-    return [
-        Result(d.metadata["title"], d.metadata["relevance_score"], d.metadata["retrieval_rank"] + 1)
-        for d in documents
-    ]
+def _as_source(metadata: dict[str, Any], score_key: str) -> Source:
+    rank = metadata.get("retrieval_rank")
+    return Source(metadata["source"], metadata[score_key], None if rank is None else rank + 1)
 
 
 def main() -> None:
     """Run the app."""
     args = make_rag_parser(__doc__ or "").parse_args()
-    llm = None if args.llm is None else load_llm(args.llm)
+    stages = Stages()
     with errors_end_the_program():
-        first_stage = KeywordRetriever(search=KeywordSearch(read_corpus()))
+        with llm_errors_end_the_program():
+            llm = None if args.llm is None else load_llm(args.llm, args.llm_url)
+        files = find_files(args.folder)
+        with stages.measure("index"):
+            store = open_store(args, "langchain")
+            report_update(store.update(files, split_file, progress=True), store)
         reranker = make_reranker(args.model, args.top_n)
-        retriever = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=first_stage)
-
-        with Timer() as loading:
+        with stages.measure("load"):
             scorer = load_scorer(reranker)
-        before = first_stage.invoke(args.question)
-        with Timer() as retrieving:
-            after = retriever.invoke(args.question)
-        with Timer() as answering:
-            if llm is None:
-                passages = [(d.metadata["title"], d.page_content) for d in after]
-                answer = format_quote(find_quote(scorer, args.question, passages))
-            else:
-                answer = answer_with_llm(llm, args.question, after)
+        retriever = make_retriever(store, reranker)
 
+        def answer(documents: list[Document]) -> str:
+            if llm is not None:
+                with llm_errors_end_the_program():
+                    return answer_with_llm(llm, args.question, documents)
+            passages = [(d.metadata["heading"], d.page_content) for d in documents]
+            return format_quote(find_quote(scorer, args.question, passages))
+
+        # `retriever.invoke(question)` does both stages; here they run one by one, to time each.
+        with stages.measure("retrieve"):
+            found = retriever.base_retriever.invoke(args.question)
+        with stages.measure("rerank"):
+            kept = list(reranker.compress_documents(found, args.question))
         print(f"\nQuestion: {args.question}")
-        shown = [Result(d.metadata["title"], d.metadata["score"]) for d in before[: args.top_n]]
-        print_results(f"Before: BM25, {len(shown)} of {len(before)}", shown)
-        print_results(f"After: BGEReranker, {len(after)} of {len(before)}", as_results(after))
-        print(f"\nAnswer: {answer}\n")
-        print(
-            f"Loading the model took {loading.elapsed_ms:.0f} ms, retrieval and reranking "
-            f"{retrieving.elapsed_ms:.0f} ms, the answer {answering.elapsed_ms:.0f} ms."
-        )
+        if args.compare:
+            plain = found[: args.top_n]
+            print(f"\nAnswer without the reranker: {answer(plain)}")
+            print_sources(f"First {len(plain)} of {len(found)} found", as_sources(plain, "score"))
+        with stages.measure("answer"):
+            text = answer(kept)
+        print(f"\nAnswer: {text}")
+        print_sources(f"Best {len(kept)} of {len(found)}, reranked", as_sources(kept, "relevance_score"))
+        stages.print()
 
 
 if __name__ == "__main__":

@@ -1,57 +1,90 @@
-"""Answer a question with LlamaIndex: BM25, then `BGERerankPostprocessor`, then a quote from the best.
+"""Answer a question from your own files with LlamaIndex: LanceDB finds 50 chunks, the reranker keeps 5.
 
-    python -m examples.llama_index_rag "How do snakes kill without venom?" --model BAAI/bge-reranker-base
+    python -m examples.llama_index_rag "How do I keep a GPU busy?" --folder ~/notes --compare
 
-Needs no key. A language model answers instead of the quote with, say, `--llm openai:gpt-4o-mini`.
+Needs no key and no network: the answer is a quote. A language model answers instead with, say,
+`--llm openai:gpt-4o-mini`, or one on your own machine with `--llm-url` beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-import sys
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.llms import LLM, MockLLM
+from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.readers.base import BaseReader
 from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import BaseNode, Document, NodeWithScore, QueryBundle, TextNode
 
+from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.llama_index import BGERerankPostprocessor
 from bge_rerank_integrations.scorer import SupportsRank
-from examples.answer import (
+from examples.answer import find_quote, format_quote
+from examples.folder import SourceFile, find_files, read_pages
+from examples.store import Chunk, ChunkStore, FoundChunk
+from examples.terminal import (
     NUM_CANDIDATES,
-    KeywordSearch,
-    Passage,
-    Result,
-    Timer,
+    Source,
+    Stages,
     errors_end_the_program,
-    find_quote,
-    format_quote,
+    llm_errors_end_the_program,
     load_scorer,
+    make_label,
     make_rag_parser,
-    print_results,
-    read_corpus,
+    open_store,
+    print_sources,
+    report_update,
 )
+
+HEADING_PARSER = MarkdownNodeParser(header_path_separator="\n")
+SENTENCE_SPLITTER = SentenceSplitter(chunk_size=256, chunk_overlap=32)  # tokens
 
 # Each comes from a package of its own, llama-index-llms-<provider>.
 LLM_CLASSES = {"anthropic": "Anthropic", "ollama": "Ollama", "openai": "OpenAI"}
 
 
-class KeywordRetriever(BaseRetriever):
-    """BM25 as a LlamaIndex retriever."""
+class PageReader(BaseReader):
+    """Reads a file: one document for each page of a PDF and each line of JSON, else one in all."""
 
-    def __init__(self, search: KeywordSearch, num_candidates: int = NUM_CANDIDATES) -> None:
-        self._search = search
+    def load_data(self, file: Path, extra_info: dict[str, Any] | None = None) -> list[Document]:
+        """Return the documents; raises `SkippedFileError` for a file that cannot be read."""
+        return [
+            Document(
+                text=page.text,
+                metadata={
+                    **(extra_info or {}),
+                    "page": page.number,
+                    "heading": page.heading,
+                    "is_markdown": page.is_markdown,
+                },
+            )
+            for page in read_pages(file)
+        ]
+
+
+class StoreRetriever(BaseRetriever):
+    """The index as a LlamaIndex retriever."""
+
+    def __init__(self, store: ChunkStore, num_candidates: int = NUM_CANDIDATES) -> None:
+        self._store = store
         self._num_candidates = num_candidates
         super().__init__()
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        found = self._search.search(query_bundle.query_str, self._num_candidates)
-        return [NodeWithScore(node=make_node(passage), score=score) for passage, score in found]
+        found = self._store.search(query_bundle.query_str, self._num_candidates)
+        return [NodeWithScore(node=make_node(chunk), score=chunk.score) for chunk in found]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
 
 
 class QuoteSynthesizer(BaseSynthesizer):
@@ -68,9 +101,9 @@ class QuoteSynthesizer(BaseSynthesizer):
         text_chunks: Sequence[str],
         **response_kwargs: Any,  # noqa: ARG002
     ) -> str:
-        """Return the best sentence of the nodes' texts and where it stands."""
+        """Return the best sentence of the nodes' texts, and the number of the node it stands in."""
         chunks = [chunk.partition("\n\n") for chunk in text_chunks]
-        passages = [(title, text) for title, _, text in chunks]
+        passages = [(source.partition(" > ")[2], text) for source, _, text in chunks]
         return format_quote(find_quote(self._scorer, query_str, passages))
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> str:
@@ -84,68 +117,126 @@ class QuoteSynthesizer(BaseSynthesizer):
         pass
 
 
-def make_node(passage: Passage) -> TextNode:
-    """Return a passage as a node whose text, for rerankers and language models, begins with its title."""
+def split_file(file: SourceFile) -> Iterator[Chunk]:
+    """Read a file and split it; raises `SkippedFileError` if it cannot be read."""
+    for document in PageReader().load_data(file.path):
+        sections: Sequence[BaseNode] = [document]
+        if document.metadata["is_markdown"]:
+            sections = [move_heading(node) for node in HEADING_PARSER.get_nodes_from_documents([document])]
+        for section in sections:
+            for text in SENTENCE_SPLITTER.split_text(section.get_content()):
+                if text:  # a heading may have no text of its own
+                    yield Chunk(text, section.metadata["heading"], section.metadata["page"])
+
+
+def move_heading(section: BaseNode) -> TextNode:
+    """Return a section of Markdown with its own heading after those above it, in its metadata."""
+    above = section.metadata["header_path"].strip("\n").split("\n")
+    own = re.match(r"#+\s+(.*)\n?", text := section.get_content())
+    path = [heading for heading in [*above, own[1] if own else ""] if heading]
     return TextNode(
-        id_=passage.id, text=passage.text, metadata={"title": passage.title}, metadata_template="{value}"
+        text=text[own.end() :] if own else text,
+        metadata={"heading": " > ".join(path), "page": section.metadata["page"]},
     )
 
 
-def make_reranker(model: str, top_n: int | None) -> BGERerankPostprocessor:
-    """Return a reranker; it reads a node's title without being told to."""
+def make_node(chunk: FoundChunk) -> TextNode:
+    """Return a chunk as a node; rerankers read its heading with its text, language models its source."""
+    return TextNode(
+        id_=chunk.id,
+        text=chunk.text,
+        metadata={
+            "heading": chunk.heading,
+            "source": make_label(chunk.file, chunk.page, chunk.heading),
+        },
+        metadata_template="{value}",
+        excluded_embed_metadata_keys=["source"],
+        excluded_llm_metadata_keys=["heading"],
+    )
+
+
+def make_engine(
+    store: ChunkStore, reranker: BGERerankPostprocessor, synthesizer: BaseSynthesizer
+) -> RetrieverQueryEngine:
+    """Return an engine that finds chunks, reranks them and answers from them."""
+    return RetrieverQueryEngine(
+        retriever=StoreRetriever(store), node_postprocessors=[reranker], response_synthesizer=synthesizer
+    )
+
+
+def make_reranker(model: str, top_n: int) -> BGERerankPostprocessor:
+    """Return a reranker; it reads a node's heading without being told to."""
     return BGERerankPostprocessor(model=model, top_n=top_n, keep_retrieval_score=True)
 
 
-def load_llm(name: str) -> LLM:
-    """Return the language model called `provider:name`."""
+def load_llm(name: str, url: str | None) -> LLM:
+    """Return the language model called `provider:name`, from a server of your own if there is a URL.
+
+    Raises:
+        ConfigError: The provider is unknown, or its package is not installed.
+    """
     provider, _, model = name.partition(":")
     if provider not in LLM_CLASSES or not model:
-        sys.exit(f"error: --llm must be provider:name, with a provider of {', '.join(LLM_CLASSES)}")
+        raise ConfigError(f"--llm must be provider:name, with a provider of {', '.join(LLM_CLASSES)}")
+    # LlamaIndex's `OpenAI` knows the names of OpenAI's own models only.
+    module, class_name = (provider, LLM_CLASSES[provider]) if url is None else ("openai_like", "OpenAILike")
+    options: dict[str, Any] = {}
+    if url is not None:
+        # A local server asks for no key, but its client does.
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        options = {"api_base": url, "api_key": key, "is_chat_model": True, "is_function_calling_model": True}
     try:
-        module = importlib.import_module(f"llama_index.llms.{provider}")
-    except ImportError:
-        sys.exit(f"error: --llm {name} needs a package: pip install llama-index-llms-{provider}")
-    llm: LLM = getattr(module, LLM_CLASSES[provider])(model=model)
+        llm_class = getattr(importlib.import_module(f"llama_index.llms.{module}"), class_name)
+    except ImportError as error:
+        package = f"llama-index-llms-{module.replace('_', '-')}"
+        raise ConfigError(f"--llm {name} needs a package: pip install {package}") from error
+    llm: LLM = llm_class(model=model, **options)
     return llm
 
 
-def as_results(nodes: list[NodeWithScore]) -> list[Result]:
-    """Return reranked nodes as lines to print."""
+def as_sources(nodes: list[NodeWithScore]) -> list[Source]:
+    """Return nodes as lines to print."""
+    ranks = [node.metadata.get("retrieval_rank") for node in nodes]
     return [
-        Result(n.node.metadata["title"], n.get_score(), n.node.metadata["retrieval_rank"] + 1) for n in nodes
+        Source(node.metadata["source"], node.get_score(), None if rank is None else rank + 1)
+        for node, rank in zip(nodes, ranks, strict=True)
     ]
 
 
 def main() -> None:
     """Run the app."""
     args = make_rag_parser(__doc__ or "").parse_args()
-    llm = None if args.llm is None else load_llm(args.llm)
+    stages = Stages()
     with errors_end_the_program():
-        first_stage = KeywordRetriever(KeywordSearch(read_corpus()))
+        with llm_errors_end_the_program():
+            llm = None if args.llm is None else load_llm(args.llm, args.llm_url)
+        files = find_files(args.folder)
+        with stages.measure("index"):
+            store = open_store(args, "llama_index")
+            report_update(store.update(files, split_file, progress=True), store)
         reranker = make_reranker(args.model, args.top_n)
-
-        with Timer() as loading:
+        with stages.measure("load"):
             scorer = load_scorer(reranker)
-        engine = RetrieverQueryEngine(
-            retriever=first_stage,
-            node_postprocessors=[reranker],
-            response_synthesizer=get_response_synthesizer(llm=llm) if llm else QuoteSynthesizer(scorer),
-        )
-        before = first_stage.retrieve(args.question)
-        with Timer() as retrieving:
-            after = engine.retrieve(QueryBundle(args.question))
-        with Timer() as answering:
-            answer = engine.synthesize(QueryBundle(args.question), after)
+        synthesizer = QuoteSynthesizer(scorer) if llm is None else get_response_synthesizer(llm=llm)
+        engine = make_engine(store, reranker, synthesizer)
 
+        # `engine.query(question)` does all stages; here they run one by one, to time each.
+        question = QueryBundle(args.question)
+        with stages.measure("retrieve"):
+            found = engine.retriever.retrieve(question)
+        with stages.measure("rerank"):
+            kept = reranker.postprocess_nodes(found, question)
         print(f"\nQuestion: {args.question}")
-        shown = [Result(n.node.metadata["title"], n.get_score()) for n in before[: args.top_n]]
-        print_results(f"Before: BM25, {len(shown)} of {len(before)}", shown)
-        print_results(f"After: BGERerankPostprocessor, {len(after)} of {len(before)}", as_results(after))
-        print(f"\nAnswer: {answer}\n")
-        print(
-            f"Loading the model took {loading.elapsed_ms:.0f} ms, retrieval and reranking "
-            f"{retrieving.elapsed_ms:.0f} ms, the answer {answering.elapsed_ms:.0f} ms."
-        )
+        if args.compare:
+            plain = found[: args.top_n]
+            with llm_errors_end_the_program():
+                print(f"\nAnswer without the reranker: {engine.synthesize(question, plain)}")
+            print_sources(f"First {len(plain)} of {len(found)} found", as_sources(plain))
+        with stages.measure("answer"), llm_errors_end_the_program():
+            text = str(engine.synthesize(question, kept))
+        print(f"\nAnswer: {text}")
+        print_sources(f"Best {len(kept)} of {len(found)}, reranked", as_sources(kept))
+        stages.print()
 
 
 if __name__ == "__main__":

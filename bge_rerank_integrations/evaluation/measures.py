@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,12 @@ def measure(
     except ImportError as error:
         raise missing_extra("eval", "ir-measures") from error
 
-    parsed = {ir_measures.parse_measure(_NAMES.get(name, name)): name for name in measures}
+    # Not with ir_measures.parse_measure, which uses what Python 3.14 has removed.
+    parsed: dict[Any, str] = {}
+    for name in measures:
+        base, _, cutoff = _NAMES.get(name, name).partition("@")
+        measure = getattr(ir_measures, base)
+        parsed[measure @ int(cutoff) if cutoff else measure] = name
     # trec_eval breaks ties by passage id; the order that was really given is what is to be measured.
     strict = {
         query_id: {passage_id: -rank for rank, passage_id in enumerate(sorted_run(scores))}

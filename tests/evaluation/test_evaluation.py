@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from pathlib import Path
@@ -243,6 +244,13 @@ def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> 
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DatasetError, match="cannot be written"):
         plot_report(report, tmp_path / "plot.nonsense", title="test")
+
+
+def test_measures_do_not_need_what_python_3_14_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Num", "Str", "NameConstant"):
+        monkeypatch.delattr(ast, name, raising=False)
+    values = measure({"q": {"a": 1}}, {"q": {"b": 2.0, "a": 1.0}}, ["MRR@10", "MAP", "R@1"])
+    assert values == {"MRR@10": {"q": 0.5}, "MAP": {"q": 0.5}, "R@1": {"q": 0.0}}
 
 
 def test_a_model_compared_with_itself_reaches_all_of_it(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
