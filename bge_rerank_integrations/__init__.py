@@ -9,8 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
     from bge_rerank_integrations.config import ScorerConfig
-    from bge_rerank_integrations.errors import RerankError
+    from bge_rerank_integrations.errors import (
+        CheckpointError,
+        CheckpointNotFoundError,
+        ConfigError,
+        CorruptCheckpointError,
+        DatasetError,
+        DeviceError,
+        DeviceLostError,
+        ForkedProcessError,
+        HubUnreachableError,
+        InputError,
+        InputTypeError,
+        MissingExtraError,
+        NonFiniteScoreError,
+        QueueFullError,
+        RequestTimeoutError,
+        RerankError,
+        ScorerClosedError,
+        UnsupportedCheckpointError,
+        WorkerDiedError,
+    )
     from bge_rerank_integrations.langchain import BGEReranker
     from bge_rerank_integrations.llama_index import BGERerankPostprocessor
     from bge_rerank_integrations.ranking import RankedPassage, Ranking
@@ -20,28 +41,74 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuthenticationError",
     "BGERerankPostprocessor",
     "BGEReranker",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "DatasetError",
+    "DeviceError",
+    "DeviceLostError",
+    "ForkedProcessError",
+    "HubUnreachableError",
+    "InputError",
+    "InputTypeError",
+    "MissingExtraError",
+    "NonFiniteScoreError",
+    "QueueFullError",
     "RankedPassage",
     "Ranking",
+    "RemoteError",
     "RemoteScorer",
+    "RequestTimeoutError",
     "RerankError",
     "Scorer",
+    "ScorerClosedError",
     "ScorerConfig",
+    "ScorerHealth",
+    "ScorerStats",
+    "ServerUnreachableError",
     "SupportsRank",
+    "UnsupportedCheckpointError",
+    "WorkerDiedError",
     "__version__",
 ]
 
 _HOME = {
     "BGERerankPostprocessor": "llama_index",
+    "ServerUnreachableError": "errors",
+    "RemoteError": "errors",
+    "AuthenticationError": "errors",
     "BGEReranker": "langchain",
+    "CheckpointError": "errors",
+    "CheckpointNotFoundError": "errors",
+    "ConfigError": "errors",
+    "CorruptCheckpointError": "errors",
+    "DatasetError": "errors",
+    "DeviceError": "errors",
+    "DeviceLostError": "errors",
+    "ForkedProcessError": "errors",
+    "HubUnreachableError": "errors",
+    "InputError": "errors",
+    "InputTypeError": "errors",
+    "MissingExtraError": "errors",
+    "NonFiniteScoreError": "errors",
+    "QueueFullError": "errors",
     "RankedPassage": "ranking",
     "Ranking": "ranking",
     "RemoteScorer": "remote",
+    "RequestTimeoutError": "errors",
     "RerankError": "errors",
     "Scorer": "scorer",
+    "ScorerClosedError": "errors",
     "ScorerConfig": "config",
+    "ScorerHealth": "batching.stats",
+    "ScorerStats": "batching.stats",
     "SupportsRank": "scorer",
+    "UnsupportedCheckpointError": "errors",
+    "WorkerDiedError": "errors",
 }
 
 

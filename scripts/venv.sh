@@ -15,19 +15,22 @@ new_venv() {
     fi
 }
 
-# make_venv FOLDER REQUIREMENT CONSTRAINTS: make a virtual environment with this package and the exact versions
-# in the file CONSTRAINTS, or reuse one that was made from the same files with the same Python.
+# make_venv FOLDER CONSTRAINTS ARGUMENT...: make a virtual environment in FOLDER and run `pip install ARGUMENT...`
+# in it, with the exact versions in the file CONSTRAINTS. A virtual environment that was made from the same files
+# with the same Python is used again.
 make_venv() {
-    stamp="$1/.made-from"
-    made_from=$("$python" --version; cat pyproject.toml "$3"; echo "$2")
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$made_from" ]; then
+    folder=$1
+    constraints_file=$2
+    shift 2
+    made_from=$("$python" --version; cat pyproject.toml "$constraints_file"; echo "$*")
+    if [ -f "$folder/.made-from" ] && [ "$(cat "$folder/.made-from")" = "$made_from" ]; then
         return
     fi
-    echo "Making $1 with $("$python" --version); the first time this downloads PyTorch ..." >&2
-    new_venv "$1"
-    # The variable, unlike -c, takes the place of a constraint in pip's own configuration.
-    PIP_CONSTRAINT=$3 "$1/bin/python" -m pip install --quiet --disable-pip-version-check -e "$2"
-    printf '%s\n' "$made_from" > "$stamp"
+    echo "Making $folder with $("$python" --version); the first time this downloads its packages ..." >&2
+    new_venv "$folder"
+    # PIP_CONSTRAINT replaces a constraint in pip's own configuration; the option -c would add to it.
+    PIP_CONSTRAINT=$constraints_file "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    printf '%s\n' "$made_from" > "$folder/.made-from"
 }
 
 # resolve FILE OPTION...: write the exact versions that uv chooses for the tests to FILE.

@@ -127,7 +127,7 @@ def _parameter_type(hint: Any) -> click.ParamType[Any] | None:
     None stands for several strings, as in `tuple[str, ...]`.
     """
     if get_origin(hint) is Setting:
-        hint = get_args(hint)[-1]  # what is read, not what may be given
+        _, hint = get_args(hint)  # the type that the config keeps
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
     if choices:
