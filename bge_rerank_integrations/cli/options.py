@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 
 import click
 
-from bge_rerank_integrations.config import DEFAULT_MODEL, ScorerConfig
+from bge_rerank_integrations.config import DEFAULT_MODEL, ScorerConfig, Setting
 
 _Command = Callable[..., None]
 _Decorator = Callable[[_Command], _Command]
@@ -126,6 +126,8 @@ def _parameter_type(hint: Any) -> click.ParamType[Any] | None:
 
     None stands for several strings, as in `tuple[str, ...]`.
     """
+    if get_origin(hint) is Setting:
+        _, hint = get_args(hint)  # the type that the config keeps
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
     if choices:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bge_rerank_integrations import Scorer, __version__, published
+from bge_rerank_integrations import Scorer, __version__
 from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.config import DEFAULT_MODEL
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
+from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
@@ -456,7 +457,7 @@ def test_check_compares_with_what_is_published(
     pairs = [("what is a panda?", "A bear."), ("panda", "hi")]
     logits = {pair: score + 0.01 for pair, score in zip(pairs, scorer.score(pairs), strict=True)}
     mine = Reference(source="a test", tolerance=0.1, logits=logits)
-    monkeypatch.setitem(published.PUBLISHED, "mine", mine)
+    monkeypatch.setitem(reference_scores.PUBLISHED, "mine", mine)
     agreeing = run("check", "--as", "mine", *on)
     assert agreeing.exit_code == 0
     assert "They agree" in agreeing.stdout
@@ -486,9 +487,9 @@ def test_the_embedded_model_passes_its_own_check(dtype: str) -> None:
 
 
 def test_the_check_of_the_embedded_model_finds_a_small_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = published.require_reference("embedded")
+    reference = reference_scores.require_reference("embedded")
     off = {pair: logit + 0.005 for pair, logit in reference.logits.items()}
-    monkeypatch.setattr(published, "_read_golden", lambda: dataclasses.replace(reference, logits=off))
+    monkeypatch.setattr(reference_scores, "_read_golden", lambda: dataclasses.replace(reference, logits=off))
     assert run("check", "--model", "embedded", "--device", "cpu").exit_code == 3
 
 
