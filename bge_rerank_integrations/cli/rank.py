@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import require_stdout, wrap
-from bge_rerank_integrations.cli.jobs.ranking_job import Progress, RankJob, rank_lines
+from bge_rerank_integrations.cli.jobs.ranking_job import Progress, rank_lines
 from bge_rerank_integrations.cli.jobs.requests import MalformedLineError, check_format
+from bge_rerank_integrations.cli.jobs.resume import RankJob
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,

@@ -196,7 +196,7 @@ class GrownConfig(ScorerConfig):
     colour: Literal["red", "blue"] = "red"
     share: float | None = None
     names: tuple[str, ...] | None = None
-    place: Setting[str | os.PathLike[str] | None, str | None] = Setting(None, path_to_str)
+    place: Setting[str | os.PathLike[str] | None, str | None] = Setting(None, path_to_str)  # noqa: RUF009  # a descriptor, as in ScorerConfig
     careful: bool = True
 
 

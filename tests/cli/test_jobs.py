@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.cli.jobs.ranking_job import Progress, RankJob, rank_lines
+from bge_rerank_integrations.cli.jobs.ranking_job import Progress, rank_lines
 from bge_rerank_integrations.cli.jobs.requests import (
     MalformedInputError,
     MalformedLineError,
     check_format,
     parse_request,
 )
+from bge_rerank_integrations.cli.jobs.resume import RankJob
 from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.evaluation.datasets import read_corpus
 
@@ -350,7 +351,7 @@ def test_what_cannot_be_input_or_output_is_reported(output: Path, tmp_path: Path
 def test_two_processes_cannot_write_one_file(output: Path) -> None:
     with RankJob(output, {}, None):
         code = (
-            "import sys; from pathlib import Path; from bge_rerank_integrations.cli.jobs.ranking_job import RankJob\n"
+            "import sys; from pathlib import Path; from bge_rerank_integrations.cli.jobs.resume import RankJob\n"
             "with RankJob(Path(sys.argv[1]), {}, None): pass"
         )
         run = subprocess.run(
@@ -467,8 +468,8 @@ def test_a_job_in_the_background_ignores_interrupts(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"".join(lines(*({"query": texts[0], "passages": texts[:8]} for _ in range(150)))))
     finished = interrupt(command(source, checkpoint, "-o", str(output)), "signal.SIG_IGN")
-    assert (finished.returncode, finished.stderr.splitlines()[0]) == (0, "150 request(s), 1200 pair(s) ranked.")
-    assert "Stopped" not in finished.stderr
+    assert finished.returncode == 0
+    assert finished.stderr.startswith("150 request(s), 1200 pair(s) ranked.\n")
     assert output.read_bytes().count(b"\n") == 150
 
 
