@@ -238,6 +238,22 @@ def test_a_new_setting_becomes_an_option_by_itself(monkeypatch: pytest.MonkeyPat
     assert CliRunner().invoke(show, ["--colour", "green"]).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("max_length must be 1", "--max-length must be 1"),
+        ("with local_files_only=True; or", "with --local-files-only; or"),
+        ("or use model=\"embedded\", device='cpu'", "or use --model embedded, --device cpu"),
+        ("the model on the device", "the model on the device"),
+        ("max_wait_ms and max_queued_tokens", "max_wait_ms and max_queued_tokens"),
+        ("folder /data/max_length/x", "folder /data/max_length/x"),
+        ("folder max_length/x.max_length", "folder max_length/x.max_length"),
+    ],
+)
+def test_error_messages_name_options_instead_of_settings(message: str, shown: str) -> None:
+    assert options.name_options(message) == shown
+
+
 @pytest.mark.parametrize("command", ["demo", "rank", "rerank-run", "eval", "info", "check"])
 def test_every_setting_is_an_option_with_a_help_text(command: str) -> None:
     declared = {parameter.name: parameter for parameter in main.commands[command].params}

@@ -1,4 +1,4 @@
-"""Ranking a file of requests: any size in bounded memory, and on from where it stopped after a kill."""
+"""Ranking the requests of a JSONL stream of any size in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
 from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.scorer import Scorer
 
-# Batches fill well with this many pairs at once, and a kill costs no more than scoring them.
+# This many pairs fill batches well. If a job is killed, at most this many pairs are scored again.
 _NUM_PAIRS_AT_ONCE: Final = 512
-# Of the first line: enough to guess what an input without a request is.
+# This many bytes of the first line are enough to guess the format of an input without requests.
 _NUM_BYTES_SHOWN_TO_GUESS: Final = 1024
 
 
 @dataclass
 class Progress:
-    """What a job has done so far.
+    """Counts of what a job has done so far.
 
     Attributes:
-        rows: Rows written by this call.
-        pairs: Pairs scored by this call.
-        truncated: Of those, how many have a passage that lost tokens because it was too long.
-        truncated_queries: Queries that lost tokens.
-        malformed: Lines that this call left out.
-        on_change: Called after each change of the counts of rows.
+        rows: Number of rows written by this call.
+        pairs: Number of pairs scored by this call.
+        truncated: Number of these pairs whose passage lost tokens because it was too long.
+        truncated_queries: Number of queries that lost tokens because they were too long.
+        malformed: Number of malformed lines that this call skipped.
+        on_change: Called with this object each time rows were added.
     """
 
     rows: int = 0
@@ -45,7 +45,7 @@ class Progress:
     on_change: Callable[[Progress], object] = field(default=lambda _: None, repr=False)
 
     def add(self, rankings: Iterable[Ranking]) -> None:
-        """Count the rankings of some requests, each of which becomes a row."""
+        """Add the rankings of some requests to the counts. Each ranking becomes one row."""
         for ranking in rankings:
             self.rows += 1
             self.pairs += ranking.num_pairs
@@ -66,29 +66,30 @@ def rank_lines(
     on_malformed: Callable[[MalformedLineError], object],
     progress: Progress,
 ) -> Iterator[list[str]]:
-    """Rank the requests of a JSONL stream in its order; blank lines are passed over.
+    """Rank the requests of a JSONL stream, in the order of the stream. Blank lines are ignored.
 
     Args:
         scorer: The reranker.
-        source: The lines.
+        source: The lines of the stream.
         top_n: As in `Scorer.rank`.
         threshold: As in `Scorer.rank`.
-        return_texts: Give each passage's text beside its score.
-        strict: Raise at the first malformed line instead of leaving it out.
-        skip: How many lines at the beginning are done already. They are read and not ranked.
-        on_malformed: Called with the error of each line that is left out.
-        progress: Kept up to date.
+        return_texts: Include each passage's text in its result.
+        strict: Raise at the first malformed line instead of skipping it.
+        skip: Number of lines at the beginning that an earlier call has already ranked. They are read again
+            but produce no rows.
+        on_malformed: Called with the error of each malformed line that is skipped.
+        progress: Counts that are updated after each list of rows.
 
     Yields:
-        The rows of some requests at a time, each with its line feed:
-        `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best first. A
-        request or passage has an `id`, and a passage a `title`, where the input gives it one. A passage with
-        nothing to read has `"blank": true`.
+        A list of rows for some consecutive requests. A row is one line of JSON that ends with a line feed:
+        `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best passage
+        first. A request or passage has an `id`, and a passage has a `title`, if the input contains one. A
+        passage with nothing to read has `"blank": true`.
 
     Raises:
-        MalformedLineError: A line is malformed and `strict`.
+        MalformedLineError: A line is malformed and `strict` is true.
         MalformedInputError: No line is a request.
-        RerankError: As `Scorer.rank` does.
+        RerankError: `Scorer.rank` raises it.
     """
     first_line, first_error = b"", None
 
@@ -110,7 +111,8 @@ def rank_lines(
     for chunk in _chunks(watched(), leave_out):
         if chunk[-1].line <= skip:
             continue
-        # All of it is scored even if some rows are done: equal batches give equal scores to the last bit.
+        # The whole chunk is scored again even if some of its rows are already written: only the same batches
+        # give bit-identical scores.
         for ranked in _rank_chunk(scorer, chunk, top_n, threshold, leave_out):
             new = [(request, ranking) for request, ranking in ranked if request.line > skip]
             yield [_format(request, ranking, return_texts=return_texts) for request, ranking in new]
@@ -122,7 +124,7 @@ def rank_lines(
 def _chunks(
     source: Iterable[bytes], leave_out: Callable[[MalformedLineError], object]
 ) -> Iterator[list[Request]]:
-    """Give the requests of a stream, some hundreds of pairs at a time, always cut at the same places."""
+    """Yield the requests of a stream in chunks of a few hundred pairs, with the same chunks in every run."""
     waiting: list[Request] = []
     num_pairs = 0
     for number, raw in enumerate(source, start=1):
@@ -134,7 +136,7 @@ def _chunks(
             try:
                 leave_out(error)
             except MalformedLineError:
-                if waiting:  # what came before it is good
+                if waiting:  # strict mode still returns the requests before the malformed line
                     yield waiting
                 raise
             continue
@@ -154,7 +156,7 @@ def _rank_chunk(
     threshold: float | None,
     leave_out: Callable[[MalformedLineError], object],
 ) -> Iterator[list[tuple[Request, Ranking]]]:
-    """Rank some requests in one pass; those that the scorer refuses are left out as malformed."""
+    """Rank the requests of a chunk together. A request that the scorer rejects is skipped as malformed."""
     while chunk:
         texts = [(request.query, request.texts) for request in chunk]
         try:
@@ -168,7 +170,7 @@ def _rank_chunk(
             reason = str(error).removeprefix(f"request {error.index}: ")
             try:
                 leave_out(MalformedLineError(refused.line, reason))
-            except MalformedLineError:  # strict; the requests before it are good
+            except MalformedLineError:  # strict mode still returns the requests before the rejected one
                 yield from _rank_chunk(scorer, before, top_n, threshold, leave_out)
                 raise
             chunk = before + chunk[error.index + 1 :]
@@ -197,7 +199,7 @@ def _format(request: Request, ranking: Ranking, *, return_texts: bool) -> str:
 
 
 def _of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScoreError:
-    """Name the line and the passage instead of a position among all passages of a chunk."""
+    """Return an error that names the line and the passage instead of a position within the chunk."""
     index = error.index or 0
     for request in chunk:
         if index < len(request.passages):

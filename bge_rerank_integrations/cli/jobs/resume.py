@@ -16,21 +16,25 @@ from bge_rerank_integrations.errors import DatasetError
 
 
 class RankJob:
-    """One output file that is finished exactly once, however often its job is killed.
+    """The output file of a ranking job that can be stopped and resumed.
 
-    Rows go to `OUTPUT.partial`, in the input's order, and what the job is goes to `OUTPUT.job.json`; a
-    finished job renames the first. Whoever starts the same job again goes on after the last whole row.
-    `OUTPUT.lock` keeps a second process out.
+    The job appends its rows to `OUTPUT.partial`, in the order of the input, and records its settings in
+    `OUTPUT.job.json`. When the job is complete, `OUTPUT.partial` is renamed to `OUTPUT`. A job with the same
+    settings and input resumes after the last complete row. `OUTPUT.lock` keeps a second process from writing
+    the same output.
 
     Args:
-        output: Where the rows are to be.
-        settings: Whatever decides what is written, JSON-safe: another model is another job.
-        input_path: The input, whose contents are part of what the job is. None where it cannot be read
-            twice; such a job cannot be gone on with, since nobody could tell another input from it.
-        overwrite: Begin again, whatever is there. A file that is finished stays until another is.
+        output: Path of the output file.
+        settings: All settings that decide what is written. They must be JSON-safe. A job with other
+            settings cannot resume this one.
+        input_path: The input file. Its contents are part of the job's identity. None for an input that can
+            only be read once, such as a pipe: the job cannot be resumed, because nothing shows whether a new
+            input is the same.
+        overwrite: Start from the beginning, even if an output exists. A complete output file is kept until
+            the new one is complete.
 
     Raises:
-        DatasetError: The input cannot be read, or is the output; or the output is no plain file.
+        DatasetError: The input cannot be read or is also the output, or the output is not a regular file.
 
     Example:
         >>> with RankJob(Path("ranked.jsonl"), {"model": "embedded"}, Path("requests.jsonl")) as job:
@@ -47,19 +51,19 @@ class RankJob:
         self._partial = output.with_name(output.name + ".partial")
         self._record = output.with_name(output.name + ".job.json")
         if output.exists() and not output.is_file():
-            raise DatasetError(f"{output} is not a plain file; leave the output out to write to stdout")
+            raise DatasetError(f"{output} is not a regular file; to write to stdout, give no output file")
         if input_path is not None and input_path.resolve() in (output, self._partial, self._record):
-            raise DatasetError(f"{input_path} is the input; give the output another name")
+            raise DatasetError(f"{input_path} is the input; choose another output file")
         self._lock = FileLock(output.with_name(output.name + ".lock"), timeout=0)
         self._can_go_on = input_path is not None
         self._overwrite = overwrite
         self._settings = {**settings, "input_sha256": None if input_path is None else _sha256(input_path)}
 
     def __enter__(self) -> RankJob:
-        """Keep other processes out.
+        """Lock the output file.
 
         Raises:
-            DatasetError: Another process is writing this file.
+            DatasetError: Another process has locked it.
         """
         try:
             self._lock.acquire()
@@ -68,20 +72,23 @@ class RankJob:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Let others in."""
+        """Unlock the output file."""
         self._lock.release()
 
     def begin(self) -> int | None:
-        """Cut off a row that was only half written.
+        """Start or resume the job. A row that was only partly written is removed.
 
         Returns:
-            The number of the last line that is done; None where all is.
+            The number of the last line that is already ranked, 0 for a new job, or None if the job is
+            complete.
 
         Raises:
-            DatasetError: `output` belongs to another job, or is there and nobody knows from what.
+            DatasetError: The output exists and belongs to a job with other settings or another input, or to
+                an unknown job.
         """
         if self._overwrite:
-            # This first: what is not finished is never taken for it, whenever this is interrupted.
+            # Empty the partial file before the record changes. An interruption at any point then leaves a
+            # job that is visibly incomplete.
             self._partial.write_bytes(b"")
         else:
             self._check()
@@ -99,14 +106,16 @@ class RankJob:
             return int(json.loads(last)["line"])
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(
-                f"{self._partial} does not end with a row of this job; cut off what is not, or --overwrite"
+                f"{self._partial} does not end with a row of this job; remove the extra lines or use "
+                "--overwrite"
             ) from error
 
     def write(self, batches: Iterable[list[str]]) -> None:
-        """Append rows as they come, and give the file its name once they are all there.
+        """Append rows as they arrive. After the last one, rename the partial file to the output's name.
 
         Raises:
-            MalformedInputError: As the batches do. If no row was written, nothing is left behind.
+            MalformedInputError: Reading `batches` raises it. If no row was written, the job's files are
+                removed.
         """
         try:
             with self._partial.open("a", encoding="utf-8", newline="\n") as file:
@@ -120,7 +129,8 @@ class RankJob:
         self._partial.replace(self._output)
 
     def _discard_if_empty(self) -> None:
-        # An older output is still there under --overwrite, and the empty file says that it is not this job's.
+        # With --overwrite, an older output can still exist. The empty partial file then stays, because it
+        # shows that the old output does not belong to this job.
         if not self._output.exists() and not self._partial.stat().st_size:
             self._partial.unlink()
             self._record.unlink()
@@ -130,25 +140,26 @@ class RankJob:
             return
         if not self._record.exists():
             raise DatasetError(
-                f"{self._output} is there already, from something else; use another name or --overwrite"
+                f"{self._output} already exists and was not written by a ranking job; choose another output "
+                "file or use --overwrite"
             )
         if not self._can_go_on:
             raise DatasetError(
-                f"{self._output} is there already, and its input was a stream, which cannot be told from "
-                "another: put it into a file to be able to go on, or --overwrite"
+                f"{self._output} already exists, and its job cannot be resumed because the input is a "
+                "stream; use an input file or --overwrite"
             )
         try:
             recorded = json.loads(self._record.read_text(encoding="utf-8"))
         except ValueError:
             recorded = None
         if not isinstance(recorded, dict):
-            raise DatasetError(f"{self._record} is damaged; use --overwrite to begin again")
+            raise DatasetError(f"{self._record} is damaged; use --overwrite to start from the beginning")
         current = json.loads(json.dumps(self._settings))
         differing = sorted(key for key in {*recorded, *current} if recorded.get(key) != current.get(key))
         if differing:
             raise DatasetError(
-                f"{self._output} was begun with other settings ({', '.join(differing)}); go on with the "
-                "same, use another name, or --overwrite"
+                f"{self._output} was started with other settings ({', '.join(differing)}); use the same "
+                "settings, another output file, or --overwrite"
             )
 
 
@@ -170,7 +181,7 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
-    """Return the position after the last line feed."""
+    """Return the position after the last line feed, or 0 if there is none."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(end - (1 << 16), 0)
