@@ -1,8 +1,8 @@
-"""How fast this package is beside its peers, and what faster precisions do to its rankings.
+"""Compare this package's speed and memory with its peers, and faster precisions with float32.
 
     python -m benchmarks {speed,length,linear,memory,fidelity,gpu} ...
 
-`benchmarks/README.md` says what is compared and how to read it.
+`benchmarks/README.md` explains what is compared and how to read the output.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULT_CONTENDERS: Final = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 is done, 1 a problem that was found or an error."""
+    """Run one command. Return 0 for success, and 1 for an error or a problem with the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: _add_command(commands, name, module) for name, module in COMMANDS.items()}
@@ -67,20 +67,24 @@ def _add_command(
     parser = commands.add_parser(name, help=description, description=description)
     models = parser.add_mutually_exclusive_group()
     models.add_argument(
-        "--shape", choices=SHAPES, default="base", help="random weights in this shape; default: base"
+        "--shape", choices=SHAPES, default="base", help="use random weights in this shape; default: base"
     )
-    models.add_argument("--model", help="checkpoint folder, hub id or `embedded`, instead of random weights")
+    models.add_argument("--model", help="use this model instead: a checkpoint folder, hub id or `embedded`")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs; weights are always the same")
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median counts; default: 5")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the pairs; the weights do not depend on it"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="number of timed runs; the median is reported; default: 5"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
         default=DEFAULT_CONTENDERS.get(name, list(ENTRIES)),
         metavar="NAME",
-        help=f"of {', '.join(ENTRIES)}; or how some of them begin",
+        help=f"contenders to run, or prefixes of their names: {', '.join(ENTRIES)}",
     )
     module.add_arguments(parser)
     return parser

@@ -1,4 +1,4 @@
-"""Run one contender alone in a process of its own, where its peak memory means something."""
+"""Run one contender in its own process, to measure its peak memory."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ T = TypeVar("T")
 
 
 def peak_bytes(key: str, setup: Setup, pairs: Pairs, batch_size: int | None) -> dict[str, int]:
-    """Load a contender and score pairs once, alone.
+    """Load a contender in its own process, score pairs once, and return its peak memory.
 
     Args:
-        key: The contender's.
-        setup: What to load.
-        pairs: What to score.
-        batch_size: At which size; None leaves it to the contender.
+        key: Key of the contender.
+        setup: The model to load.
+        pairs: The pairs to score.
+        batch_size: Pairs per batch. None means the contender's default.
 
     Returns:
-        `peak_bytes` of memory, of which `before_bytes` were the interpreter's and torch's, and on CUDA
-        `peak_gpu_bytes`.
+        `peak_bytes` is the peak memory of the process. `before_bytes` is the part that the interpreter and
+        torch used before the model was loaded. On CUDA, `peak_gpu_bytes` is the peak GPU memory.
 
     Raises:
         NotAvailableError: The contender is not installed, or this machine cannot run it.
     """
     if needs_preparing(key):
-        _alone(_prepare, key, setup)  # converting a model takes more memory than running it
+        _alone(_prepare, key, setup)  # in another process, since conversion takes more memory than scoring
     return _alone(_peak, key, setup, pairs, batch_size)
 
 
@@ -65,7 +65,7 @@ def _peak(key: str, setup: Setup, pairs: Pairs, batch_size: int | None) -> dict[
 
 def _own_peak_bytes() -> int:
     status = Path("/proc/self/status")
-    if status.exists():  # the other figure counts what the parent held when it started this process
+    if status.exists():  # `ru_maxrss` below also counts the parent's memory at the time of the start
         lines = status.read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
     import resource

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the pairs, and what they ran on."""
+"""Helpers that the benchmarks share: generated pairs, hardware and versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from examples.random_checkpoint import read_texts
 
 MAX_LENGTH: Final = 512
 MEDIAN_LENGTH: Final = 110
-# Our assumption of how retrieved passages spread: a tenth under 51 tokens, a tenth over 237.
+# Our assumption about retrieved passages: 10 % are shorter than 51 tokens, and 10 % are longer than 237.
 LENGTH_SIGMA: Final = 0.6
 NUM_QUERY_WORDS: Final = 8
 MIN_PASSAGE_TOKENS: Final = 8
@@ -34,7 +34,7 @@ Pairs = list[tuple[str, str]]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress bars and warnings off the terminal; errors still come through as exceptions."""
+    """Suppress progress bars and warnings. Errors are still raised as exceptions."""
     for name in ("transformers", "sentence_transformers", "FlagEmbedding"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -43,10 +43,11 @@ def quiet() -> Iterator[None]:
 
 
 class PairMaker:
-    """Makes pairs of words from the example corpus, with known numbers of tokens.
+    """Generates pairs with known numbers of tokens from the words of the example corpus.
 
     Args:
-        tokenizer_path: Of the model; words are tokenized apart from each other, so their counts add up.
+        tokenizer_path: The model's `tokenizer.json`. It must tokenize each word independently, so that token
+            counts add up.
     """
 
     def __init__(self, tokenizer_path: Path) -> None:
@@ -67,13 +68,14 @@ class PairMaker:
         length: int | None = None,
         num_query_words: int = NUM_QUERY_WORDS,
     ) -> Pairs:
-        """Make one query and `num_pairs` passages.
+        """Generate one query and `num_pairs` passages, and return them as pairs.
 
         Args:
-            num_pairs: How many.
-            seed: The same pairs for the same seed.
-            length: Tokens of each pair, special ones included; None is log-normal.
-            num_query_words: Words of the query.
+            num_pairs: Number of pairs.
+            seed: Seed of the random generator.
+            length: Number of tokens in each pair, including special tokens. None draws lengths from a
+                log-normal distribution.
+            num_query_words: Number of words in the query.
         """
         rng = random.Random(seed)
         query = rng.sample(self._counted, num_query_words)
@@ -99,7 +101,7 @@ class PairMaker:
 
 
 def reworded(pairs: Pairs, seed: str) -> Pairs:
-    """Return pairs with the words of each passage in another order: as many tokens, but in no cache."""
+    """Shuffle the words of each passage: the number of tokens is unchanged, but no cache has the text."""
     rng = random.Random(seed)
     shuffled = []
     for query, passage in pairs:
@@ -110,7 +112,7 @@ def reworded(pairs: Pairs, seed: str) -> Pairs:
 
 
 def import_optional(module: str) -> tuple[Any, str]:
-    """Import a package that may not be there; None and the reason if it is not."""
+    """Import a module. Return the module and "", or None and the reason if the import failed."""
     try:
         return importlib.import_module(module), ""
     except ImportError as error:
@@ -118,7 +120,7 @@ def import_optional(module: str) -> tuple[Any, str]:
 
 
 def describe_hardware(device: str) -> dict[str, Any]:
-    """Return what a benchmark ran on."""
+    """Return a description of the hardware that the benchmark runs on."""
     affinity = getattr(os, "sched_getaffinity", None)
     description: dict[str, Any] = {
         "cpu": _cpu_model(),
@@ -134,7 +136,7 @@ def describe_hardware(device: str) -> dict[str, Any]:
 
 
 def version(distribution: str) -> str:
-    """Return the version of an installed package, or that it is not."""
+    """Return the version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -142,7 +144,7 @@ def version(distribution: str) -> str:
 
 
 def cpu_features(*substrings: str) -> list[str]:
-    """Return the names of the CPU's features that contain one of some strings, as torch knows them."""
+    """Return the CPU features known to torch whose names contain one of the given strings."""
     read: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     return sorted(name for name, has in read().items() if has is True and any(s in name for s in substrings))
 
@@ -155,7 +157,7 @@ def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine()
-    # The name alone does not tell generations apart on virtual machines.
+    # On virtual machines, the model name alone does not identify the CPU generation.
     found = dict(
         re.findall(r"^(model name|cpu family|model)\s*: (.*)$", path.read_text(encoding="utf-8"), re.M)
     )
@@ -163,6 +165,6 @@ def _cpu_model() -> str:
 
 
 def spread(pairs: Pairs, count: int) -> Pairs:
-    """Return at most so many pairs, as far apart as can be: of all queries and lengths."""
+    """Return at most `count` pairs, spaced evenly over the list."""
     step = max(len(pairs) // count, 1)
     return pairs[::step][:count]

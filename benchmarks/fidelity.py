@@ -1,4 +1,4 @@
-"""`fidelity`: what a faster precision does to rankings, on whole sets of queries."""
+"""`fidelity`: compare the rankings of faster precisions with float32's, on whole sets of queries."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ DEFAULT_CONTENDERS: Final = ["ours", "onnx-int8", "openvino-int8"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """What BM25 found for a data set's queries.
+    """The passages that BM25 found for the queries of a data set.
 
     Attributes:
-        name: The data set's.
+        name: Name of the data set.
         dataset: Texts and judgements.
-        first: BM25's run, at the largest depth.
+        first: BM25's run at the largest depth.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Candidates:
     first: Run
 
     def pairs(self) -> Pairs:
-        """Return the pairs to score, query by query, best first."""
+        """Return the pairs to score, grouped by query, with BM25's best passages first."""
         return [
             (self.dataset.queries[query_id], self.dataset.corpus[passage_id])
             for query_id, scores in self.first.items()
@@ -48,7 +48,7 @@ class Candidates:
         ]
 
     def run(self, values: Sequence[float], depth: int) -> Run:
-        """Return a contender's run over BM25's best `depth`; `values` are in the order of `pairs`."""
+        """Return a run over BM25's best `depth` passages, from scores in the order of `pairs`."""
         left = iter(values)
         scored = {
             query_id: dict(zip(scores, [next(left) for _ in scores], strict=True))
@@ -58,18 +58,18 @@ class Candidates:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes beside the common options."""
+    """Add the options of this command to the common options."""
     parser.add_argument("--beir", type=Path, nargs="+", required=True, help="BEIR folders")
     parser.add_argument(
-        "--depth", type=int, nargs="+", default=[20, 50], help="how many of BM25's best; default: 20 50"
+        "--depth", type=int, nargs="+", default=[20, 50], help="passages per query; default: 20 50"
     )
-    parser.add_argument("--every", type=int, default=1, help="take each N-th query only; default: 1, all")
+    parser.add_argument("--every", type=int, default=1, help="use only every N-th query; default: 1")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Reject options that cannot work."""
     if args.model is None:
-        parser.error("fidelity needs --model: random weights rank nothing")
+        parser.error("fidelity needs --model, because rankings by random weights mean nothing")
     if min(args.depth) < 2 or args.every < 1:
         parser.error("--depth must be at least 2 and --every at least 1")
     args.depth = sorted(set(args.depth))
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_candidates(folder: Path, depth: int, every: int) -> Candidates:
-    """Find BM25's best passages for each N-th judged query of a BEIR folder."""
+    """Return BM25's best passages for every N-th judged query of a BEIR folder."""
     dataset = read_beir(folder)
     queries = dict(list(dataset.judged_queries().items())[::every])
     return Candidates(folder.resolve().name, dataset, Bm25(dataset.corpus).search(queries, depth))
@@ -122,14 +122,14 @@ def judge(
     values: Mapping[str, Sequence[float]],
     dtypes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Hold contenders' scores against float32's at one depth.
+    """Compare the scores of contenders with those of float32 at one depth.
 
     Args:
         candidates: The pairs that were scored.
-        depth: How many of BM25's best count.
-        exact: float32's scores.
-        values: Contenders' scores, by key.
-        dtypes: Their precisions, by key.
+        depth: Number of BM25's passages per query to use.
+        exact: Scores in float32.
+        values: Maps a contender's key to its scores.
+        dtypes: Maps a contender's key to its precision.
     """
     qrels = {query_id: candidates.dataset.qrels[query_id] for query_id in candidates.first}
     truth = candidates.run(exact, depth)

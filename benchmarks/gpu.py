@@ -1,4 +1,4 @@
-"""`gpu`: one GPU in a few minutes: its ceiling, throughput as a share of it, latency."""
+"""`gpu`: measure one GPU in a few minutes: peak TFLOP/s, throughput as a share of the peak, and latency."""
 
 from __future__ import annotations
 
@@ -22,29 +22,35 @@ from bge_rerank_integrations.engine.model import EncoderShape
 
 DEFAULT_CONTENDERS: Final = ["ours", "cross-encoder-best"]
 NUM_PRODUCTS: Final = 20
-# Of the pairs that show how many fit into the time there is.
+# Number of pairs in the trial run that estimates how many pairs fit into `--seconds`.
 NUM_TRIAL_PAIRS: Final = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes beside the common options."""
+    """Add the options of this command to the common options."""
     parser.set_defaults(shape="large")
-    parser.add_argument("--also", nargs="*", choices=SHAPES, default=["base"], help="shapes for latency only")
-    parser.add_argument("--num-pairs", type=int, default=10_000, help="most pairs for throughput")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for the throughput of each precision")
-    parser.add_argument("--matrix-size", type=int, default=8192, help="of the product that the ceiling is of")
+    parser.add_argument(
+        "--also", nargs="*", choices=SHAPES, default=["base"], help="more shapes to measure latency with"
+    )
+    parser.add_argument("--num-pairs", type=int, default=10_000, help="most pairs when measuring throughput")
+    parser.add_argument(
+        "--seconds", type=float, default=40.0, help="seconds per precision when measuring throughput"
+    )
+    parser.add_argument(
+        "--matrix-size", type=int, default=8192, help="size of the matrices that measure the peak"
+    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Reject options that cannot work."""
     if args.model is not None:
-        parser.error("gpu times shapes; leave --model out")
+        parser.error("gpu measures shapes with random weights; leave --model out")
     if args.num_pairs < 2 or args.seconds <= 0 or args.matrix_size < 1:
-        parser.error("--num-pairs must be at least 2, --seconds and --matrix-size positive")
+        parser.error("--num-pairs must be at least 2, and --seconds and --matrix-size must be positive")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; the exit status is 1 where contenders do not agree."""
+    """Run the command. The exit status is 1 if contenders do not agree."""
     document = report.begin(args, "repeats", "seed")
     ceiling = measure_ceiling(args.device, args.matrix_size)
     document["ceiling_tflops"] = ceiling
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure_ceiling(device: str, size: int) -> float:
-    """Return the TFLOP/s of a large product in bfloat16, as torch runs it: the median of some."""
+    """Return the TFLOP/s of a large bfloat16 matrix product in torch, as the median of several runs."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(NUM_PRODUCTS + 3):
@@ -76,18 +82,20 @@ def measure_ceiling(device: str, size: int) -> float:
 
 
 def count_flops(shape: EncoderShape, lengths: Iterable[int], *, all_rows: bool = False) -> int:
-    """Count the floating-point operations of products in a forward pass over sequences of some lengths.
+    """Count the floating-point operations of the matrix products in a forward pass.
 
     Args:
         shape: The model's dimensions.
-        lengths: Tokens of each sequence.
-        all_rows: Count the last layer for every token, as a model that computes all of it does. Otherwise
-            as this package runs it: keys and values of every token, all else of the first alone.
+        lengths: Number of tokens in each sequence.
+        all_rows: Count the whole last layer for every token, as most models compute it. If false, count the
+            last layer as this package computes it: keys and values for every token, and everything else only
+            for the first token.
     """
     width, inner = shape.hidden_size, shape.intermediate_size
     total = 0
     for length in lengths:
-        # One multiplication and one addition each: query, key, value, output; up and down; scores, sums.
+        # A multiplication and an addition per weight: query, key, value and output projections, both
+        # feed-forward layers, attention scores and their weighted sums.
         of_row = 2 * (4 * width**2 + 2 * width * inner) + 4 * length * width
         full, last = of_row * length, of_row + 2 * 2 * width**2 * (length - 1)
         total += full * (shape.num_layers - 1) + (full if all_rows else last) + 2 * width * (width + 1)
@@ -97,7 +105,7 @@ def count_flops(shape: EncoderShape, lengths: Iterable[int], *, all_rows: bool =
 def _throughput(
     args: argparse.Namespace, setup: Setup, ceiling: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Time text in to floats out, on pairs of 512 tokens, in every precision but float32."""
+    """Measure throughput from text to scores on pairs of 512 tokens. On CUDA, float32 is left out."""
     maker = WorkloadMaker(setup.tokenizer_path, args.seed)
     keys = [key for key in args.contenders if is_ours(key) and (key != REFERENCE or not setup.on_cuda)]
     with ExitStack() as stack, quiet():
@@ -138,15 +146,15 @@ def _throughput(
         )
         for each in results
     ]
-    print(f"E at {MAX_LENGTH} tokens, {args.shape}: text in, floats out")
-    report.print_table("medians", ["pairs", "wall s", "pairs/s", "tokens/s", "TFLOP/s", "of ceiling"], rows)
+    print(f"workload E with pairs of {MAX_LENGTH} tokens, {args.shape}: from text to scores")
+    report.print_table("medians", ["pairs", "wall s", "pairs/s", "tokens/s", "TFLOP/s", "of peak"], rows)
     return {"shape": args.shape, "results": results}, missing
 
 
 def _latency(
     args: argparse.Namespace, shape: str, setup: Setup, missing: dict[str, str], found: list[str]
 ) -> list[dict[str, Any]]:
-    """Time workloads A and C beside `CrossEncoder` at its best."""
+    """Measure the latency of workloads A and C for all contenders."""
     maker = WorkloadMaker(setup.tokenizer_path, args.seed)
     workloads = [maker.make(letter, num_pairs=min(args.num_pairs, 100)) for letter in "AC"]
     measured = []

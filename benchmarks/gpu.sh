@@ -1,9 +1,9 @@
 #!/bin/sh
-# One GPU in a few minutes, meant to end within eight, from a plain checkout: needs torch, transformers,
-# tokenizers, safetensors and sentence-transformers. The last line is everything as JSON.
+# Benchmark one GPU from a plain checkout in less than eight minutes. This needs torch, transformers, tokenizers,
+# safetensors and sentence-transformers. The last line of the output contains all results as JSON.
 #     sh benchmarks/gpu.sh
 #     PYTHON=python3.11 sh benchmarks/gpu.sh --seconds 30
-#     DEVICE=cpu SHAPE=tiny sh benchmarks/gpu.sh      # the same path where there is no GPU
+#     DEVICE=cpu SHAPE=tiny sh benchmarks/gpu.sh      # the same code on a machine without a GPU
 set -eu
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1

@@ -1,4 +1,4 @@
-"""`length`: throughput against the length of the pairs."""
+"""`length`: measure throughput for pairs of different lengths."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ MIN_LENGTH: Final = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes beside the common options."""
+    """Add the options of this command to the common options."""
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of each pair")
-    parser.add_argument("--num-pairs", type=int, default=100, help="of each length; default: 100")
-    parser.add_argument("--plot", type=Path, help="draw throughput to a .png, .svg or .pdf")
+    parser.add_argument("--num-pairs", type=int, default=100, help="pairs per length; default: 100")
+    parser.add_argument("--plot", type=Path, help="plot throughput into this .png, .svg or .pdf file")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Reject options that cannot work."""
     if args.num_pairs < 2:
         parser.error("--num-pairs must be at least 2")
     if not all(MIN_LENGTH <= length <= MAX_LENGTH for length in args.lengths):
-        parser.error(f"--lengths must be {MIN_LENGTH} to {MAX_LENGTH}")
+        parser.error(f"--lengths must be from {MIN_LENGTH} to {MAX_LENGTH}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; the exit status is 1 where contenders do not agree."""
+    """Run the command. The exit status is 1 if contenders do not agree."""
     with ExitStack() as stack:
         with quiet():
             setup = stack.enter_context(chosen_model(args))
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for index, result in enumerate(document["workloads"][0]["results"])
     ]
-    report.print_table("tokens/s, by tokens of a pair", [f"{length}" for length in workloads], rows)
+    report.print_table("tokens/s by tokens per pair", [f"{length}" for length in workloads], rows)
     if args.plot:
         plot_length(document, args.plot)
     return report.end(document, missing=missing, problems=found)

@@ -1,4 +1,4 @@
-"""`linear`: whether many pairs cost as much each as few do."""
+"""`linear`: verify that throughput does not drop with the number of pairs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ MIN_RATIO: Final = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes beside the common options."""
-    parser.add_argument("--few", type=int, default=FEW, help=f"pairs; default: {FEW}")
-    parser.add_argument("--many", type=int, default=MANY, help=f"pairs; default: {MANY}")
+    """Add the options of this command to the common options."""
+    parser.add_argument("--few", type=int, default=FEW, help=f"pairs in the small run; default: {FEW}")
+    parser.add_argument("--many", type=int, default=MANY, help=f"pairs in the large run; default: {MANY}")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Reject options that cannot work."""
     if not 2 <= args.few < args.many:
-        parser.error("--few must be at least 2, and less than --many")
+        parser.error("--few must be at least 2 and less than --many")
     args.contenders = [key for key in args.contenders if is_ours(key)]
     if not args.contenders:
-        parser.error("--contenders must name one of this package's, such as ours")
+        parser.error("--contenders must name one of this package's contenders, such as ours")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; the exit status is 1 where many pairs are slower than few by more than a tenth."""
+    """Run the command. The exit status is 1 if the large run is more than 10 % slower per token."""
     with ExitStack() as stack:
         with quiet():
             setup = stack.enter_context(chosen_model(args))
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for few, many in zip(runs[::2], runs[1::2], strict=True):
         small, large = few.summary(), many.summary()
-        # By tokens, since a few pairs drawn at random are a little longer or shorter than many.
+        # Compare by tokens, because the average length of a few random pairs differs from that of many.
         ratio = large["tokens_per_s"] / small["tokens_per_s"]
         results.append({"key": few.key, "few": small, "many": large, "ratio": ratio})
         cells = [f"{each[unit]:.1f}" for unit in ("pairs_per_s", "tokens_per_s") for each in (small, large)]

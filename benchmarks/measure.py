@@ -1,4 +1,4 @@
-"""Time contenders by turns, and check that they compute the same thing."""
+"""Time contenders in turn, and verify that they compute the same scores."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from bge_rerank_integrations import Scorer
 
 MAX_FLOAT32_DIFFERENCE: Final = 1e-4
 MIN_SCORE_STD: Final = 0.1
-# Enough to see that all read and compute the same; a large workload takes minutes.
+# This many pairs are enough to verify that contenders agree. A whole large workload would take minutes.
 NUM_CHECKED: Final = 128
 NUM_TUNED: Final = 64
 
 
 @dataclass
 class Run:
-    """One contender on one workload.
+    """The timings of one contender on one workload.
 
     Attributes:
-        key: The contender's.
-        contender: It.
-        workload: What it scores.
-        wall_s: Seconds of each repeat's call.
-        cpu_s: Seconds of processor time, over all threads.
+        key: Key of the contender.
+        contender: The contender.
+        workload: The workload.
+        wall_s: Seconds per call, for each repeat.
+        cpu_s: Seconds of processor time per call over all threads, for each repeat.
     """
 
     key: str
@@ -42,7 +42,7 @@ class Run:
     cpu_s: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Return medians, and what follows from them."""
+        """Return the medians, and the throughput computed from them."""
         wall_s = statistics.median(self.wall_s)
         return {
             "key": self.key,
@@ -59,9 +59,9 @@ class Run:
 
 
 def interleave(runs: Sequence[Run], repeats: int) -> None:
-    """Time runs by turns, each repeat beginning with another, so that drift hits all alike.
+    """Time runs in turn. Each repeat starts with a different run, so that drift affects all runs equally.
 
-    All score the same texts in one repeat, and others in the next: no cache of texts helps anybody.
+    In one repeat, all runs score the same texts. Each repeat has new texts, so that no cache of texts helps.
     """
     for repeat in range(repeats):
         texts = {run.workload.name: run.workload.texts(repeat) for run in runs}
@@ -76,10 +76,10 @@ def interleave(runs: Sequence[Run], repeats: int) -> None:
 
 
 def tune(contender: Contender, pairs: Pairs) -> None:
-    """Try a contender's batch sizes on some pairs, and keep the fastest.
+    """Try the batch sizes of a contender on some pairs, and keep the fastest.
 
-    The warm-up is as long as what is timed: some make kernels for each shape that they meet, and batches of
-    one have the most shapes.
+    The warm-up scores as many pairs as the timed run. Some contenders compile a kernel for each new shape,
+    and batches of one pair have the most shapes.
     """
     if not contender.batch_sizes:
         return
@@ -99,12 +99,12 @@ def tune(contender: Contender, pairs: Pairs) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What contenders are held against, on some pairs of a workload.
+    """Reference scores for some pairs of a workload.
 
     Attributes:
-        pairs: Those pairs.
-        ids: Their ids, as this package reads them.
-        logits: Their logits, by this package in float32.
+        pairs: The pairs.
+        ids: Token ids of each pair from this package's tokenizer, int32 as bytes.
+        logits: Logits from this package in float32.
     """
 
     pairs: Pairs
@@ -113,7 +113,7 @@ class Reference:
 
 
 def reference(setup: Setup, maker: WorkloadMaker, workloads: Sequence[Workload]) -> dict[str, Reference]:
-    """Score some pairs of each workload in float32; return them by the workloads' names."""
+    """Score some pairs of each workload in float32. Return a reference for each workload's name."""
     references: dict[str, Reference] = {}
     with Scorer(setup.model, device=setup.device, dtype="float32") as scorer:
         for workload in workloads:
@@ -123,7 +123,7 @@ def reference(setup: Setup, maker: WorkloadMaker, workloads: Sequence[Workload])
 
 
 def check(contender: Contender, reference: Reference, padding_idx: int) -> dict[str, Any]:
-    """Score the reference's pairs, untimed: what was read, what was computed, how far it is off."""
+    """Score the pairs of a reference without timing, and compare token ids and scores."""
     seen: set[bytes] = set()
     num_rows = 0
 
@@ -151,7 +151,11 @@ def check(contender: Contender, reference: Reference, padding_idx: int) -> dict[
 
 
 def wrong_way(reference: Reference, places: Sequence[float]) -> float:
-    """Return the largest step up, in the reference's scores after a sigmoid, down an order that was given."""
+    """Return by how much a ranking contradicts the reference.
+
+    This is the largest amount by which a passage's reference score, after a sigmoid, exceeds that of a
+    passage that is ranked above it. 0 means that the rankings agree.
+    """
     by_query: dict[str, list[tuple[float, float]]] = {}
     for (query, _), place, logit in zip(reference.pairs, places, reference.logits, strict=True):
         by_query.setdefault(query, []).append((place, 1 / (1 + math.exp(-logit))))
@@ -165,17 +169,17 @@ def wrong_way(reference: Reference, places: Sequence[float]) -> float:
 
 
 def problems(results: Sequence[Mapping[str, Any]], reference: Reference) -> list[str]:
-    """Return what speaks against comparing these results."""
+    """Return the reasons why these results cannot be compared, if any."""
     found = [
-        f"{result['name']}, {result['dtype']}, read other token ids than this package"
+        f"{result['name']}, {result['dtype']}, read different token ids than this package"
         for result in results
         if not result["same_ids"]
     ]
     std = statistics.pstdev(reference.logits)
     if not std > MIN_SCORE_STD:
-        found.append(f"scores hardly vary (std {std:.3g}), so that their agreement says nothing")
+        found.append(f"scores hardly vary (std {std:.3g}), so their agreement is not meaningful")
     return found + [
-        f"{result['name']}, {result['dtype']}, is off by {result['max_difference']:.2e}, more than "
+        f"{result['name']}, {result['dtype']}, differs by {result['max_difference']:.2e}, more than "
         f"{MAX_FLOAT32_DIFFERENCE:.0e}"
         for result in results
         if result["dtype"] == "float32" and not result["max_difference"] <= MAX_FLOAT32_DIFFERENCE
@@ -183,7 +187,7 @@ def problems(results: Sequence[Mapping[str, Any]], reference: Reference) -> list
 
 
 def add_ratios(results: Sequence[dict[str, Any]]) -> None:
-    """Add how many times as fast each is as `CrossEncoder` at its defaults, and as the fastest peer."""
+    """Add the speed of each contender relative to `CrossEncoder` at its defaults and to the fastest peer."""
     walls = {result["key"]: result["wall_s"] for result in results}
     theirs = [wall_s for key, wall_s in walls.items() if not is_ours(key)]
     for result in results:

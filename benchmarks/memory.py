@@ -1,4 +1,4 @@
-"""`memory`: the peak memory of each contender, alone in a process of its own."""
+"""`memory`: measure the peak memory of each contender in its own process."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from benchmarks.workloads import SPECS, WorkloadMaker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes beside the common options."""
-    parser.add_argument("--workload", choices=SPECS, default="A", help="default: A")
-    parser.add_argument("--num-pairs", type=int, help="take only so many of its pairs")
+    """Add the options of this command to the common options."""
+    parser.add_argument("--workload", choices=SPECS, default="A", help="workload; default: A")
+    parser.add_argument("--num-pairs", type=int, help="use only this many pairs")
     parser.add_argument(
         "--batch-size",
         type=int,
         default=32,
-        help="of contenders that do not choose it themselves; default: 32",
+        help="batch size of contenders that do not choose it themselves; default: 32",
     )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Reject options that cannot work."""
     if args.num_pairs is not None and args.num_pairs < 2:
         parser.error("--num-pairs must be at least 2")
     if args.batch_size < 1:

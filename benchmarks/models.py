@@ -1,4 +1,4 @@
-"""The model that all contenders of a run load, each in the form it reads."""
+"""The model that all contenders load, in the format that each contender reads."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _CALIBRATION_PAIRS: Final = 32
 
 @dataclass(frozen=True)
 class Setup:
-    """What a contender is loaded from.
+    """The model and device that contenders are loaded with.
 
     Attributes:
-        model: What `Scorer` takes.
-        plain: The same weights in float32, in a folder that transformers reads.
+        model: The model as `Scorer` accepts it.
+        plain: Folder with the same weights in float32, which transformers can read.
         device: `cpu`, `cuda` or `cuda:N`.
-        exports: Where peers keep what they convert the model into.
-        sample: Pairs to calibrate a quantization with.
+        exports: Folder for the converted models of peers.
+        sample: Pairs for the calibration of a quantization.
     """
 
     model: str
@@ -69,11 +69,11 @@ class Setup:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer that all read."""
+        """Path of the tokenizer that all contenders use."""
         return self.plain / "tokenizer.json"
 
     def calibrated_with(self, pairs: Pairs) -> Setup:
-        """Return a set-up whose quantizations are calibrated with some of these pairs, of all lengths."""
+        """Return a setup whose quantizations are calibrated with an even sample of these pairs."""
         return replace(self, sample=spread(pairs, _CALIBRATION_PAIRS))
 
     def shape(self) -> EncoderShape:
@@ -83,12 +83,12 @@ class Setup:
 
 @contextmanager
 def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Setup]:
-    """Make a model with random weights, or copy one, into a folder that is removed at the end.
+    """Create a model with random weights, or copy a model, in a temporary folder.
 
     Args:
-        shape: Of the random weights.
-        model: What `Scorer` takes; None is random weights.
-        device: Where contenders run.
+        shape: Name of the shape of a model with random weights.
+        model: The model to copy, as `Scorer` accepts it. None means random weights.
+        device: Device that contenders run on.
     """
     with tempfile.TemporaryDirectory() as folder:
         plain, exports = Path(folder) / "model", Path(folder) / "exports"
@@ -101,15 +101,15 @@ def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Se
 
 
 def chosen_model(args: argparse.Namespace) -> AbstractContextManager[Setup]:
-    """Return `prepared_model` of a command's options."""
+    """Return `prepared_model` for the options of a command."""
     return prepared_model(shape=args.shape, model=args.model, device=args.device)
 
 
 def write_plain(source: Path, folder: Path) -> None:
-    """Write a checkpoint in float32, with a tokenizer configuration that every peer reads alike.
+    """Write a checkpoint in float32, with a tokenizer configuration that all peers read in the same way.
 
-    Peers would otherwise take the precision that the weights are stored in for the one to compute in, and
-    a tokenizer class by the model's type instead of the one in `tokenizer.json`.
+    Without it, peers would compute in the precision that the weights are stored in, and would choose a
+    tokenizer class by the model's type instead of using `tokenizer.json`.
     """
     folder.mkdir()
     weights = load_weights(source, read_shape(source), device=torch.device("cpu"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Pictures of the benchmarks."""
+"""Plots of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OURS, _THEIRS = "#2a7f62", "#9aa5b1"
 
 
 def check_plots() -> None:
-    """Raise `MissingExtraError` where nothing can be drawn."""
+    """Raise `MissingExtraError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -21,7 +21,7 @@ def check_plots() -> None:
 
 
 def plot_speed(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the throughput of each contender on each workload of a `speed` report."""
+    """Plot the throughput of each contender on each workload of a `speed` report."""
     workloads = report["workloads"]
     height = 0.8 + 0.32 * max(len(workload["results"]) for workload in workloads)
     figure = _figure(10, height * len(workloads), report)
@@ -42,7 +42,7 @@ def plot_speed(report: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_length(report: Mapping[str, Any], path: Path) -> None:
-    """Draw throughput against the length of the pairs, of a `length` report."""
+    """Plot throughput by length of the pairs for a `length` report."""
     figure = _figure(9, 5, report)
     axes = figure.subplots()
     series: dict[str, list[tuple[int, float]]] = {}
@@ -60,7 +60,7 @@ def plot_length(report: Mapping[str, Any], path: Path) -> None:
         [f"{workload['length']}" for workload in report["workloads"]],
     )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of a pair")
+    axes.set_xlabel("tokens per pair")
     axes.set_ylabel("tokens per second")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -72,7 +72,7 @@ def _figure(width: float, height: float, report: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
+    FigureCanvasAgg(figure)  # this canvas needs no display
     hardware = report["hardware"]
     figure.suptitle(f"{report['settings']['model']}; {hardware.get('gpu', hardware['cpu'])}", fontsize=10)
     return figure

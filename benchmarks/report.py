@@ -1,4 +1,4 @@
-"""What every command prints: what it ran on, tables, and one line of JSON last."""
+"""Output of every command: hardware and versions, tables, and a last line of JSON."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DISTRIBUTIONS: Final = (
 
 
 def begin(args: argparse.Namespace, *settings: str) -> dict[str, Any]:
-    """Start a report, and print what it ran on.
+    """Start a report, and print the hardware, versions and settings.
 
     Args:
-        args: The command's options.
-        settings: Names of those to report beside the model and the device.
+        args: The options of the command.
+        settings: Names of options to report in addition to the model and the device.
     """
     report: dict[str, Any] = {
         "command": args.command,
@@ -51,7 +51,7 @@ def begin(args: argparse.Namespace, *settings: str) -> dict[str, Any]:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, width: int = 11
 ) -> None:
-    """Print a table of figures, names first."""
+    """Print a table with names in the first column."""
     first = max([len(title), *(len(name) for name, _ in rows)]) + 2
     print(f"{title:{first}}" + "".join(f"{column:>{width}}" for column in columns))
     for name, cells in rows:
@@ -60,17 +60,17 @@ def print_table(
 
 
 def label(result: Mapping[str, Any]) -> str:
-    """Return how a table names a contender."""
+    """Return a contender's name for a table."""
     return f"{result['name']}, {result['dtype']}"
 
 
 def figure(value: float | None, spec: str) -> str:
-    """Format a figure that may not be there."""
+    """Format a number, or return an empty string for None."""
     return "" if value is None else format(value, spec)
 
 
 def end(report: dict[str, Any], *, missing: Mapping[str, str], problems: Sequence[str]) -> int:
-    """Print what is left to say, then everything as JSON; return the exit status."""
+    """Print missing contenders and problems, then the whole report as JSON. Return the exit status."""
     for key, reason in missing.items():
         print(f"not available: {key}: {reason}")
     for problem in problems:

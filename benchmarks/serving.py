@@ -1,8 +1,8 @@
-"""Serve many callers with one model: requests per second and latency, beside what people do today.
+"""Serve many callers with one model: compare requests per second and latency with common alternatives.
 
     python -m benchmarks.serving [--model FOLDER_OR_ID] [--device cpu|cuda] [--seconds 10]
 
-`benchmarks/README.md` says what is compared and how to read it.
+`benchmarks/README.md` explains what is compared and how to read the output.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ PEERS: Final = {
 }
 DISTRIBUTIONS: Final = ("torch", "transformers", "tokenizers", "sentence-transformers", "llama-index-core")
 
-# Small enough for a CPU to serve, large enough for the model to be what takes the time.
+# Small enough for a CPU to serve, and large enough that the model takes most of the time.
 SHAPE: Final = {"num_layers": 6, "hidden_size": 384, "num_heads": 12, "intermediate_size": 1536}
 NUM_REQUESTS: Final = 32
 NUM_PASSAGES: Final = (20, 100)
 NUM_LONG, NUM_SHORT, NUM_SHORT_CALLERS = 400, 5, 4
 NUM_ROUNDS: Final = 3
-# Of what the locked CrossEncoder can serve.
+# Rates of the open loop, as shares of the rate that the locked CrossEncoder can serve.
 RATES: Final = (0.5, 0.8, 1.2, 1.6)
 NUM_LONE: Final = 200
 MAX_DIFFERENCE: Final = 1e-4
@@ -62,11 +62,11 @@ Request = tuple[str, list[str]]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to serve.
+    """One way to serve requests.
 
     Attributes:
-        name: What the table calls it.
-        ask: Takes a request and returns its scores in the order of its passages, or an awaitable of them.
+        name: Name in the table.
+        ask: Takes a request, and returns its scores in the order of its passages, or an awaitable of them.
         is_async: Whether callers are tasks of one event loop instead of threads.
     """
 
@@ -77,16 +77,17 @@ class Contender:
 
 @dataclass
 class Cell:
-    """What came of one contender under one load.
+    """The results of one contender under one load.
 
     Attributes:
         mode: `closed`, `open` or `mixed`.
-        load: Callers, or requests per second offered.
-        contender: Its name.
-        latencies_s: Of each request that was answered; in `mixed`, of the short ones.
-        num_rounds: How many rounds it has had.
-        wall_s: All rounds together, until the last answer.
-        errors: How many requests ended in which error.
+        load: Number of callers, or in `open` mode the requests offered per second.
+        contender: Name of the contender.
+        latencies_s: Seconds until the answer, for each answered request. In `mixed` mode, only for the short
+            requests.
+        num_rounds: Number of rounds that were run.
+        wall_s: Seconds over all rounds, until the last answer.
+        errors: Number of failed requests for each type of error.
     """
 
     mode: str
@@ -99,16 +100,16 @@ class Cell:
 
     @property
     def requests_per_s(self) -> float:
-        """Answers by time."""
+        """Answered requests per second."""
         return len(self.latencies_s) / self.wall_s if self.wall_s else math.nan
 
     def percentile_s(self, share: float) -> float:
-        """Return a percentile of the latencies."""
+        """Return a percentile of the latencies, in seconds. `share` is from 0 to 1."""
         ordered = sorted(self.latencies_s)
         return ordered[math.ceil(share * len(ordered)) - 1] if ordered else math.nan
 
     def note(self, began: float, ask: Callable[[], object]) -> None:
-        """Wait for an answer, and note how long it took since `began`."""
+        """Wait for an answer, and record its latency since `began`."""
         try:
             ask()
         except Exception as error:
@@ -117,7 +118,7 @@ class Cell:
             self.latencies_s.append(time.perf_counter() - began)
 
     async def anote(self, began: float, answer: Awaitable[object]) -> None:
-        """Do what `note` does, in a task."""
+        """Await an answer, and record its latency since `began`."""
         try:
             await answer
         except Exception as error:
@@ -127,10 +128,10 @@ class Cell:
 
 
 class Requests:
-    """Requests without end, of which no two share a passage, so that no cache helps anybody.
+    """An endless source of requests. No two requests share a passage, so that no cache helps.
 
     Args:
-        tokenizer_path: Of the model, to make passages of known lengths.
+        tokenizer_path: The model's `tokenizer.json`, for generating passages of known lengths.
     """
 
     def __init__(self, tokenizer_path: Path) -> None:
@@ -169,15 +170,15 @@ def _marked(request: Request, serial: int) -> Request:
 
 
 def _load_contenders(scorer: Scorer, model: str, device: str) -> tuple[list[Contender], dict[str, str]]:
-    """Load what is installed; of the rest, say how to install it."""
+    """Load the contenders that are installed. Return install commands for the others."""
     contenders = [_load_ours(scorer), _load_ours_async(scorer)]
     missing: dict[str, str] = {}
     for (name, (module, command)), load in zip(PEERS.items(), (_load_locked, _load_llama_index), strict=True):
-        package, int8_obstacle = import_optional(module)
+        package, reason = import_optional(module)
         try:
             contenders.append(load(package, model, device))
         except (AttributeError, ImportError) as error:
-            missing[name] = f"{command}  ({int8_obstacle or error})"
+            missing[name] = f"{command}  ({reason or error})"
     return contenders, missing
 
 
@@ -219,7 +220,7 @@ def _load_llama_index(package: Any, model: str, device: str) -> Contender:
         query, passages = request
         nodes = [NodeWithScore(node=TextNode(text=passage)) for passage in passages]
         reranker.postprocess_nodes(list(nodes), query_str=query)
-        return [float(node.score or 0.0) for node in nodes]  # it sets the score of what it was given
+        return [float(node.score or 0.0) for node in nodes]  # it sets the scores of the nodes it was given
 
     async def ask(request: Request) -> list[float]:
         return await asyncio.to_thread(rerank, request)
@@ -238,7 +239,10 @@ def _answer(contender: Contender, request: Request) -> list[float]:
 
 
 def _largest_differences(contenders: Sequence[Contender], request: Request) -> dict[str, float]:
-    """Ask each contender the same, which warms it up as well; return how far it is from the first."""
+    """Send the same request to each contender. Return the largest difference from the first's scores.
+
+    This also warms up each contender.
+    """
     answers = {contender.name: _answer(contender, request) for contender in contenders}
     first = answers[contenders[0].name]
     return {
@@ -246,11 +250,11 @@ def _largest_differences(contenders: Sequence[Contender], request: Request) -> d
     }
 
 
-# Loads. Each adds one round to a cell; what was begun before its end is waited for.
+# Loads. Each function adds one round to a cell. Requests that start before the round's end are completed.
 
 
 def _closed(cell: Cell, contender: Contender, requests: Requests, seconds: float) -> None:
-    """Let callers ask again as soon as they are answered."""
+    """Run a closed loop: each caller sends its next request as soon as it has an answer."""
     began = time.perf_counter()
     _callers(cell, contender, [requests.mixed] * int(cell.load), began + seconds)
     cell.wall_s += time.perf_counter() - began
@@ -259,7 +263,7 @@ def _closed(cell: Cell, contender: Contender, requests: Requests, seconds: float
 def _callers(
     cell: Cell, contender: Contender, sources: Sequence[Callable[[], Request]], deadline: float
 ) -> None:
-    """Run one caller for each source of requests, until the deadline."""
+    """Run one caller per source of requests until the deadline."""
 
     def call(source: Callable[[], Request]) -> None:
         while time.perf_counter() < deadline:
@@ -282,7 +286,7 @@ def _callers(
 
 
 def _open(cell: Cell, contender: Contender, requests: Requests, seconds: float) -> None:
-    """Let requests come at random times, however many are still waiting."""
+    """Run an open loop: requests arrive at random times, even if earlier requests are still waiting."""
     rng = random.Random(cell.num_rounds)
     count = max(round(seconds * cell.load), 1)
     times = sorted(rng.uniform(0.0, seconds) for _ in range(count))
@@ -307,12 +311,12 @@ def _open(cell: Cell, contender: Contender, requests: Requests, seconds: float) 
 
 
 def _mixed(cell: Cell, contender: Contender, requests: Requests, seconds: float) -> None:
-    """Let one caller ask for many passages, again and again, beside callers who ask for few."""
+    """Run one caller with long requests together with callers with short requests."""
     began = time.perf_counter()
     aside = Cell(cell.mode, cell.load, cell.contender)
     long = threading.Thread(target=_callers, args=(aside, contender, [requests.long], began + seconds))
     long.start()
-    time.sleep(0.05)  # so that the short ones find it at work
+    time.sleep(0.05)  # the long request must be running before the short ones start
     _callers(cell, contender, [requests.short] * int(cell.load), began + seconds)
     cell.wall_s += time.perf_counter() - began
     long.join()
@@ -325,13 +329,13 @@ Load = Callable[[Cell, Contender, Requests, float], None]
 def _measure(
     run: Load, mode: str, load: float, contenders: Sequence[Contender], requests: Requests, seconds: float
 ) -> list[Cell]:
-    """Run rounds by turns, each beginning with another contender, until each has had its time."""
+    """Run the contenders in turn for several rounds. Each round starts with a different contender."""
     cells = [Cell(mode, load, contender.name) for contender in contenders]
     turns = list(zip(cells, contenders, strict=True))
     for number in range(NUM_ROUNDS):
         first = number % len(turns)
         for cell, contender in (*turns[first:], *turns[:first]):
-            # Under an open load all get the same requests, however long they take.
+            # In the open loop all contenders get the same requests, no matter how long they take.
             if mode == "open" or cell.wall_s < 0.9 * seconds:
                 run(cell, contender, requests, seconds / NUM_ROUNDS)
                 cell.num_rounds += 1
@@ -341,7 +345,7 @@ def _measure(
 
 
 def _lone_overhead(scorer: Scorer) -> dict[str, float]:
-    """Time one short pair through the scorer and straight through its parts, by turns; microseconds."""
+    """Time one short pair through the scorer and directly through its parts, in turn. Return microseconds."""
     pipeline = scorer._require_pipeline()
     query, passage = "what is a panda?", "The giant panda is a bear."
 
@@ -365,7 +369,7 @@ def _lone_overhead(scorer: Scorer) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all loads; the exit status is 1 where contenders disagree or a request to us fails."""
+    """Run all loads. Return 1 if contenders disagree or a request to this package fails, else 0."""
     args = _parse(argv)
     with ExitStack() as stack:
         with quiet():
@@ -422,10 +426,14 @@ def _run_loads(
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="checkpoint folder or hub id, instead of random weights")
+    parser.add_argument(
+        "--model", help="use this model instead of random weights: a checkpoint folder or hub id"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each contender under each load")
-    parser.add_argument("--callers", type=int, nargs="+", default=[1, 4, 16, 64], help="of the closed loop")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per contender and load")
+    parser.add_argument(
+        "--callers", type=int, nargs="+", default=[1, 4, 16, 64], help="callers in the closed loop"
+    )
     args = parser.parse_args(argv)
     if args.seconds <= 0 or min(args.callers) < 1:
         parser.error("--seconds and --callers must be positive")
@@ -495,14 +503,14 @@ def _print_summary(
     ours, lock = found.get(("closed", 16, OURS)), found.get(("closed", 16, LOCKED))
     if ours and lock:
         ratio = ours.requests_per_s / lock.requests_per_s
-        print(f"16 callers: {ratio:.2f} times the lock's requests; expected 1.5 or more")
+        print(f"16 callers: {ratio:.2f} times the requests per second of the lock; expected 1.5 or more")
     ours, lock = (found.get(("mixed", NUM_SHORT_CALLERS, name)) for name in (OURS, LOCKED))
     if ours and lock:
         ratio = ours.percentile_s(0.99) / lock.percentile_s(0.99)
-        print(f"short beside long requests: {ratio:.3f} of the lock's p99; expected 0.333 or less")
+        print(f"short with long requests: {ratio:.3f} times the p99 of the lock; expected 0.333 or less")
     print(
-        f"a lone caller: {lone['scorer_us']:.0f} us, {lone['direct_us']:.0f} without the queue, "
-        f"{lone['overhead_us']:.0f} for the machinery; expected under 1000"
+        f"one caller, one pair: {lone['scorer_us']:.0f} us, {lone['direct_us']:.0f} us without the queue, "
+        f"so the queue takes {lone['overhead_us']:.0f} us; expected less than 1000"
     )
     for cell in cells:
         for error, count in cell.errors.items():

@@ -1,4 +1,4 @@
-"""`speed`: every contender on named workloads."""
+"""`speed`: measure the speed of every contender on named workloads."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ MANY: Final = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this command takes beside the common options."""
-    parser.add_argument("--workload", nargs="+", choices=LETTERS, default=["A"], help="default: A")
-    parser.add_argument("--num-pairs", type=int, help="take only so many pairs of each workload")
-    parser.add_argument("--beir", type=Path, help="BEIR folder that workload F takes its texts from")
+    """Add the options of this command to the common options."""
+    parser.add_argument("--workload", nargs="+", choices=LETTERS, default=["A"], help="workloads; default: A")
+    parser.add_argument("--num-pairs", type=int, help="use only this many pairs of each workload")
+    parser.add_argument("--beir", type=Path, help="BEIR folder with the texts of workload F")
     parser.add_argument(
-        "--memory", action="store_true", help="load each once more, alone, for its peak memory"
+        "--memory",
+        action="store_true",
+        help="also measure the peak memory of each contender in its own process",
     )
-    parser.add_argument("--plot", type=Path, help="draw throughput to a .png, .svg or .pdf")
+    parser.add_argument("--plot", type=Path, help="plot throughput into this .png, .svg or .pdf file")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Reject options that cannot work."""
     if args.num_pairs is not None and args.num_pairs < 2:
         parser.error("--num-pairs must be at least 2")
     if REAL_TEXT in args.workload and args.beir is None:
@@ -50,7 +52,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; the exit status is 1 where contenders do not agree."""
+    """Run the command. The exit status is 1 if contenders do not agree."""
     with ExitStack() as stack:
         with quiet():
             setup = stack.enter_context(chosen_model(args))
@@ -88,7 +90,7 @@ def compare(
     setup: Setup,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """Check, tune and time contenders on one workload; return a result for each."""
+    """Check, tune and time contenders on one workload. Return one result per contender."""
     padding_idx = setup.shape().padding_idx
     checks = {}
     for key, contender in contenders.items():

@@ -1,4 +1,4 @@
-"""What is scored: named, seeded workloads."""
+"""Named workloads, generated from a seed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _CANDIDATES: Final = 100
 
 
 class Spec(NamedTuple):
-    """What a made-up workload consists of.
+    """Sizes of a generated workload.
 
     Attributes:
-        title: What it stands for.
-        num_queries: Distinct queries.
-        num_passages: Of each query.
-        length: Tokens of each pair; None is log-normal.
-        num_query_words: Words of a query.
-        num_calls: Calls a repeat, where one alone would be too short to time.
+        title: Description of the workload.
+        num_queries: Number of distinct queries.
+        num_passages: Number of passages per query.
+        length: Number of tokens in each pair. None draws lengths from a log-normal distribution.
+        num_query_words: Number of words in each query.
+        num_calls: Number of calls per repeat. More than 1 if a single call is too short to time.
     """
 
     title: str
@@ -41,7 +41,7 @@ class Spec(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """How many pairs it has."""
+        """Number of pairs."""
         return self.num_queries * self.num_passages
 
 
@@ -57,14 +57,14 @@ LETTERS: Final = (*SPECS, REAL_TEXT)
 
 @dataclass(frozen=True)
 class Workload:
-    """Pairs to be scored in one call.
+    """Pairs to score in one call.
 
     Attributes:
-        name: A letter, or what tells it from the others of a run.
-        title: What it stands for.
-        pairs: Those of one query are neighbours.
-        num_tokens: Tokens of each pair, special ones included, as this package reads it.
-        num_calls: Calls a repeat.
+        name: A letter, or another name that is unique within a run.
+        title: Description of the workload.
+        pairs: The pairs, grouped by query.
+        num_tokens: Number of tokens in each pair, including special tokens, with this package's tokenizer.
+        num_calls: Number of calls per repeat.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Workload:
     num_calls: int = 1
 
     def texts(self, repeat: int) -> list[Pairs]:
-        """Return the pairs of each call of one repeat; no passage of one is in another."""
+        """Return the pairs for each call of one repeat. No two calls share a passage."""
         return [reworded(self.pairs, f"{self.name} {repeat} {call}") for call in range(self.num_calls)]
 
     def first(self, num_pairs: int) -> Workload:
-        """Return a workload of its first pairs alone."""
+        """Return a workload with only the first `num_pairs` pairs."""
         return dataclasses.replace(
             self,
             name=f"{self.name}, {num_pairs}",
@@ -87,7 +87,7 @@ class Workload:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of it."""
+        """Return the description of the workload for a report."""
         return {
             "name": self.name,
             "title": self.title,
@@ -99,11 +99,11 @@ class Workload:
 
 
 class WorkloadMaker:
-    """Makes workloads for one model.
+    """Generates workloads for one model.
 
     Args:
-        tokenizer_path: Of the model.
-        seed: Of the pairs.
+        tokenizer_path: The model's `tokenizer.json`.
+        seed: Seed of the pairs.
     """
 
     def __init__(self, tokenizer_path: Path, seed: int) -> None:
@@ -114,13 +114,13 @@ class WorkloadMaker:
     def make(
         self, letter: str, *, num_pairs: int | None = None, length: int | None = None, name: str | None = None
     ) -> Workload:
-        """Make a workload of random words.
+        """Generate a workload of random words.
 
         Args:
-            letter: One of `SPECS`.
-            num_pairs: How many pairs to make; None is as many as it has.
-            length: Tokens of each pair instead of its own.
-            name: Instead of the letter.
+            letter: Letter of the workload in `SPECS`.
+            num_pairs: Number of pairs. None means the workload's own number.
+            length: Number of tokens in each pair. None means the workload's own length.
+            name: Name of the workload. None means the letter.
         """
         spec = SPECS[letter]
         wanted = num_pairs or spec.num_pairs
@@ -135,7 +135,7 @@ class WorkloadMaker:
         return Workload(name or letter, spec.title, pairs, self.count(pairs), spec.num_calls)
 
     def make_real(self, folder: Path, num_pairs: int | None) -> Workload:
-        """Make workload F: BM25's best passages for a BEIR folder's queries.
+        """Build workload F: BM25's best passages for queries of a BEIR folder.
 
         Raises:
             DatasetError: The folder cannot be read.
@@ -156,10 +156,10 @@ class WorkloadMaker:
         return Workload(REAL_TEXT, title, pairs, self.count(pairs))
 
     def ids(self, pairs: Pairs) -> list[bytes]:
-        """Return the int32 ids of each pair, as bytes."""
+        """Return the token ids of each pair, int32 as bytes."""
         encoded = self._tokenizer.encode([query for query, _ in pairs], [passage for _, passage in pairs])
         return [pair.windows[0].tobytes() for pair in encoded]
 
     def count(self, pairs: Pairs) -> list[int]:
-        """Return how many tokens each pair has."""
+        """Return the number of tokens in each pair."""
         return [len(ids) // 4 for ids in self.ids(pairs)]

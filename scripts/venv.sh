@@ -1,4 +1,4 @@
-# Sourced by the other scripts.
+# Functions for the other scripts, which source this file.
 
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -6,7 +6,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
     exit 1
 fi
 
-# new_venv FOLDER: make an empty virtual environment.
+# new_venv FOLDER: create an empty virtual environment.
 new_venv() {
     rm -rf "$1"
     if ! "$python" -m venv "$1"; then
@@ -33,7 +33,7 @@ make_venv() {
     printf '%s\n' "$made_from" > "$folder/.made-from"
 }
 
-# resolve FILE OPTION...: write the exact versions that uv chooses for the tests to FILE.
+# resolve FILE OPTION...: write the exact versions that uv resolves for the tests to FILE.
 resolve() {
     resolved=$1
     shift

@@ -156,7 +156,7 @@ def test_what_agrees_is_no_problem(maker: WorkloadMaker, held_against: Reference
 def test_other_logits_are_a_problem(maker: WorkloadMaker, held_against: Reference) -> None:
     off = [held_against.logits[0] + 2e-4, *held_against.logits[1:]]
     [problem] = checked(maker, held_against, off)
-    assert "is off by 2.00e-04" in problem
+    assert "differs by 2.00e-04" in problem
 
 
 def test_another_order_is_a_problem(maker: WorkloadMaker, held_against: Reference) -> None:
@@ -189,7 +189,7 @@ def test_other_token_ids_are_a_problem(maker: WorkloadMaker, held_against: Refer
     assert result["rows_per_token"] == padded.size / sum(map(len, rows))
     padded[3, 2] += 1
     [problem] = checked(maker, held_against, held_against.logits, watch=shows(padded))
-    assert "read other token ids" in problem
+    assert "read different token ids" in problem
 
 
 def test_scores_that_hardly_vary_say_nothing(maker: WorkloadMaker) -> None:
@@ -414,8 +414,8 @@ def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
         (["speed", "--num-pairs", "1"], "--num-pairs must be at least 2"),
         (["speed", "--repeats", "0"], "--repeats must be positive"),
         (["speed", "--contenders", "nobody"], "no contender 'nobody'"),
-        (["length", "--lengths", "8"], "--lengths must be 64 to 512"),
-        (["linear", "--contenders", "onnx"], "--contenders must name one of this package's"),
+        (["length", "--lengths", "8"], "--lengths must be from 64 to 512"),
+        (["linear", "--contenders", "onnx"], "--contenders must name one of this package's contenders"),
         (["linear", "--few", "20", "--many", "10"], "less than --many"),
         (["memory", "--batch-size", "0"], "--batch-size must be positive"),
         (["fidelity", "--beir", "."], "fidelity needs --model"),

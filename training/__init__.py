@@ -1,1 +1,1 @@
-"""Makes the embedded model from what the package indexes hold; see README.md in this folder."""
+"""Training code of the embedded model, from packages on public indexes; see README.md in this folder."""

@@ -1,4 +1,4 @@
-"""`python -m training`: each step from the pinned sources to the packed model; see README.md."""
+"""`python -m training`: the steps from the pinned sources to the packed model; see README.md."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from training.distill import Schedule, distill
 from training.original import NUM_LAYERS, Original, read_weights
 
 CACHE = click.option(
-    "--cache", type=click.Path(path_type=Path), default=Path("training-cache"), show_default=True
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=Path("training-cache"),
+    show_default=True,
+    help="Folder for downloads and intermediate files.",
 )
-# Every second layer, the first and the last among them: what is between two is learned by the first.
+# About every second layer, including the first and the last. Each layer learns to replace those it skips.
 HALF = (0, 2, 4, 7, 9, 11)
 
 
 @click.group()
 def main() -> None:
-    """Make the embedded model."""
+    """Train the embedded model, step by step."""
     torch.manual_seed(0)
 
 
@@ -33,10 +37,10 @@ def main() -> None:
     "--scifact",
     required=True,
     type=click.Path(exists=True, path_type=Path),
-    help="SciFact's folder, as BEIR publishes it.",
+    help="Folder of SciFact as BEIR publishes it.",
 )
 def make_pairs(cache: Path, scifact: Path) -> None:
-    """Make pairs from the sources."""
+    """Generate training pairs from the sources."""
     pairs = dataset.make(cache, scifact)
     pairs.save(cache / "pairs.npz")
     click.echo(f"{len(pairs.queries)} pairs")
@@ -47,7 +51,7 @@ def make_pairs(cache: Path, scifact: Path) -> None:
 @click.option("--num-pairs", default=16_000, show_default=True)
 @click.option("--learning-rate", default=5e-5, show_default=True)
 def whole(cache: Path, num_pairs: int, learning_rate: float) -> None:
-    """Move the original into the XLM-RoBERTa architecture, as it is and with some training."""
+    """Convert the original to the XLM-RoBERTa architecture, and train the result."""
     weights, vocabulary = _original(cache)
     model = student.create(weights, vocabulary, range(NUM_LAYERS))
     student.save(model, vocabulary, cache / "12-layers-untrained")
@@ -62,7 +66,7 @@ def whole(cache: Path, num_pairs: int, learning_rate: float) -> None:
 @click.option("--num-pairs", default=40_000, show_default=True)
 @click.option("--learning-rate", default=1e-4, show_default=True)
 def half(cache: Path, num_pairs: int, learning_rate: float) -> None:
-    """Train half of the layers; `whole` comes first."""
+    """Train a model with half of the layers. Run `whole` first."""
     weights, vocabulary = _original(cache)
     model = student.create(weights, vocabulary, range(NUM_LAYERS))
     model.load_state_dict(load_file(cache / "12-layers" / "model.safetensors"))
@@ -77,20 +81,26 @@ def half(cache: Path, num_pairs: int, learning_rate: float) -> None:
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 def pack_command(source: Path, target: Path) -> None:
-    """Store a checkpoint's matrices as int8."""
+    """Copy the checkpoint SOURCE to TARGET with its matrices stored as int8."""
     pack.pack(source, target)
 
 
 @main.command("table")
 @CACHE
-@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--every", default=1, show_default=True, help="Take every n-th query only.")
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="BEIR folder; can be repeated.",
+)
+@click.option("--dtype", default="float32", show_default=True, help="Precision of CHECKPOINTS.")
+@click.option("--every", default=1, show_default=True, help="Use only every n-th query.")
 @click.argument("checkpoints", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def table_command(
     cache: Path, data: tuple[Path, ...], dtype: str, every: int, checkpoints: tuple[Path, ...]
 ) -> None:
-    """Compare checkpoints with the original on BEIR folders, BM25 first."""
+    """Compare CHECKPOINTS with the original and with BM25 on BEIR folders."""
     click.echo(table.format_table(data, table.make_table(cache, data, checkpoints, dtype=dtype, every=every)))
 
 

@@ -1,4 +1,4 @@
-"""The training set: pairs of ids; what they are worth, the original says while it is being imitated."""
+"""The training set: pairs of token ids. The original model computes their targets during training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from training.original import Ids, load_tokenizer
 from training.pairs import Group, make_groups
 from training.texts import documents
 
-# Of each kind of document; package descriptions are the most various.
+# Number of queries per kind of document. Package descriptions are the most varied.
 _NUM_QUERIES = {"descriptions": 900, "articles": 600, "docstrings": 300}
 _MAX_QUERY_LENGTH = 64
 _SEED = 20261124
 _DEPTH = 50
-_NUM_NEAR = 4  # of the ten that BM25 likes best
-_NUM_FAR = 2  # of the other forty
+_NUM_NEAR = 4  # out of BM25's best ten passages
+_NUM_FAR = 2  # out of BM25's other forty passages
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of the original's ids, without control tokens.
+    """Pairs of token ids in the original's vocabulary, without special tokens.
 
     Attributes:
         queries: The ids of each pair's query.
@@ -39,7 +39,7 @@ class Pairs:
     passages: list[Ids]
 
     def save(self, path: Path) -> None:
-        """Write one .npz file."""
+        """Write the pairs to an .npz file."""
         np.savez(
             path,
             queries=np.concatenate(self.queries),
@@ -50,7 +50,7 @@ class Pairs:
 
 
 def load(path: Path) -> Pairs:
-    """Read what `Pairs.save` wrote."""
+    """Read a file that `Pairs.save` wrote."""
     data = np.load(path)
     return Pairs(
         _split(data["queries"], data["query_lengths"]),
@@ -59,11 +59,11 @@ def load(path: Path) -> Pairs:
 
 
 def make(cache: Path, scifact: Path) -> Pairs:
-    """Make pairs from the pinned sources.
+    """Generate pairs from the pinned sources.
 
     Args:
-        cache: Where the pinned sources lie, or are put.
-        scifact: SciFact as BEIR publishes it; the queries of its train split are used.
+        cache: Folder for the pinned sources, which are downloaded if they are missing.
+        scifact: Folder of SciFact as BEIR publishes it. The queries of its train split are used.
     """
     tokenize = load_tokenizer(sources.fetch_model(cache))
     queries: list[Ids] = []
@@ -85,7 +85,7 @@ def _groups(cache: Path, scifact: Path) -> Iterator[Group]:
 
 
 def judged_groups(dataset: BeirDataset, *, seed: int) -> Iterator[Group]:
-    """Give each judged query its relevant passages, six others that BM25 finds and a random one."""
+    """Yield each judged query with its relevant passages, six others that BM25 finds and a random one."""
     rng = random.Random(seed)
     found = Bm25(dataset.corpus).search(dataset.judged_queries(), _DEPTH)
     everything = list(dataset.corpus)

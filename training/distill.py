@@ -1,4 +1,4 @@
-"""Teaches a student to do what the original does."""
+"""Distillation: trains a student to imitate the original's logits and hidden states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.original import BOS, EOS, MAX_LENGTH, PAD, Ids, Original, pad
 from training.student import Vocabulary
 
 _NUM_CONTROL = 4  # `<s>`, `</s></s>`, `</s>`
-# Of the logits' squared error, beside the hidden states' part that is not explained: both begin near 0.05.
+# Weight of the logits' squared error relative to the hidden states' error, so that both start near 0.05.
 _LOGIT_WEIGHT = 0.05
 
 _Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -28,13 +28,14 @@ _Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How to train.
+    """The training schedule.
 
     Attributes:
-        num_pairs: Pairs to see, over as many rounds as that takes.
-        learning_rate: At its highest; it rises over the first twentieth and falls to 0 along a cosine.
-        max_batch_tokens: Most tokens in one step, padding included.
-        seed: Of the order.
+        num_pairs: Number of pairs to train on, over as many epochs as needed.
+        learning_rate: Peak learning rate. It rises over the first 5 % of the pairs and falls to 0 along a
+            cosine.
+        max_batch_tokens: Most tokens in one step, including padding.
+        seed: Seed for the order of the pairs.
     """
 
     num_pairs: int
@@ -51,18 +52,19 @@ def distill(
     pairs: Pairs,
     schedule: Schedule,
 ) -> None:
-    """Train all of the student's weights, in place.
+    """Train all weights of the student in place.
 
-    The loss is the squared error of the logits, and of each token's hidden state after each layer but
-    the last, in units of each channel's variance: one logit a pair teaches slowly.
+    The loss is the squared error of the logits plus the squared error of each token's hidden state after each
+    layer except the last, divided by the variance of each channel. The hidden states are included because
+    training with one logit per pair is slow.
 
     Args:
-        student: What to train.
-        original: What to imitate.
-        layers: Which of the original's layers each of the student's layers is to match.
-        vocabulary: From the original's ids to the student's.
-        pairs: In the original's ids.
-        schedule: How long and how fast.
+        student: The model to train.
+        original: The model to imitate.
+        layers: For each layer of the student, the layer of the original that it imitates.
+        vocabulary: Maps the original's ids to the student's ids.
+        pairs: The training pairs, in the original's ids.
+        schedule: The training schedule.
     """
     student.train(True)
     optimizer = torch.optim.AdamW(
@@ -95,7 +97,7 @@ def imitation_losses(
     vocabulary: Vocabulary,
     pairs: Sequence[tuple[Ids, Ids]],
 ) -> tuple[Tensor, Tensor]:
-    """Return the squared error of the logits, and the share of the hidden states' variance that is missed."""
+    """Return the squared error of the logits, and the unexplained share of the hidden states' variance."""
     pairs = [(query, passage[: MAX_LENGTH - _NUM_CONTROL - len(query)]) for query, passage in pairs]
     wanted, targets = original(pairs)
     ids, mask = pad([_sequence(*map(vocabulary.remap, pair)) for pair in pairs], padding=PAD)
@@ -110,7 +112,7 @@ def imitation_losses(
 
 
 def _places(pairs: Sequence[tuple[Ids, Ids]]) -> tuple[_Places, _Places]:
-    """Return rows and columns of the tokens that both have; the student's second `</s>` is its own."""
+    """Return rows and columns of the shared tokens: all except the student's second `</s>` after the query."""
     rows, own, theirs = [], [], []
     for row, (query, passage) in enumerate(pairs):
         columns = np.arange(len(query) + len(passage) + _NUM_CONTROL - 1)
@@ -122,7 +124,7 @@ def _places(pairs: Sequence[tuple[Ids, Ids]]) -> tuple[_Places, _Places]:
 
 
 def _batches(pairs: Pairs, schedule: Schedule) -> Iterator[list[tuple[Ids, Ids]]]:
-    """Give batches of pairs of like lengths, in random order, until enough were given."""
+    """Yield batches of pairs with similar lengths, in random order, until `schedule.num_pairs` is reached."""
     rng = random.Random(schedule.seed)
     lengths = [
         min(len(query) + len(passage) + _NUM_CONTROL, MAX_LENGTH)

@@ -1,4 +1,4 @@
-"""The original model, ms-marco-MiniLM-L-12-v2, out of its int8 ONNX file."""
+"""The original model, ms-marco-MiniLM-L-12-v2, read from its int8 ONNX file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB_SIZE = 30522
 CLS, SEP = 101, 102
 BOS, PAD, EOS = 0, 1, 2
 FIRST_POSITION = PAD + 1
-"""Where XLM-RoBERTa begins to count positions."""
+"""The first position id of XLM-RoBERTa."""
 NUM_LAYERS = 12
 MAX_LENGTH = 512
 
@@ -26,8 +26,8 @@ _ZERO_POINT, _SCALE, _QUANTIZED = "_zero_point", "_scale", "_quantized"
 
 
 def read_weights(model: Path) -> dict[str, Tensor]:
-    """Dequantize the ONNX file's weights to float32, under the names that BERT has in transformers."""
-    # Here alone, so that the rest can be imported and tested without it.
+    """Read the weights of the ONNX file as float32, under the names of BERT in transformers."""
+    # Imported here, so that the rest of the module works without onnx.
     import onnx
     from onnx import numpy_helper
 
@@ -41,7 +41,7 @@ def read_weights(model: Path) -> dict[str, Tensor]:
         return torch.from_numpy(values * constants[name + _SCALE]).float()
 
     def product_before(name: str) -> str | None:
-        """Follow the first inputs back from a tensor to the integer product that it was scaled from."""
+        """Follow first inputs back from a tensor to its integer product, and return the weight's name."""
         while name in producers and producers[name].op_type in ("Cast", "Mul", "MatMulInteger"):
             node = producers[name]
             if node.op_type == "MatMulInteger":
@@ -61,18 +61,20 @@ def read_weights(model: Path) -> dict[str, Tensor]:
         biases = [name for name in node.input if name.endswith(".bias")]
         products = [product for name in node.input if (product := product_before(name))]
         if node.op_type == "Add" and biases and products:
-            # ONNX multiplies from the other side
+            # ONNX stores the transposed matrix.
             weights[biases[0].removesuffix("bias") + "weight"] = dequantized(products[0]).T.contiguous()
     return weights
 
 
 def to_xlm_roberta(bert: dict[str, Tensor], *, words: Tensor, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Move BERT's weights into the XLM-RoBERTa architecture, which has one token type and a wider gap.
+    """Convert BERT's weights to the XLM-RoBERTa architecture.
+
+    XLM-RoBERTa has only one token type, and its positions start at 2.
 
     Args:
         bert: Weights under BERT's names.
-        words: The word embeddings to have, [vocab_size, hidden_size].
-        layers: Which of BERT's layers to keep, in their new order.
+        words: Word embeddings of the new model, [vocab_size, hidden_size].
+        layers: Layers of BERT to keep, in their new order.
     """
     types = bert["bert.embeddings.token_type_embeddings.weight"]
     positions = bert["bert.embeddings.position_embeddings.weight"]
@@ -96,7 +98,7 @@ def to_xlm_roberta(bert: dict[str, Tensor], *, words: Tensor, layers: Sequence[i
 
 
 def config(*, vocab_size: int, num_layers: int) -> XLMRobertaConfig:
-    """Return the configuration of a model with the original's dimensions, in transformers' terms."""
+    """Return the transformers configuration of a model with the original's dimensions."""
     return XLMRobertaConfig(
         architectures=["XLMRobertaForSequenceClassification"],
         id2label={0: "relevance"},
@@ -112,21 +114,22 @@ def config(*, vocab_size: int, num_layers: int) -> XLMRobertaConfig:
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
-        # Distilling is regression on what a deterministic teacher says: noise only blurs it.
+        # Distillation is regression on the outputs of a deterministic teacher, so dropout would only add noise.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
 
 
 class Original:
-    """The original in float32, for a student to imitate: its logits and what its tokens are after each layer.
+    """The original in float32. It returns the logits and hidden states that a student imitates.
 
-    BERT is an XLM-RoBERTa whose passages are written in a second vocabulary: a table of words plus the
-    first token type, followed by one of words plus the second, gives exactly its embeddings.
+    It runs as an XLM-RoBERTa model with twice the vocabulary. The first half of the word embeddings includes
+    BERT's first token type, and the second half includes the second one. Passages use the ids of the second
+    half. This gives exactly BERT's embeddings.
 
     Args:
         bert: Weights under BERT's names.
-        num_layers: How many layers there are.
+        num_layers: Number of layers in `bert`.
     """
 
     def __init__(self, bert: dict[str, Tensor], num_layers: int = NUM_LAYERS) -> None:
@@ -144,17 +147,20 @@ class Original:
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[Ids, Ids]]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Score pairs of ids without control tokens, written `[CLS] query [SEP] passage [SEP]`.
+        """Score pairs of ids as `[CLS] query [SEP] passage [SEP]`.
+
+        Args:
+            pairs: The ids of each query and passage, without special tokens.
 
         Returns:
-            The logits [B], and after the embeddings and each layer the hidden states [B, T, hidden_size].
+            The logits [B], and the hidden states [B, T, hidden_size] after the embeddings and each layer.
         """
         sequences = [
             np.concatenate([[CLS], query, [SEP], passage + VOCAB_SIZE, [SEP + VOCAB_SIZE]])
             for query, passage in pairs
         ]
         ids, mask = pad(sequences, padding=0)
-        # Given, since XLM-RoBERTa would skip the places of ids that are padding in its own vocabulary.
+        # Positions are passed explicitly. XLM-RoBERTa would skip ids that equal its own padding id.
         positions = torch.arange(ids.shape[1]).expand_as(ids) + FIRST_POSITION
         output = self._model(
             input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True
@@ -163,7 +169,7 @@ class Original:
 
 
 def pad(sequences: Sequence[Ids], *, padding: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, int64 [B, T]."""
+    """Return padded ids and their mask, each int64 [B, T]."""
     longest = max(map(len, sequences))
     ids = np.full((len(sequences), longest), padding, np.int64)
     mask = np.zeros_like(ids)
@@ -174,7 +180,7 @@ def pad(sequences: Sequence[Ids], *, padding: int) -> tuple[Tensor, Tensor]:
 
 
 def load_tokenizer(folder: Path) -> Callable[[str], Ids]:
-    """Return a function from text to the original's ids, without control tokens."""
+    """Return a function that turns a text into the original's ids, without special tokens."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""A checkpoint in float32 to one a quarter of the size: matrices as int8 with a scale for each row."""
+"""Packs a float32 checkpoint to a quarter of its size: matrices as int8 with one scale per row."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 [rows, columns] and float32 scales [rows, 1] whose product is close to a matrix."""
+    """Quantize a matrix. Return int8 values [rows, columns] and float32 scales [rows, 1]."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
     return (weight / scale).round().to(torch.int8), scale
 
 
 def pack(source: Path, target: Path) -> None:
-    """Write a packed copy of a checkpoint; the head and all vectors keep float32."""
+    """Write a packed copy of a checkpoint. The classification head and all vectors stay in float32."""
     target.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Tensor] = {}
     for name, tensor in load_file(source / "model.safetensors").items():

@@ -1,4 +1,4 @@
-"""Queries made from documents, and the passages that BM25 finds for them."""
+"""Queries generated from documents, with passages that BM25 finds for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.texts import Document
 
 
 class Group(NamedTuple):
-    """One query and the passages to be scored with it."""
+    """One query and the passages to score with it."""
 
     query: str
     passages: list[str]
@@ -24,13 +24,13 @@ _WORD = re.compile(r"[^\W_]+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
 _QUESTIONS = ("what is {}?", "what is {}", "how does {} work?", "{} meaning", "why {}?", "which {}?")
 _NUM_CANDIDATES = 50
-_NUM_NEAR = 3  # of the ten that BM25 likes best
-_NUM_FAR = 2  # of the other forty
+_NUM_NEAR = 3  # out of BM25's best ten passages
+_NUM_FAR = 2  # out of BM25's other forty passages
 _MAX_WORDS = 220
 
 
 def make_groups(documents: Sequence[Document], count: int, *, seed: int) -> list[Group]:
-    """Make `count` queries, each with its own document's passage, five that BM25 finds and a random one."""
+    """Generate `count` queries, each with a passage of its document, five that BM25 finds and a random one."""
     rng = random.Random(seed)
     texts = [f"{document.title} {document.text}" for document in documents]
     frequencies = Counter(word for text in texts for word in set(_words(text)))
@@ -68,7 +68,7 @@ def _query(document: Document, frequencies: Counter[str], rng: random.Random) ->
 
 
 def _passage(document: Document, rng: random.Random) -> str:
-    """Cut out some sentences, so that passages of all lengths occur; half of them keep the title."""
+    """Return a random part of a document, so that passages vary in length. Half of them keep the title."""
     sentences = _SENTENCE.split(document.text)
     start = rng.randrange(len(sentences)) if rng.random() < 0.4 else 0
     words = " ".join(sentences[start:]).split()[: rng.randint(25, _MAX_WORDS)]

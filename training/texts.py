@@ -1,4 +1,4 @@
-"""Documents to train on: a title and a text each, out of the pinned sources."""
+"""Documents for training, each with a title and a text, from the pinned sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training import sources
 
 
 class Document(NamedTuple):
-    """What a query can be made from and a passage be cut from."""
+    """A document that queries and passages are generated from."""
 
     title: str
     text: str
@@ -26,7 +26,7 @@ _MAX_CHARACTERS = 4000
 
 
 def documents(cache: Path) -> dict[str, list[Document]]:
-    """Return the documents of each source, in a fixed order, no text twice."""
+    """Return the distinct documents of each source, in a fixed order."""
     return {
         "descriptions": _distinct(_descriptions(sources.fetch_descriptions(cache))),
         "articles": _distinct(_articles(sources.fetch_articles(cache))),
@@ -70,7 +70,7 @@ def _articles(export: bytes) -> Iterator[Document]:
 
 
 def _plain(markup: str) -> str:
-    for _ in range(6):  # innermost first
+    for _ in range(6):  # each pass removes the innermost templates and tables
         markup = re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", markup)
     markup = re.sub(r"<ref[^>/]*/>|<ref.*?</ref>|<!--.*?-->", "", markup, flags=re.S)
     markup = re.sub(r"\[\[(?:File|Image|Category):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", "", markup)

@@ -1,1 +1,1 @@
-"""The contenders: this package and its peers, one file a package, each imported only when it is wanted."""
+"""The contenders: this package and its peers. Each package has one file, imported only when it is needed."""

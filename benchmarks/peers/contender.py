@@ -1,4 +1,4 @@
-"""What the benchmarks ask of a contender."""
+"""The interface of a contender."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.common import Pairs
 from benchmarks.models import Setup
 
 IdBatch = npt.NDArray[Any]
-"""Token ids [pairs, tokens], padding included."""
+"""Token ids [pairs, tokens], including padding."""
 
 Watch = Callable[[Callable[[IdBatch], None]], AbstractContextManager[None]]
-"""Shows each batch of ids that reaches the model to a function, while the context lasts."""
+"""Returns a context in which a function is called with each batch of ids that reaches the model."""
 
 BATCH_SIZES: Final = {"cpu": (1, 8, 32), "cuda": (1, 32, 128)}
 
 
 class NotAvailableError(Exception):
-    """A contender that cannot run here; the message says why."""
+    """A contender cannot run on this machine. The message says why."""
 
 
 @dataclass(kw_only=True)
@@ -33,13 +33,15 @@ class Contender:
     """One way to score pairs.
 
     Attributes:
-        name: The package and the call.
-        dtype: Its precision.
-        run: Pairs and a batch size to a number each, in order: the raw logit, unless `gives_order`.
-        watch: Shows what reaches its model; None for this package, which pads nothing.
-        batch_sizes: To choose from; empty where it decides itself.
-        batch_size: What was chosen, or its own default; None where it has none.
-        gives_order: Its numbers are the places it gave the passages of a query, best first, negated.
+        name: Name of the package or call.
+        dtype: Precision.
+        run: Takes pairs and a batch size, and returns one number per pair, in order: the raw logit, or a
+            negated rank if `gives_order`.
+        watch: Records the ids that reach the model. None for this package, which pads nothing.
+        batch_sizes: Batch sizes to choose from. Empty if the contender chooses the size itself.
+        batch_size: The chosen batch size or the contender's default. None if it has no batch size.
+        gives_order: Whether `run` returns the negated rank of each passage among those of its query, because
+            the contender only returns an order.
     """
 
     name: str
@@ -51,17 +53,17 @@ class Contender:
     gives_order: bool = False
 
     def score(self, pairs: Pairs) -> list[float]:
-        """Score pairs at the chosen batch size."""
+        """Score pairs with the chosen batch size."""
         return list(map(float, self.run(pairs, self.batch_size)))
 
 
 def batch_sizes(setup: Setup) -> tuple[int, ...]:
-    """Return the batch sizes that peers may choose from on a device."""
+    """Return the batch sizes that peers can choose from on the setup's device."""
     return BATCH_SIZES["cuda" if setup.on_cuda else "cpu"]
 
 
 def watch_module(module: Any) -> Watch:
-    """Watch what a transformers model embeds."""
+    """Return a `Watch` for the ids that a transformers model embeds."""
 
     @contextmanager
     def watch(record: Callable[[IdBatch], None]) -> Iterator[None]:
@@ -78,7 +80,7 @@ def watch_module(module: Any) -> Watch:
 
 
 def longest_first(pairs: Pairs, score: Callable[[Pairs], Sequence[float]]) -> list[float]:
-    """Score pairs in the order of their characters, so that a batch has little padding."""
+    """Score pairs in order of decreasing number of characters, so that batches have little padding."""
     order = sorted(range(len(pairs)), key=lambda row: -len(pairs[row][0]) - len(pairs[row][1]))
     scores = [0.0] * len(pairs)
     for row, value in zip(order, score([pairs[row] for row in order]), strict=True):
@@ -87,11 +89,11 @@ def longest_first(pairs: Pairs, score: Callable[[Pairs], Sequence[float]]) -> li
 
 
 def scored_by_query(pairs: Pairs, rank: Callable[[str, list[str]], Sequence[int]]) -> list[float]:
-    """Rank the passages of each query, as frameworks do, and return each pair's place, negated.
+    """Rank the passages of each query, as frameworks do, and return the negated rank of each pair.
 
     Args:
-        pairs: Those of one query are neighbours.
-        rank: A query and its passages to their indices, best first.
+        pairs: The pairs, grouped by query.
+        rank: Takes a query and its passages, and returns the passages' indices, best first.
     """
     places: list[float] = []
     for query, group in groupby(pairs, key=lambda pair: pair[0]):

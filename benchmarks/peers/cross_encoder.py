@@ -1,4 +1,4 @@
-"""sentence-transformers: `CrossEncoder`."""
+"""`CrossEncoder` of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFAULT_BATCH_SIZE = 32
 
 
 def load(kind: str, setup: Setup, _: ExitStack) -> Contender:
-    """Load it at its defaults, or (`best`) at its fastest."""
+    """Load `CrossEncoder` with its defaults, or with its fastest settings if `kind` is `best`."""
     from sentence_transformers import CrossEncoder
 
     best = kind == "best"
@@ -23,7 +23,7 @@ def load(kind: str, setup: Setup, _: ExitStack) -> Contender:
     encoder = CrossEncoder(str(setup.plain), device=setup.device, max_length=MAX_LENGTH, model_kwargs=options)
 
     def run(pairs: Pairs, batch_size: int | None) -> list[float]:
-        # It applies a sigmoid by default, behind which differences vanish.
+        # By default it applies a sigmoid, which hides differences between logits.
         def predict(pairs: Pairs) -> list[float]:
             logits = encoder.predict(
                 pairs, batch_size=batch_size or _DEFAULT_BATCH_SIZE, activation_fn=torch.nn.Identity()
@@ -43,7 +43,7 @@ def load(kind: str, setup: Setup, _: ExitStack) -> Contender:
 
 
 def best_dtype(setup: Setup) -> str:
-    """Return the half precision that the device computes fast in, or float32."""
+    """Return the 16-bit precision that is fast on the device, or float32 if there is none."""
     if setup.on_cuda:
         return "float16"
     return "bfloat16" if cpu_features("bf16") else "float32"

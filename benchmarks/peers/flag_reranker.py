@@ -1,4 +1,4 @@
-"""FlagEmbedding: `FlagReranker`."""
+"""`FlagReranker` of FlagEmbedding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _DEFAULT_BATCH_SIZE = 128
 
 
 def load(kind: str, setup: Setup, _: ExitStack) -> Contender:
-    """Load it at its defaults, or (`best`) at its fastest."""
+    """Load `FlagReranker` with its defaults, or with its fastest settings if `kind` is `best`."""
     from FlagEmbedding import FlagReranker
 
     best = kind == "best"
-    # It has no bfloat16, and stays in float32 on a CPU whatever it is told.
+    # It does not support bfloat16, and always uses float32 on a CPU.
     half = best and setup.on_cuda
     reranker = FlagReranker(str(setup.plain), use_fp16=half, devices=[setup.device])
 

@@ -1,4 +1,4 @@
-"""Models converted into a graph: what ONNX Runtime and OpenVINO have in common."""
+"""Scoring with a converted model, for ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _DEFAULT_BATCH_SIZE = 8
 
 
 class GraphScorer:
-    """Scores pairs through a graph of padded ids: sorted by length, each batch padded to its longest.
+    """Scores pairs in batches that are sorted by length and padded to their longest pair.
 
     Args:
-        setup: Whose tokenizer and padding to use.
-        infer: int64 ids and mask, [pairs, tokens] each, to the logits [pairs].
+        setup: The setup with the tokenizer and the padding id.
+        infer: Takes int64 ids and mask, each [pairs, tokens], and returns logits [pairs].
     """
 
     def __init__(self, setup: Setup, infer: Callable[[IdBatch, IdBatch], Any]) -> None:
@@ -33,7 +33,7 @@ class GraphScorer:
         self._record: Callable[[IdBatch], None] | None = None
 
     def __call__(self, pairs: Pairs, batch_size: int | None) -> list[float]:
-        """Return the logits, in order."""
+        """Return the logits in the order of the pairs."""
         sequences = self._encode(pairs)
         order = sorted(range(len(pairs)), key=lambda row: -len(sequences[row]))
         logits = np.empty(len(pairs))
@@ -48,7 +48,7 @@ class GraphScorer:
 
     @contextmanager
     def watch(self, record: Callable[[IdBatch], None]) -> Iterator[None]:
-        """Show each batch of ids to a function while the context lasts."""
+        """Call a function with each batch of ids within this context."""
         self._record = record
         try:
             yield
@@ -59,7 +59,7 @@ class GraphScorer:
 def graph_contender(
     name: str, dtype: str, setup: Setup, infer: Callable[[IdBatch, IdBatch], Any]
 ) -> Contender:
-    """Return a contender over a graph; `infer` is as `GraphScorer` takes it."""
+    """Return a contender that scores with a `GraphScorer`."""
     scorer = GraphScorer(setup, infer)
     return Contender(
         name=name,
@@ -72,7 +72,7 @@ def graph_contender(
 
 
 class PairEncoder:
-    """Texts to padded ids over the model's own `tokenizer.json`, all threads together."""
+    """Turns texts into padded ids with the model's `tokenizer.json`, using all threads."""
 
     def __init__(self, setup: Setup) -> None:
         self._tokenizer = Tokenizer.from_file(str(setup.tokenizer_path))
@@ -81,11 +81,11 @@ class PairEncoder:
         self._padding_idx = setup.shape().padding_idx
 
     def __call__(self, pairs: Pairs) -> list[list[int]]:
-        """Return the ids of each pair, cut to the longest that the benchmarks know."""
+        """Return the ids of each pair, cut to `MAX_LENGTH` tokens."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(pairs)]
 
     def pad(self, sequences: list[list[int]]) -> tuple[IdBatch, IdBatch]:
-        """Return int64 ids and mask of a batch."""
+        """Return the int64 ids and mask of a batch, each [pairs, tokens]."""
         ids = np.full((len(sequences), max(map(len, sequences))), self._padding_idx, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, sequence in enumerate(sequences):
@@ -95,13 +95,13 @@ class PairEncoder:
 
 
 def calibration(setup: Setup) -> list[dict[str, IdBatch]]:
-    """Return the sample's pairs, one a batch."""
+    """Return the pairs of the setup's sample, one pair per batch."""
     encode = PairEncoder(setup)
     return [dict(zip(INPUTS, encode.pad([ids]), strict=True)) for ids in encode(setup.sample)]
 
 
 def traceable(folder: Path, attention: str) -> tuple[Any, dict[str, Any]]:
-    """Return a module of ids and mask to logits, and an example of its inputs."""
+    """Return a module that maps ids and mask to logits, and example inputs for tracing it."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -122,6 +122,6 @@ def traceable(folder: Path, attention: str) -> tuple[Any, dict[str, Any]]:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

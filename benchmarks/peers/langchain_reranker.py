@@ -1,4 +1,4 @@
-"""LangChain: `CrossEncoderReranker` over `HuggingFaceCrossEncoder`, at their defaults."""
+"""`CrossEncoderReranker` of LangChain with `HuggingFaceCrossEncoder`, with their defaults."""
 
 from __future__ import annotations
 

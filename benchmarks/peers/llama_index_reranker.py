@@ -1,4 +1,4 @@
-"""LlamaIndex: `SentenceTransformerRerank`, at its defaults."""
+"""`SentenceTransformerRerank` of LlamaIndex, with its defaults."""
 
 from __future__ import annotations
 

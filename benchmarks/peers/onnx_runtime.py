@@ -1,4 +1,4 @@
-"""ONNX Runtime, over a graph exported by torch, plain and with dynamic int8."""
+"""ONNX Runtime with a graph exported by torch, in float32 and in dynamic int8."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from benchmarks.peers.contender import Contender, IdBatch, NotAvailableError
 from benchmarks.peers.graph import INPUTS, graph_contender, num_cores, traceable
 
 _OPSET = 17
-# A protobuf holds less; what is larger keeps its weights in files beside it.
+# A protobuf file is limited to 2 GB. Larger models store their weights in separate files.
 _LARGE_BYTES = 3 << 29
 
 
 def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
-    """Export the model where that was not done, and load it."""
+    """Export the model if that has not been done yet, and load it."""
     import onnxruntime
 
     if setup.on_cuda and (dtype == "int8" or "CUDAExecutionProvider" not in _providers(onnxruntime)):
-        raise NotAvailableError("on CUDA only float32, with onnxruntime-gpu")
+        raise NotAvailableError("on CUDA it supports only float32, and needs onnxruntime-gpu")
     provider = "CUDAExecutionProvider" if setup.on_cuda else "CPUExecutionProvider"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_cores()
@@ -38,7 +38,7 @@ def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
 
 
 def prepare(dtype: str, setup: Setup) -> Path:
-    """Write the graph where it is not there yet, and return it."""
+    """Write the graph if it does not exist yet, and return its path."""
     plain, quantized = (setup.exports / name / "model.onnx" for name in ("onnx-float32", "onnx-int8"))
     if not plain.exists():
         _export(setup.plain, plain)
@@ -48,10 +48,10 @@ def prepare(dtype: str, setup: Setup) -> Path:
 
 
 def _export(folder: Path, path: Path) -> None:
-    import onnx  # noqa: F401  # what torch writes the file with
+    import onnx  # noqa: F401  # torch writes the file with this package
 
     path.parent.mkdir()
-    # Through eager attention, which ONNX Runtime knows how to fuse.
+    # ONNX Runtime can fuse eager attention.
     module, example = traceable(folder, "eager")
     with torch.no_grad():
         torch.onnx.export(

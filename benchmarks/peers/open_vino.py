@@ -1,4 +1,4 @@
-"""OpenVINO, over a graph converted from torch, in bfloat16 and in int8 by nncf."""
+"""OpenVINO with a graph converted from torch, in bfloat16 and in int8 by nncf."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _NUM_TRIED: Final = 8
 
 
 def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
-    """Convert the model where that was not done, and load it."""
+    """Convert the model if that has not been done yet, and load it."""
     import openvino
 
     if setup.on_cuda:
-        raise NotAvailableError("it runs on CPUs")
+        raise NotAvailableError("it runs only on CPUs here")
     core = openvino.Core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if dtype == "bfloat16" and "BF16" not in capabilities:
-        raise NotAvailableError("this CPU has no arithmetic for bfloat16")
+        raise NotAvailableError("this CPU has no bfloat16 arithmetic")
     path = str(prepare(dtype, setup))
-    # Of int8 this is what the rest is in; bfloat16 is not the faster one on every processor.
+    # An int8 model computes everything except its int8 products in this precision. Which one is faster
+    # depends on the processor, so both are timed.
     precision = "bf16" if "BF16" in capabilities else "f32"
     if dtype == "int8" and precision == "bf16":
         precision = min("bf16", "f32", key=lambda each: _seconds(_compile(core, path, each), setup))
@@ -54,7 +55,7 @@ def _compile(core: Any, path: str, precision: str) -> Any:
 def _seconds(model: Any, setup: Setup) -> float:
     batches = [list(batch.values()) for batch in calibration(setup)[:_NUM_TRIED]]
     took = []
-    for _ in range(3):  # the first time it makes kernels for each length
+    for _ in range(3):  # the first run compiles a kernel for each length
         began = time.perf_counter()
         for batch in batches:
             model(batch)
@@ -63,7 +64,7 @@ def _seconds(model: Any, setup: Setup) -> float:
 
 
 def prepare(dtype: str, setup: Setup) -> Path:
-    """Write the graph where it is not there yet, and return it."""
+    """Write the graph if it does not exist yet, and return its path."""
     plain, quantized = (setup.exports / f"openvino-{name}.xml" for name in ("float32", "int8"))
     if not plain.exists():
         _convert(setup.plain, plain)
@@ -88,7 +89,7 @@ def _quantize(setup: Setup, plain: Path, path: Path) -> None:
     import openvino
 
     data = calibration(setup)
-    with redirect_stdout(io.StringIO()):  # its progress bars
+    with redirect_stdout(io.StringIO()):  # hides its progress bars
         quantized = nncf.quantize(
             openvino.Core().read_model(plain),
             nncf.Dataset(data),

@@ -1,4 +1,4 @@
-"""This package, alone and inside both frameworks."""
+"""This package, alone and in both frameworks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from bge_rerank_integrations.errors import ConfigError, DeviceError
 
 
 def load(dtype: str, setup: Setup, stack: ExitStack) -> Contender:
-    """Load a scorer, closed with the stack."""
+    """Load a scorer. The exit stack closes it."""
     if dtype == "bfloat16" and not setup.on_cuda and not cpu_features("bf16"):
-        raise NotAvailableError("this CPU has no arithmetic for bfloat16")
+        raise NotAvailableError("this CPU has no bfloat16 arithmetic")
     scorer = _scorer(setup, dtype, stack)
     return Contender(name="Scorer.score", dtype=dtype, run=lambda pairs, _: scorer.score(pairs))
 
 
 def load_langchain(_: str, setup: Setup, stack: ExitStack) -> Contender:
-    """Load the adapter for LangChain, at its defaults."""
+    """Load the LangChain adapter with its defaults."""
     from langchain_core.documents import Document
 
     from bge_rerank_integrations import BGEReranker
@@ -40,7 +40,7 @@ def load_langchain(_: str, setup: Setup, stack: ExitStack) -> Contender:
 
 
 def load_llama_index(_: str, setup: Setup, stack: ExitStack) -> Contender:
-    """Load the adapter for LlamaIndex, at its defaults."""
+    """Load the LlamaIndex adapter with its defaults."""
     from llama_index.core.schema import NodeWithScore, TextNode
 
     from bge_rerank_integrations import BGERerankPostprocessor

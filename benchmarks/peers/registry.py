@@ -1,4 +1,4 @@
-"""Which contenders there are, and how one is loaded."""
+"""The list of contenders, and how to load them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """Where a contender comes from.
+    """How to load a contender.
 
     Attributes:
-        module: The file in `benchmarks.peers`.
-        kind: What its `load` is told: a precision, or how.
-        install: What to install where it is missing.
-        load: The function that loads it.
-        converts: Whether the file has a `prepare` that converts the model first.
+        module: Name of the module in `benchmarks.peers`.
+        kind: First argument of the load function: a precision, `default` or `best`.
+        install: Packages to install if the contender is missing.
+        load: Name of the function that loads the contender.
+        converts: Whether the module has a function `prepare` that converts the model first.
     """
 
     module: str
@@ -60,19 +60,19 @@ ENTRIES: Final = {
 
 
 def is_ours(key: str) -> bool:
-    """Whether a contender is this package."""
+    """Return whether a contender is this package."""
     return ENTRIES[key].module == "ours"
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """Return the contenders that some names mean, each itself or the beginning of others.
+    """Return the contenders selected by names. A name is a contender's key or a prefix of keys.
 
     Raises:
-        ValueError: A name means none.
+        ValueError: A name selects no contender.
     """
     for name in wanted:
         if not any(_means(name, key) for key in ENTRIES):
-            raise ValueError(f"no contender {name!r}; there are {', '.join(ENTRIES)}")
+            raise ValueError(f"no contender {name!r}; choose from {', '.join(ENTRIES)}")
     return [key for key in ENTRIES if any(_means(name, key) for name in wanted)]
 
 
@@ -80,7 +80,7 @@ def load(key: str, setup: Setup, stack: ExitStack) -> Contender:
     """Load one contender.
 
     Raises:
-        NotAvailableError: It is not installed, or this machine cannot run it.
+        NotAvailableError: The contender is not installed, or this machine cannot run it.
     """
     entry = ENTRIES[key]
     try:
@@ -93,7 +93,7 @@ def load(key: str, setup: Setup, stack: ExitStack) -> Contender:
 def load_all(
     keys: Sequence[str], setup: Setup, stack: ExitStack
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Load what can be had, and say of the rest why it cannot."""
+    """Load the contenders that are available. Return them, and the reasons why others are not available."""
     contenders: dict[str, Contender] = {}
     missing: dict[str, str] = {}
     for key in keys:
@@ -106,7 +106,7 @@ def load_all(
 
 
 def available(get: Callable[[], T]) -> T | str:
-    """Return what a function returns, or why the contender that it asks for is not available."""
+    """Return the result of a function, or the message if it raises `NotAvailableError`."""
     try:
         return get()
     except NotAvailableError as error:
@@ -114,15 +114,15 @@ def available(get: Callable[[], T]) -> T | str:
 
 
 def needs_preparing(key: str) -> bool:
-    """Whether a contender is converted into files of its own before it is loaded."""
+    """Return whether a contender converts the model into its own files before it loads them."""
     return ENTRIES[key].converts
 
 
 def prepare(key: str, setup: Setup) -> None:
-    """Convert the model for a contender that needs it, so that loading it alone can be measured.
+    """Convert the model for a contender, so that the memory of loading can be measured separately.
 
     Raises:
-        NotAvailableError: It is not installed.
+        NotAvailableError: The contender is not installed.
     """
     entry = ENTRIES[key]
     try:

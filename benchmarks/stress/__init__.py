@@ -1,6 +1,6 @@
-"""Stress the package: what must hold however many callers there are and whatever they send, in figures.
+"""Stress the package with many callers, bad inputs and failures, and measure what must always hold.
 
     python -m benchmarks.stress [--only 1,5] [--scale 1.0]
 
-`benchmarks/README.md` says how to read it.
+`benchmarks/README.md` explains how to read the output.
 """

@@ -1,4 +1,4 @@
-"""Figures 1, 3, 14 and 15: a caller gets the same scores, whoever else is calling."""
+"""Figures 1, 3, 14 and 15: a caller's results do not depend on other callers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Call = tuple[str, str, list[str]]
 
 MAX_GAP_S: Final = 0.05
 
-# Wide enough to keep both cores at work for seconds.
+# Large enough to keep the cores busy for several seconds.
 MEDIUM_SHAPE: Final = {"num_layers": 6, "hidden_size": 384, "num_heads": 12, "intermediate_size": 1536}
 
 
-# 1: results do not depend on who else is calling.
+# 1: results do not depend on other callers.
 
 
 def concurrent_calls(bench: Bench) -> Outcome:
-    """64 threads make mixed calls, whose scores must be those of one thread."""
+    """Check that 64 threads with mixed calls get the same scores as one thread."""
     calls = _make_calls(bench, 200)
     serial = [_make_call(bench.scorer, call) for call in calls]
     barrier = threading.Barrier(64)
@@ -52,8 +52,8 @@ def concurrent_calls(bench: Bench) -> Outcome:
     num_wrong, num_encoded = _concurrent_tokenizing(bench)
     return Outcome(
         num_errors == 0 and worst <= MAX_DIFFERENCE and num_wrong == 0,
-        f"{64 * bench.count(100)} calls: {num_errors} exceptions, off by {worst:.1e} at most; "
-        f"{num_encoded} tokenized: {num_wrong} wrong",
+        f"{64 * bench.count(100)} scoring calls: {num_errors} exceptions, off by at most {worst:.1e}; "
+        f"{num_encoded} tokenizing calls: {num_wrong} wrong",
     )
 
 
@@ -87,7 +87,7 @@ def _make_call(scorer: Scorer, call: Call) -> list[float]:
 
 
 def _concurrent_tokenizing(bench: Bench) -> tuple[int, int]:
-    """Return how many of how many calls gave other ids than they do serially."""
+    """Return the number of calls with other ids than in a single thread, and the number of all calls."""
     tokenizer = bench.tokenizer()
     rng = random.Random(1)
     texts = [*bench.texts, " ".join(bench.texts), *bench.phrases()]
@@ -112,7 +112,7 @@ def _concurrent_tokenizing(bench: Bench) -> tuple[int, int]:
 
 
 def event_loop_gaps(bench: Bench) -> Outcome:
-    """The loop must go on while an adapter reranks."""
+    """Check that the event loop keeps running while an adapter reranks."""
     passages = bench.passages(bench.count(256))
     documents = [Document(page_content=text) for text in passages]
     nodes = [NodeWithScore(node=TextNode(text=text)) for text in passages]
@@ -134,7 +134,7 @@ def event_loop_gaps(bench: Bench) -> Outcome:
 
 
 async def _gaps_during(work: Callable[[], Awaitable[object]]) -> tuple[float, list[float]]:
-    """Return how long some work took, and by how much sleeps of a millisecond overslept meanwhile."""
+    """Return the seconds that some work took, and by how many seconds sleeps of 1 ms were late meanwhile."""
     gaps: list[float] = []
 
     async def tick() -> None:
@@ -156,7 +156,7 @@ async def _gaps_during(work: Callable[[], Awaitable[object]]) -> tuple[float, li
 
 
 def shared_documents(bench: Bench) -> Outcome:
-    """Eight threads rerank the same documents through both adapters, which must not touch them."""
+    """Check that documents are unchanged after eight threads reranked them through both adapters."""
     passages = bench.passages(bench.count(1000))
     documents = [Document(page_content=text, metadata={"at": n}) for n, text in enumerate(passages)]
     nodes = [
@@ -187,13 +187,13 @@ def shared_documents(bench: Bench) -> Outcome:
     num_lost = sum(len(each) != len(passages) for pair in returned for each in pair)
     return Outcome(
         num_mutated == 0 and num_same == 0 and num_lost == 0,
-        f"{len(passages)} documents and as many nodes, 16 calls: {num_mutated} mutated, {num_same} returned "
-        f"uncopied, {num_lost} results of the wrong length",
+        f"{len(passages)} documents, {len(passages)} nodes, 16 calls: {num_mutated} mutated, {num_same} "
+        f"returned without a copy, {num_lost} results of the wrong length",
     )
 
 
 def identical_pairs(bench: Bench) -> Outcome:
-    """A pair's score hardly depends on its batch, and the same batch gives the same bits."""
+    """Check that a pair's score does not depend on its batch, and that equal batches give equal bits."""
     rng = random.Random(10)
     pair = ("what does a panda eat?", bench.texts[0])
     (alone,) = bench.scorer.score([pair])
@@ -209,7 +209,7 @@ def identical_pairs(bench: Bench) -> Outcome:
         num_different += scores != bench.scorer.score(batch)
     return Outcome(
         worst <= MAX_DIFFERENCE and num_different == 0,
-        f"{num_batches} batches: off by {worst:.1e} at most, {num_different} not bit-identical when repeated",
+        f"{num_batches} batches: off by at most {worst:.1e}, {num_different} not bit-identical when repeated",
     )
 
 

@@ -17,7 +17,7 @@ from bge_rerank_integrations.errors import CheckpointError
 
 
 class Canary:
-    """Leaves a mark when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,7 +27,7 @@ class Canary:
 
 
 def bad_checkpoints(bench: Bench) -> Outcome:
-    """Damaged and hostile checkpoints must be refused when they are loaded, and run nothing."""
+    """Check that damaged and hostile checkpoints are refused and that none of their code runs."""
     folder = Path(shutil.copytree(bench.checkpoint, bench.folder / "damaged"))
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     rng = random.Random(9)
@@ -39,10 +39,10 @@ def bad_checkpoints(bench: Bench) -> Outcome:
     hostile = [_is_hostile_refused(bench, make, mark) for make in HOSTILE]
     return Outcome(
         all(pinned) and all(plain) and all(hostile) and not mark.exists(),
-        f"refused: {sum(pinned)} of {len(pinned)} damaged beside sha256, {sum(plain)} of {len(plain)} "
-        f"truncated, with another header or not finite without it, {sum(hostile)} of {len(hostile)} hostile; "
-        f"{int(mark.exists())} canaries executed. Of {len(flips)} flips of one weight's bit, "
-        f"{len(flips) - sum(flips)} stay finite and load where sha256 is not given",
+        f"refused: with sha256, {sum(pinned)} of {len(pinned)} damaged files; without it, {sum(plain)} of "
+        f"{len(plain)} files that were truncated, had a damaged header or were not finite; {sum(hostile)} "
+        f"of {len(hostile)} hostile checkpoints; {int(mark.exists())} canaries executed. With one bit of a "
+        f"weight flipped and no sha256, {len(flips) - sum(flips)} of {len(flips)} files stay finite and load",
     )
 
 
@@ -82,7 +82,7 @@ def _truncate(data: bytes, rng: random.Random) -> bytes:
 
 
 def _flip_header(data: bytes, rng: random.Random) -> bytes:
-    """Flip a bit of what describes the tensors; a note on the file's origin stands before that."""
+    """Flip a bit in the header where it describes the tensors, after the metadata at its beginning."""
     described = data.index(b"}", 0, _header_end(data)) + 1
     return _flip(data, rng.choice([*range(8), *range(described, _header_end(data))]), rng)
 
@@ -96,7 +96,7 @@ def _flip_weight(data: bytes, rng: random.Random) -> bytes:
 
 
 def _make_infinite(data: bytes, rng: random.Random) -> bytes:
-    """Set all exponent bits of one float32, which makes it NaN or infinite."""
+    """Set all exponent bits of one float32 value, which makes it NaN or infinite."""
     start = _header_end(data)
     at = start + 4 * rng.randrange((len(data) - start) // 4)
     high = int.from_bytes(data[at : at + 4], "little") | 0x7F80_0000
@@ -126,7 +126,7 @@ def _pickled_tokenizer(folder: Path, canary: bytes) -> None:
 
 
 def _remote_code(folder: Path, canary: bytes) -> None:
-    """Ask for code that lies beside the weights, under the model's own type."""
+    """Add code to the folder, and ask for it with `auto_map`. The model type stays the same."""
     code = f"import pickle\npickle.loads({canary!r})\n"
     (folder / "evil.py").write_text(code, encoding="utf-8")
     _edit_config(

@@ -1,4 +1,4 @@
-"""What the modules of figures share."""
+"""Helpers that the stress figures share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.text.tokenization import PairTokenizer
 
 MAX_DIFFERENCE: Final = 1e-5
-# No wait here takes a tenth of it, unless it hangs.
+# Ten times longer than any wait should take. A wait that exceeds this time hangs.
 PATIENCE_S: Final = 60.0
 
 
 class Outcome(NamedTuple):
-    """What a figure came to."""
+    """The result of a figure."""
 
     passed: bool
     measured: str
@@ -28,14 +28,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """What the figures share.
+    """The model and texts that the figures share.
 
     Attributes:
-        folder: For files; emptied at the end.
-        checkpoint: A small model with random weights.
-        scorer: It, loaded on the CPU in float32.
+        folder: Temporary folder.
+        checkpoint: Folder of a small model with random weights.
+        scorer: The same model, loaded on the CPU in float32.
         texts: Passages in English and Chinese.
-        scale: How much of the full number of repetitions to run.
+        scale: Factor for the number of repetitions.
     """
 
     folder: Path
@@ -45,11 +45,11 @@ class Bench:
     scale: float
 
     def count(self, full: int) -> int:
-        """Scale a number of repetitions."""
+        """Return a number of repetitions multiplied by the scale, at least 1."""
         return max(1, round(full * self.scale))
 
     def passages(self, count: int) -> list[str]:
-        """Return distinct passages."""
+        """Return `count` distinct passages."""
         return [f"{self.texts[n % len(self.texts)]} {n}" for n in range(count)]
 
     def phrases(self) -> list[str]:
@@ -60,12 +60,12 @@ class Bench:
         )
 
     def tokenizer(self) -> PairTokenizer:
-        """Return a tokenizer of the checkpoint's."""
+        """Return a new tokenizer for the checkpoint."""
         return PairTokenizer(self.checkpoint / "tokenizer.json", ScorerConfig())
 
 
 def overflowing_checkpoint(bench: Bench, word: str) -> tuple[Path, int]:
-    """Copy the checkpoint so that a word's embedding overflows; return the word's id as well."""
+    """Copy the checkpoint with a word embedding that overflows. Return the folder and the word's id."""
     folder = bench.folder / "overflowing"
     if not folder.exists():
         shutil.copytree(bench.checkpoint, folder)
@@ -78,10 +78,10 @@ def overflowing_checkpoint(bench: Bench, word: str) -> tuple[Path, int]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Load a checkpoint's tensors into memory, apart from its file."""
+    """Return copies of a checkpoint's tensors, so that the file is no longer mapped."""
     return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return by how much two lists of scores differ at most."""
+    """Return the largest absolute difference between two lists of scores."""
     return max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)

@@ -1,4 +1,4 @@
-"""Figures 8, 9 and 10: what goes in and what comes out."""
+"""Figures 8, 9 and 10: scores that are not finite, passages of every length, and malformed inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bge_rerank_integrations.text.pairs import PreparedPairs
 
 
 def scores_not_finite(bench: Bench) -> Outcome:
-    """One word's embedding overflows: who sends it gets an error, and nobody a score that is not finite."""
+    """Check that only requests with an overflowing word fail, and that no score is NaN or infinite."""
     folder, word_id = overflowing_checkpoint(bench, "panda")
     tokenizer = bench.tokenizer()
     phrases = bench.phrases()
@@ -51,14 +51,14 @@ def scores_not_finite(bench: Bench) -> Outcome:
     num_injected, num_missed = _injected_logits(bench)
     return Outcome(
         tally["wrong"] == 0 and num_missed == 0,
-        f"{10 * num_requests} outputs, {len(bad)} NaN: {tally['refused']} requests refused, "
-        f"{tally['finite']} finite, {tally['wrong']} wrong; {num_missed} of {num_injected} NaN and inf "
-        "logits missed",
+        f"{10 * num_requests} scores, {len(bad)} NaN: {tally['refused']} requests failed as expected, "
+        f"{tally['finite']} have finite scores, {tally['wrong']} wrong; {num_missed} of {num_injected} "
+        "injected NaN and infinite logits missed",
     )
 
 
 def _injected_logits(bench: Bench) -> tuple[int, int]:
-    """Put logits that are not finite into results; return how many, and how many were not noticed."""
+    """Put logits that are not finite into results. Return how many, and how many were not detected."""
     rng = random.Random(7)
     prepared = PreparedPairs(["query"] * 100, bench.phrases()[:100])
     list(prepared.encode(bench.tokenizer(), 100))
@@ -76,7 +76,7 @@ def _injected_logits(bench: Bench) -> tuple[int, int]:
 
 
 def every_length(bench: Bench) -> Outcome:
-    """Passages of each length through a model of 514 positions."""
+    """Check that passages of every length fit a model with 514 positions and that cuts are reported."""
     lengths = range(1, 601)
     rankings = bench.scorer.rank_many([("a", ["a " * length]) for length in lengths])
     num_wrong = sum(
@@ -92,7 +92,7 @@ def every_length(bench: Bench) -> Outcome:
 
 
 def malformed_inputs(bench: Bench) -> Outcome:
-    """Odd texts score, what is no text is refused by its index, and their neighbours never notice."""
+    """Check that odd texts get scores, that other types are refused by index, and other pairs score right."""
     rng = random.Random(8)
     num_inputs = bench.count(1000)
     good = [("panda", "a bear"), ("query", bench.texts[0])]
@@ -114,12 +114,12 @@ def malformed_inputs(bench: Bench) -> Outcome:
     return Outcome(
         tally["wrong"] == 0,
         f"{num_inputs} inputs: {tally['scored']} finite scores, {tally['refused']} refused by index, "
-        f"{tally['wrong']} otherwise",
+        f"{tally['wrong']} wrong",
     )
 
 
 def _odd_input(rng: random.Random, number: int) -> Any:
-    """Return a text that is hard to read, or something that is no text."""
+    """Return a text that is hard to tokenize, or a value that is not a string."""
     if number % 50 == 0:  # ten million characters
         unit = rng.choice(["x", "a ", " ", "熊", "\0", "\ud800", "x" * 5000 + " "])
         return unit * (10_000_000 // len(unit))

@@ -1,4 +1,4 @@
-"""Figures 12 and 18: memory."""
+"""Figures 12 and 18: memory use."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from bge_rerank_integrations import Scorer
 MAX_GROWTH: Final = 0.05
 MAX_ABOVE_MODEL_MB: Final = 300.0
 
-# A process of its own, since the peak of one that is started from a large one is at least that one's.
+# This code runs in a small process of its own. The peak memory of a process counts its parent's memory at the
+# time of the start, so a child of a large process would always have a large peak.
 RANK: Final = """
     import os, shutil, subprocess, sys, time
     model, source, output = sys.argv[1:]
     command = [sys.executable, "-m", "bge_rerank_integrations.cli", "rank", "--model", model]
     ranking = subprocess.Popen([*command, "--device", "cpu", "-o", output], stdin=subprocess.PIPE)
-    # The record is written once the model is loaded; then the command waits for its first line.
+    # The command writes this file after it has loaded the model, and then waits for its first line.
     while not os.path.exists(output + ".job.json") and ranking.poll() is None:
         time.sleep(0.05)
     with open(f"/proc/{ranking.pid}/statm") as statm:
@@ -40,7 +41,7 @@ RANK: Final = """
 
 
 def memory_growth(bench: Bench) -> Outcome:
-    """Requests of ever other lengths, no passage twice, must not make a process of their own grow."""
+    """Check that a process does not grow over many requests with different lengths and passages."""
     num_requests = bench.count(100_000)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         loaded, warm, grown = pool.submit(
@@ -49,15 +50,15 @@ def memory_growth(bench: Bench) -> Outcome:
     growth = grown / warm - 1
     return Outcome(
         growth <= MAX_GROWTH,
-        f"{num_requests} requests: {loaded / 2**20:.0f} MiB before the first, {warm / 2**20:.0f} after a "
-        f"fifth, {grown / 2**20:.0f} at the end: {100 * growth:+.1f} %",
+        f"{num_requests} requests: {loaded / 2**20:.0f} MiB before the first, {warm / 2**20:.0f} MiB after a "
+        f"fifth of them, {grown / 2**20:.0f} MiB at the end: {100 * growth:+.1f} %",
     )
 
 
 def memory_of_a_job(bench: Bench) -> Outcome:
-    """`bge-rerank rank` over a file of short pairs, no passage twice, must not hold much beside the model."""
+    """Check that `bge-rerank rank` on a file of short pairs needs little memory in addition to the model."""
     if not Path("/proc/self/statm").exists():
-        return Outcome(True, "this system tells of no other process what it holds")
+        return Outcome(True, "not measured: this system does not report the memory of another process")
     source, output = bench.folder / "job.jsonl", bench.folder / "ranked.jsonl"
     num_rows, phrases = bench.count(2000), bench.phrases()
     with source.open("w", encoding="utf-8") as file:
@@ -76,13 +77,13 @@ def memory_of_a_job(bench: Bench) -> Outcome:
     above_mb = (peak - loaded) / 1e6
     return Outcome(
         status == 0 and num_ranked == num_rows and above_mb <= MAX_ABOVE_MODEL_MB,
-        f"{num_ranked * 50} pairs: {loaded / 1e6:.0f} MB with the model, {peak / 1e6:.0f} at the peak: "
-        f"{above_mb:+.0f} MB",
+        f"{num_ranked * 50} pairs: {loaded / 1e6:.0f} MB with the model loaded, {peak / 1e6:.0f} MB at the "
+        f"peak: {above_mb:+.0f} MB",
     )
 
 
 def _memory_over_requests(checkpoint: Path, phrases: list[str], num_requests: int) -> tuple[int, int, int]:
-    """Return what this process holds before the first request, after a fifth of them and after the last."""
+    """Return this process's memory in bytes before the first request, after a fifth and after all of them."""
     with Scorer(checkpoint, device="cpu") as scorer, ThreadPoolExecutor(4) as pool:
 
         def call(n: int) -> None:
@@ -100,7 +101,7 @@ def _memory_over_requests(checkpoint: Path, phrases: list[str], num_requests: in
 
 
 def _bounded(pool: ThreadPoolExecutor, call: Callable[[int], None], n: int) -> None:
-    """Hand a call to a pool and, each hundredth time, wait for those before."""
+    """Submit a call to a pool. Wait for every hundredth call, so that the pool's queue stays short."""
     future = pool.submit(call, n)
     if n % 100 == 99:
         future.result(PATIENCE_S)
@@ -111,7 +112,7 @@ def _resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource  # the peak, where nothing better is to be had
+    import resource  # only the peak is available here
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Figure 13: texts and secrets stay out of sight."""
+"""Figure 13: texts and secrets do not appear in logs, errors or dumps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bge_rerank_integrations.errors import RerankError
 
 
 def canaries(bench: Bench) -> Outcome:
-    """Look for words of a query, a document and a token wherever texts do not belong."""
+    """Look for words of a query, a document and a hub token in places where they must not appear."""
     query, document, token = (f"{kind}canary{secrets.token_hex(8)}" for kind in ("q", "d", "t"))
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = token
@@ -38,12 +38,12 @@ def canaries(bench: Bench) -> Outcome:
     looked_at = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if kind != "logs")
     return Outcome(
         not found and len(logs) > 0 and kinds["exceptions"] > 10,
-        f"in {looked_at} and {len(logs)} log records: {dict(found) if found else 'none'}",
+        f"found in {looked_at} and {len(logs)} log records: {dict(found) if found else 'none'}",
     )
 
 
 def _everything_shown(bench: Bench, query: str, document: str) -> Iterator[tuple[str, str]]:
-    """Score the canaries in every way, and yield what an outsider gets to see, by kind."""
+    """Score the canaries in every way. Yield each visible text with its kind."""
     folder, _ = overflowing_checkpoint(bench, "panda")
     with ExitStack() as stack:
         scorer = stack.enter_context(Scorer(bench.checkpoint, device="cpu"))
@@ -110,7 +110,7 @@ def _error_of(call: Callable[[], object]) -> Exception:
         call()
     except Exception as error:
         return error
-    raise AssertionError("a call that must fail did not")
+    raise AssertionError("a call that must fail succeeded")
 
 
 @contextmanager

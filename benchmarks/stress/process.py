@@ -1,4 +1,4 @@
-"""Figures 16 and 17: the process ends or forks."""
+"""Figures 16 and 17: the process exits or forks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FORK: Final = """
 
 
 def interpreter_exit(bench: Bench) -> Outcome:
-    """A hundred requests are waiting when the main thread ends."""
+    """Check that the interpreter exits quickly while a hundred requests are queued."""
     ends = [_run_python(EXIT, bench.checkpoint) for _ in range(bench.count(5))]
     seconds = [ended_at - float(end.stdout or "nan") for end, ended_at in ends]
     statuses = {end.returncode for end, _ in ends}
@@ -59,7 +59,7 @@ def interpreter_exit(bench: Bench) -> Outcome:
 
 
 def fork_after_use(bench: Bench) -> Outcome:
-    """A child that was forked after its parent had scored gets a typed error, and the parent goes on."""
+    """Check that a forked child gets a typed error and that its parent can still score."""
     if not hasattr(os, "fork"):
         return Outcome(True, "this system has no fork")
     end, _ = _run_python(FORK, bench.checkpoint)
@@ -67,12 +67,12 @@ def fork_after_use(bench: Bench) -> Outcome:
     is_right = bool(re.fullmatch(r"[\d.]+", child)) and float(child) <= 1 and parent == "1"
     return Outcome(
         is_right and end.returncode == 0,
-        f"child: {child or 'nothing'} (seconds to the typed error), parent: {parent or 'no'} score",
+        f"child: typed error after {child or 'no'} s; parent: {parent or 'no'} score",
     )
 
 
 def _run_python(code: str, checkpoint: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run code in a fresh interpreter; return what it left and when it ended."""
+    """Run code in a new interpreter. Return the completed process and the time when it ended."""
     completed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(checkpoint)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Figures 2, 4, 5, 6 and 7: whoever waits in the queue is served, refused or released."""
+"""Figures 2, 4, 5, 6 and 7: every queued request ends with a result, an error or its cancellation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bge_rerank_integrations.text.tokenization import IntArray
 CPU: Final = torch.device("cpu")
 
 MAX_REFUSAL_S: Final = 0.01
-# Between taking a request into a batch and the first line of the forward pass lies a moment.
+# Time that may pass between adding a request to a batch and the start of the forward pass.
 START_GRACE_S: Final = 0.05
 
 POISON: Final = 7
@@ -36,7 +36,7 @@ POISON: Final = 7
 
 
 def cancelled_calls(bench: Bench) -> Outcome:
-    """Async calls, three in ten cancelled at random; what had not begun by then must never begin."""
+    """Cancel 30 % of async calls at random. Check that no cancelled call starts afterwards."""
     num_calls = bench.count(1000)
     begun_at: dict[float, float] = {}
 
@@ -71,13 +71,15 @@ def cancelled_calls(bench: Bench) -> Outcome:
     num_wrong += _count_wrong(outcomes, cancelled, [[scores[text] for _, text in each] for each in requests])
     return Outcome(
         num_wrong == 0 and num_computed == 0 and emptied_s <= 1,
-        f"queue: {num_calls} calls, {len(cancelled_at)} cancelled; scorer: {num_calls}, {len(cancelled)}; "
-        f"{num_wrong} wrong or hung, {num_computed} computed after it; queue empty after {emptied_s:.3f} s",
+        f"queue: {num_calls} calls, {len(cancelled_at)} cancelled; scorer: {num_calls} calls, "
+        f"{len(cancelled)} cancelled; "
+        f"{num_wrong} wrong or hung, {num_computed} scored after cancellation; queue empty after "
+        f"{emptied_s:.3f} s",
     )
 
 
 async def _cancel_some(tasks: Sequence[asyncio.Future[Any]]) -> tuple[list[Any], dict[int, float]]:
-    """Cancel three in ten of the tasks that are not done; return all ends, and when each took it in."""
+    """Cancel 30 % of the tasks before they are done. Return all outcomes, and the times of cancellation."""
     rng = random.Random(2)
     cancelled_at: dict[int, float] = {}
 
@@ -100,7 +102,7 @@ async def _cancel_some(tasks: Sequence[asyncio.Future[Any]]) -> tuple[list[Any],
 
 
 def _count_wrong(outcomes: Sequence[Any], cancelled: Iterable[int], expected: Sequence[list[float]]) -> int:
-    """Count the ends that are neither the cancellation asked for nor the scores."""
+    """Count outcomes that are wrong: not cancelled although requested, or without the expected scores."""
     return sum(
         outcome is not True
         if n in cancelled
@@ -120,7 +122,7 @@ def _seconds_until_empty(queue: MicroBatcher | Scorer) -> float:
 
 
 def queue_cap(bench: Bench) -> Outcome:
-    """What does not fit is refused at once, and the rest comes out right."""
+    """Check that requests beyond the queue's limit are refused at once and that the others are right."""
 
     def score(batch: list[IntArray]) -> list[float]:
         time.sleep(0.005)
@@ -147,15 +149,15 @@ def queue_cap(bench: Bench) -> Outcome:
     )
 
 
-# 5 to 7: whatever fails, fails alone, and nobody is left waiting.
+# 5 to 7: a failure affects only its own request, and no request waits without end.
 
 
 class PoisonError(Exception):
-    """What a poisoned pair does to a batch."""
+    """The error of a batch with a poisoned pair."""
 
 
 def poisoned_batches(bench: Bench) -> Outcome:
-    """Sixteen callers share a batch; one of them brings it down."""
+    """Check that only one of sixteen callers in a batch fails if its pair makes the batch fail."""
     sizes: list[int] = []
 
     def score(batch: list[IntArray]) -> list[float]:
@@ -164,7 +166,7 @@ def poisoned_batches(bench: Bench) -> Outcome:
             raise PoisonError
         return _firsts(batch)
 
-    # The budget is sixteen callers', and whoever comes waits until it is reached.
+    # A batch has room for exactly sixteen callers, and it starts only when it is full.
     batcher = MicroBatcher([Replica(score, lambda: 160)], max_wait_ms=10_000)
     num_rounds = bench.count(200)
     tally: Counter[str] = Counter()
@@ -183,19 +185,20 @@ def poisoned_batches(bench: Bench) -> Outcome:
     shared = sizes.count(16)
     return Outcome(
         shared == num_rounds and tally == Counter(right=15 * num_rounds, typed=num_rounds),
-        f"{shared} shared batches: {tally['right']} right, {tally['typed']} typed, {tally['wrong']} wrong",
+        f"{shared} shared batches: {tally['right']} right, {tally['typed']} typed errors, "
+        f"{tally['wrong']} wrong",
     )
 
 
 class FlakyForward:
-    """A sequence's score is its first id; large batches are out of memory, and poison brings any down."""
+    """Scores a sequence with its first id. Some large batches run out of memory; poisoned batches fail."""
 
     def __init__(self, num_out_of_memory: int) -> None:
         self.random = random.Random(3)
         self.num_left = num_out_of_memory
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """Score a packed batch, or raise."""
+        """Score a packed batch or raise an error."""
         if self.num_left and len(batch.ids) > 60 and self.random.random() < 0.5:
             self.num_left -= 1
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
@@ -205,7 +208,7 @@ class FlakyForward:
 
 
 def injected_errors(bench: Bench) -> Outcome:
-    """Requests through out-of-memory errors and others; then the budget must come back."""
+    """Check results during out-of-memory and other errors, and that the token budget recovers afterwards."""
     num_requests, num_bad = bench.count(2000), bench.count(100)
     forward = FlakyForward(num_out_of_memory=num_bad)
     runner = Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=512)
@@ -238,9 +241,9 @@ def injected_errors(bench: Bench) -> Outcome:
         tally == Counter(right=num_requests - num_bad, typed=num_bad)
         and num_injected == num_bad
         and runner.max_batch_tokens == 512,
-        f"{num_requests} requests, {num_injected} out of memory, {num_bad} poisoned: {tally['right']} right, "
-        f"{tally['typed']} typed, {tally['wrong']} wrong; budget 512, at worst {min(budgets)}, at last "
-        f"{runner.max_batch_tokens}, {num_more} requests after the errors",
+        f"{num_requests} requests, {num_injected} out-of-memory errors, {num_bad} poisoned: {tally['right']} "
+        f"right, {tally['typed']} typed errors, {tally['wrong']} wrong; budget 512 tokens, at least "
+        f"{min(budgets)}, {runner.max_batch_tokens} again after {num_more} more requests",
     )
 
 
@@ -252,7 +255,7 @@ def _kind_of_end(future: Future[list[float]], request: Sequence[IntArray]) -> st
 
 
 class Worker:
-    """A score callable that takes its time, knows its thread, and can be told to end it."""
+    """A slow score function whose worker thread can be stopped from inside or outside."""
 
     def __init__(self) -> None:
         self.thread_id = 0
@@ -269,18 +272,18 @@ class Worker:
         return _firsts(batch)
 
     def exit(self) -> None:
-        """Let the next batch end the thread."""
+        """End the thread in the next batch."""
         self.is_dying = True
 
     def kill(self) -> None:
-        """Raise in the thread, wherever it is."""
+        """Raise `SystemExit` in the thread, at any line."""
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(self.thread_id), ctypes.py_object(SystemExit)
         )
 
 
 def killed_workers(bench: Bench) -> Outcome:
-    """The worker's thread ends, from inside or outside, while fifty wait for it."""
+    """Check that fifty waiting requests end soon after the worker's thread ends."""
     worker = Worker()
     batcher = MicroBatcher([Replica(worker, lambda: 3)])
     rng = random.Random(5)
@@ -303,7 +306,7 @@ def killed_workers(bench: Bench) -> Outcome:
     return Outcome(
         max(waits) <= 1 and not any(tally[bad] for bad in ("hung", "wrong", "not restarted")),
         f"{num_kills} exits and {num_kills} kills: longest wait {max(waits):.3f} s; {tally['right']} served, "
-        f"{tally['typed']} typed, {tally['wrong']} wrong, {tally['hung']} hung, "
+        f"{tally['typed']} typed errors, {tally['wrong']} wrong, {tally['hung']} hung, "
         f"{tally['not restarted']} not restarted",
     )
 

@@ -1,1 +1,1 @@
-"""The command line, `bge-rerank`."""
+"""The `bge-rerank` command line."""

@@ -1,4 +1,4 @@
-"""`python -m bge_rerank_integrations.cli`, where scripts are not on the path."""
+"""`python -m bge_rerank_integrations.cli` runs the command line without the `bge-rerank` script."""
 
 from bge_rerank_integrations.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The `bge-rerank` command: its subcommands, and how errors end it."""
+"""The `bge-rerank` command: its subcommands, error messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from bge_rerank_integrations.cli.demo import demo
 from bge_rerank_integrations.cli.evaluate import evaluate_command
 from bge_rerank_integrations.cli.info import check, info
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
-from bge_rerank_integrations.cli.options import EXIT_BAD_DATA
+from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, name_options
 from bge_rerank_integrations.cli.rank import rank, rerank_run_command
 from bge_rerank_integrations.cli.serve import serve
 from bge_rerank_integrations.errors import ConfigError, InputError, RerankError
 
 
 class _Failure(click.ClickException):
-    """Ends the command with a message that fits the terminal."""
+    """Ends the command with a message wrapped to the terminal's width."""
 
     def show(self, file: Any = None) -> None:
         click.echo(wrap(f"Error: {self.message}"), file=file, err=file is None)
 
 
 class _BadData(_Failure):
-    """Ends the command because its input holds no usable data."""
+    """Ends the command because its input contains no usable data."""
 
     exit_code = EXIT_BAD_DATA
 
 
 class _WrongUsage(click.UsageError):
-    """Wrong usage, with a message that fits the terminal."""
+    """Reports wrong usage, with a message wrapped to the terminal's width."""
 
     def format_message(self) -> str:
         return wrap(f"Error: {self.message}").removeprefix("Error: ")
@@ -51,11 +51,11 @@ class _Commands(click.Group):
         except MalformedInputError as error:
             raise _BadData(str(error)) from error
         except (ConfigError, InputError) as error:
-            raise _WrongUsage(str(error)) from error
+            raise _WrongUsage(name_options(str(error))) from error
         except RerankError as error:
-            raise _Failure(str(error)) from error
+            raise _Failure(name_options(str(error))) from error
         except BrokenPipeError:
-            raise  # click ends quietly: the reader of stdout has gone
+            raise  # the reader of stdout has closed the pipe, and click exits without a message
         except OSError as error:
             raise _Failure(f"{error.filename or 'output'}: {error.strerror}") from error
 
@@ -63,17 +63,21 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="bge-rerank-integrations")
 def main() -> None:
-    """Rerank passages with BGE rerankers, on your own hardware.
+    """Rerank passages with BGE rerankers on your own hardware.
 
     \b
-    bge-rerank demo                                   see it work, needs nothing
+    bge-rerank demo                                   try it without any data
     bge-rerank rank requests.jsonl -o ranked.jsonl    rank many requests
     bge-rerank eval scifact/                          measure ranking quality
-    bge-rerank info                                   what this machine would use
+    bge-rerank info                                   show device and settings
 
-    Exit status: 0 done; 1 failed, the reason is on stderr; 2 wrong usage; 3 bad
-    data: an input of `rank` without a single request, a malformed line under
-    `rank --strict`, or scores that `check` finds wrong.
+    \b
+    Exit status:
+      0  The command succeeded.
+      1  The command failed. The reason is on stderr.
+      2  The command was used wrongly.
+      3  The data is bad: the input of `rank` contains no request, `rank
+         --strict` found a malformed line, or `check` found wrong scores.
     """
 
 

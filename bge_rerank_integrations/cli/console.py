@@ -1,4 +1,4 @@
-"""The terminal: printing never raises, and lines fit its width."""
+"""Printing to a terminal: it never raises, and lines fit the width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final
 import click
 
 WIDTH: Final = 80
-"""Columns that output may take; the narrowest terminal in common use."""
+"""Most columns of an output line. 80 is the narrowest terminal in common use."""
 
 _COMMAND: Final = re.compile("""`[^`]*`|pip install "[^"]*\"""")
 _KEPT_SPACE: Final = "\0"
@@ -22,13 +22,14 @@ _LAST_STANDARD_STREAM: Final = 2
 
 
 def prepare_streams() -> None:
-    """Make sure that printing never raises, whatever the console's encoding and whatever is closed.
+    """Make sure that printing never raises, even in a limited encoding or with a closed stream.
 
-    A character that the encoding lacks is printed as its escape, such as `\\u4ec0`. A closed stderr
-    swallows messages. A closed stdout stays None, which `require_stdout` reports.
+    A character that the encoding lacks is printed as its escape, such as `\\u4ec0`. If stderr is closed,
+    messages are discarded. If stdout is closed, `sys.stdout` stays None, and `require_stdout` reports it.
     """
-    # A file takes the lowest free number. Those of closed standard streams are taken first, since libraries
-    # write to 1 and 2 without asking, and that must not go into a file of ours.
+    # A new file gets the lowest free descriptor. If a standard stream is closed, that could be 1 or 2, and
+    # libraries write to 1 and 2 directly. This opens the null device on every closed standard descriptor, so
+    # that such output cannot end up in a results file.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD_STREAM:
         pass
     os.close(descriptor)
@@ -40,7 +41,7 @@ def prepare_streams() -> None:
 
 
 def require_stdout() -> None:
-    """Raise `ClickException` if stdout is closed, before work is done whose results would be lost."""
+    """Raise `ClickException` if stdout is closed, before the command computes results it cannot print."""
     if sys.stdout is None:
         raise click.ClickException("standard output is closed, so the results could not be printed")
 
@@ -48,7 +49,7 @@ def require_stdout() -> None:
 def wrap(text: str, *, indent: int = 0) -> str:
     """Break a text into lines of at most `WIDTH` columns.
 
-    What stands in backticks, and a `pip install`, stay on one line, so that they can be copied.
+    A command in backticks or a `pip install` command stays on one line, so that users can copy it.
 
     Args:
         text: One paragraph.
@@ -62,7 +63,7 @@ def wrap(text: str, *, indent: int = 0) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Return a text as one line of at most `width` columns, `...` at its end where something is missing.
+    """Return a text as one line of at most `width` columns, with `...` at the end if it was shortened.
 
     East Asian characters take two columns. A character that moves the cursor or cannot be printed
     becomes `?`.

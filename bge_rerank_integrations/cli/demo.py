@@ -1,4 +1,4 @@
-"""`bge-rerank demo`: the standard library's documentation, searched with BM25 and reranked."""
+"""`bge-rerank demo`: searches the standard library's documentation with BM25 and reranks the results."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ _RULE = "-" * WIDTH
 
 @click.command()
 @click.argument("questions", nargs=-1, metavar="[QUESTION]...")
-@click.option("--top-n", type=click.IntRange(min=1), default=3, show_default=True, help="Passages to show.")
+@click.option(
+    "--top-n", type=click.IntRange(min=1), default=3, show_default=True, help="Passages to show per question."
+)
 @click.option(
     "--depth",
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="Passages of each question to rerank.",
+    help="Passages to rerank per question.",
 )
 @config_options(default_model=EMBEDDED_MODEL)
 def demo(config: ScorerConfig, questions: tuple[str, ...], top_n: int, depth: int) -> None:
-    """See reranking work, through LangChain and LlamaIndex.
+    """Show how reranking changes search results.
 
-    The passages are the documentation of the installed Python's standard library.
-    BM25 searches them first, and the model reranks what it finds. Without a QUESTION
-    of yours, ten that come with the demo are asked.
+    The demo searches the documentation of the installed Python's standard library
+    with BM25, then reranks the passages found, once through LangChain and once
+    through LlamaIndex. If you give no QUESTION, it asks ten questions of its own.
 
     \b
     bge-rerank demo
@@ -78,10 +80,12 @@ def demo(config: ScorerConfig, questions: tuple[str, ...], top_n: int, depth: in
             num_pairs += len(documents)
             nodes_after = llama_index.postprocess_nodes(nodes, query_str=question)
             if [document.id for document in after] != [node.node.node_id for node in nodes_after]:
-                raise RerankError("the two frameworks gave different orders, which must never be")
+                raise RerankError(
+                    "LangChain and LlamaIndex returned different orders; please report this bug"
+                )
             click.echo(f"\n{_RULE}\n{cut(question, WIDTH)}\n")
             if not found:
-                click.echo("No passage shares a word with it.")
+                click.echo("No passage shares a word with this question.")
                 continue
             click.echo(
                 f"    {'BM25, before':{_NAME_WIDTH}}  {'reranked, after':{_NAME_WIDTH}}{'was':>5}{'score':>8}"
@@ -96,14 +100,14 @@ def demo(config: ScorerConfig, questions: tuple[str, ...], top_n: int, depth: in
             best = after[0].page_content.partition(": ")[2]
             click.echo(f"\n    {cut(best, WIDTH - 4)}")
     click.echo(f"\n{_RULE}")
-    click.echo("LangChain and LlamaIndex gave the same order each time.")
+    click.echo("LangChain and LlamaIndex returned the same order for every question.")
     click.echo(f"{num_pairs} pairs in {seconds:.1f} s: {num_pairs / max(seconds, 1e-9):.0f} pairs/s.")
     if cut_off := describe_truncation(num_truncated, num_truncated_queries, config):
         click.echo(wrap(cut_off))
     if config.model == EMBEDDED_MODEL:
         click.echo(
             wrap(
-                "This is the small model that comes with the package: English only, and no BGE model. With a "
-                "hub or a local copy: `bge-rerank demo --model BAAI/bge-reranker-base`"
+                "The demo ran the small English model that comes with the package. It is not a BGE model. To "
+                "run one from the hub: `bge-rerank demo --model BAAI/bge-reranker-base`"
             )
         )

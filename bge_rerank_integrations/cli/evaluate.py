@@ -1,4 +1,4 @@
-"""`bge-rerank eval`: ranking quality on a BEIR folder, before and after."""
+"""`bge-rerank eval`: ranking quality on a BEIR folder, before and after reranking."""
 
 from __future__ import annotations
 
@@ -37,25 +37,24 @@ _MAX_NAME_COLUMNS = 20
     "--run",
     type=EXISTING_FILE,
     metavar="RUN",
-    help="First stage: a TREC run.  [default: BM25 over the folder's corpus]",
+    help="TREC run of the first stage.  [default: BM25 over the folder's corpus]",
 )
 @click.option(
     "--compare",
     type=EXISTING_FILE,
     metavar="RUN",
-    help="Another reranker's run over the same passages, to compare the model with: a TREC run, such as "
-    "`rerank-run` writes.",
+    help="TREC run of another reranker to compare with, such as `rerank-run` writes.",
 )
-@click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv to judge by.")
-@click.option("--strict", is_flag=True, help="Refuse a passage that is judged twice for its query.")
+@click.option("--split", default="test", show_default=True, help="Use the judgements in qrels/SPLIT.tsv.")
+@click.option("--strict", is_flag=True, help="Fail if a passage is judged twice for a query.")
 @click.option(
     "--depth",
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="Passages of each query to rerank.",
+    help="Passages to rerank per query.",
 )
-@output_option("--plot", text="Draw the change of each query, and quality by depth.")
+@output_option("--plot", text="Plot the change of each query and the quality by depth.")
 @json_option
 @quiet_option
 @config_options()
@@ -71,18 +70,18 @@ def evaluate_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure ranking quality, before and after.
+    """Measure ranking quality before and after reranking.
 
-    FOLDER is a BEIR folder: corpus.jsonl, queries.jsonl and qrels/test.tsv. Prints
-    nDCG@10, MRR@10, MAP and recall of the first stage and after reranking, with the
-    95 % interval of a paired bootstrap over the queries, and the queries that gained
-    and lost most.
+    FOLDER is a BEIR folder with corpus.jsonl, queries.jsonl and qrels/test.tsv. The
+    command prints nDCG@10, MRR@10, MAP and recall before and after reranking, the
+    change with its 95 % confidence interval (paired bootstrap over the queries), and
+    the queries that gained and lost most.
 
-    --compare adds another reranker's run: its measures, the share of them that the
-    model reaches, and the interval of the difference. The run must rank all passages
-    that are reranked here; what it ranks beyond them does not count.
+    --compare also prints the measures of another reranker's run, the model's value
+    as a share of each, and the difference with its 95 % confidence interval. The run
+    must contain all passages that are reranked here. Its other passages are ignored.
 
-    If a passage is judged more than once for its query, the highest grade counts.
+    If a passage is judged more than once for a query, the highest grade counts.
 
     \b
     bge-rerank eval scifact/ --model embedded
@@ -94,11 +93,11 @@ def evaluate_command(
         check_plot(plot)
     dataset = read_beir(folder, split, strict=strict)
     if dataset.num_repeated:
-        click.echo(
-            f"{dataset.num_repeated} judgement(s) repeated, {dataset.num_conflicting} with another grade; "
-            "the highest counts.",
-            err=True,
+        repeated = (
+            f"{dataset.num_repeated} judgement(s) repeat an earlier one, {dataset.num_conflicting} with a "
+            "different grade. The highest grade counts."
         )
+        click.echo(wrap(repeated), err=True)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
@@ -106,7 +105,7 @@ def evaluate_command(
     try:
         if plot is not None:
             plot_report(report, plot, title=cut(f"{folder.resolve().name}, {config.model}", WIDTH))
-    finally:  # the numbers are shown even if the plot cannot be written
+    finally:  # print the numbers even if the plot could not be written
         if as_json:
             click.echo(json.dumps(_record(report, config, folder)))
         else:
@@ -116,7 +115,7 @@ def evaluate_command(
 
 
 def _record(report: Report, config: ScorerConfig, folder: Path) -> dict[str, object]:
-    """Return the report for programs."""
+    """Return the report as a JSON object."""
     from bge_rerank_integrations.engine.describe import describe_precision
 
     precision = describe_precision(config)
@@ -135,13 +134,13 @@ def _record(report: Report, config: ScorerConfig, folder: Path) -> dict[str, obj
 
 
 def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfig) -> Iterator[str]:
-    """Give the lines of the report for people."""
+    """Yield the lines of the printed report."""
     yield wrap(
         f"First stage: {stage}; {len(report.changes)} queries, {report.num_pairs} pairs; {config.model}"
     )
     yield ""
     if report.num_unanswered:
-        yield f"{report.num_unanswered} queries have no passage to rerank and count as 0."
+        yield f"{report.num_unanswered} queries have no passage to rerank. They count as 0."
         yield ""
     other = report.compared
     name = "" if other is None else cut(other.name, _MAX_NAME_COLUMNS)
@@ -153,7 +152,7 @@ def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfi
         yield f"{measure:10}{before:9.4f}{between}{after:9.4f}{_format(interval)}"
     if other is not None:
         yield ""
-        yield f"After, against {cut(other.name, WIDTH - 20)}:"
+        yield f"After reranking, compared with {cut(other.name, WIDTH - 40)}:"
         yield f"{'':10}{'share':>9}{'difference':>12}   95 % interval"
         for measure, interval in other.intervals.items():
             share = other.shares[measure]
@@ -163,9 +162,9 @@ def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfi
     worse = sum(change.after < change.before for change in report.changes)
     same = len(report.changes) - better - worse
     yield ""
-    yield f"nDCG@10 of single queries: {better} better, {worse} worse, {same} the same"
-    yield from _changes("Helped most", report.helped(_NUM_SHOWN), dataset)
-    yield from _changes("Hurt most", report.hurt(_NUM_SHOWN), dataset)
+    yield f"nDCG@10 per query: {better} better, {worse} worse, {same} unchanged"
+    yield from _changes("Largest gains in nDCG@10", report.helped(_NUM_SHOWN), dataset)
+    yield from _changes("Largest losses in nDCG@10", report.hurt(_NUM_SHOWN), dataset)
     yield ""
     if cut_off := describe_truncation(report.num_truncated, report.num_truncated_queries, config):
         yield wrap(cut_off)

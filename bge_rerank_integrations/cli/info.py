@@ -1,4 +1,4 @@
-"""`bge-rerank info` and `bge-rerank check`: what would run here, and whether it runs right."""
+"""`bge-rerank info` shows what would run on this machine; `bge-rerank check` verifies a model's scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import WIDTH, cut, require_stdout, wrap
-from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, config_options, json_option
+from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, config_options, json_option, name_options
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.errors import CheckpointError, ConfigError, HubUnreachableError
 from bge_rerank_integrations.evaluation.reference_scores import check_scores, require_reference
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from bge_rerank_integrations.engine.describe import CheckpointReport, MachineReport
 
 _LABEL_WIDTH: Final = 24
-_NO_HUB: Final = f"Where no hub can be reached, name a folder or use `--model {EMBEDDED_MODEL}`"
-_NOT_HERE: Final = f"not on this machine; the first use asks the hub for it. {_NO_HUB}"
+_NO_HUB: Final = f"If no model hub can be reached, use a local folder or `--model {EMBEDDED_MODEL}`"
+_NOT_HERE: Final = f"not on this machine; the first use downloads it from the hub. {_NO_HUB}"
 _LIBRARIES: Final = (
     "torch",
     "transformers",
@@ -38,11 +38,11 @@ _LIBRARIES: Final = (
 @config_options()
 @click.pass_context
 def info(context: click.Context, config: ScorerConfig, as_json: bool) -> None:
-    """Show what this machine would use, and why.
+    """Show the device and settings that would be used, and why.
 
-    Describes the machine and the model, and does not load the model. The exit status
-    is 1 if the model cannot be used. A model that would first be downloaded is not
-    looked up.
+    The command describes the machine and the model. It neither loads nor downloads
+    the model, and it does not ask the hub. The exit status is 1 if the model cannot
+    be used.
 
     \b
     bge-rerank info
@@ -56,11 +56,11 @@ def info(context: click.Context, config: ScorerConfig, as_json: bool) -> None:
     checkpoint, problem, usable = None, None, True
     try:
         checkpoint = describe_checkpoint(config)
-    except HubUnreachableError:  # nothing is downloaded here, so the hub was not asked
+    except HubUnreachableError:  # `info` does not ask the hub: the model is not in the cache
         usable = not config.local_files_only
         problem = _NOT_HERE if usable else f"not usable: not on this machine. {_NO_HUB}"
     except (CheckpointError, ConfigError) as error:
-        problem, usable = f"not usable: {error}", False
+        problem, usable = f"not usable: {name_options(str(error))}", False
     if as_json:
         model = {"error": problem} if checkpoint is None else dataclasses.asdict(checkpoint)
         record = {
@@ -89,8 +89,8 @@ def _machine_rows(machine: MachineReport) -> dict[str, str]:
         "dtype": f"{machine.dtype} ({machine.dtype_reason}); fast bfloat16: {fast}",
         "attention": f"{machine.attention} ({machine.attention_reason})",
         "linear layers": f"{machine.linear} ({machine.linear_reason})",
-        "between them": machine.between_products,
-        "CUDA graphs": f"up to {limit} tokens, once warmed up" if limit else "none",
+        "other layers": machine.between_products,
+        "CUDA graphs": f"for batches of up to {limit} tokens, after the warm-up" if limit else "none",
         "batches": f"up to {machine.max_batch_tokens} tokens",
         "CPU threads": f"{machine.threads} of {machine.cores} cores ({machine.threads_reason})",
         "Python": machine.python,
@@ -101,23 +101,29 @@ def _checkpoint_rows(checkpoint: CheckpointReport) -> dict[str, str]:
     return {
         "  folder": checkpoint.folder,
         "  size": f"{checkpoint.num_bytes / 1e6:.1f} MB, {checkpoint.num_parameters / 1e6:.1f}M weights",
-        "  shape": f"{checkpoint.num_layers} layers of {checkpoint.hidden_size}, "
-        f"{checkpoint.vocab_size} pieces",
-        "  limit": f"{checkpoint.max_length} tokens a pair",
+        "  shape": f"{checkpoint.num_layers} layers, hidden size {checkpoint.hidden_size}, "
+        f"vocabulary of {checkpoint.vocab_size} tokens",
+        "  limit": f"{checkpoint.max_length} tokens per pair",
     }
 
 
 @click.command()
-@click.option("--as", "name", help="Whose scores to expect of a local copy.  [default: --model]")
+@click.option(
+    "--as",
+    "name",
+    metavar="MODEL",
+    help="For a local copy: the model whose known scores to expect.  [default: --model]",
+)
 @json_option
 @config_options()
 @click.pass_context
 def check(context: click.Context, config: ScorerConfig, name: str | None, as_json: bool) -> None:
-    """Compare a model's scores with known ones.
+    """Compare a model's scores with known scores.
 
-    Tells whether a model computes on this machine what it should: what its authors
-    or users published or, for the embedded model, what this package recorded. Exit
-    status 3 if they differ by more than rounding in the model's precision explains.
+    The command verifies that a model computes the right scores on this machine. It
+    compares them with scores that the model's authors or users published. For the
+    embedded model, it compares them with scores that this package recorded. The exit
+    status is 3 if the scores differ by more than the precision's rounding errors.
 
     \b
     bge-rerank check --model embedded
@@ -127,7 +133,7 @@ def check(context: click.Context, config: ScorerConfig, name: str | None, as_jso
     from bge_rerank_integrations.engine.describe import describe_precision
 
     require_stdout()
-    reference = require_reference(name or config.model)  # before a model is downloaded for nothing
+    reference = require_reference(name or config.model)  # may fail, so it comes before any download
     precision = describe_precision(config)
     with Scorer.from_config(config) as scorer:
         checks = check_scores(scorer, reference, precision.dtype)
@@ -144,17 +150,17 @@ def check(context: click.Context, config: ScorerConfig, name: str | None, as_jso
         }
         click.echo(json.dumps(record))
     else:
-        click.echo(wrap(f"Expected: {reference.source}."))
+        click.echo(wrap(f"Source of the expected scores: {reference.source}."))
         click.echo(f"\n{'expected':>10}{'here':>10}")
         for result in checks:
-            verdict = "" if result.agrees else "   <- off"
+            verdict = "" if result.agrees else "   <- differs"
             line = f"{result.expected:10.4f}{result.score:10.4f}   "
             click.echo(
                 line + cut(f"{result.query} | {result.passage}", WIDTH - len(line) - len(verdict)) + verdict
             )
         tolerance = max(result.tolerance for result in checks)
-        verdict = "They agree" if agrees else "They DISAGREE"
-        click.echo(f"\n{verdict}, give or take {tolerance:.4g}: {precision.dtype} on {precision.device}.")
+        verdict = "The scores agree" if agrees else "The scores DISAGREE"
+        click.echo(f"\n{verdict} (tolerance {tolerance:.4g}, {precision.dtype} on {precision.device}).")
     if not agrees:
         context.exit(EXIT_BAD_DATA)
 

@@ -1,4 +1,4 @@
-"""Options that several commands share. Those of a model are derived from `ScorerConfig`."""
+"""Options that several commands share. The model's options are derived from `ScorerConfig`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ EXISTING_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
 
 EXIT_BAD_DATA: Final = 3
-"""Exit status of unusable input data, and of `check` where the scores disagree."""
+"""Exit status for unusable input data, and for `check` if the scores disagree."""
 
 # Every setting of `ScorerConfig` is an option of the command line, except these.
 _NOT_OPTIONS: Final = frozenset(
     {
-        "normalize",  # `rank` declares its own; the other commands work on raw logits
-        "max_wait_ms",  # for callers in many threads, and a command is one caller
-        "max_queued_tokens",  # likewise
+        "normalize",  # `rank` declares this option itself; the other commands use raw logits
+        "max_wait_ms",  # only useful with concurrent callers, and a command is a single caller
+        "max_queued_tokens",  # only useful with concurrent callers
     }
 )
 
+
+# A setting as Python names it, with its value if there is one. A name that is part of a path does not match.
+_SETTING: Final = re.compile(
+    r"""(?<![\w/.-])(?P<name>[a-z0-9_]+)(?:=(?P<value>True|"[^"]*"|'[^']*'))?(?![\w/])"""
+)
 
 _SCALARS: Final[dict[type, click.ParamType[Any]]] = {
     bool: click.BOOL,
@@ -44,11 +49,11 @@ _SCALARS: Final[dict[type, click.ParamType[Any]]] = {
 
 
 def output_option(*names: str, text: str) -> _Decorator:
-    """Add an option that names a file to be written.
+    """Add an option that names an output file.
 
     Args:
-        names: The option's names as they are typed.
-        text: Its help.
+        names: The option's names as users type them.
+        text: The option's help text.
     """
     kind = click.Path(dir_okay=False, writable=True, path_type=Path)
     return click.option(*names, type=kind, callback=_in_a_folder, help=text)
@@ -57,11 +62,11 @@ def output_option(*names: str, text: str) -> _Decorator:
 def config_options(default_model: str = DEFAULT_MODEL) -> _Decorator:
     """Add an option for each setting of a scorer; the command receives all of them as `config`.
 
-    Name, type, choices, default and help come from `ScorerConfig`: the fields and their entries in its
-    docstring. A new setting needs nothing here.
+    The name, type, choices, default and help text of each option come from the fields of `ScorerConfig`
+    and their entries in its docstring. A new setting becomes an option without any change here.
 
     Args:
-        default_model: What `--model` is if it is not given.
+        default_model: Default value of `--model`.
     """
     names = [field.name for field in dataclasses.fields(ScorerConfig) if field.name not in _NOT_OPTIONS]
     standard = ScorerConfig(model=default_model)
@@ -85,27 +90,50 @@ def config_options(default_model: str = DEFAULT_MODEL) -> _Decorator:
 
 def json_option(command: _Command) -> _Command:
     """Add `--json`, which the command receives as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command)
 
 
 def quiet_option(command: _Command) -> _Command:
     """Add `--quiet`."""
-    return click.option("--quiet", is_flag=True, help="Show no progress bar.")(command)
+    return click.option("--quiet", is_flag=True, help="Do not show a progress bar.")(command)
 
 
 def shows_progress(quiet: bool) -> bool:
-    """Return whether to show a progress bar: on a terminal, unless the user wants none."""
+    """Return whether to show a progress bar: only on a terminal, and not with `--quiet`."""
     return not quiet and sys.stderr.isatty()
 
 
 def option_name(setting: str) -> str:
-    """Return how a setting of `ScorerConfig` is typed on the command line.
+    """Return the command-line option for a setting of `ScorerConfig`.
 
     Example:
         >>> option_name("max_length")
         '--max-length'
     """
     return "--" + setting.replace("_", "-")
+
+
+def name_options(message: str) -> str:
+    """Return an error message with the settings of `ScorerConfig` named as options of the command line.
+
+    A setting whose name is also an English word, such as `model`, changes only if it has a value.
+
+    Args:
+        message: A message that names settings as Python does.
+
+    Example:
+        >>> name_options("use long_passages='windows', or a smaller max_length")
+        'use --long-passages windows, or a smaller --max-length'
+    """
+    settings = {field.name for field in dataclasses.fields(ScorerConfig)} - _NOT_OPTIONS
+
+    def replace(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        if name not in settings or (value is None and "_" not in name):
+            return match[0]
+        return _as_typed(name, None if value in (None, "True") else value[1:-1])
+
+    return _SETTING.sub(replace, message)
 
 
 def _setting_option(name: str, hint: Any, default: Any, text: str | None) -> _Decorator:
@@ -122,12 +150,12 @@ def _setting_option(name: str, hint: Any, default: Any, text: str | None) -> _De
 
 
 def _parameter_type(hint: Any) -> click.ParamType[Any] | None:
-    """Return what parses the values of an annotation, such as `int | None` or `Literal["a", "b"]`.
+    """Return the click type for an annotation, such as `int | None` or `Literal["a", "b"]`.
 
-    None stands for several strings, as in `tuple[str, ...]`.
+    None means several strings separated by commas, as in `tuple[str, ...]`.
     """
     if get_origin(hint) is Setting:
-        _, hint = get_args(hint)  # the type that the config keeps
+        _, hint = get_args(hint)  # the type that the config stores
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
     if choices:
@@ -137,12 +165,12 @@ def _parameter_type(hint: Any) -> click.ParamType[Any] | None:
 
 
 def _setting_texts() -> Iterator[tuple[str, str]]:
-    """Give each setting its help: the first sentence of its entry in the docstring of `ScorerConfig`."""
+    """Yield each setting's name and help: the first sentence of its entry in `ScorerConfig`'s docstring."""
     section = (inspect.getdoc(ScorerConfig) or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
     settings = {field.name for field in dataclasses.fields(ScorerConfig)}
     for name, entry in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
         sentence = re.split(r"(?<!e\.g|i\.e)\. ", " ".join(entry.split()))[0].removesuffix(".") + "."
-        # What None means is what happens without the option.
+        # The docstring says what None means. On the command line, None is an option that is not given.
         sentence = re.sub(r"[;:] None is (.*)\.$", r".  [default: \1]", sentence)
         yield (
             name,
@@ -163,7 +191,7 @@ def _split(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 
 
 def _in_a_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse an output file whose folder does not exist, before any work is done."""
+    """Reject an output file whose folder does not exist, before the command does any work."""
     if path is not None and not path.absolute().parent.is_dir():
         raise click.BadParameter(f"folder {str(path.parent)!r} does not exist", param=parameter)
     return path

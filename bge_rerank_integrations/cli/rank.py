@@ -1,4 +1,4 @@
-"""`bge-rerank rank` and `bge-rerank rerank-run`: files in, files out."""
+"""`bge-rerank rank` ranks the requests in a file; `bge-rerank rerank-run` reranks a TREC run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import require_stdout, wrap
-from bge_rerank_integrations.cli.jobs.ranking_job import Progress, RankJob, rank_lines
+from bge_rerank_integrations.cli.jobs.ranking_job import Progress, rank_lines
 from bge_rerank_integrations.cli.jobs.requests import MalformedLineError, check_format
+from bge_rerank_integrations.cli.jobs.resume import RankJob
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -30,22 +31,21 @@ from bge_rerank_integrations.evaluation.runs import rerank_run
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
 from bge_rerank_integrations.scorer import Scorer
 
-# A job may be continued although these differ: where the model is kept, how many copies of it run, and how
-# requests wait.
+# A job can be resumed with other values of these settings, because they do not change the scores.
 _NOT_DECISIVE = ("cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens")
-# Malformed lines that are named one by one; the others are counted.
+# Most malformed lines that are reported one by one. Further malformed lines are only counted.
 _MAX_NAMED_LINES = 20
 
 
 @click.command()
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
-@output_option("-o", "--output", text="File to write.  [default: stdout]")
-@click.option("--top-n", type=click.IntRange(min=0), help="Most passages to return for a request.")
-@click.option("--threshold", type=float, help="Lowest score to return.")
-@click.option("--normalize", is_flag=True, help="Scores from 0 to 1 instead of raw logits.")
-@click.option("--return-texts", is_flag=True, help="Return each passage's text beside its score.")
-@click.option("--strict", is_flag=True, help="Stop at the first malformed line, with exit status 3.")
-@click.option("--overwrite", is_flag=True, help="Start from the beginning, whatever OUTPUT holds.")
+@output_option("-o", "--output", text="Output file.  [default: stdout]")
+@click.option("--top-n", type=click.IntRange(min=0), help="Most passages to return per request.")
+@click.option("--threshold", type=float, help="Return only passages with at least this score.")
+@click.option("--normalize", is_flag=True, help="Return scores from 0 to 1 instead of raw logits.")
+@click.option("--return-texts", is_flag=True, help="Return each passage's text with its score.")
+@click.option("--strict", is_flag=True, help="Stop at the first malformed line with exit status 3.")
+@click.option("--overwrite", is_flag=True, help="Start from the first line and replace OUTPUT.")
 @quiet_option
 @config_options()
 def rank(
@@ -60,29 +60,32 @@ def rank(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Rank a file of requests.
+    """Rank the passages of each request in a file.
 
-    SOURCE is JSONL, in UTF-8; `-`, the default, is stdin. Each line is a request:
+    SOURCE is a JSONL file in UTF-8, or `-` for stdin (the default). Each line is a
+    request:
 
     \b
     {"query": "...", "passages": ["...", "..."]}
 
-    The passages may also be called `documents` or `texts`. A passage is a string
-    or an object such as {"id": 7, "title": "...", "text": "..."}; `_id` is read as
-    `id`, so a line of a BEIR corpus is a passage. A title is put before the text
-    and scored with it. Each request gives one line, in the order of SOURCE, with
-    its `id` and those of its passages, best first:
+    The list can also be called `documents` or `texts`. A passage is a string or an
+    object such as {"id": 7, "title": "...", "text": "..."}. If a passage has a
+    title, the model scores the title, a space and the text. `_id` is read as `id`,
+    so a line of a BEIR corpus is a valid passage.
+
+    Each request produces one output line, in the order of SOURCE. It contains the
+    request's `id` and, best first, the index, `id` and score of each passage:
 
     \b
     {"line": 1, "id": ..., "results": [{"index": 3, "id": ..., "score": 4.2}]}
 
-    Malformed lines are reported on stderr by their number and left out. If no line
-    is a request, the exit status is 3. Memory use does not grow with the file.
+    A malformed line is reported on stderr with its line number and skipped. If no
+    line is a request, the exit status is 3. Memory use does not grow with the file.
 
-    If a job was killed, the same command without --overwrite continues where it
-    stopped, provided that SOURCE is a file. Rows are kept in OUTPUT.partial until
-    all are there, OUTPUT.job.json says what the job is, and OUTPUT.lock keeps a
-    second process out.
+    If a job is interrupted and SOURCE is a file, the same command without
+    --overwrite resumes the job. OUTPUT.partial holds the rows until the job is
+    complete, OUTPUT.job.json records its settings, and OUTPUT.lock keeps a second
+    process from writing the same output.
 
     \b
     bge-rerank rank requests.jsonl -o ranked.jsonl --top-n 10
@@ -93,7 +96,7 @@ def rank(
     check_threshold(threshold, normalize=normalize)
     if output is None:
         require_stdout()
-    # A pipe can be read once only, as stdin can.
+    # A pipe can only be read once, like stdin, so its job cannot be resumed.
     input_path = Path(source) if source != "-" and Path(source).is_file() else None
     with ExitStack() as stack:
         lines = check_format(stack.enter_context(_open(source)))
@@ -110,10 +113,10 @@ def rank(
             job = stack.enter_context(RankJob(output, settings, input_path, overwrite=overwrite))
             skip = job.begin()
         if skip is None:
-            click.echo(f"{output} is complete already.", err=True)
+            click.echo(wrap(f"{output} is already complete."), err=True)
             return
         if skip:
-            click.echo(f"Going on after line {skip}.", err=True)
+            click.echo(f"Resuming after line {skip}.", err=True)
         progress = stack.enter_context(_progress(show=shows_progress(quiet)))
         rows = rank_lines(
             scorer,
@@ -131,14 +134,14 @@ def rank(
                 job.write(rows)
             except KeyboardInterrupt:
                 if input_path is not None:
-                    click.echo("Stopped. The same command goes on from here.", err=True)
+                    click.echo("Stopped. Run the same command again to resume.", err=True)
                 raise
         else:
             for batch in rows:
                 click.echo("".join(batch), nl=False)
-    left_out = f"; {progress.malformed} malformed line(s) left out" if progress.malformed else ""
+    skipped = f"; {progress.malformed} malformed line(s) skipped" if progress.malformed else ""
     summary = [
-        f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{left_out}.",
+        f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{skipped}.",
         describe_truncation(progress.truncated, progress.truncated_queries, config),
         describe_precision_used(config),
     ]
@@ -149,15 +152,15 @@ def rank(
 @click.command("rerank-run")
 @click.argument("run", type=EXISTING_FILE)
 @click.argument("folder", type=EXISTING_FOLDER)
-@output_option("-o", "--output", text="File to write.  [default: stdout]")
+@output_option("-o", "--output", text="Output file.  [default: stdout]")
 @click.option(
     "--depth",
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Passages of each query to rerank; those beyond are left out.",
+    help="Passages to rerank per query. The output contains no others.",
 )
-@click.option("--tag", default="bge-rerank", show_default=True, help="Last column of the run.")
+@click.option("--tag", default="bge-rerank", show_default=True, help="Last column of the output.")
 @quiet_option
 @config_options()
 def rerank_run_command(
@@ -171,25 +174,25 @@ def rerank_run_command(
 ) -> None:
     """Rerank a TREC run.
 
-    Reads RUN and a BEIR FOLDER (corpus.jsonl and queries.jsonl), and writes a TREC
-    run in UTF-8.
+    RUN is the TREC run of a first stage. FOLDER is a BEIR folder with the texts, in
+    corpus.jsonl and queries.jsonl. The output is a TREC run in UTF-8.
 
     \b
     bge-rerank rerank-run bm25.trec scifact/ -o reranked.trec
     trec_eval -m ndcg_cut.10 qrels.trec reranked.trec
     """
     if not tag or len(tag.split()) != 1:
-        raise click.UsageError("--tag must be one word")
+        raise click.UsageError("--tag must be one word without spaces")
     inputs = [run, folder / "corpus.jsonl", folder / "queries.jsonl"]
     if output is not None and output.resolve() in [path.resolve() for path in inputs]:
-        raise click.UsageError(f"{output} is an input; give the output another name")
+        raise click.UsageError(f"{output} is one of the inputs; choose another output file")
     if output is None:
         require_stdout()
     first = {query_id: dict(list(scores.items())[:depth]) for query_id, scores in read_run(run).items()}
     corpus, queries = read_corpus(folder), read_queries(folder)
     with Scorer.from_config(config) as scorer:
         reranked = rerank_run(scorer, queries, corpus, first, progress=shows_progress(quiet))
-    # Ids are data: they are UTF-8 in a file and in a pipe, whatever the console's encoding.
+    # Ids are data, so they are written as UTF-8 to files and pipes, independent of the console's encoding.
     text = "".join(format_run(reranked.run, tag)).encode("utf-8", "surrogateescape")
     if output is None:
         click.echo(text, nl=False)
@@ -207,17 +210,17 @@ def rerank_run_command(
 
 @contextmanager
 def _open(source: str) -> Iterator[IO[bytes]]:
-    """Open the requests; a closed stdin is wrong usage."""
+    """Open the file of requests, or stdin. Raise `UsageError` if stdin is closed."""
     if source == "-" and sys.stdin is None:
-        raise click.UsageError("standard input is closed; name a file of requests")
+        raise click.UsageError("standard input is closed; give a SOURCE file")
     with click.open_file(source, "rb") as file:
         if file.isatty():
-            click.echo("Reading requests from the terminal; Ctrl-D ends them.", err=True)
+            click.echo("Reading requests from the terminal. Press Ctrl-D to end the input.", err=True)
         yield file
 
 
 def _decisive(config: ScorerConfig) -> dict[str, Any]:
-    """Return what decides a job's scores, the choices that were left to the machine made."""
+    """Return the settings that decide a job's scores, with `auto` replaced by the value that is used."""
     from bge_rerank_integrations.engine.describe import describe_checkpoint, describe_machine
 
     settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_DECISIVE}
@@ -232,7 +235,7 @@ def _decisive(config: ScorerConfig) -> dict[str, Any]:
 
 
 class _MalformedLines:
-    """Names malformed lines on stderr, and no more than a screen of them."""
+    """Reports malformed lines on stderr, but at most `_MAX_NAMED_LINES` of them."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -240,9 +243,9 @@ class _MalformedLines:
     def __call__(self, error: MalformedLineError) -> None:
         self._count += 1
         if self._count <= _MAX_NAMED_LINES:
-            tqdm.write(wrap(f"{error}; left out"), file=sys.stderr)
+            tqdm.write(wrap(f"{error}; skipped"), file=sys.stderr)
         elif self._count == _MAX_NAMED_LINES + 1:
-            tqdm.write("Further malformed lines are counted, not named.", file=sys.stderr)
+            tqdm.write("Further malformed lines are counted but not listed.", file=sys.stderr)
 
 
 @contextmanager

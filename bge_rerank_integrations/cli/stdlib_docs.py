@@ -1,4 +1,4 @@
-"""A corpus that every machine has: what the installed Python's standard library says of itself."""
+"""A corpus that every machine has: the documentation of the installed Python's standard library."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ QUESTIONS: Final = (
     "copy a whole directory tree",
     "how do I know whether a year is a leap year?",
 )
-"""For each of them BM25 puts first what shares words with it and is not meant."""
+"""Questions for which BM25's first passage shares words with the question but does not answer it."""
 
 _MIN_WORDS: Final = 5
 _MAX_WORDS: Final = 150
-# Written in C, so there is no source to read; importing them does nothing.
+# These modules are written in C, so there is no Python source to parse. Importing them has no side effects.
 _COMPILED: Final = ("builtins", "itertools", "math", "time", "sys", "zlib", "gc", "array", "cmath", "_thread")
 _NOT_DOCUMENTATION: Final = (
     "test",
@@ -45,7 +45,8 @@ def read_stdlib_docs() -> dict[str, str]:
     """Return the documented functions and classes of the standard library.
 
     Returns:
-        Dotted name to name and documentation: "threading.Timer: Call a function after ...".
+        Maps a dotted name to a passage that begins with the name, such as "threading.Timer: Call a function
+        after ...".
     """
     folder = Path(sysconfig.get_path("stdlib"))
     docs: dict[str, str] = {}
@@ -64,7 +65,7 @@ def read_stdlib_docs() -> dict[str, str]:
 def _of_source(module: str, path: Path) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # some are there to test parsers
+    except (SyntaxError, ValueError):  # some files are invalid on purpose, to test parsers
         return
     pending: list[tuple[str, ast.AST]] = [(module, node) for node in tree.body]
     while pending:

@@ -1,4 +1,4 @@
-"""The last lines of a command: what was cut off, and which precision ran."""
+"""The last lines of a command's output: how many texts were truncated, and which precision ran."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ from bge_rerank_integrations.config import ScorerConfig
 
 
 def describe_truncation(num_truncated: int, num_truncated_queries: int, config: ScorerConfig) -> str | None:
-    """Say how many texts lost tokens and which options avoid that; None where none did.
+    """Return a message that says how many texts lost tokens and which options avoid that.
 
     Args:
-        num_truncated: Pairs whose passage was too long.
-        num_truncated_queries: Queries that were too long.
-        config: The settings they were scored with.
+        num_truncated: Number of pairs whose passage was too long.
+        num_truncated_queries: Number of queries that were too long.
+        config: The settings that the texts were scored with.
+
+    Returns:
+        The message, or None if no text lost tokens.
     """
     lines = []
     if num_truncated:
         lines.append(
-            f"{num_truncated} passage(s) were cut to fit --max-length {config.max_length}: --long-passages "
-            "windows reads them to their end."
+            f"{num_truncated} passage(s) were cut to fit --max-length {config.max_length}. To score whole "
+            "passages, use `--long-passages windows`."
         )
     if num_truncated_queries:
         lines.append(
-            f"Queries cut to {config.effective_query_max_length} tokens: {num_truncated_queries} "
-            "(--query-max-length, --query-truncation-side)."
+            f"Queries that were cut to {config.effective_query_max_length} tokens: {num_truncated_queries}. "
+            "See --query-max-length and --query-truncation-side."
         )
     return " ".join(lines) or None
 
 
 def describe_precision_used(config: ScorerConfig) -> str:
-    """Say on which device and in which precision a command ran, and which option is faster."""
+    """Return a message that names the device and precision that ran, and any precision that is faster."""
     from bge_rerank_integrations.engine.describe import describe_precision
 
     precision = describe_precision(config)

@@ -1,1 +1,1 @@
-"""Datasets, runs, measures and plots."""
+"""Evaluation of ranking quality: datasets, runs, measures and plots."""

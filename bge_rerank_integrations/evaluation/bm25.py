@@ -1,4 +1,4 @@
-"""The first stage that needs no model: BM25."""
+"""BM25, a first stage that needs no model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bge_rerank_integrations.evaluation.datasets import Run
 
 
 class Bm25:
-    """BM25 with bm25s's defaults, English stop words left in.
+    """BM25 with the defaults of bm25s, except that stop words are kept.
 
     Args:
-        corpus: Passage id to text.
+        corpus: Maps a passage id to its text.
 
     Raises:
         MissingExtraError: bm25s is not installed.
-        DatasetError: The corpus has no words.
+        DatasetError: The corpus contains no words.
     """
 
     def __init__(self, corpus: Mapping[str, str]) -> None:
@@ -30,11 +30,11 @@ class Bm25:
         self._retriever = bm25s.BM25()
         tokens = self._tokenize(list(corpus.values()))
         if not tokens.vocab:
-            raise DatasetError("the corpus has no words that BM25 could find")
+            raise DatasetError("the corpus has no words that BM25 could index")
         self._retriever.index(tokens, show_progress=False)
 
     def search(self, queries: Mapping[str, str], depth: int) -> Run:
-        """Return the `depth` best passages of each query, fewer where no more share a word with it."""
+        """Return up to `depth` passages per query, best first. Each shares a word with the query."""
         if not queries:
             return {}
         found, scores = self._retriever.retrieve(

@@ -1,4 +1,4 @@
-"""Files that retrieval is evaluated with: BEIR folders and TREC runs."""
+"""Reading and writing the files of an evaluation: BEIR folders and TREC runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 from bge_rerank_integrations.errors import DatasetError
 
 Run = dict[str, dict[str, float]]
-"""Query id to the scores of its passages' ids."""
+"""Maps a query id to its passages: passage id to score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeirDataset:
-    """A BEIR folder.
+    """The contents of a BEIR folder.
 
     Attributes:
-        corpus: Passage id to its text, the title first where there is one.
-        queries: Query id to its text.
-        qrels: Query id to the relevance of its judged passages.
-        num_repeated: Judgements of a passage that was judged before for the same query. The highest
-            relevance counts.
-        num_conflicting: Of those, how many differ from what was judged before.
+        corpus: Maps a passage id to its title, if any, a space and its text.
+        queries: Maps a query id to its text.
+        qrels: Maps a query id to its judgements: passage id to relevance grade.
+        num_repeated: Number of judgements that repeat the query and passage of an earlier one. The highest
+            grade counts.
+        num_conflicting: Number of repeated judgements whose grade differs from the earlier one.
     """
 
     corpus: dict[str, str]
@@ -35,7 +35,7 @@ class BeirDataset:
     num_conflicting: int = 0
 
     def judged_queries(self) -> dict[str, str]:
-        """Return the queries that have at least one relevant passage, which are those that count."""
+        """Return the queries with at least one relevant passage. Only these queries are evaluated."""
         return {
             query_id: text
             for query_id, text in self.queries.items()
@@ -44,15 +44,15 @@ class BeirDataset:
 
 
 def join_title(title: str | None, text: str) -> str:
-    """Return a passage as it is scored: its title, where it has one, a space, and its text."""
+    """Return the text that the model scores for a passage: its title, if any, a space and its text."""
     return f"{title} {text}".strip() if title else text
 
 
 def read_corpus(folder: Path) -> dict[str, str]:
-    """Read `corpus.jsonl`: `_id`, `text` and maybe `title` in each line.
+    """Read `corpus.jsonl`. Each line has an `_id`, a `text` and an optional `title`.
 
     Raises:
-        DatasetError: It is missing or malformed; the message says which line.
+        DatasetError: The file is missing or malformed. The message names the line.
     """
     corpus: dict[str, str] = {}
     for number, row in _rows(folder / "corpus.jsonl"):
@@ -64,10 +64,10 @@ def read_corpus(folder: Path) -> dict[str, str]:
 
 
 def read_queries(folder: Path) -> dict[str, str]:
-    """Read `queries.jsonl`: `_id` and `text` in each line.
+    """Read `queries.jsonl`. Each line has an `_id` and a `text`.
 
     Raises:
-        DatasetError: It is missing or malformed; the message says which line.
+        DatasetError: The file is missing or malformed. The message names the line.
     """
     queries: dict[str, str] = {}
     for number, row in _rows(folder / "queries.jsonl"):
@@ -81,9 +81,9 @@ def read_beir(folder: Path, split: str = "test", *, strict: bool = False) -> Bei
     """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
 
     Args:
-        folder: The folder.
-        split: Which judgements to read.
-        strict: Refuse a passage that is judged twice for its query.
+        folder: The BEIR folder.
+        split: Name of the split whose judgements are read.
+        strict: Raise `DatasetError` if a passage is judged twice for a query.
 
     Raises:
         DatasetError: A file is missing or malformed, or no query of the split has a relevant passage.
@@ -96,7 +96,7 @@ def read_beir(folder: Path, split: str = "test", *, strict: bool = False) -> Bei
         earlier = judged.get(passage_id)
         if earlier is not None:
             if strict:
-                raise DatasetError(f"{path}, line {number}: passage judged twice for its query")
+                raise DatasetError(f"{path}, line {number}: passage judged twice for this query")
             num_repeated += 1
             num_conflicting += relevance != earlier
         judged[passage_id] = relevance if earlier is None else max(relevance, earlier)
@@ -108,17 +108,18 @@ def read_beir(folder: Path, split: str = "test", *, strict: bool = False) -> Bei
         num_conflicting=num_conflicting,
     )
     if not dataset.judged_queries():
-        raise DatasetError(f"{path} names no relevant passage for any query of {folder / 'queries.jsonl'}")
+        raise DatasetError(f"{path} has no relevant passage for any query of {folder / 'queries.jsonl'}")
     return dataset
 
 
 def read_run(path: Path) -> Run:
-    """Read a TREC run with finite scores: `query-id Q0 passage-id rank score tag` in each line.
+    """Read a TREC run. Each line is `query-id Q0 passage-id rank score tag`, and scores are finite.
 
-    Passages are ordered by score, equal ones as they come in the file.
+    Passages are sorted by score. Passages with equal scores keep the order of the file.
 
     Raises:
-        DatasetError: It is missing or malformed, or lists a passage twice; the message says which line.
+        DatasetError: The file is missing or malformed, or lists a passage twice for a query. The message
+            names the line.
     """
     run: Run = {}
     for number, line in _lines(path):
@@ -134,25 +135,25 @@ def read_run(path: Path) -> Run:
                 f"{path}, line {number}: not `query-id Q0 passage-id rank score tag`"
             ) from error
         if passage_id in run.setdefault(query_id, {}):
-            raise DatasetError(f"{path}, line {number}: passage listed twice for its query")
+            raise DatasetError(f"{path}, line {number}: passage listed twice for this query")
         run[query_id][passage_id] = value
     return {query_id: sorted_run(scores) for query_id, scores in run.items()}
 
 
 def format_run(run: Mapping[str, Mapping[str, float]], tag: str) -> Iterator[str]:
-    """Give the lines of a TREC run, best first."""
+    """Yield the lines of a TREC run, with the passages of each query best first."""
     for query_id, scores in run.items():
         for rank, (passage_id, score) in enumerate(sorted_run(scores).items(), start=1):
             yield f"{query_id} Q0 {passage_id} {rank} {score!r} {tag}\n"
 
 
 def sorted_run(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the passages of one query best first, equal ones in their order."""
+    """Return the passages of one query best first. Passages with equal scores keep their order."""
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
 def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
-    """Give line number, query id, passage id and relevance of each judgement."""
+    """Yield the line number, query id, passage id and relevance grade of each judgement."""
     for number, line in _lines(path):
         fields = line.rstrip("\n").split("\t")
         if (number == 1 and fields[-1] == "score") or not line.strip():
@@ -178,7 +179,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
             raise DatasetError(f"{path}, line {number}: not an object with a string `_id`")
         if row["_id"] in seen:
-            raise DatasetError(f"{path}, line {number}: its `_id` was there before")
+            raise DatasetError(f"{path}, line {number}: `_id` already used on an earlier line")
         seen.add(row["_id"])
         yield number, row
 

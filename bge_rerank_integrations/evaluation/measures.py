@@ -1,4 +1,4 @@
-"""How well a ranking puts the relevant passages first, and whether reranking changed that."""
+"""Measures of ranking quality, and the change that reranking makes to them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PER_QUERY: Final = "nDCG@10"
 
 _NUM_RESAMPLES: Final = 10_000
 _CURVE: Final = (2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000)
-_NAMES: Final = {"MRR@10": "RR@10", "MAP": "AP"}  # ir_measures names what one query has, not the mean
+_NAMES: Final = {"MRR@10": "RR@10", "MAP": "AP"}  # ir_measures names the measure of one query, not the mean
 
 
 class Interval(NamedTuple):
-    """A mean difference and the 95 % interval that a paired bootstrap over the queries gives it."""
+    """A mean difference over queries and the limits of its 95 % confidence interval (paired bootstrap)."""
 
     mean: float
     low: float
@@ -33,15 +33,15 @@ class Interval(NamedTuple):
 def measure(
     qrels: Mapping[str, Mapping[str, int]], run: Run, measures: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Measure a run through ir_measures (and so through trec_eval).
+    """Measure a run with ir_measures, which uses trec_eval.
 
     Args:
-        qrels: Judgements; every query in them counts, with 0 where the run has nothing for it.
-        run: Scores; equal ones count in the run's order.
-        measures: Such as `nDCG@10`, `MRR@10`, `MAP` or `R@50`.
+        qrels: The judgements. Every query in them counts. A query that the run lacks counts as 0.
+        run: The run. Passages with equal scores keep the run's order.
+        measures: Names such as `nDCG@10`, `MRR@10`, `MAP` or `R@50`.
 
     Returns:
-        Measure to query id to value.
+        Maps a measure to its values: query id to value.
 
     Raises:
         MissingExtraError: ir_measures is not installed.
@@ -51,13 +51,13 @@ def measure(
     except ImportError as error:
         raise missing_extra("eval", "ir-measures") from error
 
-    # Not with ir_measures.parse_measure, which uses what Python 3.14 has removed.
+    # `ir_measures.parse_measure` fails on Python 3.14: it uses `ast.Num`, which is gone.
     parsed: dict[Any, str] = {}
     for name in measures:
         base, _, cutoff = _NAMES.get(name, name).partition("@")
         measure = getattr(ir_measures, base)
         parsed[measure @ int(cutoff) if cutoff else measure] = name
-    # trec_eval breaks ties by passage id; the order that was really given is what is to be measured.
+    # trec_eval breaks ties by passage id. Ranks in place of scores keep the run's own order.
     strict = {
         query_id: {passage_id: -rank for rank, passage_id in enumerate(sorted_run(scores))}
         for query_id, scores in run.items()
@@ -71,12 +71,14 @@ def measure(
 
 
 def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
-    """Return the run in which only the first stage's best `depth` were reranked, above the rest.
+    """Return the run that results from reranking only the best `depth` passages of the first stage.
+
+    The other passages follow below, in the first stage's order.
 
     Args:
-        first: What the first stage gave.
-        reranked: The reranker's score of each passage of `first`; equal ones count in its order.
-        depth: How many of each query are reranked.
+        first: Run of the first stage.
+        reranked: Reranker's run with all passages of `first`. Passages with equal scores keep its order.
+        depth: Number of passages per query that are reranked.
     """
     combined: Run = {}
     for query_id, scores in first.items():
@@ -88,7 +90,7 @@ def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
 
 
 def bootstrap(before: Sequence[float], after: Sequence[float], *, seed: int = 0) -> Interval:
-    """Return the mean of `after - before` over queries, with its interval; the same for the same input."""
+    """Return the mean of `after - before` over queries and its 95 % interval. The result is deterministic."""
     differences = np.asarray(after) - np.asarray(before)
     rng = np.random.default_rng(seed)
     means = [
@@ -101,13 +103,15 @@ def bootstrap(before: Sequence[float], after: Sequence[float], *, seed: int = 0)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Another reranker over the same first stage, and how the model stands to it.
+    """A comparison of the model with another reranker over the same first stage.
 
     Attributes:
-        name: What it is called.
-        means: Measure to its mean over the queries.
-        shares: Measure to what part of its mean the model reaches; None where that mean is 0.
-        intervals: Measure to the mean difference, the model's value less the other's, and its 95 % interval.
+        name: Name of the other reranker.
+        means: Maps a measure to the other reranker's mean over the queries.
+        shares: Maps a measure to the model's mean divided by the other reranker's mean. None if the other
+            reranker's mean is 0.
+        intervals: Maps a measure to the mean difference and its 95 % interval. A positive difference means
+            that the model is better.
     """
 
     name: str
@@ -117,7 +121,7 @@ class Comparison:
 
 
 class Change(NamedTuple):
-    """What reranking did to one query, in nDCG@10."""
+    """The nDCG@10 of one query before and after reranking."""
 
     query_id: str
     before: float
@@ -129,19 +133,19 @@ class Report:
     """The quality of a first stage before and after reranking.
 
     Attributes:
-        depth: How many passages of each query were reranked, at most.
-        before: Measure to mean over the queries, of the first stage.
-        after: The same, reranked.
-        intervals: Measure to the mean difference and its 95 % interval.
-        changes: nDCG@10 of each query, in the order of the judgements.
-        curve: Number of passages reranked to mean nDCG@10; 0 is the first stage.
-        compared: What `evaluate` was given to compare with; None where it was given nothing.
-        num_unanswered: Queries that the first stage has nothing for; they count as 0.
-        num_pairs: Pairs scored.
-        num_tokens: Their tokens.
-        num_truncated: Of the pairs, how many have a passage that lost tokens because it was too long.
-        num_truncated_queries: Queries that lost tokens.
-        seconds: What scoring them took.
+        depth: Most passages per query that were reranked.
+        before: Maps a measure to the first stage's mean over the queries.
+        after: Maps a measure to the mean over the queries after reranking.
+        intervals: Maps a measure to the mean change and its 95 % interval.
+        changes: nDCG@10 of each query before and after reranking, in the order of the judgements.
+        curve: Maps a number of reranked passages per query to the mean nDCG@10. 0 is the first stage.
+        compared: Comparison with another reranker, or None if `evaluate` was given none.
+        num_unanswered: Number of queries for which the first stage has no passage. They count as 0.
+        num_pairs: Number of pairs scored.
+        num_tokens: Number of tokens in these pairs.
+        num_truncated: Number of pairs whose passage lost tokens because it was too long.
+        num_truncated_queries: Number of queries that lost tokens because they were too long.
+        seconds: Time that scoring took.
     """
 
     depth: int
@@ -159,12 +163,12 @@ class Report:
     seconds: float
 
     def helped(self, count: int) -> list[Change]:
-        """Return the queries that gained most."""
+        """Return up to `count` queries that gained most, the largest gain first."""
         ordered = sorted(self.changes, key=lambda change: change.before - change.after)
         return [change for change in ordered[:count] if change.after > change.before]
 
     def hurt(self, count: int) -> list[Change]:
-        """Return the queries that lost most."""
+        """Return up to `count` queries that lost most, the largest loss first."""
         ordered = sorted(self.changes, key=lambda change: change.after - change.before)
         return [change for change in ordered[:count] if change.after < change.before]
 
@@ -178,20 +182,20 @@ def evaluate(
     compared: tuple[str, Run] | None = None,
     progress: bool,
 ) -> Report:
-    """Rerank a first stage's best passages and compare.
+    """Rerank the best passages of a first stage, and measure both rankings.
 
     Args:
         scorer: The reranker.
-        dataset: Texts and judgements; only queries with a relevant passage count.
-        first: The first stage's run.
-        depth: How many passages of each query to rerank; recall is measured at this depth.
-        compared: Name and run of another reranker. What it ranked beyond the passages that are reranked
-            here does not count.
+        dataset: Texts and judgements. Only queries with a relevant passage are evaluated.
+        first: Run of the first stage.
+        depth: Number of passages per query to rerank. Recall is measured at this depth.
+        compared: Name and run of another reranker. Passages of that run that are not reranked here are
+            ignored.
         progress: Show a progress bar on stderr.
 
     Raises:
-        DatasetError: The run has nothing for any query that is judged, or a passage that the corpus lacks;
-            or the compared run lacks a query or a passage that is reranked.
+        DatasetError: The run contains no judged query, or a passage that is not in the corpus. Or the
+            compared run lacks a query or a passage that is reranked.
         MissingExtraError: ir_measures is not installed.
     """
     queries = dataset.judged_queries()
@@ -199,9 +203,7 @@ def evaluate(
     first = {query_id: dict(list(first.get(query_id, {}).items())[:depth]) for query_id in queries}
     num_unanswered = sum(not scores for scores in first.values())
     if num_unanswered == len(first):
-        raise DatasetError(
-            "the run has no passage for any query that is judged; are the ids of one data set?"
-        )
+        raise DatasetError("the run has no passage for any judged query; are its ids from another data set?")
     names = [*MEASURES, f"R@{min(10, depth)}", f"R@{depth}"]
     before = measure(qrels, first, names)
     other = None if compared is None else (compared[0], measure(qrels, _cut_to(first, *compared), names))
@@ -234,7 +236,7 @@ def evaluate(
 
 
 def _cut_to(first: Run, name: str, run: Run) -> Run:
-    """Return of a run what the first stage has, in the run's order."""
+    """Return the passages of a run that the first stage also has, in the run's order."""
     for query_id, scores in first.items():
         ranked = run.get(query_id, {})
         if scores and not ranked:

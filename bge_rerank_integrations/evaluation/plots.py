@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Plots of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _BETTER, _WORSE, _LINE, _OTHER = "#2a7f62", "#c1443c", "#2b4c7e", "#b3701e"
 
 
 def check_plot(path: Path) -> None:
-    """Refuse what could not be drawn, before there is anything to draw.
+    """Verify that a plot can be written to a path, before anything is computed.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        DatasetError: The suffix is of no format that matplotlib writes.
+        DatasetError: The suffix is not a format that matplotlib can write.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -29,23 +29,23 @@ def check_plot(path: Path) -> None:
 
 
 def plot_report(report: Report, path: Path, *, title: str) -> None:
-    """Draw the change of each query and the quality by the number of passages reranked.
+    """Plot the change of each query, and the quality by number of reranked passages.
 
     Args:
-        report: What `evaluate` returned.
-        path: Where to; the suffix (.png, .svg, .pdf) decides the format.
-        title: What was measured.
+        report: Result of `evaluate`.
+        path: Output file. Its suffix (.png, .svg, .pdf) decides the format.
+        title: Title of the figure.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        DatasetError: The file cannot be written, or its suffix is of no format that matplotlib writes.
+        DatasetError: The file cannot be written, or its suffix is not a format that matplotlib can write.
     """
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
+    FigureCanvasAgg(figure)  # this canvas needs no display
     figure.suptitle(title)
     queries, depths = figure.subplots(1, 2)
 
@@ -55,17 +55,17 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
     )
     queries.axhline(0, color="black", linewidth=0.8)
     better, worse = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-    queries.set_title(f"{better} queries better, {worse} worse, {len(changes) - better - worse} the same")
-    queries.set_xlabel("queries, by change")
-    queries.set_ylabel("change of nDCG@10")
+    queries.set_title(f"{better} queries better, {worse} worse, {len(changes) - better - worse} unchanged")
+    queries.set_xlabel("queries, sorted by change")
+    queries.set_ylabel("change in nDCG@10")
 
     depths.plot(list(report.curve), list(report.curve.values()), marker="o", color=_LINE)
     depths.axhline(report.curve[0], color="grey", linestyle="--", linewidth=1, label="first stage alone")
     if report.compared is not None:
         compared = report.compared
         depths.axhline(compared.means[PER_QUERY], color=_OTHER, linestyle=":", label=compared.name)
-    depths.set_title("quality by depth")
-    depths.set_xlabel("passages reranked, of each query")
+    depths.set_title("quality by number of reranked passages")
+    depths.set_xlabel("reranked passages per query")
     depths.set_ylabel("nDCG@10")
     depths.legend(loc="lower right")
     for axes in (queries, depths):

@@ -1,4 +1,4 @@
-"""Scores that known models give, to tell whether this machine computes the same."""
+"""Known scores of published models, to verify that this machine computes the same scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PANDA: Final = (
 _HI_PAIR: Final = ("what is panda?", "hi")
 _PANDA_PAIR: Final = ("what is panda?", _PANDA)
 
-# `bge-rerank check --model embedded --dtype float32 --json` prints the scores that belong in this file.
+# This file contains the scores that `bge-rerank check --model embedded --dtype float32 --json` prints.
 _GOLDEN_FILE: Final = Path(__file__).parents[1] / "embedded" / "golden.json"
 
 
@@ -28,9 +28,9 @@ class Reference:
     """Scores that a model should give.
 
     Attributes:
-        source: Where they come from.
-        tolerance: How far they may be off at the source, in logits, from those of exact arithmetic.
-        logits: The raw logit of each (query, passage) pair.
+        source: Where the scores were published.
+        tolerance: Largest rounding error of the published scores, in logits.
+        logits: Maps a (query, passage) pair to its raw logit.
     """
 
     source: str
@@ -38,8 +38,8 @@ class Reference:
     logits: Mapping[tuple[str, str], float]
 
 
-# Scores computed in float16 on other hardware are off by some hundredths, while a wrong tokenizer or layer
-# is off by whole units.
+# Scores computed in float16 on other hardware differ by a few hundredths. A wrong tokenizer or layer changes
+# them by whole units.
 _FLOAT16_TOLERANCE: Final = 0.1
 
 _README: Final = "FlagEmbedding's README; computed in float16"
@@ -60,7 +60,7 @@ PUBLISHED: Final[dict[str, Reference]] = {
         logits={("query", "passage"): -5.65234375, _HI_PAIR: -8.1875, _PANDA_PAIR: 5.26171875},
     ),
 }
-"""Model to the scores that are published for it."""
+"""Maps a model's hub id to its published scores."""
 
 DTYPE_TOLERANCE: Final[Mapping[str, float]] = {
     "float32": 0.001,
@@ -69,18 +69,18 @@ DTYPE_TOLERANCE: Final[Mapping[str, float]] = {
     "int8": 0.3,
     "float8": 0.6,
 }
-"""How far the logits of a precision may be from those of exact arithmetic."""
+"""Largest rounding error of each precision, in logits."""
 
 
 class Check(NamedTuple):
-    """One pair's score, here and in the reference.
+    """The expected and the computed score of one pair.
 
     Attributes:
         query: The query.
         passage: The passage.
         expected: The reference's raw logit.
         score: The raw logit computed here.
-        tolerance: How far the two may differ.
+        tolerance: Largest difference between the two that rounding explains.
     """
 
     query: str
@@ -91,7 +91,7 @@ class Check(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the two are the same but for rounding."""
+        """Whether the two scores differ by no more than the tolerance."""
         return abs(self.expected - self.score) <= self.tolerance
 
 
@@ -102,25 +102,25 @@ def require_reference(name: str) -> Reference:
         name: A hub id, or `embedded`.
 
     Raises:
-        InputError: None are known.
+        InputError: No scores are known for this model.
     """
     if name == EMBEDDED_MODEL:
         return _read_golden()
     if name not in PUBLISHED:
         raise InputError(
-            f"no scores are known for {name!r}; they are for {', '.join([*PUBLISHED, EMBEDDED_MODEL])}. A "
-            "local copy of one of those is checked with `--as NAME`"
+            f"no scores are known for {name!r}, only for {', '.join([*PUBLISHED, EMBEDDED_MODEL])}. To check "
+            "a local copy of one of these models, add `--as MODEL`"
         )
     return PUBLISHED[name]
 
 
 def check_scores(scorer: Scorer, reference: Reference, dtype: str) -> list[Check]:
-    """Score the pairs of a reference.
+    """Score the pairs of a reference and compare the scores.
 
     Args:
-        scorer: The model to check; it gives raw logits.
-        reference: The scores it should give.
-        dtype: The precision it computes in, as in a config, but not `auto`.
+        scorer: The scorer to check. It must return raw logits.
+        reference: The expected scores.
+        dtype: The precision that the scorer computes in, such as `float32`. `auto` is not allowed.
     """
     tolerance = reference.tolerance + DTYPE_TOLERANCE[dtype]
     scores = scorer.score(list(reference.logits))
@@ -131,10 +131,10 @@ def check_scores(scorer: Scorer, reference: Reference, dtype: str) -> list[Check
 
 
 def _read_golden() -> Reference:
-    """Read the embedded model's scores, which come with it."""
+    """Read the embedded model's expected scores."""
     golden = json.loads(_GOLDEN_FILE.read_text(encoding="utf-8"))
     return Reference(
-        source=f"this package, which brings the model; computed in {golden['dtype']} on a CPU",
+        source=f"recorded by this package, computed in {golden['dtype']} on a CPU",
         tolerance=0.0,
         logits={(pair["query"], pair["passage"]): pair["score"] for pair in golden["pairs"]},
     )

@@ -1,4 +1,4 @@
-"""Whole runs through a scorer."""
+"""Reranking whole runs with a scorer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteSc
 from bge_rerank_integrations.evaluation.datasets import Run
 from bge_rerank_integrations.scorer import Scorer
 
-# Enough to fill batches with pairs of like lengths; few enough that little waits to be encoded.
+# Large enough to fill batches with pairs of similar length, small enough that the device rarely waits for
+# tokenization.
 _NUM_PAIRS_AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reranked:
-    """A run that was reranked, and what that took.
+    """A reranked run and counts of the work done.
 
     Attributes:
-        run: Query id to its passages' scores, best first.
-        num_pairs: Pairs scored.
-        num_tokens: Tokens the model read for them.
-        num_truncated: Pairs with a passage that lost tokens because it was too long.
-        num_truncated_queries: Queries that lost tokens.
+        run: The reranked run, with the passages of each query best first.
+        num_pairs: Number of pairs scored.
+        num_tokens: Number of tokens in these pairs.
+        num_truncated: Number of pairs whose passage lost tokens because it was too long.
+        num_truncated_queries: Number of queries that lost tokens because they were too long.
     """
 
     run: Run
@@ -47,14 +48,15 @@ def rerank_run(
 
     Args:
         scorer: The reranker.
-        queries: Query id to text.
-        corpus: Passage id to text.
-        run: What to rerank.
+        queries: Maps a query id to its text.
+        corpus: Maps a passage id to its text.
+        run: The run to rerank.
         progress: Show a progress bar on stderr.
 
     Raises:
-        DatasetError: The run names a query or a passage that there is not.
-        RerankError: As `Scorer.rank_many` does.
+        DatasetError: The run contains a query or a passage that `queries` or `corpus` lacks, or the scorer
+            rejects a query.
+        RerankError: `Scorer.rank_many` raises it.
     """
     for query_id, scores in run.items():
         if query_id not in queries:
@@ -101,7 +103,7 @@ def rerank_run(
 
 
 def _parts(run: Run) -> Iterator[list[str]]:
-    """Give the ids of some queries at a time, enough to fill batches well."""
+    """Yield lists of query ids with enough passages each to fill batches well."""
     part: list[str] = []
     num_pairs = 0
     for query_id, scores in run.items():

@@ -20,6 +20,7 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.cli import options
 from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.console import WIDTH, cut, wrap
+from bge_rerank_integrations.config import Setting, path_to_str
 
 COMMAND = [sys.executable, "-m", "bge_rerank_integrations.cli"]
 REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
@@ -187,6 +188,7 @@ class GrownConfig(ScorerConfig):
         colour: What it is painted with. There is more to say.
         share: Part of `max_length` that is used; None is all of it.
         names: Several names.
+        place: One name, which may be given as a path.
         careful: Whether to be careful; needs `long_passages="windows"`.
         max_wait_ms: Not for the command line.
     """
@@ -194,6 +196,7 @@ class GrownConfig(ScorerConfig):
     colour: Literal["red", "blue"] = "red"
     share: float | None = None
     names: tuple[str, ...] | None = None
+    place: Setting[str | os.PathLike[str] | None, str | None] = Setting(None, path_to_str)  # noqa: RUF009  # a descriptor, as in ScorerConfig
     careful: bool = True
 
 
@@ -209,6 +212,8 @@ def test_a_new_setting_becomes_an_option_by_itself(monkeypatch: pytest.MonkeyPat
     shown = " ".join(CliRunner().invoke(show, ["--help"]).output.split())
     assert "--colour [red|blue] What it is painted with. [default: red]" in shown
     assert "--share FLOAT Part of --max-length that is used. [default: all of it]" in shown
+    assert "--names NAME,NAME,... Several names." in shown
+    assert "--place TEXT One name" in shown
     assert "needs --long-passages windows" in shown
     assert "--max-wait-ms" not in shown
     arguments = [
@@ -218,6 +223,8 @@ def test_a_new_setting_becomes_an_option_by_itself(monkeypatch: pytest.MonkeyPat
         "0.5",
         "--names",
         "a, b",
+        "--place",
+        "c, d",
         "--no-careful",
         "--max-length",
         "99",
@@ -226,9 +233,25 @@ def test_a_new_setting_becomes_an_option_by_itself(monkeypatch: pytest.MonkeyPat
     assert CliRunner().invoke(show, []).exit_code == 0
     given, default = got
     assert (given.colour, given.share, given.names, given.careful) == ("blue", 0.5, ("a", "b"), False)
-    assert given.max_length == 99
+    assert (given.place, given.max_length) == ("c, d", 99)
     assert default == GrownConfig()
     assert CliRunner().invoke(show, ["--colour", "green"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("max_length must be 1", "--max-length must be 1"),
+        ("with local_files_only=True; or", "with --local-files-only; or"),
+        ("or use model=\"embedded\", device='cpu'", "or use --model embedded, --device cpu"),
+        ("the model on the device", "the model on the device"),
+        ("max_wait_ms and max_queued_tokens", "max_wait_ms and max_queued_tokens"),
+        ("folder /data/max_length/x", "folder /data/max_length/x"),
+        ("folder max_length/x.max_length", "folder max_length/x.max_length"),
+    ],
+)
+def test_error_messages_name_options_instead_of_settings(message: str, shown: str) -> None:
+    assert options.name_options(message) == shown
 
 
 @pytest.mark.parametrize("command", ["demo", "rank", "rerank-run", "eval", "info", "check"])

@@ -98,7 +98,11 @@ def test_a_beir_folder_is_read(folder: Path) -> None:
         ("corpus.jsonl", "\n{\n", "line 2: not valid JSON"),
         ("queries.jsonl", '{"_id": "a"}\n', "line 1: text must"),
         ("queries.jsonl", '{"_id": "a", "text": "t"}\n', "no relevant passage"),
-        ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": "a", "text": "u"}\n', "line 2: its `_id` was"),
+        (
+            "corpus.jsonl",
+            '{"_id": "a", "text": "t"}\n{"_id": "a", "text": "u"}\n',
+            "line 2: `_id` already used",
+        ),
         ("qrels/test.tsv", "q\tp\n", "line 1: not"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tp\tmuch\n", "line 2: not"),
     ],
@@ -168,7 +172,7 @@ def test_a_corpus_without_words_is_reported() -> None:
 
 def test_a_run_of_another_data_set_is_reported(scorer: Scorer, folder: Path) -> None:
     dataset = read_beir(folder)
-    with pytest.raises(DatasetError, match="no passage for any query"):
+    with pytest.raises(DatasetError, match="no passage for any judged query"):
         evaluate(scorer, dataset, {"other": {"p1": 1.0}}, 10, progress=False)
     report = evaluate(scorer, dataset, {"q0": {"p0": 1.0}}, 10, progress=False)
     assert report.num_unanswered == 9

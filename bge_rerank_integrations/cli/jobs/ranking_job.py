@@ -1,46 +1,40 @@
-"""Ranking a file of requests: any size in bounded memory, and on from where it stopped after a kill."""
+"""Ranking the requests of a JSONL stream of any size in bounded memory."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, Final
-
-from filelock import FileLock, Timeout
+from typing import Any, Final
 
 from bge_rerank_integrations.cli.jobs.requests import (
-    MalformedInputError,
     MalformedLineError,
     Request,
     no_requests,
     parse_request,
 )
-from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
 from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.scorer import Scorer
 
-# Batches fill well with this many pairs at once, and a kill costs no more than scoring them.
+# This many pairs fill batches well. If a job is killed, at most this many pairs are scored again.
 _NUM_PAIRS_AT_ONCE: Final = 512
-# Of the first line: enough to guess what an input without a request is.
+# This many bytes of the first line are enough to guess the format of an input without requests.
 _NUM_BYTES_SHOWN_TO_GUESS: Final = 1024
 
 
 @dataclass
 class Progress:
-    """What a job has done so far.
+    """Counts of what a job has done so far.
 
     Attributes:
-        rows: Rows written by this call.
-        pairs: Pairs scored by this call.
-        truncated: Of those, how many have a passage that lost tokens because it was too long.
-        truncated_queries: Queries that lost tokens.
-        malformed: Lines that this call left out.
-        on_change: Called after each change of the counts of rows.
+        rows: Number of rows written by this call.
+        pairs: Number of pairs scored by this call.
+        truncated: Number of these pairs whose passage lost tokens because it was too long.
+        truncated_queries: Number of queries that lost tokens because they were too long.
+        malformed: Number of malformed lines that this call skipped.
+        on_change: Called with this object each time rows were added.
     """
 
     rows: int = 0
@@ -51,7 +45,7 @@ class Progress:
     on_change: Callable[[Progress], object] = field(default=lambda _: None, repr=False)
 
     def add(self, rankings: Iterable[Ranking]) -> None:
-        """Count the rankings of some requests, each of which becomes a row."""
+        """Add the rankings of some requests to the counts. Each ranking becomes one row."""
         for ranking in rankings:
             self.rows += 1
             self.pairs += ranking.num_pairs
@@ -72,29 +66,30 @@ def rank_lines(
     on_malformed: Callable[[MalformedLineError], object],
     progress: Progress,
 ) -> Iterator[list[str]]:
-    """Rank the requests of a JSONL stream in its order; blank lines are passed over.
+    """Rank the requests of a JSONL stream, in the order of the stream. Blank lines are ignored.
 
     Args:
         scorer: The reranker.
-        source: The lines.
+        source: The lines of the stream.
         top_n: As in `Scorer.rank`.
         threshold: As in `Scorer.rank`.
-        return_texts: Give each passage's text beside its score.
-        strict: Raise at the first malformed line instead of leaving it out.
-        skip: How many lines at the beginning are done already. They are read and not ranked.
-        on_malformed: Called with the error of each line that is left out.
-        progress: Kept up to date.
+        return_texts: Include each passage's text in its result.
+        strict: Raise at the first malformed line instead of skipping it.
+        skip: Number of lines at the beginning that an earlier call has already ranked. They are read again
+            but produce no rows.
+        on_malformed: Called with the error of each malformed line that is skipped.
+        progress: Counts that are updated after each list of rows.
 
     Yields:
-        The rows of some requests at a time, each with its line feed:
-        `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best first. A
-        request or passage has an `id`, and a passage a `title`, where the input gives it one. A passage with
-        nothing to read has `"blank": true`.
+        A list of rows for some consecutive requests. A row is one line of JSON that ends with a line feed:
+        `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best passage
+        first. A request or passage has an `id`, and a passage has a `title`, if the input contains one. A
+        passage with nothing to read has `"blank": true`.
 
     Raises:
-        MalformedLineError: A line is malformed and `strict`.
+        MalformedLineError: A line is malformed and `strict` is true.
         MalformedInputError: No line is a request.
-        RerankError: As `Scorer.rank` does.
+        RerankError: `Scorer.rank` raises it.
     """
     first_line, first_error = b"", None
 
@@ -116,7 +111,8 @@ def rank_lines(
     for chunk in _chunks(watched(), leave_out):
         if chunk[-1].line <= skip:
             continue
-        # All of it is scored even if some rows are done: equal batches give equal scores to the last bit.
+        # The whole chunk is scored again even if some of its rows are already written: only the same batches
+        # give bit-identical scores.
         for ranked in _rank_chunk(scorer, chunk, top_n, threshold, leave_out):
             new = [(request, ranking) for request, ranking in ranked if request.line > skip]
             yield [_format(request, ranking, return_texts=return_texts) for request, ranking in new]
@@ -125,147 +121,10 @@ def rank_lines(
         raise no_requests(first_line, first_error)
 
 
-class RankJob:
-    """One output file that is finished exactly once, however often its job is killed.
-
-    Rows go to `OUTPUT.partial`, in the input's order, and what the job is goes to `OUTPUT.job.json`; a
-    finished job renames the first. Whoever starts the same job again goes on after the last whole row.
-    `OUTPUT.lock` keeps a second process out.
-
-    Args:
-        output: Where the rows are to be.
-        settings: Whatever decides what is written, JSON-safe: another model is another job.
-        input_path: The input, whose contents are part of what the job is. None where it cannot be read
-            twice; such a job cannot be gone on with, since nobody could tell another input from it.
-        overwrite: Begin again, whatever is there. A file that is finished stays until another is.
-
-    Raises:
-        DatasetError: The input cannot be read, or is the output; or the output is no plain file.
-
-    Example:
-        >>> with RankJob(Path("ranked.jsonl"), {"model": "embedded"}, Path("requests.jsonl")) as job:
-        ...     done = job.begin()
-        ...     if done is not None:
-        ...         job.write(rank_lines(scorer, source, skip=done, ...))
-    """
-
-    def __init__(
-        self, output: Path, settings: dict[str, Any], input_path: Path | None, *, overwrite: bool = False
-    ) -> None:
-        output = output.resolve()
-        self._output = output
-        self._partial = output.with_name(output.name + ".partial")
-        self._record = output.with_name(output.name + ".job.json")
-        if output.exists() and not output.is_file():
-            raise DatasetError(f"{output} is not a plain file; leave the output out to write to stdout")
-        if input_path is not None and input_path.resolve() in (output, self._partial, self._record):
-            raise DatasetError(f"{input_path} is the input; give the output another name")
-        self._lock = FileLock(output.with_name(output.name + ".lock"), timeout=0)
-        self._can_go_on = input_path is not None
-        self._overwrite = overwrite
-        self._settings = {**settings, "input_sha256": None if input_path is None else _sha256(input_path)}
-
-    def __enter__(self) -> RankJob:
-        """Keep other processes out.
-
-        Raises:
-            DatasetError: Another process is writing this file.
-        """
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise DatasetError(f"another process is writing {self._output}") from error
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Let others in."""
-        self._lock.release()
-
-    def begin(self) -> int | None:
-        """Cut off a row that was only half written.
-
-        Returns:
-            The number of the last line that is done; None where all is.
-
-        Raises:
-            DatasetError: `output` belongs to another job, or is there and nobody knows from what.
-        """
-        if self._overwrite:
-            # This first: what is not finished is never taken for it, whenever this is interrupted.
-            self._partial.write_bytes(b"")
-        else:
-            self._check()
-            if self._output.exists() and not self._partial.exists():
-                return None
-        _write_atomically(self._record, json.dumps(self._settings, indent=1, sort_keys=True) + "\n")
-        if not self._partial.exists():
-            return 0
-        with self._partial.open("r+b") as file:
-            file.truncate(_end_of_last_line(file))
-            last = _last_line(file)
-        if not last:
-            return 0
-        try:
-            return int(json.loads(last)["line"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{self._partial} does not end with a row of this job; cut off what is not, or --overwrite"
-            ) from error
-
-    def write(self, batches: Iterable[list[str]]) -> None:
-        """Append rows as they come, and give the file its name once they are all there.
-
-        Raises:
-            MalformedInputError: As the batches do. If no row was written, nothing is left behind.
-        """
-        try:
-            with self._partial.open("a", encoding="utf-8", newline="\n") as file:
-                for rows in batches:
-                    file.writelines(rows)
-                    file.flush()
-                os.fsync(file.fileno())
-        except MalformedInputError:
-            self._discard_if_empty()
-            raise
-        self._partial.replace(self._output)
-
-    def _discard_if_empty(self) -> None:
-        # An older output is still there under --overwrite, and the empty file says that it is not this job's.
-        if not self._output.exists() and not self._partial.stat().st_size:
-            self._partial.unlink()
-            self._record.unlink()
-
-    def _check(self) -> None:
-        if not (self._output.exists() or self._partial.exists()):
-            return
-        if not self._record.exists():
-            raise DatasetError(
-                f"{self._output} is there already, from something else; use another name or --overwrite"
-            )
-        if not self._can_go_on:
-            raise DatasetError(
-                f"{self._output} is there already, and its input was a stream, which cannot be told from "
-                "another: put it into a file to be able to go on, or --overwrite"
-            )
-        try:
-            recorded = json.loads(self._record.read_text(encoding="utf-8"))
-        except ValueError:
-            recorded = None
-        if not isinstance(recorded, dict):
-            raise DatasetError(f"{self._record} is damaged; use --overwrite to begin again")
-        current = json.loads(json.dumps(self._settings))
-        differing = sorted(key for key in {*recorded, *current} if recorded.get(key) != current.get(key))
-        if differing:
-            raise DatasetError(
-                f"{self._output} was begun with other settings ({', '.join(differing)}); go on with the "
-                "same, use another name, or --overwrite"
-            )
-
-
 def _chunks(
     source: Iterable[bytes], leave_out: Callable[[MalformedLineError], object]
 ) -> Iterator[list[Request]]:
-    """Give the requests of a stream, some hundreds of pairs at a time, always cut at the same places."""
+    """Yield the requests of a stream in chunks of a few hundred pairs, with the same chunks in every run."""
     waiting: list[Request] = []
     num_pairs = 0
     for number, raw in enumerate(source, start=1):
@@ -277,7 +136,7 @@ def _chunks(
             try:
                 leave_out(error)
             except MalformedLineError:
-                if waiting:  # what came before it is good
+                if waiting:  # strict mode still returns the requests before the malformed line
                     yield waiting
                 raise
             continue
@@ -297,7 +156,7 @@ def _rank_chunk(
     threshold: float | None,
     leave_out: Callable[[MalformedLineError], object],
 ) -> Iterator[list[tuple[Request, Ranking]]]:
-    """Rank some requests in one pass; those that the scorer refuses are left out as malformed."""
+    """Rank the requests of a chunk together. A request that the scorer rejects is skipped as malformed."""
     while chunk:
         texts = [(request.query, request.texts) for request in chunk]
         try:
@@ -311,7 +170,7 @@ def _rank_chunk(
             reason = str(error).removeprefix(f"request {error.index}: ")
             try:
                 leave_out(MalformedLineError(refused.line, reason))
-            except MalformedLineError:  # strict; the requests before it are good
+            except MalformedLineError:  # strict mode still returns the requests before the rejected one
                 yield from _rank_chunk(scorer, before, top_n, threshold, leave_out)
                 raise
             chunk = before + chunk[error.index + 1 :]
@@ -340,7 +199,7 @@ def _format(request: Request, ranking: Ranking, *, return_texts: bool) -> str:
 
 
 def _of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScoreError:
-    """Name the line and the passage instead of a position among all passages of a chunk."""
+    """Return an error that names the line and the passage instead of a position within the chunk."""
     index = error.index or 0
     for request in chunk:
         if index < len(request.passages):
@@ -349,49 +208,3 @@ def _of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScore
     return NonFiniteScoreError(
         f"line {request.line}: the model's score of passage {index} is not finite", index=index
     )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _end_of_last_line(file: IO[bytes]) -> int:
-    """Return the position after the last line feed."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(end - (1 << 16), 0)
-        file.seek(start)
-        position = file.read(end - start).rfind(b"\n")
-        if position >= 0:
-            return start + position + 1
-        end = start
-    return 0
-
-
-def _last_line(file: IO[bytes]) -> bytes:
-    """Return the last line of a file that ends with a line feed."""
-    end = max(file.seek(0, os.SEEK_END) - 1, 0)
-    start = end
-    while start:
-        begin = max(start - (1 << 16), 0)
-        file.seek(begin)
-        position = file.read(start - begin).rfind(b"\n")
-        if position >= 0:
-            start = begin + position + 1
-            break
-        start = begin
-    file.seek(start)
-    return file.read(end - start)

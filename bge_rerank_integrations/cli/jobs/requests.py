@@ -1,4 +1,4 @@
-"""Requests as lines of JSON: reading one line, and recognising input that is something else."""
+"""Parsing requests from lines of JSON, and recognising input in other formats."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bge_rerank_integrations.evaluation.datasets import join_title
 
 REQUEST_FORM: Final = '{"query": "...", "passages": ["...", "..."]}'
 
-# Clients of other rerankers call the list of passages by the other two names.
+# Clients of other rerankers use the names `documents` and `texts` for the list of passages.
 _PASSAGE_KEYS: Final = ("passages", "documents", "texts")
 
 _UNPACK: Final = "unpack it first: `{} FILE`"
-# What the first bytes of a file give away, and what to do about it.
+# The first bytes of files in binary formats, the name of the format and advice.
 _BINARY_FORMATS: Final[tuple[tuple[bytes, str, str], ...]] = (
     (b"\x1f\x8b", "gzip", _UNPACK.format("gunzip --keep")),
     (b"BZh", "bzip2", _UNPACK.format("bunzip2 --keep")),
@@ -28,21 +28,21 @@ _BINARY_FORMATS: Final[tuple[tuple[bytes, str, str], ...]] = (
     (b"PAR1", "Parquet", "write its rows as JSONL first"),
     (b"ARROW1", "Arrow", "write its rows as JSONL first"),
     (b"SQLite format 3\0", "an SQLite database", "write its rows as JSONL first"),
-    (b"%PDF", "PDF", "it holds no requests"),
+    (b"%PDF", "PDF", "a PDF contains no requests"),
 )
 _LONGEST_SIGNATURE: Final = 16
 
 
 class MalformedInputError(DatasetError):
-    """The input holds no requests, or is in another format than JSONL."""
+    """The input contains no requests, or is not JSONL."""
 
 
 class MalformedLineError(MalformedInputError):
     """A line of the input is not a request.
 
     Attributes:
-        line: Its number, from 1.
-        reason: What is wrong with it.
+        line: Number of the line, from 1.
+        reason: What is wrong with the line.
     """
 
     def __init__(self, line: int, reason: str) -> None:
@@ -52,12 +52,12 @@ class MalformedLineError(MalformedInputError):
 
 
 class Passage(NamedTuple):
-    """One passage as the input gives it.
+    """One passage of a request.
 
     Attributes:
-        text: Its text, without the title.
-        id: The caller's id of it; None where it has none.
-        title: Its title; None where it has none.
+        text: The passage's text, without its title.
+        id: The caller's id for the passage, or None.
+        title: The passage's title, or None.
     """
 
     text: str
@@ -67,13 +67,13 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """One line of the input.
+    """One request, parsed from one line of the input.
 
     Attributes:
-        line: Its number, from 1.
-        id: The caller's id of it; None where it has none.
+        line: Number of the line, from 1.
+        id: The caller's id for the request, or None.
         query: The query.
-        passages: What to rank.
+        passages: The passages to rank.
     """
 
     line: int
@@ -83,24 +83,24 @@ class Request:
 
     @property
     def texts(self) -> list[str]:
-        """What is scored of each passage: its title, where it has one, and its text."""
+        """The text that the model scores for each passage: the title, if any, a space and the text."""
         return [join_title(passage.title, passage.text) for passage in self.passages]
 
 
 def parse_request(line: int, raw: bytes) -> Request:
-    r"""Read one line, such as `{"query": "...", "passages": ["...", {"id": 7, "text": "..."}], "id": 1}`.
+    r"""Parse one line, such as `{"query": "...", "passages": ["...", {"id": 7, "text": "..."}], "id": 1}`.
 
-    The passages may be called `documents` or `texts` as well. A passage is a string or an object with a
-    string `text` and, if it has one, its `title`. `_id` is read as `id`, so a line of a BEIR corpus is a
-    passage.
+    The list of passages can also be called `documents` or `texts`. A passage is a string, or an object with
+    a string `text` and an optional `title`. If there is a title, the model scores the title, a space and the
+    text. `_id` is read as `id`, so a line of a BEIR corpus is a valid passage.
 
     Args:
-        line: The number of the line, from 1.
-        raw: The line.
+        line: Number of the line, from 1.
+        raw: The line's bytes.
 
     Raises:
-        MalformedLineError: The line is something else. The message says what is wrong and where, and never
-            holds the text.
+        MalformedLineError: The line is not a request. The message says what is wrong and where, and never
+            contains the text.
 
     Example:
         >>> parse_request(1, b'{"query": "a panda?", "passages": ["a bear", "a car"]}').texts
@@ -126,13 +126,13 @@ def parse_request(line: int, raw: bytes) -> Request:
 
 
 def check_format(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Return the same lines, once the first of them has been seen not to be of a binary format.
+    """Verify that the first line is not in a binary format, and return the same lines.
 
     Args:
-        lines: Those of a file, or of a pipe, which can be read once only.
+        lines: The lines of a file or a pipe.
 
     Raises:
-        MalformedInputError: They are compressed, UTF-16 or otherwise no text in UTF-8.
+        MalformedInputError: The input is compressed, UTF-16 or in another format that is not UTF-8 text.
     """
     lines = iter(lines)
     first = next(lines, b"")
@@ -150,14 +150,14 @@ def check_format(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def no_requests(first: bytes, error: MalformedLineError | None) -> MalformedInputError:
-    """Return the error for an input without a single request, which says what it looks like.
+    """Return the error for an input without requests. Its message guesses the format of the input.
 
     Args:
-        first: Its first line that is not blank; empty where there is none.
-        error: What is wrong with the first such line; None where there is none.
+        first: The first line that is not blank, or empty bytes if there is none.
+        error: The error of that line, or None if there is no such line.
     """
     if error is None:
-        return MalformedInputError("the input is empty: it holds no request")
+        return MalformedInputError("the input is empty")
     reason = _likely_format(first) or error
     return MalformedInputError(
         f"no line of the input is a request: {reason}. A request is one line of JSON: `{REQUEST_FORM}`"
@@ -167,7 +167,7 @@ def no_requests(first: bytes, error: MalformedLineError | None) -> MalformedInpu
 def _likely_format(first: bytes) -> str | None:
     text = first.removeprefix(codecs.BOM_UTF8).strip()
     if text.startswith(b"["):
-        return "it looks like a JSON array; `jq -c '.[]' FILE` writes one line for each of its items"
+        return "it looks like a JSON array; `jq -c '.[]' FILE` writes one line for each item"
     if text == b"{":
         return "it looks like JSON over several lines; `jq -c . FILE` writes one line for each object"
     if not text.startswith(b"{") and any(separator in text for separator in (b",", b"\t", b";")):
@@ -183,7 +183,7 @@ def _passage_key(line: int, row: dict[str, Any]) -> str:
         raise MalformedLineError(line, "`passages` is missing (or `documents`, or `texts`)")
     if len(given) > 1:
         names = " and ".join(f"`{key}`" for key in given)
-        raise MalformedLineError(line, f"{names} are given; a request has one of them")
+        raise MalformedLineError(line, f"{names} are both given; a request has only one of them")
     return given[0]
 
 
@@ -193,7 +193,7 @@ def _passage(line: int, where: str, value: object) -> Passage:
     if not isinstance(value, dict):
         raise MalformedLineError(line, f"{where} is neither a string nor an object with a string `text`")
     if "text" not in value:
-        raise MalformedLineError(line, f"{where} lacks its `text`")
+        raise MalformedLineError(line, f"{where} has no `text`")
     if not isinstance(value["text"], str):
         raise MalformedLineError(line, f"the `text` of {where} is not a string")
     title = value.get("title")
