@@ -355,14 +355,14 @@ class _CrossEncoderView(BaseCrossEncoder):
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one float a (query, passage) pair, in order."""
-        queries, passages = check_pairs(text_pairs)
+        pairs = check_pairs(text_pairs)
         scorer = self._reranker.resolve_scorer()
-        scores = [0.0] * len(queries)
+        scores = [0.0] * len(pairs)
         by_query: dict[str, list[int]] = {}
-        for index, query in enumerate(queries):
+        for index, (query, _) in enumerate(pairs):
             by_query.setdefault(query, []).append(index)
         for query, indices in by_query.items():
-            texts = [passages[index] for index in indices]
+            texts = [pairs[index][1] for index in indices]
             try:
                 ranked = self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
             except InputError as error:

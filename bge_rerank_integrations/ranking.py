@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
@@ -39,6 +39,28 @@ class RankedPassage:
     score: float
     truncated: bool = False
     windows: int = 1
+    blank: bool = False
+
+
+class PairResult(NamedTuple):
+    """The score of one pair and how it was read.
+
+    Attributes:
+        score: The raw logit, or its sigmoid.
+        logit: The raw logit.
+        truncated: Whether the passage lost tokens.
+        query_truncated: Whether the query did.
+        windows: How many windows of the passage were scored.
+        num_tokens: How many tokens the model read.
+        blank: Whether the passage has nothing to read, so that the pair was not scored.
+    """
+
+    score: float
+    logit: float
+    truncated: bool
+    query_truncated: bool
+    windows: int
+    num_tokens: int
     blank: bool = False
 
 
@@ -105,24 +127,40 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
         )
 
 
-def select(
-    passages: Sequence[RankedPassage], logits: Sequence[float], top_n: int | None, threshold: float | None
-) -> list[RankedPassage]:
-    """Order passages best first and cut the list.
+def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
+    """Order the results of one query's passages best first, and cut the list.
 
     The order is that of the logits, since the sigmoid rounds large ones to the same score.
 
     Args:
-        passages: In input order; equal logits keep it. Blank ones come last, in input order.
-        logits: The raw score of each.
+        results: In input order; equal logits keep it. Blank passages come last, in input order.
         top_n: Most passages to keep; None is all, 0 is none.
         threshold: Least score to keep, inclusive; None keeps every passage, and any number drops blank ones.
     """
-    order = sorted(range(len(passages)), key=lambda at: (passages[at].blank, -logits[at]))
-    ranked = [passages[at] for at in order]
+    order = sorted(range(len(results)), key=lambda index: (results[index].blank, -results[index].logit))
     if threshold is not None:
-        ranked = [passage for passage in ranked if not passage.blank and passage.score >= threshold]
-    return ranked[:top_n]
+        order = [at for at in order if not results[at].blank and results[at].score >= threshold]
+    kept = [(index, results[index]) for index in order[:top_n]]
+    num_blank = sum(result.blank for result in results)
+    return Ranking(
+        (RankedPassage(index, each.score, each.truncated, each.windows, each.blank) for index, each in kept),
+        num_pairs=len(results) - num_blank,
+        num_tokens=sum(result.num_tokens for result in results),
+        num_truncated=sum(result.truncated for result in results),
+        num_truncated_queries=int(any(result.query_truncated for result in results)),
+        num_blank=num_blank,
+    )
+
+
+def rank_each(
+    requests: Sequence[tuple[str, Sequence[str]]],
+    results: Sequence[PairResult],
+    top_n: int | None,
+    threshold: float | None,
+) -> list[Ranking]:
+    """Rank each request's passages; `results` are those of all requests, one after the other."""
+    remaining = iter(results)
+    return [rank_results([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]
 
 
 def sigmoid(logit: float) -> float:

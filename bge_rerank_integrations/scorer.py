@@ -30,9 +30,17 @@ from bge_rerank_integrations.config import (
     TruncationSide,
 )
 from bge_rerank_integrations.errors import ScorerClosedError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
-from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each, rank_each, rank_results
+from bge_rerank_integrations.ranking import (
+    RankedPassage,
+    Ranking,
+    check_threshold,
+    check_top_n,
+    rank_each,
+    rank_results,
+)
+from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each
 from bge_rerank_integrations.validation import (
+    Pair,
     acheck_stream,
     check_pairs,
     check_passages,
@@ -272,8 +280,7 @@ class Scorer:
                 check_stream(pairs, _NUM_STREAMED_PAIRS), timeout=timeout, progress=progress
             )
             return [result.score for results in stream for result in results]
-        queries, passages = check_pairs(pairs)
-        results = pipeline.score(queries, passages, timeout=timeout, progress=progress)
+        results = pipeline.score(check_pairs(pairs), timeout=timeout, progress=progress)
         return [result.score for result in results]
 
     def compute_score(
@@ -294,8 +301,8 @@ class Scorer:
             RerankError: As `score` does.
         """
         pairs = [sentence_pairs] if is_single_pair(sentence_pairs) else sentence_pairs
-        queries, passages = check_pairs(pairs)
-        results = self._require_pipeline().score(queries, passages, progress=progress, normalize=normalize)
+        checked = check_pairs(pairs)
+        results = self._require_pipeline().score(checked, progress=progress, normalize=normalize)
         return [result.score for result in results]
 
     def rank(
@@ -337,10 +344,9 @@ class Scorer:
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         texts = check_passages(passages)
-        queries = [check_query(query)] * len(texts)
+        check_query(query)
         results = self._require_pipeline().score(
-            queries,
-            texts,
+            [(query, text) for text in texts],
             timeout=timeout,
             progress=progress,
             normalize=normalize,
@@ -379,10 +385,8 @@ class Scorer:
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         checked = check_requests(requests)
-        queries, passages = _flatten(checked)
         results = self._require_pipeline().score(
-            queries,
-            passages,
+            _flatten(checked),
             timeout=timeout,
             progress=progress,
             normalize=normalize,
@@ -407,8 +411,7 @@ class Scorer:
         elif isinstance(pairs, Iterator):
             chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
         else:
-            queries, passages = check_pairs(pairs)
-            return [result.score for result in await pipeline.ascore(queries, passages, timeout=timeout)]
+            return [result.score for result in await pipeline.ascore(check_pairs(pairs), timeout=timeout)]
         stream = pipeline.ascore_stream(chunks, timeout=timeout)
         return [result.score async for results in stream for result in results]
 
@@ -426,10 +429,9 @@ class Scorer:
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         texts = check_passages(passages)
-        queries = [check_query(query)] * len(texts)
+        check_query(query)
         results = await self._require_pipeline().ascore(
-            queries,
-            texts,
+            [(query, text) for text in texts],
             timeout=timeout,
             normalize=normalize,
             find_blank=self._find_blank(query, texts),
@@ -452,10 +454,8 @@ class Scorer:
             checked = await run_in_thread(check_requests, requests)
         else:
             checked = check_requests(requests)
-        queries, passages = _flatten(checked)
         results = await self._require_pipeline().ascore(
-            queries,
-            passages,
+            _flatten(checked),
             timeout=timeout,
             normalize=normalize,
             find_blank=self._find_blank_in_each(checked),
@@ -538,6 +538,5 @@ class Scorer:
         return pipeline
 
 
-def _flatten(requests: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
-    queries = [query for query, texts in requests for _ in texts]
-    return queries, [text for _, texts in requests for text in texts]
+def _flatten(requests: list[tuple[str, list[str]]]) -> list[Pair]:
+    return [(query, text) for query, texts in requests for text in texts]

@@ -9,6 +9,9 @@ from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
+Pair = tuple[str, str]
+"""A query and a passage."""
+
 # A year. The operating system's locks refuse some larger numbers, infinity among them.
 MAX_TIMEOUT_S: Final = 31_536_000
 
@@ -54,8 +57,8 @@ def check_passages(passages: Any) -> list[str]:
     return checked
 
 
-def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
-    """Return (queries, passages) of an iterable of pairs, else raise `InputTypeError` with the index.
+def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:
+    """Return an iterable of pairs as a list, else raise `InputTypeError` with the index.
 
     Args:
         pairs: The pairs.
@@ -63,8 +66,7 @@ def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
     """
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise InputTypeError(f"pairs must be a list of (query, passage) pairs, not {_kind(pairs)}")
-    queries: list[str] = []
-    passages: list[str] = []
+    checked: list[Pair] = []
     for index, pair in enumerate(pairs, start=start):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InputTypeError(
@@ -77,12 +79,11 @@ def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
                 raise InputTypeError(
                     f"the {name} of pair {index} must be a string, not {_kind(text)}", index=index
                 )
-        queries.append(pair[0])
-        passages.append(pair[1])
-    return queries, passages
+        checked.append((pair[0], pair[1]))
+    return checked
 
 
-def check_stream(pairs: Iterator[tuple[str, str]], num_pairs: int) -> Iterator[tuple[list[str], list[str]]]:
+def check_stream(pairs: Iterator[Pair], num_pairs: int) -> Iterator[list[Pair]]:
     """Read an iterator of pairs so many at a time, and give each part as `check_pairs` does."""
     start = 0
     while part := list(islice(pairs, num_pairs)):
@@ -90,11 +91,9 @@ def check_stream(pairs: Iterator[tuple[str, str]], num_pairs: int) -> Iterator[t
         start += len(part)
 
 
-async def acheck_stream(
-    pairs: AsyncIterable[tuple[str, str]], num_pairs: int
-) -> AsyncIterator[tuple[list[str], list[str]]]:
+async def acheck_stream(pairs: AsyncIterable[Pair], num_pairs: int) -> AsyncIterator[list[Pair]]:
     """Do what `check_stream` does with an asynchronous iterable."""
-    part: list[tuple[str, str]] = []
+    part: list[Pair] = []
     start = 0
     async for pair in pairs:
         part.append(pair)

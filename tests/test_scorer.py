@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank, notices
+from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
@@ -31,6 +31,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
 )
 from bge_rerank_integrations.ranking import sigmoid
+from bge_rerank_integrations.runtime import warn_once
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from tests.support.queues import PATIENCE_S
 from tests.support.tolerances import LOGIT_TOLERANCE
@@ -201,7 +202,7 @@ def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
 def test_truncated_queries_are_counted_once_per_request_and_told_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notices, "_logged", set())
+    monkeypatch.setattr(warn_once, "_logged", set())
     question = "CANARY which animal eats bamboo? " * 40
     with Scorer(checkpoint, device="cpu", max_length=64) as scorer:
         scorer.rank(QUERY, ["a", "b"])
@@ -319,7 +320,7 @@ def test_scores_of_pairs_are_given_whatever_they_hold(scorer: Scorer) -> None:
 def test_blank_passages_are_told_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notices, "_logged", set())
+    monkeypatch.setattr(warn_once, "_logged", set())
     with Scorer(checkpoint, device="cpu") as first, Scorer(checkpoint, device="cpu", max_length=64) as second:
         first.rank(QUERY, ["CANARY", "text"])
         assert caplog.messages == []

@@ -23,12 +23,13 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     UnsupportedCheckpointError,
 )
+from bge_rerank_integrations.ranking import PairResult
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.warn_once import warn_once
-from bge_rerank_integrations.text.pairs import PairResult, PreparedPairs
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
-from bge_rerank_integrations.validation import check_timeout
+from bge_rerank_integrations.validation import Pair, check_timeout
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner
@@ -104,19 +105,17 @@ class Pipeline:
 
     def score(
         self,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         *,
         timeout: float | None = None,
         progress: bool = False,
         normalize: bool | None = None,
         find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
-        """Score `zip(queries, passages)` and wait for it; see `Scorer.score` for the errors.
+        """Score pairs and wait for it; see `Scorer.score` for the errors.
 
         Args:
-            queries: The query of each pair.
-            passages: The passage of each pair, of equal number.
+            pairs: (query, passage) pairs.
             timeout: Most seconds to take.
             progress: Show a progress bar on stderr.
             normalize: Put scores through a sigmoid; None is as configured.
@@ -125,18 +124,18 @@ class Pipeline:
         remaining = _countdown(timeout)
         with _progress_bar(shown=progress) as (set_total, on_progress):
             request = Request(on_progress)
-            prepared = self._feed(request, queries, passages, remaining, set_total, find_blank)
+            prepared = self._feed(request, pairs, remaining, set_total, find_blank)
             logits = _wait(request.future, remaining())
         return prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
     def score_stream(
         self,
-        chunks: Iterable[tuple[list[str], list[str]]],
+        chunks: Iterable[list[Pair]],
         *,
         timeout: float | None = None,
         progress: bool = False,
     ) -> Iterator[list[PairResult]]:
-        """Score chunks of (queries, passages) as they come: one is read and encoded while another is run.
+        """Score chunks of pairs as they come: one is read and encoded while another is run.
 
         Args:
             chunks: Read one ahead of what is given.
@@ -148,21 +147,21 @@ class Pipeline:
         start = 0
         with _progress_bar(shown=progress) as (_, on_progress):
 
-            def begin(queries: list[str], passages: list[str]) -> _Begun:
+            def begin(pairs: list[Pair]) -> _Begun:
                 request = Request(on_progress)
-                return _Begun(self._feed(request, queries, passages, remaining), request.future, start)
+                return _Begun(self._feed(request, pairs, remaining), request.future, start)
 
             try:
-                for queries, passages in chunks:
+                for pairs in chunks:
                     try:
-                        begun = begin(queries, passages)
+                        begun = begin(pairs)
                     except QueueFullError:
                         if running is None:
                             raise
                         yield self._finish(running, remaining())  # what fills the queue may be our own
                         running = None
-                        begun = begin(queries, passages)
-                    start += len(queries)
+                        begun = begin(pairs)
+                    start += len(pairs)
                     if running is not None:
                         finished, running = running, begun
                         yield self._finish(finished, remaining())
@@ -175,22 +174,21 @@ class Pipeline:
 
     async def ascore(
         self,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         *,
         timeout: float | None = None,
         normalize: bool | None = None,
         find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
-        """Score `zip(queries, passages)` without blocking the event loop; arguments are those of `score`."""
+        """Score pairs without blocking the event loop; arguments are those of `score`."""
         remaining = _countdown(timeout)
-        begun = await self._abegin(queries, passages, 0, remaining, find_blank)
+        begun = await self._abegin(pairs, 0, remaining, find_blank)
         logits = await _await(begun.future, remaining())
         return begun.prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
     async def ascore_stream(
         self,
-        chunks: AsyncIterator[tuple[list[str], list[str]]],
+        chunks: AsyncIterator[list[Pair]],
         *,
         timeout: float | None = None,
     ) -> AsyncIterator[list[PairResult]]:
@@ -199,16 +197,16 @@ class Pipeline:
         running: _Begun | None = None
         start = 0
         try:
-            while (chunk := await _next(chunks, remaining)) is not None:
+            while (pairs := await _next(chunks, remaining)) is not None:
                 try:
-                    begun = await self._abegin(*chunk, start, remaining)
+                    begun = await self._abegin(pairs, start, remaining)
                 except QueueFullError:
                     if running is None:
                         raise
                     yield await self._afinish(running, remaining())  # what fills the queue may be our own
                     running = None
-                    begun = await self._abegin(*chunk, start, remaining)
-                start += len(chunk[0])
+                    begun = await self._abegin(pairs, start, remaining)
+                start += len(pairs)
                 if running is not None:
                     finished, running = running, begun
                     yield await self._afinish(finished, remaining())
@@ -261,8 +259,7 @@ class Pipeline:
 
     async def _abegin(
         self,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         start: int,
         remaining: Callable[[], float | None],
         find_blank: FindBlank | None = None,
@@ -270,9 +267,7 @@ class Pipeline:
         """Encode and queue pairs in another thread."""
         request = Request()
         try:
-            feeding = self._executor.submit(
-                self._feed, request, queries, passages, remaining, None, find_blank
-            )
+            feeding = self._executor.submit(self._feed, request, pairs, remaining, None, find_blank)
         except RuntimeError as error:  # shut down a moment ago
             raise ScorerClosedError("this scorer was closed; make a new one") from error
         try:
@@ -285,8 +280,7 @@ class Pipeline:
     def _feed(
         self,
         request: Request,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         remaining: Callable[[], float | None],
         set_total: _OnProgress | None = None,
         find_blank: FindBlank | None = None,
@@ -294,7 +288,7 @@ class Pipeline:
         """Encode pairs and hand them to the device, many pairs in parts, while anybody waits for them."""
         self._batcher.check_open()  # before the work of tokenizing for a queue that is full
         blank = frozenset[str]() if find_blank is None else find_blank(self.tokenizer)
-        prepared = PreparedPairs(queries, passages, blank)
+        prepared = PreparedPairs(pairs, blank)
         num_windows = 0
         try:
             for windows in prepared.encode(self.tokenizer, self._num_pairs_at_once):

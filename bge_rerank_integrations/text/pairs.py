@@ -4,36 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import islice
 
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
-from bge_rerank_integrations.ranking import BLANK_LOGIT, RankedPassage, Ranking, select, sigmoid
+from bge_rerank_integrations.ranking import BLANK_LOGIT, PairResult, sigmoid
 from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
-from bge_rerank_integrations.validation import BLANK_QUERY
-
-Pair = tuple[str, str]
-
-
-class PairResult(NamedTuple):
-    """The score of one pair and how it was read.
-
-    Attributes:
-        score: The raw logit, or its sigmoid.
-        logit: The raw logit.
-        truncated: Whether the passage lost tokens.
-        query_truncated: Whether the query did.
-        windows: How many windows of the passage were scored.
-        num_tokens: How many tokens the model read.
-        blank: Whether the passage has nothing to read, so that the pair was not scored.
-    """
-
-    score: float
-    logit: float
-    truncated: bool
-    query_truncated: bool
-    windows: int
-    num_tokens: int
-    blank: bool = False
+from bge_rerank_integrations.validation import BLANK_QUERY, Pair
 
 
 def find_blank(
@@ -90,8 +66,7 @@ class PreparedPairs:
     """The pairs of one request, in the caller's order, and the ids of each distinct one.
 
     Args:
-        queries: The query of each pair.
-        passages: The passage of each pair, of equal number.
+        pairs: (query, passage) pairs.
         blank: Passages that are not scored.
 
     Attributes:
@@ -100,22 +75,19 @@ class PreparedPairs:
         num_blank: How many pairs have a blank passage.
     """
 
-    def __init__(
-        self, queries: Sequence[str], passages: Sequence[str], blank: frozenset[str] = frozenset()
-    ) -> None:
-        self.pairs: list[Pair] = list(zip(queries, passages, strict=True))
+    def __init__(self, pairs: Sequence[Pair], blank: frozenset[str] = frozenset()) -> None:
+        self.pairs = pairs
         self.encoded: dict[Pair, EncodedPair] = {}
         self._blank = blank
-        with_text = [pair for pair in self.pairs if pair[1] not in blank] if blank else self.pairs
-        self.num_blank = len(self.pairs) - len(with_text)
+        with_text = [pair for pair in pairs if pair[1] not in blank] if blank else pairs
+        self.num_blank = len(pairs) - len(with_text)
         self._distinct = list(dict.fromkeys(with_text))
 
     def encode(self, tokenizer: PairTokenizer, num_pairs: int) -> Iterator[list[IntArray]]:
         """Encode the distinct pairs, so many at a time, and yield their windows, which is what to score."""
-        queries, passages = [query for query, _ in self._distinct], [passage for _, passage in self._distinct]
-        pairs = iter(self._distinct)
-        for encoded in tokenizer.stream(queries, passages, num_pairs):
-            self.encoded.update((pair, each) for each, pair in zip(encoded, pairs, strict=False))
+        distinct = iter(self._distinct)
+        for encoded in tokenizer.stream(self._distinct, num_pairs):
+            self.encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
             yield [window for each in encoded for window in each.windows]
 
     @property
@@ -174,31 +146,3 @@ class PreparedPairs:
             blank=True,
         )
         return [blank if pair[1] in self._blank else results[pair] for pair in self.pairs]
-
-
-def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
-    """Order the results of one query's passages and cut them, as `select` does."""
-    ranked = [
-        RankedPassage(index, result.score, result.truncated, result.windows, result.blank)
-        for index, result in enumerate(results)
-    ]
-    num_blank = sum(result.blank for result in results)
-    return Ranking(
-        select(ranked, [result.logit for result in results], top_n, threshold),
-        num_pairs=len(results) - num_blank,
-        num_tokens=sum(result.num_tokens for result in results),
-        num_truncated=sum(result.truncated for result in results),
-        num_truncated_queries=int(any(result.query_truncated for result in results)),
-        num_blank=num_blank,
-    )
-
-
-def rank_each(
-    requests: Sequence[tuple[str, Sequence[str]]],
-    results: Sequence[PairResult],
-    top_n: int | None,
-    threshold: float | None,
-) -> list[Ranking]:
-    """Rank each request's passages; `results` are those of all requests, one after the other."""
-    remaining = iter(results)
-    return [rank_results([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]

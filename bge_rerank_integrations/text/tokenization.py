@@ -20,7 +20,7 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.text.token_cache import Encoded, TokenCache
-from bge_rerank_integrations.validation import is_blank
+from bge_rerank_integrations.validation import Pair, is_blank
 
 IntArray = npt.NDArray[np.int32]
 
@@ -141,27 +141,24 @@ class PairTokenizer:
         Returns:
             One `EncodedPair` a pair, in order.
         """
-        (pairs,) = self.stream(queries, passages, max(len(queries), 1))
-        return pairs
+        (encoded,) = self.stream(list(zip(queries, passages, strict=True)), max(len(queries), 1))
+        return encoded
 
-    def stream(
-        self, queries: Sequence[str], passages: Sequence[str], num_pairs: int
-    ) -> Iterator[list[EncodedPair]]:
-        """Yield what `encode` returns in chunks of `num_pairs`, each encoded when its turn comes."""
+    def stream(self, pairs: Sequence[Pair], num_pairs: int) -> Iterator[list[EncodedPair]]:
+        """Encode (query, passage) pairs and yield the results in lists of `num_pairs`, the last one shorter.
+
+        Each list is encoded when it is asked for. A text that occurs in several lists is encoded once.
+        """
         query_ids: dict[str, Encoded] = {}
         passage_ids: dict[str, Encoded] = {}
-        for start in range(0, max(len(queries), 1), num_pairs):
-            some_queries = queries[start : start + num_pairs]
-            some_passages = passages[start : start + num_pairs]
-            new = [query for query in some_queries if query not in query_ids]
+        for start in range(0, max(len(pairs), 1), num_pairs):
+            part = pairs[start : start + num_pairs]
+            new = [query for query, _ in part if query not in query_ids]
             query_ids |= self._encode_distinct(
                 new, self._query_prefix, self._query_limit, keep_end=self._keeps_query_end
             )
-            passage_ids |= self._encode_passages([text for text in some_passages if text not in passage_ids])
-            yield [
-                self._pair(query_ids[query], passage_ids[passage])
-                for query, passage in zip(some_queries, some_passages, strict=True)
-            ]
+            passage_ids |= self._encode_passages([text for _, text in part if text not in passage_ids])
+            yield [self._pair(query_ids[query], passage_ids[passage]) for query, passage in part]
 
     def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
         query_ids, query_cut = query

@@ -27,6 +27,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
+from bge_rerank_integrations.validation import Pair
 from tests.support.queues import PATIENCE_S, Gate, ids, sized, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -154,10 +155,8 @@ class WatchedTokenizer(PairTokenizer):
     num_parts = 0
     before: Callable[[int], object] = staticmethod(lambda number: None)
 
-    def stream(
-        self, queries: Sequence[str], passages: Sequence[str], num_pairs: int
-    ) -> Iterator[list[EncodedPair]]:
-        for part in super().stream(queries, passages, num_pairs):
+    def stream(self, pairs: Sequence[Pair], num_pairs: int) -> Iterator[list[EncodedPair]]:
+        for part in super().stream(pairs, num_pairs):
             if self.num_parts:
                 self.before(self.num_parts)
             self.num_parts += 1
@@ -202,19 +201,25 @@ def passages() -> list[str]:
     return [f"passage number {number} " + "word " * (number % 7) for number in range(NUM_PAIRS)]
 
 
-def lengths_of(device: Device, queries: list[str], passages: list[str]) -> list[float]:
-    pairs = PairTokenizer.encode(device.tokenizer, queries, passages)
-    return [float(sum(map(len, pair.windows))) for pair in pairs]
+def pairs_of(passages: Sequence[str]) -> list[Pair]:
+    return [(QUERY, passage) for passage in passages]
+
+
+def lengths_of(device: Device, pairs: list[Pair]) -> list[float]:
+    encoded = PairTokenizer.encode(
+        device.tokenizer, [query for query, _ in pairs], [text for _, text in pairs]
+    )
+    return [float(sum(map(len, pair.windows))) for pair in encoded]
 
 
 def test_the_device_begins_before_all_is_encoded(start: Callable[..., Device], passages: list[str]) -> None:
     device = start()
     begun_before: list[bool] = []
     device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
-    results = device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+    results = device.pipeline.score(pairs_of(passages))
     assert begun_before == [True, True]
     device.tokenizer.before = lambda _: None
-    assert [result.score for result in results] == lengths_of(device, [QUERY] * NUM_PAIRS, passages)
+    assert [result.score for result in results] == lengths_of(device, pairs_of(passages))
     stats = device.pipeline.stats()
     assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, NUM_PAIRS, 0)
 
@@ -225,7 +230,7 @@ async def test_nor_does_it_wait_for_an_async_caller(
     device = start()
     begun_before: list[bool] = []
     device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
-    results = await device.pipeline.ascore([QUERY] * NUM_PAIRS, passages)
+    results = await device.pipeline.ascore(pairs_of(passages))
     assert begun_before == [True, True]
     assert [result.num_tokens for result in results] == [int(result.score) for result in results]
 
@@ -234,15 +239,14 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
-    twice = [*passages, *reversed(passages), *passages[:10]]
-    queries = [QUERY] * (2 * NUM_PAIRS) + ["another"] * 10
-    results = device.pipeline.score(queries, twice)
+    twice = [*pairs_of([*passages, *reversed(passages)]), *(("another", text) for text in passages[:10])]
+    results = device.pipeline.score(twice)
     stats = device.pipeline.stats()
     assert (stats.pairs, device.num_sequences) == (NUM_PAIRS + 10, NUM_PAIRS + 10)
     assert (stats.duplicates, stats.truncations) == (NUM_PAIRS, 0)
     assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 0), "each passage is looked up once"
-    assert [result.score for result in results] == lengths_of(device, queries, twice)
-    device.pipeline.score(queries, twice)
+    assert [result.score for result in results] == lengths_of(device, twice)
+    device.pipeline.score(twice)
     stats = device.pipeline.stats()
     assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 2 * NUM_PAIRS)
     assert stats.cache_hit_rate == pytest.approx(2 / 3)
@@ -251,7 +255,7 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
 def test_a_timeout_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
     device = start()
     with pytest.raises(RequestTimeoutError):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages, timeout=0.0)
+        device.pipeline.score(pairs_of(passages), timeout=0.0)
     assert device.tokenizer.num_parts == 1
     assert device.pipeline.health().queued_tokens == 0
 
@@ -265,7 +269,7 @@ async def test_cancellation_ends_the_encoding(start: Callable[..., Device], pass
         assert cancelled.wait(PATIENCE_S)
 
     device.tokenizer.before = before
-    task = asyncio.create_task(device.pipeline.ascore([QUERY] * NUM_PAIRS, passages))
+    task = asyncio.create_task(device.pipeline.ascore(pairs_of(passages)))
     assert await asyncio.to_thread(reached.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -286,7 +290,7 @@ def test_an_error_of_the_device_ends_the_encoding(start: Callable[..., Device], 
     device.give = fail
     device.tokenizer.before = lambda _: wait_until(lambda: device.pipeline.stats().failed)
     with pytest.raises(ValueError, match="on fire"):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+        device.pipeline.score(pairs_of(passages))
     assert device.tokenizer.num_parts == 2
 
 
@@ -300,7 +304,7 @@ def test_an_error_of_the_encoding_drops_what_is_queued(
 
     device.tokenizer.before = before
     with pytest.raises(MemoryError):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+        device.pipeline.score(pairs_of(passages))
     assert device.pipeline.health().queued_tokens == 0
     assert device.pipeline.stats().cancelled == 1
 
@@ -310,9 +314,9 @@ def test_a_full_queue_refuses_a_long_request_before_any_of_it_is_computed(
 ) -> None:
     device = start(max_queued_tokens=10_000)
     with pytest.raises(QueueFullError):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+        device.pipeline.score(pairs_of(passages))
     assert device.num_sequences == 0
-    assert len(device.pipeline.score([QUERY] * 100, passages[:100])) == 100
+    assert len(device.pipeline.score(pairs_of(passages[:100]))) == 100
 
 
 def test_the_pair_that_is_not_finite_is_named_whatever_its_part(
@@ -322,7 +326,7 @@ def test_the_pair_that_is_not_finite_is_named_whatever_its_part(
     marked = [*passages[:1200], "word " * 300, *passages[1200:]]
     device.give = lambda lengths: torch.where(lengths > 200, torch.nan, lengths)
     with pytest.raises(NonFiniteScoreError) as caught:
-        device.pipeline.score([QUERY] * len(marked), marked)
+        device.pipeline.score(pairs_of(marked))
     assert caught.value.index == 1200
 
 
@@ -336,7 +340,7 @@ def test_the_progress_bar_ends_at_its_total(
     long = [*passages, "word " * 100, "other " * 100]
     shown = io.StringIO()
     with redirect_stderr(shown):
-        results = device.pipeline.score([QUERY] * len(long), long, progress=True)
+        results = device.pipeline.score(pairs_of(long), progress=True)
     num_windows = sum(result.windows for result in results)
     assert (num_windows > len(long)) == bool(settings)
     assert f"{num_windows}/{num_windows}" in shown.getvalue()

@@ -493,7 +493,7 @@ def test_two_models_score_as_one(checkpoint: Path, scorer: Scorer, texts: list[s
     cache = TokenCache(100_000)
     tokenizer = PairTokenizer(checkpoint / "tokenizer.json", config, cache)
     pipeline = Pipeline(tokenizer, cache, cast(list[Runner], watched), config, is_device_lost)
-    scores = [result.score for result in pipeline.score(["what is a panda?"] * len(texts), texts)]
+    scores = [result.score for result in pipeline.score([("what is a panda?", text) for text in texts])]
     assert scores == pytest.approx(
         scorer.score([("what is a panda?", text) for text in texts]), abs=TOLERANCE
     )
