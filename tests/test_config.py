@@ -85,7 +85,7 @@ def test_unknown_keys_are_named() -> None:
         ({"devices": 2}, "devices must be a list of strings"),
         ({"devices": [0, 1]}, "devices must be a list of strings"),
         ({"devices": {"cuda:0", "cuda:1"}}, "devices must be a list of strings"),
-        ({"devices": ["auto"]}, "each by its own name, not 'auto'"),
+        ({"devices": ["auto"]}, "must not contain 'auto'"),
         ({"devices": ["cuda:0", "gpu"]}, "devices must be of one kind"),
         ({"devices": ["cuda:0", "cuda:x"]}, "device must be 'auto'"),
         ({"devices": ["cuda:0", "cpu"]}, "devices must be of one kind"),

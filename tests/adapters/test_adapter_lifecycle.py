@@ -282,7 +282,7 @@ def test_a_timeout_is_a_number_of_seconds(adapter_type: Callable[..., RerankOpti
 
 @ADAPTERS
 def test_a_scorer_of_another_kind_limits_its_time_itself(adapter_type: Callable[..., RerankOptions]) -> None:
-    with pytest.raises(ValidationError, match="timeout cannot be set beside a scorer"):
+    with pytest.raises(ValidationError, match="timeout cannot be combined with a scorer"):
         adapter_type(scorer=TableScorer(), timeout=1.0)
 
 

@@ -290,7 +290,7 @@ def test_settings_beside_the_scorer_of_a_dump_are_refused(
     adapter_type: Callable[..., RerankOptions], scorer: Scorer
 ) -> None:
     dump = adapter_type(scorer=scorer).model_dump()
-    with pytest.raises(ValidationError, match=r"\['max_length'\] cannot be set beside scorer"):
+    with pytest.raises(ValidationError, match=r"\['max_length'\] cannot be combined with scorer"):
         adapter_type(**dump, max_length=256)
 
 

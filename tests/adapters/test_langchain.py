@@ -341,10 +341,10 @@ def test_threshold_must_be_a_finite_number(threshold: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score_key": "retrieval_rank", "keep_retrieval_score": True}, "keep_retrieval_score fills"),
-        ({"score_key": "retrieval_score", "keep_retrieval_score": True}, "keep_retrieval_score fills"),
-        ({"score_key": "rerank_truncated"}, "mark_unread fills"),
-        ({"score_key": "rerank_blank"}, "mark_unread fills"),
+        ({"score_key": "retrieval_rank", "keep_retrieval_score": True}, "keep_retrieval_score sets"),
+        ({"score_key": "retrieval_score", "keep_retrieval_score": True}, "keep_retrieval_score sets"),
+        ({"score_key": "rerank_truncated"}, "mark_unread sets"),
+        ({"score_key": "rerank_blank"}, "mark_unread sets"),
     ],
 )
 def test_the_score_needs_a_key_of_its_own(options: dict[str, Any], message: str) -> None:
@@ -1055,7 +1055,7 @@ def test_positional_options_are_refused() -> None:
 
 
 def test_a_scorers_own_settings_cannot_be_given_beside_it() -> None:
-    with pytest.raises(ValidationError, match=r"\['model', 'max_length'\] cannot be set beside scorer"):
+    with pytest.raises(ValidationError, match=r"\['model', 'max_length'\] cannot be combined with scorer"):
         BGEReranker(scorer=TableScorer(), model="BAAI/bge-reranker-large", max_length=256)
 
 

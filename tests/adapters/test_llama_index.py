@@ -736,7 +736,7 @@ def test_wrong_options_are_refused_without_echo(options: dict[str, Any]) -> None
 
 
 def test_a_scorers_own_settings_cannot_be_given_beside_it() -> None:
-    with pytest.raises(ValidationError, match=r"\['dtype'\] cannot be set beside scorer"):
+    with pytest.raises(ValidationError, match=r"\['dtype'\] cannot be combined with scorer"):
         BGERerankPostprocessor(scorer=TableScorer(), dtype="bfloat16")
 
 
