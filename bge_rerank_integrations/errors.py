@@ -27,9 +27,9 @@ passage.
 
 Example:
     >>> try:
-    ...     scorer.rank(query, passages, timeout=0.5)
+    ...     ranking = scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."], timeout=30)
     ... except RequestTimeoutError:
-    ...     ...  # fall back to the order of the retriever
+    ...     ranking = []  # fall back to the order of the retriever
 """
 
 from __future__ import annotations

@@ -539,7 +539,7 @@ class Scorer:
             ScorerClosedError: The scorer is closed.
 
         Example:
-            >>> scorer.stats().requests
+            >>> scorer.stats().failed
             0
         """
         return self._require_pipeline().stats()

@@ -113,7 +113,7 @@ def test_a_threshold_off_the_scale_names_both_scales(threshold: float, effect: s
 
 
 @pytest.mark.parametrize("threshold", [None, 1, 1.0, 0.5, 1e-300])
-def test_a_threshold_on_the_scale_is_taken(threshold: float | None) -> None:
+def test_a_threshold_on_the_scale_is_accepted(threshold: float | None) -> None:
     check_threshold(threshold, normalize=True)
 
 

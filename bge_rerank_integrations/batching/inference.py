@@ -170,7 +170,7 @@ class Pipeline:
                     except QueueFullError:
                         if running is None:
                             raise
-                        yield self._finish(running, remaining())  # it may fill the queue
+                        yield self._finish(running, remaining())  # its pairs may fill the queue
                         running = None
                         begun = begin(pairs)
                     start += len(pairs)
@@ -215,7 +215,7 @@ class Pipeline:
                 except QueueFullError:
                     if running is None:
                         raise
-                    yield await self._afinish(running, remaining())  # it may fill the queue
+                    yield await self._afinish(running, remaining())  # its pairs may fill the queue
                     running = None
                     begun = await self._abegin(pairs, start, remaining)
                 start += len(pairs)
@@ -350,8 +350,8 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     )
     if tokenizer.max_id >= shape.vocab_size:
         raise UnsupportedCheckpointError(
-            f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model has only "
-            f"{shape.vocab_size} embeddings; tokenizer.json and weights must belong to the same checkpoint"
+            f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model embeds only "
+            f"{shape.vocab_size} ids; tokenizer.json and weights must belong to the same checkpoint"
         )
     mark_process_in_use()
     return Pipeline(tokenizer, cache, load_runners(config, folder, shape), config, is_device_lost)

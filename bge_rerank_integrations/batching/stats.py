@@ -55,11 +55,10 @@ class ScorerStats:
         lost_replicas: Number of devices that failed and are no longer used.
 
     Example:
-        >>> scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])
-        [...]
-        >>> stats = scorer.stats()
-        >>> stats.requests, stats.pairs, stats.failed
-        (1, 2, 0)
+        >>> before = scorer.stats()
+        >>> ranking = scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])
+        >>> scorer.stats().pairs - before.pairs
+        2
     """
 
     requests: int

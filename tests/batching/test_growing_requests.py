@@ -1,4 +1,4 @@
-"""Requests that grow: the device is busy with what is encoded while the rest is."""
+"""Requests that grow: the device computes the first parts while the later ones are encoded."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_request_ends_when_its_last_part_does(batcher: MicroBatcher, gate: Gat
     assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, 40, 0)
 
 
-def test_parts_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
+def test_parts_of_a_request_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
     gate.let_through()
     request = Request()
     batcher.add(request, [ids(1)], is_last=False)
@@ -78,10 +78,10 @@ def test_parts_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("num_before", [1, 2, 3])
-def test_how_a_lone_request_falls_into_batches_is_no_matter_of_time(
+def test_the_batches_of_a_lone_request_do_not_depend_on_timing(
     batcher: MicroBatcher, gate: Gate, num_before: int
 ) -> None:
-    """However many parts are there before the first batch is done, batches are the same."""
+    """The batches are the same for any number of parts that are queued before the first batch is done."""
     parts = [[sized(n, 10 + 7 * n % 30) for n in range(start, start + 8)] for start in (0, 8, 16)]
     request = Request()
     for number, part in enumerate(parts):
@@ -102,7 +102,7 @@ def test_how_a_lone_request_falls_into_batches_is_no_matter_of_time(
     assert gate.batches == alone
 
 
-def test_cancelling_drops_all_parts_and_those_to_come(batcher: MicroBatcher, gate: Gate) -> None:
+def test_cancelling_drops_present_and_later_parts(batcher: MicroBatcher, gate: Gate) -> None:
     request = Request()
     batcher.add(request, [sized(6, 50)] * 4, is_last=False)
     gate.wait_until_entered()
@@ -118,7 +118,7 @@ def test_cancelling_drops_all_parts_and_those_to_come(batcher: MicroBatcher, gat
     assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).cancelled == 1
 
 
-def test_what_is_cancelled_before_it_begins_is_never_queued(batcher: MicroBatcher) -> None:
+def test_a_request_cancelled_before_its_first_part_is_never_queued(batcher: MicroBatcher) -> None:
     request = Request()
     request.future.cancel()
     batcher.add(request, [ids(1)])
@@ -137,7 +137,7 @@ def test_nothing_is_added_to_a_request_that_failed(batcher: MicroBatcher, gate: 
     assert batcher.health().queued_tokens == 0
 
 
-def test_a_part_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
+def test_a_part_that_is_added_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
     gate.let_through()
     request = Request()
     batcher.add(request, [ids(1)], is_last=False)
@@ -150,7 +150,7 @@ def test_a_part_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> Non
 
 
 class WatchedTokenizer(PairTokenizer):
-    """Counts the parts it has encoded, and calls `before` with the number of each but the first."""
+    """Counts the encoded parts, and calls `before` with the number of each part except the first."""
 
     num_parts = 0
     before: Callable[[int], object] = staticmethod(lambda number: None)
@@ -164,7 +164,7 @@ class WatchedTokenizer(PairTokenizer):
 
 
 class Device:
-    """A pipeline over a tokenizer that is watched and a model whose score is the number of tokens."""
+    """A pipeline with a watched tokenizer and a model whose score is the number of tokens."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         config = ScorerConfig(model=str(checkpoint), device="cpu", **settings)
@@ -184,7 +184,7 @@ class Device:
 
 @pytest.fixture
 def start(checkpoint: Path) -> Iterator[Callable[..., Device]]:
-    """Return what makes devices and closes them after the test."""
+    """Return a function that creates devices. They are closed after the test."""
     made: list[Device] = []
 
     def build(**settings: Any) -> Device:
@@ -224,7 +224,7 @@ def test_the_device_begins_before_all_is_encoded(start: Callable[..., Device], p
     assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, NUM_PAIRS, 0)
 
 
-async def test_nor_does_it_wait_for_an_async_caller(
+async def test_the_device_begins_before_all_is_encoded_for_an_async_caller(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
@@ -275,7 +275,7 @@ async def test_cancellation_ends_the_encoding(start: Callable[..., Device], pass
     with pytest.raises(asyncio.CancelledError):
         await task
     cancelled.set()
-    device.pipeline.close()  # waits for the thread that encodes
+    device.pipeline.close()  # waits for the encoding thread
     assert device.tokenizer.num_parts == 2
     assert device.num_sequences <= 512
     assert device.pipeline.health().queued_tokens == 0
@@ -319,7 +319,7 @@ def test_a_full_queue_refuses_a_long_request_before_any_of_it_is_computed(
     assert len(device.pipeline.score(pairs_of(passages[:100]))) == 100
 
 
-def test_the_pair_that_is_not_finite_is_named_whatever_its_part(
+def test_a_pair_with_a_non_finite_score_is_named_in_any_part(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
@@ -352,4 +352,6 @@ def test_long_requests_score_as_short_ones_do(scorer: Scorer, passages: list[str
     assert [whole[index] for index in some] == pytest.approx(
         scorer.score([(QUERY, passages[index]) for index in some]), abs=TOLERANCE
     )
-    assert whole == scorer.score([(QUERY, passage) for passage in passages]), "to the last bit, if alone"
+    assert whole == scorer.score([(QUERY, passage) for passage in passages]), (
+        "a lone request gets the same bits every time"
+    )
