@@ -1,4 +1,4 @@
-"""The options that both framework adapters have, in one place: same names, order and defaults."""
+"""The options that both framework adapters share, with the same names, order and defaults."""
 
 from __future__ import annotations
 
@@ -43,27 +43,28 @@ Model = TypeVar("Model", bound=BaseModel)
 TRUNCATED_KEY: Final = "rerank_truncated"
 BLANK_KEY: Final = "rerank_blank"
 MARKS: Final = (TRUNCATED_KEY, BLANK_KEY)
-"""Metadata keys that tell of a document that was not read whole."""
+"""Metadata keys that mark a document that the model did not read completely."""
 
 _SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
-# In a dump, the key beside which the name of a scorer stands that the dump does not hold.
+# In a dump, the key of the name of a scorer. The dump does not contain the scorer itself.
 _MISSING_SCORER = "give_again"
 
-# To pydantic it is a string, so that an error names the option once and a schema shows what is dumped.
+# Pydantic treats it as a string. An error then names the option once, and the schema shows the dumped type.
 PathOrName = Annotated[
     str | os.PathLike[str],
     GetPydanticSchema(lambda _, handler: handler(str)),
     BeforeValidator(path_to_str),
 ]
-# Kept as a tuple. Dumped as a list, which is what JSON has, so that what is dumped equals what is read back.
+# Stored as a tuple and dumped as a list, which is what JSON has. A dump then equals the dump of its reloaded
+# copy.
 Names = Annotated[Sequence[str], AfterValidator(tuple), PlainSerializer(list, return_type=list[str])]
 
 
 class MissingScorer:
-    """Stands in an adapter read back from a dump for the scorer that the dump does not hold.
+    """Takes the place of a scorer in an adapter that was loaded from a dump. Dumps do not contain scorers.
 
     Args:
-        name: The name of the scorer that the adapter had.
+        name: The name of the scorer that the dumped adapter had.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,8 +101,8 @@ class MissingScorer:
 
     def _refuse(self) -> NoReturn:
         raise ConfigError(
-            f"this adapter was made with scorer= ({self.name}) and read back from a dump, which does not "
-            "hold the scorer; give scorer= again"
+            f"this adapter was created with scorer= ({self.name}) and then loaded from a dump, which does "
+            "not contain the scorer; set scorer= again"
         )
 
 
@@ -114,30 +115,35 @@ def _read_scorer(value: Any) -> Any:
 
 
 class RerankOptions(BaseModel):
-    """Fields of an adapter; those up to `blank_passages` are explained in `ScorerConfig`.
+    """The options of an adapter. `ScorerConfig` describes those from `model` to `blank_passages`.
 
     Attributes:
-        top_n: Most documents to return; None is all, 0 is none.
-        score_threshold: Least score to return, inclusive, on the scale of the scores: above 0 and at most 1
-            with `normalize=True`, else any finite number. None returns every document.
-        normalize: Scores of 0..1 through a sigmoid, the default here, since that is how frameworks
-            read a relevance score; False gives raw logits, the default of `Scorer`.
-        keep_retrieval_score: Keep what the retriever thought in the metadata of what is returned, as
-            `retrieval_score` (where it gave one) and `retrieval_rank` (from 0).
-        mark_unread: Tell in the metadata of what is returned that it was not read whole: `rerank_truncated`
-            is True if its end did not fit into the model, `rerank_blank` if it has nothing to read and was
-            not scored. A document that was read whole gets neither key. LlamaIndex shows these keys to no LLM
-            and no embedding model.
-        timeout: Most seconds for one call, from the first text that is tokenized to the last score; None is
-            no limit. Loading the model does not count: call `warmup` first. When the time is over, the call
-            raises `RequestTimeoutError`, and what has not started is dropped.
-        scorer: A scorer of one's own: a `Scorer`, a `RemoteScorer`, or anything with its `rank` and
-            `arank`. It has its own settings, so those above up to `blank_passages` cannot be given beside
-            it. `normalize` and `timeout` apply to the first two. The scores of any other are taken as they
-            are, and it must limit its time itself. None, the default, uses the process's shared scorer for
-            these settings, loaded at first use. A scorer is in no dump, since it may hold an address or a
-            key. An adapter that is read back from such a dump raises `ConfigError` until it is given one
-            again.
+        top_n: Maximum number of documents to return. None returns all, 0 returns none.
+        score_threshold: Minimum score to return, inclusive. It is on the same scale as the scores: above 0
+            and at most 1 with `normalize=True`, any finite number with `normalize=False`. None returns every
+            document.
+        normalize: Apply a sigmoid, so that scores lie between 0 and 1. This is the default here, because it
+            is the scale that frameworks expect. False returns raw logits, which are the default of `Scorer`.
+        keep_retrieval_score: Keep the retriever's result in the metadata of the returned documents:
+            `retrieval_score`, if the retriever gave one, and `retrieval_rank`, counted from 0.
+        mark_unread: Mark returned documents that the model did not read completely, in their metadata.
+            `rerank_truncated` is True if the end of the document did not fit into the model. `rerank_blank`
+            is True if the document has nothing to read and was not scored. Other documents get neither key.
+            LlamaIndex shows these keys neither to an LLM nor to an embedding model.
+        timeout: Maximum duration of a call in seconds, without the time to load the model. None is no limit.
+            When the timeout expires, the call raises `RequestTimeoutError`, and sequences that have not
+            started are dropped. Call `warmup` to load the model in advance.
+        scorer: A scorer of your own: a `Scorer`, a `RemoteScorer`, or an object with the methods `rank` and
+            `arank` of `SupportsRank`. None, the default, uses the scorer that the process shares for these
+            settings, and loads it at first use. A scorer of your own has its own settings, so the options
+            from `model` to `blank_passages` cannot be combined with it. `normalize` and `timeout` apply to a
+            `Scorer` and a `RemoteScorer`. Another object must normalize its scores and limit its time itself.
+            A dump of the adapter does not contain the scorer, because it may hold an address or a key. An
+            adapter that is loaded from such a dump raises `ConfigError` until `scorer` is set again.
+
+    Example:
+        >>> BGEReranker(model="embedded", top_n=3).scorer_config().model
+        'embedded'
     """
 
     model_config = ConfigDict(
@@ -185,22 +191,25 @@ class RerankOptions(BaseModel):
             defaults = ScorerConfig(normalize=self.normalize)
             given = [n for n in _SCORER_FIELDS if getattr(config, n) != getattr(defaults, n)]
             if given:
-                raise ConfigError(f"{given} cannot be set beside scorer, which has its own settings")
+                raise ConfigError(f"{given} cannot be combined with scorer, which has its own settings")
             if self.timeout is not None and not isinstance(self.scorer, OwnScorer | MissingScorer):
-                raise ConfigError("timeout cannot be set beside a scorer that is no Scorer; give it its own")
+                raise ConfigError(
+                    "timeout cannot be combined with a scorer that is not a Scorer or RemoteScorer; "
+                    "limit the time in the scorer"
+                )
         self._check_threshold()
         return self
 
     def _check_threshold(self) -> None:
         if self.scorer is not None and not isinstance(self.scorer, OwnScorer):
-            return  # only the owner of another scorer knows its scale
+            return  # the scale of such a scorer is unknown
         try:
             check_threshold(self.score_threshold, normalize=self.normalize)
         except InputError as error:
             raise ConfigError(f"score_threshold: {error}") from None
 
     def dump_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return a dump; one made with a scorer names it instead of the settings it does not use."""
+        """Return a dump of the options. A scorer of your own is dumped by name, without unused settings."""
         data: dict[str, Any] = handler(self)
         if self.scorer is None:
             return data
@@ -210,7 +219,7 @@ class RerankOptions(BaseModel):
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         if self.scorer is None:
             return [(name, value) for name, value in super().__repr_args__() if name != "scorer"]
-        # The type alone of a scorer that is not ours, since its own text may show an address or a key.
+        # Of a scorer that is not ours, show the type only. Its own `repr` may contain an address or a key.
         is_own = isinstance(self.scorer, Scorer | MissingScorer)
         scorer = self.scorer if is_own else _Unquoted(type(self.scorer).__name__)
         settings = [
@@ -221,14 +230,21 @@ class RerankOptions(BaseModel):
         return [("scorer", scorer), *settings]
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy.
+        """Return a copy of this adapter.
 
         Args:
-            update: Options to change in the copy. They are checked like those of a new adapter.
-            deep: Copy the values of the options too.
+            update: Options to change in the copy. They are validated like the options of a new adapter.
+            deep: Whether to copy the values of the options too.
+
+        Returns:
+            The copy.
 
         Raises:
-            pydantic.ValidationError: An option is unknown or cannot work.
+            pydantic.ValidationError: An option is unknown or invalid.
+
+        Example:
+            >>> BGEReranker(model="embedded").model_copy(update={"top_n": 3}).top_n
+            3
         """
         copied = super().model_copy(deep=deep)
         if update:
@@ -242,29 +258,29 @@ class RerankOptions(BaseModel):
         try:
             super().__setattr__(name, value)
         except ValidationError:
-            # What is checked together is checked after it is set; a refused value must not stay.
+            # Pydantic checks options against each other after it has set them. Restore the previous values.
             self.__dict__.update(before)
             raise
 
     def scorer_config(self) -> ScorerConfig:
-        """Return the settings of the shared scorer that these options ask for."""
+        """Return the settings of the shared scorer for these options."""
         return ScorerConfig(**{name: getattr(self, name) for name in _SCORER_FIELDS})
 
     def resolve_scorer(self) -> SupportsRank:
-        """Return the scorer to use, loading the shared one if nobody has.
+        """Return the scorer that this adapter uses. Load the shared scorer if it is not loaded yet.
 
-        A shared scorer may be closed when this adapter is closed or gone.
+        The shared scorer may be closed when this adapter is closed or deleted.
         """
         return Scorer.shared(self.scorer_config(), self) if self.scorer is None else self.scorer
 
     async def aresolve_scorer(self) -> SupportsRank:
-        """Return the scorer to use; a model that is not loaded yet is loaded off the event loop."""
+        """Do the same as `resolve_scorer` without blocking the event loop."""
         return await Scorer.ashared(self.scorer_config(), self) if self.scorer is None else self.scorer
 
     def warmup(self) -> None:
-        """Load the model and do all else that happens once, so that no user's request waits for it.
+        """Load the model and do all other one-time work, so that no later request waits for it.
 
-        A scorer of one's own that is no `Scorer` is left alone.
+        This does nothing if `scorer` is set to an object other than a `Scorer`.
 
         Raises:
             CheckpointError: The model cannot be used.
@@ -274,7 +290,7 @@ class RerankOptions(BaseModel):
             scorer.warmup()
 
     async def awarmup(self) -> None:
-        """Do what `warmup` does, off the event loop."""
+        """Do the same as `warmup` without blocking the event loop."""
         scorer = await self.aresolve_scorer()
         if isinstance(scorer, Scorer):
             await scorer.awarmup()
@@ -282,21 +298,22 @@ class RerankOptions(BaseModel):
     def close(self) -> None:
         """Release the model if no other adapter uses it.
 
-        A shared scorer is closed by the last of the adapters that have used it, counting those that still
-        exist. It stays open where somebody has called `Scorer.shared` for it. A scorer given as `scorer=`
-        is left to its owner. Calls of this adapter that are under way are finished or raise
-        `ScorerClosedError`. A later call loads the model again.
+        The last existing adapter that used a shared scorer closes it. A shared scorer stays open if your code
+        has called `Scorer.shared` for it without a holder. A scorer that was given as `scorer=` stays open
+        too. Running calls of this adapter finish or raise `ScorerClosedError`. A later call loads the model
+        again.
         """
         Scorer.release(self)
 
     def scorer_name(self) -> str:
-        """Return the model's name, or the type of a scorer that has none."""
+        """Return the name of the model, or the name of the scorer's type if it has no model name."""
         if self.scorer is None:
             return self.scorer_config().model
         if isinstance(self.scorer, MissingScorer):
             return self.scorer.name
         model = self.scorer.config.model if isinstance(self.scorer, Scorer) else None
-        return model if isinstance(model, str) else type(self.scorer).__name__  # a mock's is no string
+        # The model of a mock is not a string.
+        return model if isinstance(model, str) else type(self.scorer).__name__
 
     def rank_texts(
         self,
@@ -306,7 +323,7 @@ class RerankOptions(BaseModel):
         top_n: int | None,
         threshold: float | None,
     ) -> Sequence[RankedPassage]:
-        """Rank texts on this adapter's scale and within its timeout."""
+        """Rank texts with this adapter's `normalize` and `timeout`."""
         if isinstance(scorer, OwnScorer):
             return scorer.rank(query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize)
         return scorer.rank(query, texts, top_n, threshold)
@@ -319,7 +336,7 @@ class RerankOptions(BaseModel):
         top_n: int | None,
         threshold: float | None,
     ) -> Sequence[RankedPassage]:
-        """Do what `rank_texts` does, off the event loop."""
+        """Do the same as `rank_texts` without blocking the event loop."""
         if isinstance(scorer, OwnScorer):
             return await scorer.arank(
                 query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize
@@ -327,12 +344,12 @@ class RerankOptions(BaseModel):
         return await scorer.arank(query, texts, top_n, threshold)
 
 
-# What a scorer of one's own has in its own settings; `normalize` applies to it.
+# The options that do not apply to a scorer of your own. `normalize` does apply.
 _UNUSED_FIELDS = frozenset(_SCORER_FIELDS) - {"normalize"}
 
 
 class _Unquoted(str):
-    """A name that shows in a `repr` without quotes."""
+    """A string whose `repr` has no quotes."""
 
     __slots__ = ()
 
@@ -341,13 +358,14 @@ class _Unquoted(str):
 
 
 def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
-    """Return a copy of a pydantic model that can be edited without a change of the original.
-
-    Values that cannot be copied are kept as they are.
+    """Return a deep copy of a pydantic model. Values that cannot be copied are shared with the original.
 
     Args:
-        model: What to copy.
-        shared: Names of fields whose values are kept.
+        model: The model to copy.
+        shared: Names of fields whose values are shared instead of copied.
+
+    Returns:
+        The copy.
     """
     copied = model.model_copy()
     for name in copied.__dict__.keys() - set(shared):
@@ -357,7 +375,7 @@ def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
 
 def _copy_value(value: Any) -> Any:
     if type(value) is list and set(map(type, value)) <= {int, float, str}:
-        return value.copy()  # an embedding, for which a deep copy takes a hundred times as long
+        return value.copy()  # for an embedding, `deepcopy` is a hundred times slower
     try:
         return copy.deepcopy(value)
     except Exception:
@@ -365,7 +383,7 @@ def _copy_value(value: Any) -> Any:
 
 
 def marks_of(passage: RankedPassage) -> dict[str, bool]:
-    """Return the metadata that `mark_unread` adds; nothing where a foreign scorer does not tell."""
+    """Return the metadata that `mark_unread` adds. It is empty if a foreign scorer does not set the flags."""
     told = {
         TRUNCATED_KEY: getattr(passage, "truncated", False),
         BLANK_KEY: getattr(passage, "blank", False),
@@ -374,7 +392,7 @@ def marks_of(passage: RankedPassage) -> dict[str, bool]:
 
 
 def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:
-    """Return the figures of a ranking that traces show; what a foreign scorer does not say is None."""
+    """Return the figures of a ranking for traces. Figures that a foreign scorer does not give are None."""
     own = ranked if isinstance(ranked, Ranking) else None
     return {
         "num_pairs": num_pairs,
@@ -389,7 +407,7 @@ def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int 
 def summarize_all(
     rankings: Sequence[Sequence[RankedPassage]], num_pairs: Sequence[int]
 ) -> dict[str, int | None]:
-    """Return the sums of the figures of several rankings; one that any of them does not say is None."""
+    """Return the summed figures of several rankings. A sum is None if a ranking does not give that figure."""
     figures = [summarize(ranked, number) for ranked, number in zip(rankings, num_pairs, strict=True)]
     totals: dict[str, int | None] = {}
     for name in summarize((), 0):

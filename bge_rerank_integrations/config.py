@@ -1,4 +1,4 @@
-"""The settings of one scorer: validated once, immutable, JSON-safe and hashable."""
+"""The settings of a scorer. They are validated once, immutable, hashable and JSON-serializable."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ BlankPassages = Literal["last", "refuse"]
 NUM_SPECIAL_TOKENS: Final = 4
 
 _DEVICE = re.compile(r"auto|cpu(:\d{1,3})?|cuda(:(?P<index>\d{1,3}))?|mps")
-# torch keeps a device's number in a signed byte, and wraps larger ones around in silence.
+# torch stores the index of a device in a signed byte, and silently wraps larger numbers around.
 _MAX_DEVICE_INDEX: Final = 127
 
-# More threads than any processor has; some tens of thousands crash the process.
+# More than the cores of any processor. Tens of thousands of threads would crash the process.
 _MAX_NUM_THREADS: Final = 1024
-# Longer than the positions of any XLM-RoBERTa checkpoint; the loaded model has a bound of its own.
+# Longer than any XLM-RoBERTa checkpoint allows. The loaded model has its own, lower limit.
 _MAX_LENGTH: Final = 65_536
-# The hidden states of one pass of so many tokens fill the memory of the largest GPUs.
+# The hidden states of a batch of this many tokens fill the memory of the largest GPUs.
 _MAX_BATCH_TOKENS: Final = 1 << 22
-# The ids of so many tokens take 4 TB.
+# The token ids alone of this many tokens take 4 TB.
 _MAX_QUEUED_TOKENS: Final = 1 << 40
 
 
 class Setting(Generic[Accepted, Kept]):
-    """A dataclass field that accepts more types than it keeps.
+    """A dataclass field that accepts more types than it stores.
 
-    Type checkers read the type of an argument from `__set__` and that of the attribute from `__get__`.
+    Type checkers take the type of the constructor's argument from `__set__` and the type of the attribute
+    from `__get__`.
 
     Args:
-        default: The value where none is given.
-        convert: Turns what is accepted into what is kept, and returns anything else unchanged, for the
-            config's own checks to refuse.
+        default: The default value.
+        convert: Converts an accepted value to the stored type. It returns every other value unchanged, so
+            that the checks of the dataclass can reject it.
     """
 
     def __init__(self, default: Kept, convert: Callable[[Any], Any]) -> None:
@@ -70,68 +71,76 @@ class Setting(Generic[Accepted, Kept]):
 
 
 def path_to_str(value: Any) -> Any:
-    """Return a path as a string, and anything else unchanged."""
+    """Return a path as a string, and any other value unchanged."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def sequence_to_tuple(value: Any) -> Any:
-    """Return a sequence other than a string as a tuple, and anything else unchanged."""
+    """Return a sequence as a tuple, and a string or any other value unchanged."""
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """Everything that decides what a `Scorer` loads and how it scores.
+    """All settings that decide which model a `Scorer` loads and how it scores.
 
-    Two scorers with equal configs give equal scores, so the config is the key under which
-    `Scorer.shared` keeps one loaded model per process. A hub token is never part of it: it comes from
-    the hub library's own login or the `HF_TOKEN` environment variable.
+    Two scorers with equal configs give equal scores. `Scorer.shared` therefore keeps one loaded model per
+    config and process. The config never contains a hub token. The hub library takes the token from its own
+    login or from the environment variable `HF_TOKEN`.
 
     Attributes:
-        model: Hub id or local folder of a reranker, that is of a one-label
-            `XLMRobertaForSequenceClassification`; `embedded` is the small English one that comes with this
-            package (no BGE model).
+        model: Hub id or local folder of a one-label `XLMRobertaForSequenceClassification`, or `embedded`. The
+            name `embedded` stands for the small English reranker that comes with this package. It is not a
+            BGE model.
         revision: Branch, tag or commit on the hub; None is the default branch.
-        sha256: What `cat model*.safetensors | sha256sum` must give, in the checkpoint's folder, for the
-            weights to be loaded; None is no check.
-        cache_folder: Where hub downloads are kept; None is the hub library's own cache.
-        local_files_only: Never ask the network; use what is in the cache.
-        device: `auto` (the first of CUDA, MPS, CPU that is there), `cpu`, `cuda`, `cuda:N` or `mps`.
-        devices: Several devices of one kind, such as cuda:0 and cuda:1, instead of `device`: each holds a
-            copy of the model, and all take batches from one queue. Any sequence of names; kept as a tuple.
-        dtype: `auto` (float16 on CUDA, float32 elsewhere), `float32`, `float16`, `bfloat16`, `float8` or
-            `int8`. float16 is refused on a CPU, which has no fast arithmetic for it. float8 is for CUDA
-            devices from Hopper on: matrix products in e4m3 scaled by row, all else in bfloat16 or float32.
-            int8 is for CPUs with VNNI instructions: products in int8, all else in float32; it needs the extra
-            `int8`.
-        max_length: Longest pair in tokens, its four special tokens included. 512 for every model, as
-            in FlagReranker; `bge-reranker-v2-m3` takes up to 8192.
-        query_max_length: Longest query in tokens; None is three quarters of `max_length`. A longer query is
-            cut, which is counted, and logged once per process.
-        query_truncation_side: Which end of a query that is too long is cut. `right`, the default and
-            FlagReranker's rule, keeps its beginning; `left` keeps its end, where the question stands in a
-            query that begins with a chat history. The query instruction is kept either way.
-        max_batch_tokens: Most tokens in one forward pass; None is what suits the device.
-        num_threads: CPU threads that the forward pass computes with; None is as many as torch is set to. A
-            web server with workers of its own wants fewer. Other threads' torch settings stay as they are.
-        max_wait_ms: How long a request may wait for others to share a batch that is not full. 0, the
-            default: those that are waiting go together, and an idle device never waits.
-        max_queued_tokens: Most tokens that may wait for the device; a request beyond it is refused with
-            `QueueFullError` at once. None is no limit.
-        normalize: Put each score through a sigmoid. False, the default, gives the raw logit.
-        query_instruction: Text put before each query as it is. None, the default, is the default prompt that
-            sentence-transformers saved with the checkpoint, if there is one; "" is nothing.
-        passage_instruction: Text put before each passage as it is; None is nothing.
-        long_passages: `truncate` cuts a passage to the room the query leaves; `windows` scores
-            overlapping windows of that size and takes the best.
-        window_overlap_tokens: Tokens that neighbouring windows share; only for `long_passages="windows"`.
-        blank_passages: What ranking does with a passage that has nothing to read: only white space, control
-            and format characters, or nothing that the tokenizer has a token for. `last` ranks it after all
-            others without scoring it, with `RankedPassage.blank` set; `refuse` raises `InputError`. The
-            passage instruction does not count as text.
+        sha256: Expected SHA-256 digest of the weights, in 64 lower-case hexadecimal digits; None is no check.
+            The command `cat model*.safetensors | sha256sum`, run in the folder of the checkpoint, prints it.
+        cache_folder: Folder for downloads from the hub; None is the hub library's own cache.
+        local_files_only: Use only files that are already on disk, without any network access.
+        device: `auto` (the first available of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+        devices: Several devices of one kind to use instead of `device`, such as cuda:0 and cuda:1. Each
+            device holds a copy of the model, and all devices take batches from one queue. Any sequence of
+            names is accepted and stored as a tuple.
+        dtype: Precision of the computation; `auto` is float16 on CUDA and float32 on other devices. float16
+            is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8 needs a CUDA device of
+            compute capability 8.9 or later. It computes matrix products in e4m3 with one scale per row, and
+            everything else in bfloat16 or float32. int8 needs a CPU with VNNI instructions and the extra
+            `int8`. It computes matrix products in int8 and everything else in float32.
+        max_length: Maximum length of a pair in tokens, including its four special tokens. The default is 512
+            for every model, as in FlagReranker. `bge-reranker-v2-m3` accepts up to 8192.
+        query_max_length: Maximum length of a query in tokens; None is three quarters of `max_length`. A
+            longer query is truncated. `Scorer.stats` counts truncated queries, and the first one of a process
+            is logged.
+        query_truncation_side: End of a long query that is cut off. `right`, the default and FlagReranker's
+            rule, keeps the beginning of the query. `left` keeps its end, which suits queries that start with
+            a chat history and end with the question. The query instruction is kept in both cases.
+        max_batch_tokens: Maximum number of tokens in one forward pass; None is a value that suits the device.
+            A longer pair is a batch of its own.
+        num_threads: Number of CPU threads for the forward pass; None is as many as torch uses. A web server
+            with several worker processes needs fewer threads per process. The torch settings of other threads
+            do not change.
+        max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch. With 0,
+            the default, an idle device starts at once with everything that is queued.
+        max_queued_tokens: Maximum number of tokens in the queue; None is no limit. A request that exceeds it
+            raises `QueueFullError` immediately.
+        normalize: Apply a sigmoid to each score. False, the default, returns raw logits.
+        query_instruction: Text that is put in front of each query, unchanged; None is the checkpoint's
+            default prompt. The default prompt is the one that sentence-transformers saved with the
+            checkpoint. If there is none, or if this is an empty string, nothing is put in front.
+        passage_instruction: Text that is put in front of each passage, unchanged; None is no text.
+        long_passages: How to score a passage that is too long: `truncate` it, or score it in `windows`. Both
+            fill the space that the query leaves within `max_length`. `windows` splits the passage into
+            overlapping windows of that size and takes the best score.
+        window_overlap_tokens: Number of tokens that neighbouring windows share, for
+            `long_passages="windows"`.
+        blank_passages: How to rank a passage that has nothing to read: put it `last`, or `refuse` it. A
+            passage has nothing to read if it consists of white space, control and format characters, or if
+            the tokenizer has no token for any of it. `last` ranks it after all others, without a score from
+            the model, and sets `RankedPassage.blank`. `refuse` raises `InputError`. The passage instruction
+            does not count as text.
 
     Raises:
-        ConfigError: A value is of the wrong type, out of range or contradicts another.
+        ConfigError: A value has the wrong type, is out of range, or contradicts another value.
 
     Example:
         >>> ScorerConfig(model="BAAI/bge-reranker-large", query_max_length=256).effective_query_max_length
@@ -168,13 +177,13 @@ class ScorerConfig:
 
     @property
     def effective_query_max_length(self) -> int:
-        """Longest query in tokens, with the default of three quarters of `max_length` filled in."""
+        """Maximum length of a query in tokens, three quarters of `max_length` if none was set."""
         if self.query_max_length is not None:
             return self.query_max_length
         return self.max_length * 3 // 4
 
     def per_device(self) -> list[ScorerConfig]:
-        """Return these settings once for each device, as those of a scorer on that device alone."""
+        """Return one config for each device, with `device` set and `devices` None."""
         if self.devices is None:
             return [self]
         return [dataclasses.replace(self, device=device, devices=None) for device in self.devices]
@@ -183,17 +192,27 @@ class ScorerConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> ScorerConfig:
         """Build a config from a mapping, such as parsed JSON.
 
+        Args:
+            data: Names and values of settings. Missing settings get their defaults.
+
+        Returns:
+            The config.
+
         Raises:
-            ConfigError: A key is unknown or a value is not valid.
+            ConfigError: A key is unknown or a value is invalid.
+
+        Example:
+            >>> ScorerConfig.from_dict({"model": "embedded", "max_length": 256}).max_length
+            256
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:
-            raise ConfigError(f"unknown setting(s) {unknown}; known are {known}")
+            raise ConfigError(f"unknown setting(s) {unknown}; the known settings are {known}")
         return cls(**data)
 
     def to_dict(self) -> dict[str, str | float | bool | list[str] | None]:
-        """Return the settings as a dict that JSON can hold; `from_dict` takes it back unchanged."""
+        """Return all settings as a JSON-serializable dict, from which `from_dict` builds an equal config."""
         devices = None if self.devices is None else list(self.devices)
         return {**dataclasses.asdict(self), "devices": devices}
 
@@ -262,10 +281,10 @@ class ScorerConfig:
         if nameless is not None:
             raise ConfigError(f"devices[{nameless}] is empty; give each device a name, such as 'cuda:0'")
         if not devices or "auto" in devices:
-            raise ConfigError("devices must name at least one device, and each by its own name, not 'auto'")
+            raise ConfigError("devices must name at least one device, and must not contain 'auto'")
         if len({device.partition(":")[0] for device in devices}) > 1:
-            raise ConfigError("devices must be of one kind, so that scores do not depend on which is idle")
-        # 'cuda' is the first CUDA device, and 'cpu:N' the only CPU.
+            raise ConfigError("devices must be of one kind, so that scores do not depend on the device")
+        # 'cuda' means the first CUDA device, and every 'cpu:N' means the only CPU.
         distinct = {"cpu" if device.startswith("cpu") else device for device in devices}
         if len({"cuda:0" if device == "cuda" else device for device in distinct}) < len(devices):
             raise ConfigError("devices must not name a device twice")
@@ -284,8 +303,8 @@ class ScorerConfig:
         if room < 1:
             raise ConfigError(
                 f"query_max_length {self.effective_query_max_length} leaves no room for a passage in "
-                f"max_length {self.max_length} ({NUM_SPECIAL_TOKENS} tokens are special); it can be at "
-                f"most {self.max_length - NUM_SPECIAL_TOKENS - 1}"
+                f"max_length {self.max_length} ({NUM_SPECIAL_TOKENS} tokens are special); query_max_length "
+                f"can be at most {self.max_length - NUM_SPECIAL_TOKENS - 1}"
             )
         if self.long_passages != "windows" and self.window_overlap_tokens != DEFAULT_WINDOW_OVERLAP:
             raise ConfigError(
@@ -304,10 +323,10 @@ LOCAL_REVISION: Final = (
     "or name a model on the hub"
 )
 FLOAT16_ON_CPU: Final = (
-    "dtype 'float16' is not supported on a CPU; use 'float32', or 'bfloat16' where the CPU has it, or "
+    "dtype 'float16' is not supported on a CPU; use 'float32', use 'bfloat16' if the CPU supports it, or use "
     "a CUDA device"
 )
-INT8_OFF_CPU: Final = "dtype 'int8' runs on CPUs alone; use 'float16', or device='cpu'"
+INT8_OFF_CPU: Final = "dtype 'int8' runs on CPUs only; use 'float16' on this device, or set device='cpu'"
 FLOAT8_NEEDS: Final = (
-    "dtype 'float8' needs a CUDA device with arithmetic for it, such as Hopper's (capability 8.9 and later)"
+    "dtype 'float8' needs a CUDA device with float8 arithmetic (compute capability 8.9 or later)"
 )

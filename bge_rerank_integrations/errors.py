@@ -1,31 +1,38 @@
-"""Every error this package raises on purpose.
+"""All exceptions that this package raises on purpose.
 
 ```
 RerankError
-├── ConfigError (ValueError)            a setting that cannot work
-├── InputError (ValueError)             a query, passage or argument of one call; has .index
-│   └── InputTypeError (TypeError)      ... of the wrong type
-├── CheckpointError                     a model that cannot be used
-│   ├── CheckpointNotFoundError         no such folder, repository, revision or file
+├── ConfigError (ValueError)            a setting is unknown, out of range or contradicts another
+├── InputError (ValueError)             an argument of a call is invalid; has .index
+│   └── InputTypeError (TypeError)      an argument of a call has the wrong type
+├── CheckpointError                     the model cannot be used
+│   ├── CheckpointNotFoundError         the folder, repository, revision or file does not exist
 │   ├── HubUnreachableError             the model hub did not answer
-│   ├── UnsupportedCheckpointError      intact, but not a one-label XLM-RoBERTa cross-encoder
-│   └── CorruptCheckpointError          damaged, incomplete or not finite
+│   ├── UnsupportedCheckpointError      the model is not a one-label XLM-RoBERTa cross-encoder
+│   └── CorruptCheckpointError          the files are damaged, incomplete or contain NaN or infinity
 ├── DatasetError                        a file of queries, passages, judgements or results is unusable
-├── DeviceError (RuntimeError)          the device is not there
-│   └── DeviceLostError                 ... or failed for good while it was in use
-├── NonFiniteScoreError                 the model returned NaN or inf; has .index
-├── QueueFullError                      more is waiting than max_queued_tokens allows; try again later
-├── RequestTimeoutError (TimeoutError)  not finished within the call's timeout
-├── ScorerClosedError (RuntimeError)    used after close()
-├── WorkerDiedError (RuntimeError)      the thread that feeds the device ended; the next call starts another
-├── RemoteError                         a rerank server answered with what cannot be used
-│   ├── ServerUnreachableError (ConnectionError)  it does not answer, or cannot take requests now
-│   └── AuthenticationError (PermissionError)     it does not accept the API key
-├── ForkedProcessError (RuntimeError)   used in a child that was forked after its parent had loaded a model
-└── MissingExtraError (ImportError)     an optional framework is not installed
+├── DeviceError (RuntimeError)          the device is not available
+│   └── DeviceLostError                 the device failed while it was in use and does not recover
+├── NonFiniteScoreError                 the model returned NaN or infinity; has .index
+├── QueueFullError                      the queue holds max_queued_tokens; try again later
+├── RequestTimeoutError (TimeoutError)  the call did not finish within its timeout
+├── ScorerClosedError (RuntimeError)    the scorer was used after close()
+├── WorkerDiedError (RuntimeError)      a worker thread ended unexpectedly; the next call starts a new one
+├── RemoteError                         a rerank server gave an unusable answer
+│   ├── ServerUnreachableError (ConnectionError)  the server does not answer or takes no requests now
+│   └── AuthenticationError (PermissionError)     the server does not accept the API key
+├── ForkedProcessError (RuntimeError)   the process was forked after a model had been loaded
+└── MissingExtraError (ImportError)     an optional dependency is not installed
 ```
 
-Messages name the setting or the index of the offending item, never its text.
+A message names the setting, or the index of the invalid item. It never contains the text of a query or
+passage.
+
+Example:
+    >>> try:
+    ...     ranking = scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."], timeout=30)
+    ... except RequestTimeoutError:
+    ...     ranking = []  # fall back to the order of the retriever
 """
 
 from __future__ import annotations
@@ -58,18 +65,19 @@ __all__ = [
 
 
 class RerankError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base class of all exceptions that this package raises on purpose."""
 
 
 class ConfigError(RerankError, ValueError):
-    """A setting that is unknown, out of range or contradicts another."""
+    """A setting is unknown, out of range, or contradicts another setting."""
 
 
 class InputError(RerankError, ValueError):
-    """One call's argument is wrong.
+    """An argument of a call is invalid.
 
     Attributes:
-        index: Position of the offending pair, passage, document or node; None where there is none.
+        index: Position of the invalid pair, passage, document, node or request in its list. None if the error
+            does not concern an item of a list.
     """
 
     def __init__(self, message: str, *, index: int | None = None) -> None:
@@ -78,15 +86,15 @@ class InputError(RerankError, ValueError):
 
 
 class InputTypeError(InputError, TypeError):
-    """One call's argument has the wrong type."""
+    """An argument of a call has the wrong type."""
 
 
 class CheckpointError(RerankError):
-    """A checkpoint cannot be used; the message says what to do about it."""
+    """A checkpoint cannot be used. The message says what to do about it."""
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """The folder, repository, revision or a needed file of it does not exist."""
+    """The checkpoint's folder, repository or revision does not exist, or it lacks a required file."""
 
 
 class HubUnreachableError(CheckpointError):
@@ -94,26 +102,29 @@ class HubUnreachableError(CheckpointError):
 
 
 class UnsupportedCheckpointError(CheckpointError):
-    """The checkpoint is not a one-label XLM-RoBERTa cross-encoder in safetensors."""
+    """The checkpoint is not a one-label XLM-RoBERTa cross-encoder in safetensors format."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """The checkpoint's files are damaged, incomplete or hold values that are not finite."""
+    """The checkpoint's files are damaged or incomplete, or they contain NaN or infinity."""
 
 
 class DatasetError(RerankError):
-    """A file of queries, passages, judgements or results is missing or malformed; says which line."""
+    """A file of queries, passages, judgements or results is missing or malformed.
+
+    The message names the file and the line.
+    """
 
 
 class DeviceError(RerankError, RuntimeError):
-    """The device, or something named explicitly for it, is not available."""
+    """The device, or a feature that was explicitly requested for it, is not available."""
 
 
 class NonFiniteScoreError(RerankError, ArithmeticError):
     """The model returned NaN or infinity.
 
     Attributes:
-        index: Position, in the order the caller gave, of the first such pair or passage.
+        index: Position of the first pair or passage with such a score, in the order of the caller's list.
     """
 
     def __init__(self, message: str, *, index: int | None = None) -> None:
@@ -122,19 +133,19 @@ class NonFiniteScoreError(RerankError, ArithmeticError):
 
 
 class DeviceLostError(DeviceError):
-    """The device failed for good while it was in use; a new process is needed."""
+    """The device failed while it was in use and does not recover. Start a new process."""
 
 
 class QueueFullError(RerankError):
-    """More tokens are waiting than `max_queued_tokens` allows; try again later."""
+    """The request does not fit into the queue under `max_queued_tokens`. Try again later."""
 
 
 class RequestTimeoutError(RerankError, TimeoutError):
-    """A request was not finished within its call's timeout; what had not started was not computed."""
+    """A request did not finish within its timeout. Its sequences that had not started were dropped."""
 
 
 class WorkerDiedError(RerankError, RuntimeError):
-    """The thread that feeds the device ended while a request waited; the next call starts another."""
+    """A worker thread ended unexpectedly while a request waited. The next call starts a new worker."""
 
 
 class RemoteError(RerankError):
@@ -150,7 +161,7 @@ class AuthenticationError(RemoteError, PermissionError):
 
 
 class ForkedProcessError(RerankError, RuntimeError):
-    """The process was forked from one that had loaded a model."""
+    """The process was forked from a process that had loaded a model."""
 
 
 class ScorerClosedError(RerankError, RuntimeError):
@@ -158,15 +169,18 @@ class ScorerClosedError(RerankError, RuntimeError):
 
 
 class MissingExtraError(RerankError, ImportError):
-    """An optional dependency is not installed; the message holds the command that installs it."""
+    """An optional dependency is not installed. The message contains the command that installs it."""
 
 
 def missing_extra(extra: str, package: str) -> MissingExtraError:
-    """Build the error for an optional dependency that is not installed.
+    """Return the exception for an optional dependency that is not installed.
 
     Args:
-        extra: The extra of this package that brings it.
-        package: What is missing, as the user knows it.
+        extra: The extra of this package that installs the dependency.
+        package: The name of the dependency on the package index.
+
+    Returns:
+        The exception, for the caller to raise.
 
     Example:
         >>> raise missing_extra("langchain", "langchain-core")

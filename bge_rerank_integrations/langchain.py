@@ -1,4 +1,4 @@
-"""LangChain: `BGEReranker`, a document compressor that re-orders by relevance."""
+"""LangChain adapter: `BGEReranker`, a document compressor that sorts documents by relevance."""
 
 from __future__ import annotations
 
@@ -42,27 +42,32 @@ TextSource = str | Mapping[str, Any] | Document
 
 
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
-    r"""Re-orders documents by a BGE cross-encoder's relevance score and keeps the best.
+    r"""Sorts documents by the relevance scores of a BGE cross-encoder and keeps the best.
 
-    Returned documents are deep copies, with id and metadata, that carry the score as a Python float.
-    Values that cannot be copied, such as a lock, are shared with the documents that came in. The
-    model is loaded at first use, once per process for equal settings, shared with LlamaIndex's
-    `BGERerankPostprocessor`. All options are fields; see `RerankOptions` and `ScorerConfig`.
+    The returned documents are deep copies with the same id and metadata. Their metadata contains the score as
+    a Python float. Values that cannot be copied, such as a lock, are shared with the original documents.
+
+    The model is loaded at first use. Adapters with equal settings share one model per process, including the
+    LlamaIndex adapter `BGERerankPostprocessor`. `RerankOptions` and `ScorerConfig` describe the other
+    options.
 
     Attributes:
         score_key: Metadata key of the score.
-        rank_fields: Metadata fields that are scored too, as `name: value` lines before the text. A field
-            that a document lacks, or that is None or NaN, has no line.
-        document_template: What is scored instead: a format string over `page_content` and metadata
-            fields, such as `"{title}\n{page_content}"`. A field that is None or NaN is empty.
+        rank_fields: Metadata fields to score together with the text. Each field becomes a line `name: value`
+            before the text. A field that is missing, None or NaN has no line.
+        document_template: Format string of the text to score, with `page_content` and metadata fields as
+            placeholders, such as `"{title}\n{page_content}"`. A field that is None or NaN becomes an empty
+            string. It cannot be combined with `rank_fields`.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or cannot work; documents are never echoed.
+        pydantic.ValidationError: An option is unknown or invalid. The message never contains a document.
 
     Example:
-        >>> from langchain_classic.retrievers import ContextualCompressionRetriever
-        >>> reranker = BGEReranker(top_n=5)
-        >>> retriever = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=base)
+        >>> from langchain_core.documents import Document
+        >>> reranker = BGEReranker(model="embedded", top_n=1)
+        >>> documents = [Document("hi"), Document("The giant panda is a bear.")]
+        >>> reranker.compress_documents(documents, "what is a panda?")[0].page_content
+        'The giant panda is a bear.'
     """
 
     score_key: str = Field(default="relevance_score", min_length=1)
@@ -76,7 +81,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             try:
                 fields = _template_fields(template)
             except ValueError as error:
-                raise ConfigError(f"document_template is not a format string: {error}") from None
+                raise ConfigError(f"document_template is not a valid format string: {error}") from None
             if "page_content" not in fields:
                 raise ConfigError("document_template must contain {page_content}")
         return template
@@ -84,9 +89,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     @model_validator(mode="after")
     def _check_score_key(self) -> Self:
         if self.keep_retrieval_score and self.score_key in _RETRIEVAL_KEYS:
-            raise ConfigError(f"score_key {self.score_key!r} is a key that keep_retrieval_score fills")
+            raise ConfigError(f"score_key {self.score_key!r} is a key that keep_retrieval_score sets")
         if self.mark_unread and self.score_key in MARKS:
-            raise ConfigError(f"score_key {self.score_key!r} is a key that mark_unread fills")
+            raise ConfigError(f"score_key {self.score_key!r} is a key that mark_unread sets")
         return self
 
     @model_validator(mode="after")
@@ -105,13 +110,21 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         """Return copies of the best documents, best first.
 
         Args:
-            documents: Retrieved documents; they are not changed.
-            query: What they are ranked for.
-            callbacks: Get a nested run with the model and the numbers of pairs, tokens and truncations.
+            documents: Retrieved documents. They are not changed.
+            query: The query that the documents are ranked for.
+            callbacks: Callbacks that receive a run with the name of the model and the numbers of pairs,
+                tokens and truncated documents.
+
+        Returns:
+            Copies of at most `top_n` documents whose score reaches `score_threshold`.
 
         Raises:
-            InputError: The query or a document cannot be scored; `.index` says which.
+            InputError: The query or a document cannot be scored; `.index` says which document.
+            RequestTimeoutError: The call did not finish within `timeout`.
             CheckpointError: The model cannot be used.
+
+        Example:
+            >>> best = reranker.compress_documents([Document("hi"), Document("A bear.")], "what is a panda?")
         """
         documents = _check_documents(documents)
         texts = self._texts(documents, self.rank_fields)
@@ -121,7 +134,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """Do what `compress_documents` does, off the event loop, loading of the model included."""
+        """Do the same as `compress_documents` without blocking the event loop, even to load the model."""
         documents = _check_documents(documents)
         texts = self._texts(documents, self.rank_fields)
         ranked = await self._arank(check_query(query), texts, self.top_n, callbacks)
@@ -135,21 +148,27 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         rank_fields: Sequence[str] | None = None,
         top_n: int | EllipsisType | None = ...,
     ) -> list[dict[str, Any]]:
-        """Rank texts without making documents of them.
+        """Rank strings, mappings or documents, and return their indices and scores.
 
         Args:
-            documents: Strings, mappings (scored as `name: value` lines) or `Document`s.
-            query: What they are ranked for.
-            rank_fields: Fields of mappings and documents to score; None is as configured, where without
-                any a mapping is scored whole.
-            top_n: Most results; None is all, and `...`, the default, is as configured.
+            documents: Strings, mappings or `Document`s. A mapping is scored as lines `name: value`.
+            query: The query that the documents are ranked for.
+            rank_fields: Fields of mappings and documents to score. None uses the option of this reranker. If
+                that is None too, all fields of a mapping are scored.
+            top_n: Maximum number of results. None returns all. `...`, the default, uses the option of this
+                reranker.
 
         Returns:
-            `{"index": position in documents, "relevance_score": float}`, best first; with `"blank": True`
-            where there is nothing to read, which comes last.
+            One dict for each result, best first: `{"index": position in documents, "relevance_score":
+                float}`.
+            A document with nothing to read comes last, and its dict also contains `"blank": True`.
 
         Raises:
-            InputError: An argument cannot be scored; `.index` says which document.
+            InputError: The query or a document cannot be scored; `.index` says which document.
+
+        Example:
+            >>> reranker.rerank(["hi", "The giant panda is a bear."], "what is a panda?", top_n=1)
+            [{'index': 1, 'relevance_score': ...}]
         """
         texts = self._texts(documents, self.rank_fields if rank_fields is None else rank_fields)
         return _as_dicts(self._rank(check_query(query), texts, self._top_n(top_n), None))
@@ -162,7 +181,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         rank_fields: Sequence[str] | None = None,
         top_n: int | EllipsisType | None = ...,
     ) -> list[dict[str, Any]]:
-        """Do what `rerank` does, off the event loop."""
+        """Do the same as `rerank` without blocking the event loop."""
         texts = self._texts(documents, self.rank_fields if rank_fields is None else rank_fields)
         return _as_dicts(await self._arank(check_query(query), texts, self._top_n(top_n), None))
 
@@ -173,7 +192,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         rank_fields: Sequence[str] | None = None,
         top_n: int | EllipsisType | None = ...,
     ) -> list[list[dict[str, Any]]]:
-        """Rank the texts of several queries, in one pass where the scorer can.
+        """Rank the documents of several queries. A `Scorer` does it in one call, which fills batches better.
 
         Args:
             requests: (query, documents) of each request.
@@ -181,10 +200,13 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             top_n: As in `rerank`, for each request.
 
         Returns:
-            What `rerank` returns, one a request.
+            The result of `rerank` for each request, in order.
 
         Raises:
-            InputError: As `rerank` does; `.index` says which request.
+            InputError: For the same reasons as `rerank`; `.index` says which request.
+
+        Example:
+            >>> results = reranker.rerank_many([("panda", ["a bear", "tea"]), ("tea", ["a cup of tea"])])
         """
         prepared = self._requests(requests, rank_fields)
         limit = self._top_n(top_n)
@@ -203,7 +225,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         rank_fields: Sequence[str] | None = None,
         top_n: int | EllipsisType | None = ...,
     ) -> list[list[dict[str, Any]]]:
-        """Do what `rerank_many` does, off the event loop."""
+        """Do the same as `rerank_many` without blocking the event loop."""
         prepared = self._requests(requests, rank_fields)
         limit = self._top_n(top_n)
         num_pairs = sum(len(texts) for _, texts in prepared)
@@ -215,11 +237,15 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         return [_as_dicts(ranked) for ranked in rankings]
 
     def as_cross_encoder(self) -> BaseCrossEncoder:
-        """Return this reranker as a `BaseCrossEncoder`, for code that takes one.
+        """Return a `BaseCrossEncoder` with the scores of this reranker, for code that expects that interface.
 
-        Its scores are those of this reranker, normalized or not; `top_n` and the threshold are left to
-        the code that calls it. A passage with nothing to read gets the lowest value of the scale, 0.0 or
-        -65504.0, so that it is sorted last; a query with nothing to read is an `InputError`.
+        The scores are normalized if this reranker normalizes. `top_n` and `score_threshold` do not apply. A
+        passage with nothing to read gets the lowest value of the scale, 0.0 or -65504.0, and is therefore
+        sorted last. A query with nothing to read raises `InputError`.
+
+        Example:
+            >>> reranker.as_cross_encoder().score([("what is a panda?", "The giant panda is a bear.")])
+            [...]
         """
         return _CrossEncoderView(self)
 
@@ -276,7 +302,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
     @contextmanager
     def _run(self, callbacks: Callbacks | None, num_pairs: int) -> Iterator[dict[str, Any]]:
-        """Trace what happens inside as a run; what is put into the dict becomes its output."""
+        """Trace the block as a run. The entries of the yielded dict become the outputs of the run."""
         manager = CallbackManager.configure(_inherited(callbacks))
         run = manager.on_chain_start(None, self._run_inputs(num_pairs), name=type(self).__name__)
         outputs: dict[str, Any] = {"model": self.scorer_name()}
@@ -317,11 +343,11 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             metadata |= marks_of(passage)
         if self.keep_retrieval_score:
             metadata["retrieval_rank"] = passage.index
-            for key in (self.score_key, "score"):  # where retrievers and other rerankers put theirs
+            for key in (self.score_key, "score"):  # the keys that retrievers and other rerankers use
                 if key in metadata:
                     metadata["retrieval_score"] = metadata[key]
                     break
-        metadata[self.score_key] = float(passage.score)  # a foreign scorer's may be NumPy's
+        metadata[self.score_key] = float(passage.score)  # a foreign scorer may return a NumPy float
         return copied
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
@@ -348,21 +374,21 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
 
 class _CrossEncoderView(BaseCrossEncoder):
-    """A reranker's scores through LangChain's other reranking interface."""
+    """The scores of a reranker behind LangChain's interface for cross-encoders."""
 
     def __init__(self, reranker: BGEReranker) -> None:
         self._reranker = reranker
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
-        """Return one float a (query, passage) pair, in order."""
-        queries, passages = check_pairs(text_pairs)
+        """Return one float for each (query, passage) pair, in order."""
+        pairs = check_pairs(text_pairs)
         scorer = self._reranker.resolve_scorer()
-        scores = [0.0] * len(queries)
+        scores = [0.0] * len(pairs)
         by_query: dict[str, list[int]] = {}
-        for index, query in enumerate(queries):
+        for index, (query, _) in enumerate(pairs):
             by_query.setdefault(query, []).append(index)
         for query, indices in by_query.items():
-            texts = [passages[index] for index in indices]
+            texts = [pairs[index][1] for index in indices]
             try:
                 ranked = self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
             except InputError as error:
@@ -374,7 +400,7 @@ class _CrossEncoderView(BaseCrossEncoder):
 
 
 def _inherited(callbacks: Callbacks | None) -> Callbacks:
-    # Called inside a chain without callbacks, the run belongs under that chain, as any runnable's does.
+    # Without callbacks of its own, a call inside a chain is traced under that chain, like any runnable.
     return ensure_config().get("callbacks") if callbacks is None else callbacks
 
 
@@ -391,7 +417,7 @@ def _check_documents(documents: Sequence[Document]) -> list[Document]:
 
 
 def _check_document(document: Document, index: int) -> None:
-    """Raise unless a document's fields have their types, which pydantic does not check on assignment."""
+    """Raise unless the fields of a document have the right types. Pydantic does not check assignments."""
     if not isinstance(document.page_content, str):
         raise InputTypeError(
             f"the page_content of document {index} must be a string, not "
@@ -410,12 +436,12 @@ def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) 
 
 
 def _is_missing(value: Any) -> bool:
-    # NaN is how pandas says that a cell is empty.
+    # pandas represents an empty cell as NaN.
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class _Empty:
-    """Becomes no text in a format string, whatever the conversion and the format."""
+    """Formats as an empty string, with every conversion and format specification."""
 
     def __format__(self, spec: str) -> str:
         return ""
@@ -425,11 +451,11 @@ class _Empty:
 
 
 def _template_fields(template: str) -> set[str]:
-    """Return the fields of a format string; only plain names may stand in braces."""
+    """Return the names of the fields of a format string. Fields must be plain names."""
     fields = set()
     for _, name, spec, _ in Formatter().parse(template):
         if name is not None:
-            # Attributes, items and fields inside formats would let a template reach into objects.
+            # Attributes, items and nested fields would give a template access to the inside of objects.
             if not name.isidentifier() or "{" in (spec or ""):
                 raise ValueError(f"{name!r} is not the name of a metadata field")
             fields.add(name)
@@ -446,7 +472,7 @@ def _fill(template: str, document: Document, index: int) -> str:
         )
     try:
         return template.format_map(values)
-    except (TypeError, ValueError):  # its message may hold the value
+    except (TypeError, ValueError):  # the message may contain the value
         raise InputError(
             f"a metadata field of document {index} does not fit its format in document_template", index=index
         ) from None

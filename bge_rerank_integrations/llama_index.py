@@ -1,4 +1,4 @@
-"""LlamaIndex: `BGERerankPostprocessor`, a node postprocessor that re-orders by relevance."""
+"""LlamaIndex adapter: `BGERerankPostprocessor`, a node postprocessor that sorts nodes by relevance."""
 
 from __future__ import annotations
 
@@ -43,31 +43,38 @@ dispatcher = get_dispatcher(__name__)
 
 
 class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
-    """Re-orders nodes by a BGE cross-encoder's relevance score and keeps the best.
+    """Sorts nodes by the relevance scores of a BGE cross-encoder and keeps the best.
 
-    Returned are new `NodeWithScore`s with deep copies of the nodes and the score as a Python float. What
-    was passed in does not change. An `IndexNode` keeps its `obj`.
-    The model is loaded at first use, once per process for equal settings, shared with LangChain's
-    `BGEReranker`. All options are JSON-safe fields; see `RerankOptions` and `ScorerConfig`.
+    `postprocess_nodes` returns new `NodeWithScore` objects with deep copies of the nodes and the score as a
+    Python float. The nodes that were passed in do not change. The copy of an `IndexNode` shares its `obj`
+    with the original.
+
+    The model is loaded at first use. Adapters with equal settings share one model per process, including the
+    LangChain adapter `BGEReranker`. `RerankOptions` and `ScorerConfig` describe the other options. All
+    options except `scorer` are JSON-serializable.
 
     Attributes:
-        metadata_mode: Which metadata is scored with a node's text; EMBED, as in LlamaIndex's own.
+        metadata_mode: Which metadata to score together with the text of a node. EMBED is the default, as in
+            the rerankers of LlamaIndex.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or cannot work.
+        pydantic.ValidationError: An option is unknown or invalid.
 
     Example:
-        >>> reranker = BGERerankPostprocessor(top_n=5)
-        >>> engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[reranker])
+        >>> from llama_index.core.schema import NodeWithScore, TextNode
+        >>> reranker = BGERerankPostprocessor(model="embedded", top_n=1)
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("hi", "The panda is a bear.")]
+        >>> reranker.postprocess_nodes(nodes, query_str="what is a panda?")[0].text
+        'The panda is a bear.'
     """
 
-    # Not strict, since a dump holds its value as a string.
+    # Not strict, because a dump contains its value as a string.
     metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, strict=False)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_class_name(cls, data: Any) -> Any:
-        # The base class writes it into every dump, where it is no option.
+        # The base class adds `class_name` to every dump, but it is not an option.
         if isinstance(data, dict) and data.get("class_name") == cls.class_name():
             return {name: value for name, value in data.items() if name != "class_name"}
         return data
@@ -82,17 +89,17 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         handler: SerializerFunctionWrapHandler,
         info: SerializationInfo,  # noqa: ARG002
     ) -> dict[str, Any]:
-        """Return a dump with the class's name, as the base class does."""
+        """Return a dump of the options with the name of the class, like the base class."""
         return {**self.dump_options(handler), "class_name": self.class_name()}
 
     @classmethod
     def class_name(cls) -> str:
-        """Return the name that LlamaIndex serializes."""
+        """Return the name under which LlamaIndex serializes this class."""
         return "BGERerankPostprocessor"
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Not the base class's, which removes what does not pickle from the live object: a copy without its
-        # scorer would load another model. Callbacks belong to a process and stay in it.
+        # The base class removes values that cannot be pickled from this object itself. Without its scorer, it
+        # would load another model. Callbacks belong to this process and are not pickled.
         state = BaseModel.__getstate__(self)
         values = {name: value for name, value in self.__dict__.items() if name != "callback_manager"}
         return {**state, "__dict__": values}
@@ -112,7 +119,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
             job.figures.update(summarize(ranked, len(job.texts)))
         return returned
 
-    # The base class's mixin decorates the sync method only.
+    # The base class adds a span to the sync method only.
     @dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -148,7 +155,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
 
     @contextmanager
     def _events(self, job: _Job) -> Iterator[list[NodeWithScore]]:
-        """Emit both kinds of start and end events around the filling of the list that is yielded."""
+        """Emit start and end events of both kinds around the block. The block fills the yielded list."""
         returned: list[NodeWithScore] = []
         top_n = len(job.nodes) if self.top_n is None else self.top_n
         model_name = self.scorer_name()
@@ -174,7 +181,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         return [self._copy(job.nodes[passage.index], passage) for passage in ranked]
 
     def _copy(self, original: NodeWithScore, passage: RankedPassage) -> NodeWithScore:
-        # An IndexNode's object, such as another index, is no data of the node's.
+        # The object of an IndexNode, such as another index, is not part of the node's data.
         node = independent_copy(original.node, shared=("obj",))
         added: dict[str, Any] = {}
         if self.mark_unread:
@@ -186,7 +193,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
             if original.score is not None:
                 added["retrieval_score"] = original.score
         if added:
-            # Excluded from both texts, so that it leaks into no prompt, embedding or second reranker.
+            # Excluded from both texts, so that no prompt, embedding or second reranker contains these keys.
             node = node.model_copy(
                 update={
                     "metadata": node.metadata | added,
@@ -194,13 +201,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                     "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, added),
                 }
             )
-        score = float(passage.score)  # a foreign scorer's may be NumPy's
+        score = float(passage.score)  # a foreign scorer may return a NumPy float
         return original.model_copy(update={"node": node, "score": score})
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A validated call: `texts[i]` is the text of `nodes[i]`; `figures` are filled in when it is ranked."""
+    """A validated call. `texts[i]` is the text of `nodes[i]`. `figures` is filled in after ranking."""
 
     nodes: list[NodeWithScore]
     query: QueryBundle
@@ -209,12 +216,12 @@ class _Job:
 
 
 def _check_node(node: BaseNode, index: int) -> None:
-    """Raise unless a node's text and metadata have the types that LlamaIndex does not check on assignment."""
+    """Raise unless a node's text and metadata have the right types. LlamaIndex does not check assignments."""
     if not isinstance(node.metadata, dict):
         raise InputTypeError(
             f"the metadata of node {index} must be a dict, not {type(node.metadata).__name__}", index=index
         )
-    # Without metadata it is the text as it is; in a template, None would become the word "None".
+    # MetadataMode.NONE returns the unchanged text. A template would turn None into the word "None".
     text = node.get_content(metadata_mode=MetadataMode.NONE)
     if not isinstance(text, str):
         raise InputTypeError(

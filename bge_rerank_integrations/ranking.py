@@ -1,18 +1,18 @@
-"""From scores to a ranking: the order, the cut, the sigmoid. Pure Python."""
+"""Turns scores into rankings: sigmoid, order, `top_n` and threshold. Pure Python."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
 BLANK_LOGIT: Final = -65504.0
-"""The raw score of a passage with nothing to read: the lowest float16, far below any model's logit.
+"""The raw score of a blank passage: the lowest float16 number, far below the logits of any model.
 
-JSON can hold it, unlike -inf, and every float type holds it exactly. The sigmoid makes it 0.0.
+Unlike -inf it is valid JSON, and every float type represents it exactly. Its sigmoid is 0.0.
 """
 SCALES: Final = (
     "with normalize=True scores lie between 0 and 1; "
@@ -22,17 +22,23 @@ SCALES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class RankedPassage:
-    """One passage's place in a ranking.
+    """A passage of a ranking.
 
     Attributes:
-        index: Its position in the list that was ranked.
-        score: Its relevance: a raw logit, or 0..1 where the scorer normalizes. A blank passage has the
-            lowest value of the scale: 0.0 where the scorer normalizes, else `BLANK_LOGIT`, which is -65504.0.
-        truncated: Whether tokens of the passage were left out, because it was too long for the room that
-            the query leaves. `Ranking.num_truncated_queries` tells the same of the query.
-        windows: How many windows of it were scored: 1 unless `long_passages="windows"`, 0 if it is blank.
-        blank: Whether the passage has nothing to read. Such a passage is not scored: it comes after all
-            others, and no threshold lets it through.
+        index: Position of the passage in the list that was ranked.
+        score: Relevance of the passage: a raw logit, or a number from 0 to 1 if the scorer normalizes. A
+            blank passage has the lowest value of the scale: 0.0 if the scorer normalizes, else `BLANK_LOGIT`,
+            which is -65504.0.
+        truncated: Whether the passage lost tokens because it was too long for the space that the query
+            leaves. `Ranking.num_truncated_queries` has the same information about the query.
+        windows: Number of windows of the passage that were scored. It is 1 unless `long_passages="windows"`,
+            and 0 for a blank passage.
+        blank: Whether the passage has nothing to read. The model does not score a blank passage. It ranks
+            after all others, and every threshold removes it.
+
+    Example:
+        >>> RankedPassage(index=3, score=0.98).truncated
+        False
     """
 
     index: int
@@ -42,15 +48,42 @@ class RankedPassage:
     blank: bool = False
 
 
-class Ranking(list[RankedPassage]):
-    """Ranked passages, best first, and what it took to rank them.
+class PairResult(NamedTuple):
+    """The score of a (query, passage) pair.
 
     Attributes:
-        num_pairs: Passages that were scored, those cut by `top_n` or `threshold` included.
-        num_tokens: Tokens the model read for them.
-        num_truncated: How many of the passages lost tokens.
-        num_truncated_queries: 1 if the query lost tokens, else 0, so that it sums over rankings.
-        num_blank: Passages with nothing to read, which were not scored.
+        score: The raw logit or its sigmoid.
+        logit: The raw logit.
+        truncated: Whether the passage lost tokens.
+        query_truncated: Whether the query lost tokens.
+        windows: Number of windows of the passage that were scored.
+        num_tokens: Number of tokens that the model read.
+        blank: Whether the passage has nothing to read. Such a pair is not scored.
+    """
+
+    score: float
+    logit: float
+    truncated: bool
+    query_truncated: bool
+    windows: int
+    num_tokens: int
+    blank: bool = False
+
+
+class Ranking(list[RankedPassage]):
+    """A list of ranked passages, best first, with figures about the request.
+
+    Attributes:
+        num_pairs: Number of passages that were scored, including those that `top_n` or `threshold` removed.
+        num_tokens: Number of tokens that the model read.
+        num_truncated: Number of passages that lost tokens.
+        num_truncated_queries: 1 if the query lost tokens, else 0. It can be summed over rankings.
+        num_blank: Number of blank passages, which were not scored.
+
+    Example:
+        >>> ranking = scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])
+        >>> [passage.index for passage in ranking], ranking.num_pairs
+        ([1, 0], 2)
     """
 
     def __init__(
@@ -72,7 +105,7 @@ class Ranking(list[RankedPassage]):
 
 
 def check_top_n(top_n: int | None) -> None:
-    """Raise unless `top_n` is None (all), 0 (none) or a positive integer."""
+    """Raise `InputError` unless `top_n` is None (all passages), 0 (no passage) or a positive integer."""
     if top_n is None:
         return
     if not isinstance(top_n, int) or isinstance(top_n, bool):
@@ -82,15 +115,15 @@ def check_top_n(top_n: int | None) -> None:
 
 
 def check_threshold(threshold: float | None, *, normalize: bool) -> None:
-    """Raise unless `threshold` is None or a number that can tell scores apart.
+    """Raise unless `threshold` is None or a number that can separate scores.
 
     Args:
-        threshold: Least score to keep.
-        normalize: Whether the scores it is compared with lie between 0 and 1.
+        threshold: Minimum score to keep.
+        normalize: Whether the scores are normalized. Normalized scores are above 0 and at most 1.
 
     Raises:
-        InputTypeError: It is not a number.
-        InputError: It is not finite, or off the scale: every normalized score is above 0 and at most 1.
+        InputTypeError: The threshold is not a number.
+        InputError: The threshold is not finite, or it is outside the range of normalized scores.
     """
     if threshold is None:
         return
@@ -105,28 +138,59 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
         )
 
 
-def select(
-    passages: Sequence[RankedPassage], logits: Sequence[float], top_n: int | None, threshold: float | None
-) -> list[RankedPassage]:
-    """Order passages best first and cut the list.
+def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
+    """Sort the passages of one query, best first, and apply `top_n` and `threshold`.
 
-    The order is that of the logits, since the sigmoid rounds large ones to the same score.
+    Passages are sorted by logit, because the sigmoid rounds different large logits to the same score.
+    Passages with equal logits stay in input order. Blank passages come last, in input order.
 
     Args:
-        passages: In input order; equal logits keep it. Blank ones come last, in input order.
-        logits: The raw score of each.
-        top_n: Most passages to keep; None is all, 0 is none.
-        threshold: Least score to keep, inclusive; None keeps every passage, and any number drops blank ones.
+        results: One result for each passage, in input order.
+        top_n: Maximum number of passages to keep. None keeps all, 0 keeps none.
+        threshold: Minimum score to keep, inclusive. None keeps every passage. Any number removes blank
+            passages.
+
+    Returns:
+        The ranking.
     """
-    order = sorted(range(len(passages)), key=lambda at: (passages[at].blank, -logits[at]))
-    ranked = [passages[at] for at in order]
+    order = sorted(range(len(results)), key=lambda index: (results[index].blank, -results[index].logit))
     if threshold is not None:
-        ranked = [passage for passage in ranked if not passage.blank and passage.score >= threshold]
-    return ranked[:top_n]
+        order = [at for at in order if not results[at].blank and results[at].score >= threshold]
+    kept = [(index, results[index]) for index in order[:top_n]]
+    num_blank = sum(result.blank for result in results)
+    return Ranking(
+        (RankedPassage(index, each.score, each.truncated, each.windows, each.blank) for index, each in kept),
+        num_pairs=len(results) - num_blank,
+        num_tokens=sum(result.num_tokens for result in results),
+        num_truncated=sum(result.truncated for result in results),
+        num_truncated_queries=int(any(result.query_truncated for result in results)),
+        num_blank=num_blank,
+    )
+
+
+def rank_each(
+    requests: Sequence[tuple[str, Sequence[str]]],
+    results: Sequence[PairResult],
+    top_n: int | None,
+    threshold: float | None,
+) -> list[Ranking]:
+    """Rank the passages of each request.
+
+    Args:
+        requests: (query, passages) of each request.
+        results: One result for each passage: those of the first request, then those of the second, and so on.
+        top_n: As in `rank_results`, for each request.
+        threshold: As in `rank_results`, for each request.
+
+    Returns:
+        One ranking for each request, in order.
+    """
+    remaining = iter(results)
+    return [rank_results([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]
 
 
 def sigmoid(logit: float) -> float:
-    """Map a logit to 0..1 in double precision, without overflow at either end."""
+    """Return the sigmoid of a logit, between 0 and 1, in double precision and without overflow."""
     if logit >= 0:
         return 1.0 / (1.0 + math.exp(-logit))
     exponential = math.exp(logit)

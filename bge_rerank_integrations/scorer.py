@@ -1,4 +1,4 @@
-"""`Scorer`: relevance scores and rankings from one loaded cross-encoder, sync and async."""
+"""`Scorer`: relevance scores and rankings from a loaded cross-encoder, with a sync and an async API."""
 
 from __future__ import annotations
 
@@ -31,9 +31,17 @@ from bge_rerank_integrations.config import (
     TruncationSide,
 )
 from bge_rerank_integrations.errors import ScorerClosedError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold, check_top_n
-from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each, rank_each, rank_results
+from bge_rerank_integrations.ranking import (
+    RankedPassage,
+    Ranking,
+    check_threshold,
+    check_top_n,
+    rank_each,
+    rank_results,
+)
+from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each
 from bge_rerank_integrations.validation import (
+    Pair,
     acheck_stream,
     check_pairs,
     check_passages,
@@ -43,13 +51,22 @@ from bge_rerank_integrations.validation import (
     is_single_pair,
 )
 
-# Of a stream: enough to fill batches with pairs of like lengths, few enough to be held twice over.
+# Pairs that are read from an iterator at a time. They are enough to fill batches with pairs of similar
+# length, and few enough to keep two such lists in memory.
 _NUM_STREAMED_PAIRS: Final = 4096
 
 
 @runtime_checkable
 class SupportsRank(Protocol):
-    """What the framework adapters need of a scorer."""
+    """The methods of a scorer that the framework adapters call.
+
+    `Scorer` implements them. An object of your own that implements them can be given to an adapter as
+    `scorer=`.
+
+    Example:
+        >>> isinstance(Scorer("embedded"), SupportsRank)
+        True
+    """
 
     def rank(
         self,
@@ -58,10 +75,10 @@ class SupportsRank(Protocol):
         top_n: int | None = None,
         threshold: float | None = None,
     ) -> Sequence[RankedPassage]:
-        """Rank passages, best first; see `Scorer.rank`.
+        """Return passages ranked best first; see `Scorer.rank`.
 
-        A scorer of one's own decides by itself what it does with passages that have nothing to read. Adapters
-        mark what it marks with `RankedPassage.blank` and `RankedPassage.truncated`.
+        An implementation decides how it treats passages that have nothing to read. The adapters copy
+        `RankedPassage.blank` and `RankedPassage.truncated` into the metadata of the document or node.
         """
 
     async def arank(
@@ -71,7 +88,7 @@ class SupportsRank(Protocol):
         top_n: int | None = None,
         threshold: float | None = None,
     ) -> Sequence[RankedPassage]:
-        """Rank passages without blocking the event loop; see `Scorer.arank`."""
+        """Do the same as `rank` without blocking the event loop; see `Scorer.arank`."""
 
 
 class OwnScorer(ABC):
@@ -133,12 +150,14 @@ class OwnScorer(ABC):
 
 @dataclass
 class _Shared:
-    """A scorer in the process's registry and who uses it.
+    """A shared scorer of this process and the objects that use it.
 
     Attributes:
-        future: The scorer, once it is loaded.
-        holders: Those who use it, by `id`. They are held weakly, so that one that is gone counts no more.
-        is_pinned: Somebody unknown has it too, so that only a call of its `close()` may close it.
+        future: Gives the scorer when it is loaded.
+        holders: The objects that use the scorer, by `id`. The references are weak, so a deleted object no
+            longer counts.
+        is_pinned: Whether `Scorer.shared` was also called without a holder. Only `Scorer.close` closes such a
+            scorer.
     """
 
     future: Future[Scorer] = field(default_factory=Future)
@@ -155,27 +174,30 @@ class _Shared:
 class Scorer(OwnScorer):
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
-    One scorer holds one model, on one device or a copy on each of several. Any number of threads and tasks
-    may use it at once: what is waiting shares batches, and each gets what it would get alone. Settings are
-    those of `ScorerConfig`, where each is explained.
+    A scorer loads one model onto one device, or a copy of it onto each of several devices. Any number of
+    threads and asyncio tasks can use it at the same time. Requests that wait in the queue share batches. Each
+    request gets the scores that it would get alone.
 
-    Every call that scores takes a `timeout` in seconds, None being no limit. When it is over, or an async
-    call is cancelled, what has not started is dropped and never computed.
+    Every method that scores accepts a timeout in seconds. When the timeout expires or an async call is
+    cancelled, sequences that have not started are dropped and never computed.
+
+    The arguments are the settings of `ScorerConfig`, which describes each of them.
 
     Raises:
-        ConfigError: A setting cannot work, alone or with this model.
-        CheckpointError: The model cannot be found or used; the message says what to do.
+        ConfigError: A setting is invalid, or it does not fit the model.
+        CheckpointError: The model cannot be found or used. The message says what to do.
         DeviceError: The device is not available.
+        ForkedProcessError: The process was forked from a process that had loaded a model.
 
     Example:
-        >>> with Scorer("BAAI/bge-reranker-base") as scorer:
+        >>> with Scorer("embedded") as scorer:
         ...     scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."], top_n=1)
         [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
     _shared: ClassVar[dict[ScorerConfig, _Shared]] = {}
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
-    # Models load here for callers that must not block; the loop's default pool is others' business.
+    # Async callers load models in these threads, so that the event loop's default pool stays free.
     _loaders: ClassVar[ThreadPoolExecutor] = ThreadPoolExecutor(2, "bge-rerank-load")
 
     def __init__(
@@ -230,25 +252,39 @@ class Scorer(OwnScorer):
 
     @property
     def config(self) -> ScorerConfig:
-        """The settings, immutable."""
+        """The settings of this scorer. They are immutable."""
         return self._config
 
     @classmethod
     def from_config(cls, config: ScorerConfig) -> Scorer:
-        """Load a scorer of one's own with the settings of a config."""
+        """Load a new scorer with the settings of a config.
+
+        Example:
+            >>> scorer = Scorer.from_config(ScorerConfig(model="embedded", normalize=True))
+        """
         return cls(**config.to_dict())  # type: ignore[arg-type]
 
     @classmethod
     def shared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
-        """Return the process's one scorer with these settings, loading it if nobody has.
+        """Return the scorer that this process shares for a config. The first call loads it.
 
-        However many threads ask at once, the model is loaded once, and if that fails each of them gets
-        the error.
+        If several threads call this at the same time, the model is loaded once. If loading fails, all of them
+        get the exception.
 
         Args:
             config: The settings.
-            holder: The object that uses the scorer, and will call `release` when it no longer does. None,
-                the default, keeps the scorer loaded until somebody calls its `close()`.
+            holder: The object that uses the scorer. It must call `release` when it no longer needs the
+                scorer. None, the default, keeps the scorer loaded until its `close` is called.
+
+        Returns:
+            The shared scorer.
+
+        Raises:
+            RerankError: The model cannot be loaded; see `Scorer`.
+
+        Example:
+            >>> Scorer.shared(ScorerConfig(model="embedded")) is Scorer.shared(ScorerConfig(model="embedded"))
+            True
         """
         with cls._shared_lock:
             shared = cls._shared.get(config)
@@ -267,13 +303,13 @@ class Scorer(OwnScorer):
         try:
             return shared.future.result()
         finally:
-            # A failed load's error refers to this frame. Without the reference back, what the load had
-            # in memory is freed with the error.
+            # The exception of a failed load refers to this frame. Without the reference from this frame to
+            # the exception there is no cycle, and the memory of the failed load is freed with the exception.
             del shared
 
     @classmethod
     async def ashared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
-        """Return what `shared` returns; a model that is not loaded yet is loaded off the event loop."""
+        """Do the same as `shared` without blocking the event loop."""
         with cls._shared_lock:
             shared = cls._shared.get(config)
             if shared is not None and shared.future.done():
@@ -283,10 +319,10 @@ class Scorer(OwnScorer):
 
     @classmethod
     def release(cls, holder: object) -> None:
-        """Close the shared scorers that this holder uses and nobody else.
+        """Close the shared scorers that only this holder uses.
 
         Args:
-            holder: What was given to `shared`. It may use shared scorers again later.
+            holder: The object that was given to `shared`. It may call `shared` again later.
         """
         unused = []
         with cls._shared_lock:
@@ -301,28 +337,34 @@ class Scorer(OwnScorer):
     def score(
         self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, progress: bool = False
     ) -> list[float]:
-        """Score pairs.
+        """Score (query, passage) pairs.
 
-        An iterator, such as a generator, is read as it is scored, so that a million pairs need no more
-        memory than their scores do; a pair of it that is malformed ends the call when its turn comes.
+        An iterator, such as a generator, is read while its pairs are scored. A million pairs therefore need
+        little more memory than their scores. A malformed pair in an iterator raises when it is read.
 
-        Every pair is scored, also one with a blank text, as `FlagReranker.compute_score` does it. Only `rank`
-        and `rank_many` can put a blank passage last.
+        Pairs with a blank text are scored too, as by `FlagReranker.compute_score`. Only `rank` and
+        `rank_many` treat blank passages differently.
 
         Args:
             pairs: (query, passage) pairs.
-            timeout: Most seconds to take; None is no limit.
+            timeout: Maximum duration of the call in seconds. None is no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
-            One float a pair, in order: the raw logit, or 0..1 if the config normalizes.
+            One float for each pair, in order: a raw logit, or a number from 0 to 1 if the config normalizes.
 
         Raises:
-            InputTypeError: A pair is not two strings; `.index` says which.
+            InputTypeError: A pair is not two strings; `.index` says which one.
             NonFiniteScoreError: The model returned NaN or infinity; `.index` says for which pair.
-            RequestTimeoutError: The timeout was over.
-            QueueFullError: More is waiting than `max_queued_tokens` allows.
-            ScorerClosedError, DeviceLostError, ForkedProcessError: The scorer cannot be used any more.
+            RequestTimeoutError: The call did not finish within its timeout.
+            QueueFullError: The request does not fit into the queue under `max_queued_tokens`.
+            ScorerClosedError, DeviceLostError, ForkedProcessError: The scorer can no longer be used.
+            WorkerDiedError: A worker thread ended unexpectedly. The next call starts a new one.
+
+        Example:
+            >>> scores = scorer.score([("what is a panda?", "The giant panda is a bear."), ("hi", "bye")])
+            >>> len(scores)
+            2
         """
         pipeline = self._require_pipeline()
         if isinstance(pairs, Iterator):
@@ -330,8 +372,7 @@ class Scorer(OwnScorer):
                 check_stream(pairs, _NUM_STREAMED_PAIRS), timeout=timeout, progress=progress
             )
             return [result.score for results in stream for result in results]
-        queries, passages = check_pairs(pairs)
-        results = pipeline.score(queries, passages, timeout=timeout, progress=progress)
+        results = pipeline.score(check_pairs(pairs), timeout=timeout, progress=progress)
         return [result.score for result in results]
 
     def compute_score(
@@ -341,19 +382,25 @@ class Scorer(OwnScorer):
         normalize: bool | None = None,
         progress: bool = False,
     ) -> list[float]:
-        """Score one pair or a list of pairs, blank texts too, as `FlagReranker.compute_score`; always a list.
+        """Score one pair or several pairs, with the signature of `FlagReranker.compute_score`.
 
         Args:
-            sentence_pairs: One (query, passage) pair, or pairs.
-            normalize: Put scores through a sigmoid or not; None is as configured.
+            sentence_pairs: A (query, passage) pair, or an iterable of pairs.
+            normalize: Whether to apply a sigmoid to the scores. None uses the config.
             progress: Show a progress bar on stderr.
 
+        Returns:
+            One float for each pair, in order. The result is a list for a single pair too.
+
         Raises:
-            RerankError: As `score` does.
+            RerankError: For the same reasons as `score`.
+
+        Example:
+            >>> (score,) = scorer.compute_score(("what is a panda?", "The giant panda is a bear."))
         """
         pairs = [sentence_pairs] if is_single_pair(sentence_pairs) else sentence_pairs
-        queries, passages = check_pairs(pairs)
-        results = self._require_pipeline().score(queries, passages, progress=progress, normalize=normalize)
+        checked = check_pairs(pairs)
+        results = self._require_pipeline().score(checked, progress=progress, normalize=normalize)
         return [result.score for result in results]
 
     def rank(
@@ -369,36 +416,41 @@ class Scorer(OwnScorer):
     ) -> Ranking:
         """Rank passages by their relevance to a query.
 
-        A passage with nothing to read is not scored: it comes last, or is refused, as `blank_passages` says.
+        The model does not score a passage that has nothing to read. The setting `blank_passages` decides
+        whether such a passage ranks last or raises an exception.
 
         Args:
             query: The query.
-            passages: Texts to rank.
-            top_n: Most passages to return, blank ones included; None is all, 0 is none.
-            threshold: Least score to return, inclusive, on the scale of the scores: above 0 and at most 1 if
-                the config normalizes, else any finite number. None returns every passage.
-            timeout: Most seconds to take; None is no limit.
+            passages: The texts to rank.
+            top_n: Maximum number of passages to return, including blank ones. None returns all, 0 returns
+                none.
+            threshold: Minimum score to return, inclusive. It is on the same scale as the scores: above 0 and
+                at most 1 with normalization, any finite number without. None returns every passage.
+            timeout: Maximum duration of the call in seconds. None is no limit.
             progress: Show a progress bar on stderr.
-            normalize: Put scores through a sigmoid or not; None is as configured. The threshold is on the
-                scale of the scores.
+            normalize: Whether to apply a sigmoid to the scores. None uses the config.
 
         Returns:
-            A list of `RankedPassage`, best first. The order is that of the raw logits; equal ones keep input
-            order.
+            A list of `RankedPassage`, best first. Passages are sorted by raw logit. Passages with equal
+            logits stay in input order.
 
         Raises:
-            InputError: An argument is of the wrong type or out of range, the query is blank, or a passage is
-                and the config refuses that; `.index` says which passage.
+            InputError: An argument has the wrong type or is out of range, the query is blank, or a passage is
+                blank and the config refuses blank passages; `.index` says which passage.
             NonFiniteScoreError: The model returned NaN or infinity; `.index` says for which passage.
-            RerankError: Otherwise, as `score` does.
+            RerankError: For the same reasons as `score`.
+
+        Example:
+            >>> ranking = scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])
+            >>> ranking[0].index
+            1
         """
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         texts = check_passages(passages)
-        queries = [check_query(query)] * len(texts)
+        check_query(query)
         results = self._require_pipeline().score(
-            queries,
-            texts,
+            [(query, text) for text in texts],
             timeout=timeout,
             progress=progress,
             normalize=normalize,
@@ -416,31 +468,35 @@ class Scorer(OwnScorer):
         progress: bool = False,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Rank the passages of several queries in one pass, which fills batches better than many calls.
+        """Rank the passages of several queries. One call fills batches better than one call per query.
 
         Args:
             requests: (query, passages) of each request.
             top_n: As in `rank`, for each request.
             threshold: As in `rank`, for each request.
-            timeout: Most seconds to take for all; None is no limit.
+            timeout: Maximum duration of the whole call in seconds. None is no limit.
             progress: Show a progress bar on stderr.
             normalize: As in `rank`.
 
         Returns:
-            One ranking a request, in order.
+            One ranking for each request, in order.
 
         Raises:
-            InputError: As `rank` does; `.index` says which request.
-            NonFiniteScoreError: As `rank` does; `.index` counts passages through all requests.
-            RerankError: Otherwise, as `score` does.
+            InputError: For the same reasons as `rank`; `.index` says which request.
+            NonFiniteScoreError: The model returned NaN or infinity; `.index` is the position of the passage,
+                counted over the passages of all requests.
+            RerankError: For the same reasons as `score`.
+
+        Example:
+            >>> rankings = scorer.rank_many([("panda", ["a bear", "a tea"]), ("tea", ["a cup of tea"])])
+            >>> [len(ranking) for ranking in rankings]
+            [2, 1]
         """
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         checked = check_requests(requests)
-        queries, passages = _flatten(checked)
         results = self._require_pipeline().score(
-            queries,
-            passages,
+            _flatten(checked),
             timeout=timeout,
             progress=progress,
             normalize=normalize,
@@ -454,10 +510,10 @@ class Scorer(OwnScorer):
         *,
         timeout: float | None = None,
     ) -> list[float]:
-        """Do what `score` does, off the event loop.
+        """Do the same as `score` without blocking the event loop.
 
-        An iterator is read in a thread of its own, as it is scored. An asynchronous iterator is read in the
-        caller's task, likewise as it is scored.
+        An iterator is read in a separate thread, and an asynchronous iterator in the caller's task. Both are
+        read while their pairs are scored.
         """
         pipeline = self._require_pipeline()
         if isinstance(pairs, AsyncIterable):
@@ -465,8 +521,7 @@ class Scorer(OwnScorer):
         elif isinstance(pairs, Iterator):
             chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
         else:
-            queries, passages = check_pairs(pairs)
-            return [result.score for result in await pipeline.ascore(queries, passages, timeout=timeout)]
+            return [result.score for result in await pipeline.ascore(check_pairs(pairs), timeout=timeout)]
         stream = pipeline.ascore_stream(chunks, timeout=timeout)
         return [result.score async for results in stream for result in results]
 
@@ -480,14 +535,13 @@ class Scorer(OwnScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> Ranking:
-        """Do what `rank` does, off the event loop."""
+        """Do the same as `rank` without blocking the event loop."""
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         texts = check_passages(passages)
-        queries = [check_query(query)] * len(texts)
+        check_query(query)
         results = await self._require_pipeline().ascore(
-            queries,
-            texts,
+            [(query, text) for text in texts],
             timeout=timeout,
             normalize=normalize,
             find_blank=self._find_blank(query, texts),
@@ -503,17 +557,18 @@ class Scorer(OwnScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do what `rank_many` does, off the event loop; an iterator is read in a thread of its own."""
+        """Do the same as `rank_many` without blocking the event loop.
+
+        An iterator is read in a separate thread.
+        """
         check_top_n(top_n)
         check_threshold(threshold, normalize=self._normalizes(normalize))
         if isinstance(requests, Iterator):
             checked = await run_in_thread(check_requests, requests)
         else:
             checked = check_requests(requests)
-        queries, passages = _flatten(checked)
         results = await self._require_pipeline().ascore(
-            queries,
-            passages,
+            _flatten(checked),
             timeout=timeout,
             normalize=normalize,
             find_blank=self._find_blank_in_each(checked),
@@ -521,33 +576,50 @@ class Scorer(OwnScorer):
         return rank_each(checked, results, top_n, threshold)
 
     def warmup(self) -> None:
-        """Do all that happens once, so that no user's request pays for it.
+        """Do all one-time work now, so that no later request waits for it.
 
-        On CUDA that includes graphs for small requests, which nothing else captures.
+        On CUDA this captures the graphs for small batches. Without this call they are never captured.
+
+        Raises:
+            RerankError: For the same reasons as `score`.
         """
         self._require_pipeline().warmup()
         self.score([("warm up", "short"), ("warm up", "long " * self.config.max_length)])
 
     async def awarmup(self) -> None:
-        """Do what `warmup` does, off the event loop."""
+        """Do the same as `warmup` without blocking the event loop."""
         await asyncio.get_running_loop().run_in_executor(self._loaders, self.warmup)
 
     def stats(self) -> ScorerStats:
-        """Return counts and times since the model was loaded."""
+        """Return counts and durations since the scorer was created.
+
+        Raises:
+            ScorerClosedError: The scorer is closed.
+
+        Example:
+            >>> scorer.stats().failed
+            0
+        """
         return self._require_pipeline().stats()
 
     def health(self) -> ScorerHealth:
-        """Return whether requests are taken and how many are waiting; never raises for a closed scorer."""
+        """Return whether the scorer accepts requests, and how many wait. This works for a closed scorer too.
+
+        Example:
+            >>> scorer.health().state
+            'ok'
+        """
         pipeline = self._pipeline
         if pipeline is None:
             return ScorerHealth("closed", 0, 0, len(self.config.per_device()), 0)
         return pipeline.health()
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuse further calls, finish what was accepted and release the model. May be called twice.
+        """Reject new calls, finish the accepted ones and release the model. It is safe to call this twice.
 
         Args:
-            timeout: Seconds after which what is not finished ends in `ScorerClosedError`.
+            timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
+                requests raise `ScorerClosedError`. None is no limit.
         """
         with Scorer._shared_lock:
             shared = Scorer._shared.get(self.config)
@@ -567,8 +639,8 @@ class Scorer(OwnScorer):
         devices = [] if self._pipeline is None else [str(r.device) for r in self._pipeline.runners]
         return f"Scorer(model={self.config.model!r}, {', '.join(devices) or 'closed'})"
 
-    # A scorer is a device's resource: copies are the same scorer, and a pickle holds its settings, so
-    # that another process loads its own.
+    # A scorer owns the memory of a device. A copy is therefore the same scorer. A pickle contains the
+    # settings only, and another process loads its own model.
     def __copy__(self) -> Scorer:
         return self
 
@@ -592,10 +664,9 @@ class Scorer(OwnScorer):
     def _require_pipeline(self) -> Pipeline:
         pipeline = self._pipeline
         if pipeline is None:
-            raise ScorerClosedError("this scorer was closed; make a new one")
+            raise ScorerClosedError("this scorer is closed; create a new one")
         return pipeline
 
 
-def _flatten(requests: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
-    queries = [query for query, texts in requests for _ in texts]
-    return queries, [text for _, texts in requests for text in texts]
+def _flatten(requests: list[tuple[str, list[str]]]) -> list[Pair]:
+    return [(query, text) for query, texts in requests for text in texts]

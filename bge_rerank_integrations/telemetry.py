@@ -1,6 +1,6 @@
-"""A scorer's figures for Prometheus and OpenTelemetry, through their own libraries.
+"""Exports the statistics of a scorer to Prometheus and OpenTelemetry, with their own client libraries.
 
-Both read `Scorer.stats()` and `Scorer.health()` when they are asked; scoring itself does nothing for them.
+Both call `Scorer.stats()` and `Scorer.health()` when metrics are collected. Scoring has no extra work.
 """
 
 from __future__ import annotations
@@ -27,16 +27,28 @@ class _Metric(NamedTuple):
 
 
 _METRICS: Final = (
-    _Metric("requests", "counter", "{request}", "Requests accepted.", lambda s: s.requests),
-    _Metric("failed", "counter", "{request}", "Requests that ended in an error.", lambda s: s.failed),
+    _Metric("requests", "counter", "{request}", "Accepted requests.", lambda s: s.requests),
+    _Metric("failed", "counter", "{request}", "Requests that ended with an exception.", lambda s: s.failed),
     _Metric(
-        "cancellations", "counter", "{request}", "Requests cancelled, or timed out.", lambda s: s.cancelled
+        "cancellations",
+        "counter",
+        "{request}",
+        "Requests that were cancelled or timed out.",
+        lambda s: s.cancelled,
     ),
-    _Metric("pairs", "counter", "{pair}", "Sequences scored.", lambda s: s.pairs),
-    _Metric("tokens", "counter", "{token}", "Tokens scored.", lambda s: s.tokens),
-    _Metric("batches", "counter", "{batch}", "Forward passes.", lambda s: s.batches),
-    _Metric("duplicates", "counter", "{pair}", "Pairs scored with an equal one.", lambda s: s.duplicates),
-    _Metric("cache_hits", "counter", "{passage}", "Passages whose ids were known.", lambda s: s.cache_hits),
+    _Metric("pairs", "counter", "{pair}", "Scored sequences.", lambda s: s.pairs),
+    _Metric("tokens", "counter", "{token}", "Scored tokens.", lambda s: s.tokens),
+    _Metric("batches", "counter", "{batch}", "Batches.", lambda s: s.batches),
+    _Metric(
+        "duplicates",
+        "counter",
+        "{pair}",
+        "Pairs that shared the score of an equal pair.",
+        lambda s: s.duplicates,
+    ),
+    _Metric(
+        "cache_hits", "counter", "{passage}", "Passages found in the token cache.", lambda s: s.cache_hits
+    ),
     _Metric(
         "cache_misses", "counter", "{passage}", "Passages that were tokenized.", lambda s: s.cache_misses
     ),
@@ -47,25 +59,58 @@ _METRICS: Final = (
     _Metric(
         "blank_passages", "counter", "{passage}", "Passages with nothing to read.", lambda s: s.blank_passages
     ),
-    _Metric("splits", "counter", "{batch}", "Batches that were out of memory.", lambda s: s.splits),
-    _Metric("lost_replicas", "counter", "{device}", "Devices lost for good.", lambda s: s.lost_replicas),
-    _Metric("queued_requests", "gauge", "{request}", "Requests waiting.", lambda s: s.queued_requests),
-    _Metric("queued_tokens", "gauge", "{token}", "Tokens waiting.", lambda s: s.queued_tokens),
+    _Metric("splits", "counter", "{batch}", "Batches that ran out of memory.", lambda s: s.splits),
     _Metric(
-        "cache_hit_rate", "gauge", "1", "Share of passages whose ids were known.", lambda s: s.cache_hit_rate
+        "lost_replicas", "counter", "{device}", "Devices that failed permanently.", lambda s: s.lost_replicas
     ),
-    _Metric("batch_fill", "gauge", "1", "Mean share of the token budget used.", lambda s: s.fill),
-    _Metric("waiting_p50", "gauge", "ms", "Median wait for a batch.", lambda s: s.waiting.p50_ms),
-    _Metric("waiting_p99", "gauge", "ms", "99th percentile of the wait.", lambda s: s.waiting.p99_ms),
-    _Metric("compute_p50", "gauge", "ms", "Median time of a batch.", lambda s: s.compute.p50_ms),
-    _Metric("compute_p99", "gauge", "ms", "99th percentile of a batch.", lambda s: s.compute.p99_ms),
+    _Metric("queued_requests", "gauge", "{request}", "Requests that wait.", lambda s: s.queued_requests),
+    _Metric("queued_tokens", "gauge", "{token}", "Tokens that wait.", lambda s: s.queued_tokens),
+    _Metric(
+        "cache_hit_rate",
+        "gauge",
+        "1",
+        "Share of passages found in the token cache.",
+        lambda s: s.cache_hit_rate,
+    ),
+    _Metric(
+        "batch_fill", "gauge", "1", "Mean share of the token budget that a batch used.", lambda s: s.fill
+    ),
+    _Metric(
+        "waiting_p50",
+        "gauge",
+        "ms",
+        "Median time from acceptance to first batch.",
+        lambda s: s.waiting.p50_ms,
+    ),
+    _Metric(
+        "waiting_p99",
+        "gauge",
+        "ms",
+        "99th percentile of the time to the first batch.",
+        lambda s: s.waiting.p99_ms,
+    ),
+    _Metric("compute_p50", "gauge", "ms", "Median compute time of a batch.", lambda s: s.compute.p50_ms),
+    _Metric(
+        "compute_p99",
+        "gauge",
+        "ms",
+        "99th percentile of the compute time of a batch.",
+        lambda s: s.compute.p99_ms,
+    ),
 )
 
 
 def prometheus_collector(scorer: Scorer) -> Collector:
-    """Return a collector to register; its metrics are `bge_rerank_*`, labelled with the model.
+    """Return a Prometheus collector for a scorer. Its metrics are named `bge_rerank_*`.
 
-    A closed scorer gives `bge_rerank_up 0` and nothing else.
+    Every metric has a label `model`. For a closed scorer, the only metric is `bge_rerank_up` with the value
+    0.
+
+    Args:
+        scorer: The scorer to observe.
+
+    Returns:
+        A collector, to be registered in a registry of prometheus-client.
 
     Raises:
         MissingExtraError: prometheus-client is not installed.
@@ -83,7 +128,7 @@ def prometheus_collector(scorer: Scorer) -> Collector:
         def collect(self) -> Iterable[Metric]:
             stats = _read(scorer)
             families: list[CounterMetricFamily | GaugeMetricFamily] = [
-                GaugeMetricFamily("bge_rerank_up", "Whether requests are taken.", labels=["model"])
+                GaugeMetricFamily("bge_rerank_up", "Whether the scorer accepts requests.", labels=["model"])
             ]
             values = [float(scorer.health().ok)]
             for metric in _METRICS if stats is not None else ():
@@ -148,14 +193,19 @@ def request_span(name: str, headers: Mapping[str, str]) -> Iterator[Callable[[st
 
 
 def observe_with_opentelemetry(scorer: Scorer, meter: Meter) -> None:
-    """Create observable instruments `bge_rerank.*` in a meter, with the model as an attribute.
+    """Create OpenTelemetry instruments for a scorer. They are named `bge_rerank.*`.
+
+    Every observation has an attribute `model`. For a closed scorer, only `bge_rerank.up` is observed.
 
     Args:
-        scorer: What is observed; once it is closed, only `bge_rerank.up` is.
-        meter: Of the application's own provider.
+        scorer: The scorer to observe.
+        meter: A meter of the application's meter provider.
 
     Raises:
         MissingExtraError: opentelemetry-api is not installed.
+
+    Example:
+        >>> observe_with_opentelemetry(scorer, opentelemetry.metrics.get_meter("my-service"))
     """
     try:
         from opentelemetry.metrics import Observation
@@ -176,7 +226,7 @@ def observe_with_opentelemetry(scorer: Scorer, meter: Meter) -> None:
     def observe_up(_: CallbackOptions) -> Iterable[Observation]:
         return [Observation(int(scorer.health().ok), attributes)]
 
-    meter.create_observable_gauge("bge_rerank.up", [observe_up], "1", "Whether requests are taken.")
+    meter.create_observable_gauge("bge_rerank.up", [observe_up], "1", "Whether the scorer accepts requests.")
     for metric in _METRICS:
         create = (
             meter.create_observable_counter if metric.kind == "counter" else meter.create_observable_gauge

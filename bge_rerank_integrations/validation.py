@@ -1,4 +1,4 @@
-"""Checks of one call's arguments, before any work is done. Messages give positions, never texts."""
+"""Checks of the arguments of a call, made before any work is done. Messages contain indices, never texts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
 
-# A year. The operating system's locks refuse some larger numbers, infinity among them.
+Pair = tuple[str, str]
+"""A query and a passage."""
+
+# A year. Some larger numbers, including infinity, overflow the timeouts of the operating system's locks.
 MAX_TIMEOUT_S: Final = 31_536_000
 
 BLANK_QUERY: Final = "the query has nothing to read"
 
-# Looking at every character of more than this takes longer than tokenizing the text.
+# For a longer text, a check of every character takes longer than tokenization, which stops early.
 _MAX_BLANK_CHARACTERS: Final = 1 << 16
 
 
 def is_blank(text: str) -> bool:
-    """Return whether a text holds nothing but white space, control and format characters.
+    """Return whether a text consists of white space, control characters and format characters only.
 
-    Format characters are those of Unicode's category Cf, such as zero-width spaces and soft hyphens.
+    Format characters have the Unicode category Cf. Zero-width spaces and soft hyphens are examples.
     """
     text = text.strip()
     return len(text) <= _MAX_BLANK_CHARACTERS and all(
@@ -30,11 +33,11 @@ def is_blank(text: str) -> bool:
 
 
 def check_query(query: Any) -> str:
-    """Return the query of a ranking.
+    """Return the query of a ranking unchanged, if it is valid.
 
     Raises:
-        InputTypeError: It is not a string.
-        InputError: It is blank.
+        InputTypeError: The query is not a string.
+        InputError: The query is blank.
     """
     if not isinstance(query, str):
         raise InputTypeError(f"the query must be a string, not {_kind(query)}")
@@ -44,7 +47,11 @@ def check_query(query: Any) -> str:
 
 
 def check_passages(passages: Any) -> list[str]:
-    """Return the passages as a list if they are strings, else raise `InputTypeError` with the index."""
+    """Return passages as a list.
+
+    Raises:
+        InputTypeError: A passage is not a string; `.index` says which one.
+    """
     if isinstance(passages, str) or not isinstance(passages, Iterable):
         raise InputTypeError(f"passages must be a sequence of strings, not {_kind(passages)}")
     checked = list(passages)
@@ -54,17 +61,19 @@ def check_passages(passages: Any) -> list[str]:
     return checked
 
 
-def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
-    """Return (queries, passages) of an iterable of pairs, else raise `InputTypeError` with the index.
+def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:
+    """Return (query, passage) pairs as a list of tuples.
 
     Args:
-        pairs: The pairs.
-        start: The index of the first.
+        pairs: An iterable of pairs.
+        start: The index of the first pair, for error messages.
+
+    Raises:
+        InputTypeError: A pair is not two strings; `.index` says which one.
     """
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise InputTypeError(f"pairs must be a list of (query, passage) pairs, not {_kind(pairs)}")
-    queries: list[str] = []
-    passages: list[str] = []
+    checked: list[Pair] = []
     for index, pair in enumerate(pairs, start=start):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InputTypeError(
@@ -77,24 +86,21 @@ def check_pairs(pairs: Any, *, start: int = 0) -> tuple[list[str], list[str]]:
                 raise InputTypeError(
                     f"the {name} of pair {index} must be a string, not {_kind(text)}", index=index
                 )
-        queries.append(pair[0])
-        passages.append(pair[1])
-    return queries, passages
+        checked.append((pair[0], pair[1]))
+    return checked
 
 
-def check_stream(pairs: Iterator[tuple[str, str]], num_pairs: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Read an iterator of pairs so many at a time, and give each part as `check_pairs` does."""
+def check_stream(pairs: Iterator[Pair], num_pairs: int) -> Iterator[list[Pair]]:
+    """Read an iterator in lists of at most `num_pairs` pairs, and check each list with `check_pairs`."""
     start = 0
     while part := list(islice(pairs, num_pairs)):
         yield check_pairs(part, start=start)
         start += len(part)
 
 
-async def acheck_stream(
-    pairs: AsyncIterable[tuple[str, str]], num_pairs: int
-) -> AsyncIterator[tuple[list[str], list[str]]]:
-    """Do what `check_stream` does with an asynchronous iterable."""
-    part: list[tuple[str, str]] = []
+async def acheck_stream(pairs: AsyncIterable[Pair], num_pairs: int) -> AsyncIterator[list[Pair]]:
+    """Do the same as `check_stream` for an asynchronous iterable."""
+    part: list[Pair] = []
     start = 0
     async for pair in pairs:
         part.append(pair)
@@ -109,11 +115,15 @@ async def acheck_stream(
 def check_requests(
     requests: Any, check: Callable[[Any], list[str]] | None = None
 ) -> list[tuple[str, list[str]]]:
-    """Return a list of (query, passages), else raise `InputError` with the request's index.
+    """Return requests as a list of (query, passages) tuples.
 
     Args:
-        requests: (query, passages) of each request.
-        check: What checks the passages of a request; None is `check_passages`.
+        requests: An iterable of (query, passages) requests.
+        check: Checks the passages of one request and returns them as a list of strings. None stands for
+            `check_passages`.
+
+    Raises:
+        InputError: A request is invalid; `.index` says which one.
     """
     if isinstance(requests, str) or not isinstance(requests, Iterable):
         raise InputTypeError(f"requests must be a list of (query, passages) tuples, not {_kind(requests)}")
@@ -131,17 +141,17 @@ def check_requests(
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raise unless a timeout is None or a number of seconds from 0 to a year."""
+    """Raise `InputError` unless a timeout is None or a number of seconds from 0 to `MAX_TIMEOUT_S`."""
     if timeout is None:
         return
     if not isinstance(timeout, int | float) or isinstance(timeout, bool):
         raise InputTypeError(f"timeout must be a number of seconds or None, not {_kind(timeout)}")
-    if not 0 <= timeout <= MAX_TIMEOUT_S:  # NaN is not
+    if not 0 <= timeout <= MAX_TIMEOUT_S:  # also True for NaN
         raise InputError(f"timeout must be from 0 to {MAX_TIMEOUT_S:,} seconds, or None for no limit")
 
 
 def is_single_pair(pairs: Any) -> bool:
-    """Whether an argument is one (query, passage) pair instead of a list of them."""
+    """Return whether the argument is one (query, passage) pair rather than a list of pairs."""
     return isinstance(pairs, Sequence) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
 
 

@@ -47,7 +47,7 @@ def test_per_device_gives_each_its_own_config() -> None:
     assert one.per_device() == [one]
 
 
-def test_paths_become_strings() -> None:
+def test_paths_are_stored_as_strings() -> None:
     config = ScorerConfig(model=Path("a") / "b", cache_folder=Path("c"))
     assert (config.model, config.cache_folder) == (str(Path("a") / "b"), "c")
 
@@ -85,7 +85,7 @@ def test_unknown_keys_are_named() -> None:
         ({"devices": 2}, "devices must be a list of strings"),
         ({"devices": [0, 1]}, "devices must be a list of strings"),
         ({"devices": {"cuda:0", "cuda:1"}}, "devices must be a list of strings"),
-        ({"devices": ["auto"]}, "each by its own name, not 'auto'"),
+        ({"devices": ["auto"]}, "must not contain 'auto'"),
         ({"devices": ["cuda:0", "gpu"]}, "devices must be of one kind"),
         ({"devices": ["cuda:0", "cuda:x"]}, "device must be 'auto'"),
         ({"devices": ["cuda:0", "cpu"]}, "devices must be of one kind"),
@@ -130,7 +130,7 @@ def test_unknown_keys_are_named() -> None:
         ({"long_passages": "windows", "window_overlap_tokens": 124}, "must be less than the 124"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ScorerConfig(**settings)
 
@@ -152,5 +152,5 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         {"long_passages": "truncate", "window_overlap_tokens": 64},
     ],
 )
-def test_good_settings_are_taken(settings: dict[str, Any]) -> None:
+def test_valid_settings_are_accepted(settings: dict[str, Any]) -> None:
     ScorerConfig(**settings)

@@ -1,4 +1,4 @@
-"""The house rules that a reader cannot check at a glance: who imports whom, and when."""
+"""Rules for imports: which module may import which, and which libraries are imported when."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import bge_rerank_integrations
 
 PACKAGE = Path(bge_rerank_integrations.__file__).parent
 
-# Bottom to top. A module imports only from its own row and from rows above it in this list. A row is one module,
-# or a folder, which ends in a dot; a module belongs to the row that names most of its path.
+# The layers of the package, lowest first. A module may only import from its own row and from earlier rows of
+# this list. A row is a module, or a folder, which ends with a dot. A module belongs to the longest row that
+# matches it.
 ROWS = [
     "errors",
     "runtime.",
@@ -23,7 +24,7 @@ ROWS = [
     "validation",
     "ranking",
     "text.",
-    # What the engine's folders build on.
+    # The modules that the folders of the engine use.
     "engine.packing",
     "engine.device",
     "engine.linear",
@@ -47,7 +48,7 @@ ROWS = [
     "evaluation.",
     "cli.",
 ]
-# Libraries that only some modules or folders import.
+# Libraries, and the modules or folders that may import them.
 ALLOWED_IN = {
     "torch": ["engine."],
     "triton": ["engine.cuda.triton_kernels"],
@@ -146,8 +147,8 @@ def test_importing_loads_neither_torch_nor_a_framework(statement: str) -> None:
     ],
 )
 def test_a_missing_framework_is_named_with_its_command(name: str, library: str, extra: str) -> None:
-    # A module that is None in sys.modules is one that cannot be imported; so is pydantic, which only
-    # the frameworks bring.
+    # A module that is None in sys.modules cannot be imported. Only the frameworks install pydantic, so it is
+    # missing too.
     code = (
         f"import sys; sys.modules[{library!r}] = sys.modules['pydantic'] = None\n"
         f"from bge_rerank_integrations import {name}"

@@ -42,7 +42,7 @@ QUERY = "what does a giant panda eat?"
 
 @pytest.fixture
 def shared_config(checkpoint: Path) -> Iterator[ScorerConfig]:
-    """Return a config whose shared scorer, if the test loads it, is closed afterwards."""
+    """Return a config. Its shared scorer is closed after the test."""
     config = ScorerConfig(model=str(checkpoint), device="cpu", max_length=128)
     yield config
     Scorer.shared(config).close()
@@ -57,7 +57,7 @@ def test_scores_are_raw_python_floats_in_order(scorer: Scorer, texts: list[str])
 
 
 def test_scores_are_those_of_transformers(scorer: Scorer, plain_model: Any, texts: list[str]) -> None:
-    """From text to score, with the passage cut as `truncation="only_second"` cuts it."""
+    """Compares the whole way from text to score, with passages truncated by `truncation="only_second"`."""
     from transformers import PreTrainedTokenizerFast
 
     plain: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -143,13 +143,13 @@ def test_rank_many(scorer: Scorer, texts: list[str]) -> None:
         assert (ranking.num_pairs, ranking.num_tokens) == (alone.num_pairs, alone.num_tokens)
 
 
-def test_empty_in_empty_out(scorer: Scorer) -> None:
+def test_no_pairs_give_no_scores(scorer: Scorer) -> None:
     assert scorer.score([]) == []
     assert scorer.rank(QUERY, []) == Ranking()
     assert scorer.rank_many([]) == []
 
 
-def test_iterators_are_taken(scorer: Scorer, texts: list[str]) -> None:
+def test_iterators_are_accepted(scorer: Scorer, texts: list[str]) -> None:
     assert scorer.score((QUERY, text) for text in texts[:3]) == scorer.score([(QUERY, t) for t in texts[:3]])
     assert scorer.rank(QUERY, tuple(texts[:3])) == scorer.rank(QUERY, texts[:3])
 
@@ -180,7 +180,7 @@ def test_a_stream_ends_at_a_malformed_pair_with_its_index(scorer: Scorer) -> Non
     assert scorer.health().queued_requests == 0
 
 
-def test_a_stream_waits_for_itself_where_the_queue_is_full(checkpoint: Path) -> None:
+def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoint: Path) -> None:
     pairs = [("panda", str(number)) for number in range(9000)]
     with Scorer(checkpoint, device="cpu", max_queued_tokens=40_000) as scorer:
         assert len(scorer.score(iter(pairs))) == 9000
@@ -199,7 +199,7 @@ def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
     assert (whole.num_truncated_queries, cut.num_truncated_queries) == (0, 1)
 
 
-def test_truncated_queries_are_counted_once_per_request_and_told_once(
+def test_truncated_queries_are_counted_once_per_request_and_logged_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warn_once, "_logged", set())
@@ -218,7 +218,7 @@ def test_truncated_queries_are_counted_once_per_request_and_told_once(
     assert "CANARY" not in message
 
 
-def test_the_end_of_a_long_query_decides_where_it_is_kept(checkpoint: Path, texts: list[str]) -> None:
+def test_the_end_of_a_long_query_counts_with_left_truncation(checkpoint: Path, texts: list[str]) -> None:
     history = "tell me about the planet mercury " * 40
     settings: dict[str, Any] = {"device": "cpu", "max_length": 64}
     with Scorer(checkpoint, **settings, query_truncation_side="left") as scorer:
@@ -257,7 +257,7 @@ def test_blank_passages_come_last_unscored_and_marked(scorer: Scorer, texts: lis
     assert [each.num_blank for each in many] == [5, 0, 4]
 
 
-async def test_the_async_forms_know_blank_texts_too(scorer: Scorer, texts: list[str]) -> None:
+async def test_async_methods_handle_blank_texts_alike(scorer: Scorer, texts: list[str]) -> None:
     passages = ["", texts[0], "\n", texts[1]]
     expected = [p.index for p in scorer.rank(QUERY, passages)]
     assert [p.index for p in await scorer.arank(QUERY, passages)] == expected
@@ -267,8 +267,8 @@ async def test_the_async_forms_know_blank_texts_too(scorer: Scorer, texts: list[
         await scorer.arank(" ", passages)
 
 
-def test_what_only_the_tokenizer_finds_blank(checkpoint: Path) -> None:
-    """U+FFFD has a category and a shape, but the embedded model's tokenizer drops it."""
+def test_a_text_that_only_the_tokenizer_finds_blank(checkpoint: Path) -> None:
+    """U+FFFD is a visible character, but the tokenizer of the embedded model drops it."""
     with Scorer("embedded", device="cpu") as scorer:
         assert [p.blank for p in scorer.rank(QUERY, ["\ufffd", "panda"])] == [False, True]
         with pytest.raises(InputError, match=r"^the query has nothing to read$") as caught:
@@ -283,7 +283,7 @@ def test_what_only_the_tokenizer_finds_blank(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"max_length": 64, "long_passages": "windows", "window_overlap_tokens": 4}]
 )
-def test_an_instruction_makes_no_text_of_a_blank_passage(
+def test_an_instruction_does_not_make_a_blank_passage_readable(
     checkpoint: Path, texts: list[str], settings: dict[str, Any]
 ) -> None:
     with Scorer(
@@ -310,14 +310,14 @@ async def test_blank_passages_can_be_refused(checkpoint: Path, texts: list[str])
         assert len(scorer.rank(QUERY, texts)) == len(texts)
 
 
-def test_scores_of_pairs_are_given_whatever_they_hold(scorer: Scorer) -> None:
-    """As FlagReranker's `compute_score` gives them: without a ranking, there is no last place."""
+def test_pairs_with_blank_texts_are_scored(scorer: Scorer) -> None:
+    """`FlagReranker.compute_score` scores blank texts too. Only a ranking has a last place for them."""
     pairs = [("", "passage"), ("query", " "), ("", "")]
     assert scorer.score(pairs) == pytest.approx(scorer.compute_score(pairs), abs=TOLERANCE)
     assert len(set(scorer.score(pairs))) == 3
 
 
-def test_blank_passages_are_told_once(
+def test_blank_passages_are_logged_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warn_once, "_logged", set())
@@ -333,7 +333,7 @@ def test_blank_passages_are_told_once(
 
 @pytest.fixture(scope="module")
 def steep_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint whose logits are so large that the sigmoid rounds most of them to 0 or 1."""
+    """Return a checkpoint with logits so large that the sigmoid rounds most of them to 0 or 1."""
     folder = Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("steep") / "model"))
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors["classifier.out_proj.weight"] *= 1000
@@ -373,7 +373,7 @@ async def test_a_threshold_off_the_scale_is_refused(checkpoint: Path, threshold:
             scorer.rank_many([(QUERY, ["a"])], threshold=threshold)
 
 
-def test_windows_take_the_best(checkpoint: Path, texts: list[str]) -> None:
+def test_the_best_window_gives_the_score(checkpoint: Path, texts: list[str]) -> None:
     passage = " ".join(texts)
     settings: dict[str, Any] = {"device": "cpu", "max_length": 128, "query_max_length": 32}
     with Scorer(checkpoint, **settings, long_passages="windows", window_overlap_tokens=16) as windowed:
@@ -426,11 +426,11 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("call", "message", "index"), BAD_CALLS)
-def test_bad_input_says_what_and_which_but_not_the_text(
+def test_input_errors_name_the_index_but_not_the_text(
     scorer: Scorer, call: Any, message: str | None, index: int | None
 ) -> None:
     if message is None:
-        # Nothing to score is nothing to refuse, but a query must still be one.
+        # An empty list of passages is valid, but the query must be valid too.
         message = "the query must be a string"
     with pytest.raises(InputError, match=message) as caught:
         call(scorer)
@@ -453,7 +453,7 @@ def test_odd_strings_score(scorer: Scorer, text: str) -> None:
 
 
 def test_scores_that_are_not_finite_are_never_returned(checkpoint: Path, tmp_path: Path) -> None:
-    """Finite weights can still overflow; here one word's embedding does."""
+    """Finite weights can still overflow. Here the embedding of one word does."""
 
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     tokenizer = PairTokenizer(folder / "tokenizer.json", ScorerConfig())
@@ -478,7 +478,7 @@ def test_scores_that_are_not_finite_are_never_returned(checkpoint: Path, tmp_pat
             assert pickle.loads(pickle.dumps(caught.value)).index == 1
 
 
-def test_sixteen_threads_get_what_one_would(scorer: Scorer, texts: list[str]) -> None:
+def test_sixteen_threads_get_the_scores_of_one(scorer: Scorer, texts: list[str]) -> None:
     def call(number: int) -> list[float]:
         random = np.random.default_rng(number)
         chosen = [texts[i] for i in random.integers(0, len(texts), 1 + number % 9)]
@@ -496,7 +496,7 @@ def test_sixteen_threads_get_what_one_would(scorer: Scorer, texts: list[str]) ->
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
 
 
-async def test_async_forms_give_the_same(scorer: Scorer, texts: list[str]) -> None:
+async def test_async_methods_give_the_same_results(scorer: Scorer, texts: list[str]) -> None:
     pairs = [(QUERY, text) for text in texts[:4]]
     scores, ranking, rankings = await asyncio.gather(
         scorer.ascore(pairs), scorer.arank(QUERY, texts, 3), scorer.arank_many([(QUERY, texts)], 3)
@@ -512,7 +512,7 @@ async def test_async_forms_give_the_same(scorer: Scorer, texts: list[str]) -> No
 async def test_async_work_stays_off_the_loop_and_its_default_pool(
     scorer: Scorer, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokenizing and scoring each wait for the loop, which could not answer if it ran them itself."""
+    """Tokenization and scoring each wait for the loop. The loop could not answer if it ran them itself."""
     begun, answered = threading.Semaphore(0), threading.Semaphore(0)
     stream, (runner,) = PairTokenizer.stream, scorer._require_pipeline().runners
     forward = runner._forward
@@ -551,7 +551,7 @@ async def test_async_work_stays_off_the_loop_and_its_default_pool(
     await occupied
 
 
-def test_one_model_for_all_who_ask_at_once(shared_config: ScorerConfig) -> None:
+def test_concurrent_calls_of_shared_load_one_model(shared_config: ScorerConfig) -> None:
     barrier = threading.Barrier(16)
 
     def ask(_: int) -> Scorer:
@@ -615,7 +615,7 @@ def test_close(shared_config: ScorerConfig) -> None:
     assert second.score([("a", "b")])
 
 
-async def test_close_finishes_what_was_accepted(checkpoint: Path, texts: list[str]) -> None:
+async def test_close_finishes_accepted_requests(checkpoint: Path, texts: list[str]) -> None:
     scorer = Scorer(checkpoint, device="cpu")
     expected = scorer.score([(QUERY, text) for text in texts])
     tasks = [asyncio.create_task(scorer.ascore([(QUERY, text) for text in texts])) for _ in range(6)]
@@ -644,7 +644,7 @@ def test_progress_shows_on_stderr_and_only_when_asked(scorer: Scorer, texts: lis
     assert f"{len(texts)}/{len(texts)}" in shown.getvalue()
 
 
-def test_nothing_of_the_callers_is_changed(scorer: Scorer, texts: list[str]) -> None:
+def test_arguments_are_not_changed(scorer: Scorer, texts: list[str]) -> None:
     pairs = [[QUERY, text] for text in texts[:5]]
     before = copy.deepcopy(pairs)
     scorer.score(pairs)  # type: ignore[arg-type]
@@ -665,7 +665,7 @@ def test_warmup_and_repr(scorer: Scorer) -> None:
     assert repr(scorer) == f"Scorer(model={scorer.config.model!r}, cpu)"
 
 
-def test_a_scorer_and_a_stranger_both_support_rank(scorer: Scorer) -> None:
+def test_supports_rank_accepts_any_object_with_both_methods(scorer: Scorer) -> None:
     class Stranger:
         def rank(
             self, query: str, passages: Any, top_n: int | None = None, threshold: float | None = None

@@ -60,7 +60,7 @@ def scores_not_finite(bench: Bench) -> Outcome:
 def _injected_logits(bench: Bench) -> tuple[int, int]:
     """Put logits that are not finite into results. Return how many, and how many were not detected."""
     rng = random.Random(7)
-    prepared = PreparedPairs(["query"] * 100, bench.phrases()[:100])
+    prepared = PreparedPairs([("query", phrase) for phrase in bench.phrases()[:100]])
     list(prepared.encode(bench.tokenizer(), 100))
     num_missed = 0
     for number in range(bench.count(100)):

@@ -1,1 +1,1 @@
-"""Many callers, one queue."""
+"""Collects the requests of many callers in one queue and runs them in shared batches."""

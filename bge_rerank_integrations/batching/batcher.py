@@ -1,6 +1,6 @@
-"""Many callers, one queue, one device or several: whoever is waiting shares the next batch.
+"""`MicroBatcher`: runs the requests of many callers in shared batches, on one device or several.
 
-Pure policy over score callables; nothing here knows of texts or tensors.
+It works on token ids and functions that score them. It knows neither texts nor tensors.
 """
 
 from __future__ import annotations
@@ -32,51 +32,56 @@ from bge_rerank_integrations.text.tokenization import IntArray
 
 logger = logging.getLogger(__name__)
 
-# How long interpreter exit waits for the batches that are being computed.
+# Maximum time in seconds that interpreter exit waits for running batches.
 _EXIT_S: Final = 4.0
 
 _live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
-# Every worker that was started, so that exit waits for those too that no batcher lists any more.
+# All workers that were started. Exit also waits for workers that their batcher no longer lists.
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @dataclass(eq=False)
 class Replica:
-    """One device's copy of the model.
+    """The copy of the model on one device.
 
     Attributes:
-        score: Sequences to logits, in order; called by one thread.
-        max_batch_tokens: Gives the most tokens of its next batch; a longer sequence is a batch by itself.
+        score: Returns the logit of each sequence, in order. Only one thread calls it.
+        max_batch_tokens: Returns the maximum number of tokens in the next batch. A longer sequence is a batch
+            of its own.
     """
 
     score: Callable[[list[IntArray]], list[float]]
     max_batch_tokens: Callable[[], int]
 
     def release(self) -> None:
-        """Let go of the model. The frames of a worker that met an error may still refer to this object."""
+        """Drop the references to the model. The traceback of an exception may keep this object alive."""
         self.score = _released
         self.max_batch_tokens = lambda: 1
 
 
 def _released(batch: list[IntArray]) -> list[float]:  # noqa: ARG001
-    raise ScorerClosedError("this scorer was closed; make a new one")
+    raise ScorerClosedError("this scorer is closed; create a new one")
 
 
 class MicroBatcher:
-    """Feeds devices from any number of threads; each request ends in a result, an error or cancelled.
+    """Queues the requests of any number of threads and runs them in shared batches.
 
-    Batches are filled across requests, by tokens, and each replica takes its next one from the same queue
-    as soon as it is idle. Cancelling a request's future drops what of it has not started. An error of a
-    batch that several requests share is retried once, each request alone, so that it reaches only who
-    causes it. A replica whose device is lost is left out; what it was computing goes to another, once.
+    A worker thread for each replica takes the next batch from the queue as soon as its device is idle. A
+    batch contains sequences of several requests, up to a number of tokens. Each request ends with a result,
+    with an exception, or cancelled.
+
+    Cancelling the future of a request drops its sequences that wait. If a batch fails that several requests
+    share, each of these requests is repeated alone once, so that only the request that causes the error
+    fails. If a device is lost, its replica is no longer used, and its batch goes back into the queue. A
+    request that loses a second device fails.
 
     Args:
-        replicas: At least one; their scores are the same.
-        max_wait_ms: How long a request may wait for company while its batch is not full.
-        max_queued_tokens: Most tokens that may wait; None is no limit.
-        is_device_lost: Whether an error means that the device will not work again.
-        idle_s: How long a worker waits for more before it ends, and with the last one the last hold on a
-            model that was forgotten; the next request starts others.
+        replicas: At least one replica. All replicas give the same scores.
+        max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch.
+        max_queued_tokens: Maximum number of waiting tokens. None is no limit.
+        is_device_lost: Returns whether an exception means that the device will not work again.
+        idle_s: Time in seconds after which an idle worker ends. A worker keeps the model in memory, so this
+            frees a model that is no longer referenced. The next request starts new workers.
 
     Example:
         >>> lengths = Replica(lambda batch: [float(len(ids)) for ids in batch], lambda: 512)
@@ -99,11 +104,11 @@ class MicroBatcher:
         self._is_device_lost = is_device_lost
         self._idle_s = idle_s
         self._changed = threading.Condition()
-        # All that follows is read and written under the condition's lock.
-        self._replicas = list(replicas)  # those whose devices work
+        # The following attributes are read and written under the lock of the condition.
+        self._replicas = list(replicas)  # replicas whose devices work
         self._workers: dict[Replica, threading.Thread] = {}
         self._waiting = WaitingList()
-        self._running: dict[Replica, Batch] = {}  # what of its current batch each still owes
+        self._running: dict[Replica, Batch] = {}  # unanswered requests of the current batch
         self._closed = False
         self._abandoned = False
         self._lost: BaseException | None = None
@@ -113,28 +118,35 @@ class MicroBatcher:
     def submit(
         self, sequences: Sequence[IntArray], on_progress: Callable[[int], object] | None = None
     ) -> Future[list[float]]:
-        """Queue a request and return the future of its logits; for the errors see `add`.
+        """Queue a request.
 
         Args:
-            sequences: int32 ids of each sequence, none empty.
+            sequences: int32 token ids [length] of each sequence. No sequence is empty.
             on_progress: As in `Request`.
+
+        Returns:
+            A future that gives the logit of each sequence, in order.
+
+        Raises:
+            RerankError: For the same reasons as `add`.
         """
         request = Request(on_progress)
         self.add(request, sequences)
         return request.future
 
     def add(self, request: Request, sequences: Sequence[IntArray], *, is_last: bool = True) -> None:
-        """Queue sequences of a request; of one that has ended, none.
+        """Add sequences to a request and queue them. This does nothing if the request has ended.
 
         Args:
-            request: A new one, or one to which this was done before.
-            sequences: int32 ids of each sequence, none empty.
-            is_last: Whether these are all there will be; until then the request does not end by itself.
+            request: A new request, or a request of an earlier call.
+            sequences: int32 token ids [length] of each sequence. No sequence is empty.
+            is_last: Whether these are the last sequences. A request without its last sequences does not
+                finish.
 
         Raises:
-            QueueFullError: They do not fit under `max_queued_tokens`.
-            ScorerClosedError, DeviceLostError, ForkedProcessError: Nothing can be taken any more. The
-                request's future does not get this error.
+            QueueFullError: The sequences do not fit into the queue under `max_queued_tokens`.
+            ScorerClosedError, DeviceLostError, ForkedProcessError: The batcher accepts no more sequences.
+                This does not set an exception on the future of the request.
         """
         check_process()
         is_first = bool(sequences) and not request.sequences
@@ -151,26 +163,30 @@ class MicroBatcher:
             elif request.is_finished and self._claim(request):
                 request.future.set_result(request.logits)
         if is_first:
-            # Not under the lock: on a future that is done already the callback is called at once. A future
-            # keeps its callbacks, so this one must refer to neither the batcher nor the request.
+            # The lock must not be held here, because a future that is already done calls the callback at
+            # once. A future keeps its callbacks, so the callback has only weak references to batcher and
+            # request.
             request.future.add_done_callback(
                 partial(_forget_cancelled, weakref.ref(self), weakref.ref(request))
             )
 
     def check_open(self) -> None:
-        """Raise what `submit` would raise for the smallest request."""
+        """Raise the exception that `submit` would raise for the smallest request, if any."""
         check_process()
         with self._changed:
             self._check_open(1)
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuse new requests, finish those accepted and let go of the replicas. May be called twice.
+        """Reject new requests, finish the accepted ones and release the replicas.
+
+        It is safe to call this twice.
 
         Args:
-            timeout: Seconds after which those that are not finished get `ScorerClosedError`.
+            timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
+                requests fail with `ScorerClosedError`. None is no limit.
         """
         if was_forked():
-            return  # the workers and whoever waits for them are in the parent process
+            return  # the workers and their callers exist in the parent process only
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -181,14 +197,15 @@ class MicroBatcher:
                 break
         self._fail_all(ScorerClosedError("the scorer was closed before this request was finished"))
         with self._changed:
-            # Whatever still refers to this object, such as an error's traceback, must not keep the model.
+            # Objects that still refer to this batcher, such as a traceback, must not keep the model in
+            # memory.
             while self._replicas:
                 self._replicas.pop().release()
 
     def count(
         self, *, duplicates: int, truncations: int, query_truncations: int, blank_passages: int
     ) -> None:
-        """Add to the counts that only the caller knows."""
+        """Add to the counts of events that the batcher cannot see."""
         with self._changed:
             self._recorder.duplicates += duplicates
             self._recorder.truncations += truncations
@@ -196,7 +213,7 @@ class MicroBatcher:
             self._recorder.blank_passages += blank_passages
 
     def stats(self, *, cache_hits: int, cache_misses: int, splits: int) -> ScorerStats:
-        """Return what happened so far, with what the tokenizer's and the devices' side count."""
+        """Return statistics, including the given counts of the tokenizer and the devices."""
         check_process()
         with self._changed:
             return self._recorder.stats(
@@ -208,7 +225,7 @@ class MicroBatcher:
             )
 
     def health(self) -> ScorerHealth:
-        """Return whether requests are taken, and if not, why."""
+        """Return whether the batcher accepts requests, and if it does not, why."""
         check_process()
         with self._changed:
             state: HealthState = "closed" if self._closed else "ok"
@@ -219,7 +236,7 @@ class MicroBatcher:
             )
 
     def _abandon(self) -> None:
-        """Refuse new requests and forget those that wait; the workers end after their current batch."""
+        """Reject new requests and drop the waiting ones. The workers end after their current batch."""
         with self._changed:
             self._closed = self._abandoned = True
             self._waiting.clear()
@@ -229,13 +246,13 @@ class MicroBatcher:
         if self._lost is not None:
             raise _device_lost(self._lost)
         if self._abandoned and threading.current_thread().daemon:
-            return  # it waits, like those before it, for the end it is about to meet
+            return  # this thread ends with the interpreter; let it wait until then
         if self._closed:
-            raise ScorerClosedError("this scorer was closed; make a new one")
+            raise ScorerClosedError("this scorer is closed; create a new one")
         limit = self._max_queued_tokens
         if limit is not None and self._waiting.num_tokens + num_tokens > limit:
             raise QueueFullError(
-                f"{self._waiting.num_tokens} tokens are waiting and this request has {num_tokens} or more; "
+                f"{self._waiting.num_tokens} tokens are waiting and this request has at least {num_tokens}; "
                 f"max_queued_tokens is {limit}"
             )
 
@@ -254,28 +271,28 @@ class MicroBatcher:
     def _worker_to_join(self) -> threading.Thread | None:
         with self._changed:
             workers = [worker for worker in self._workers.values() if worker.is_alive()]
-        # One that closes the queue itself waits for none, lest two of them wait for each other.
+        # A worker that calls `close` itself must not wait for workers. Two of them would wait for each other.
         return None if threading.current_thread() in workers else next(iter(workers), None)
 
     def _work(self, replica: Replica) -> None:
-        """Run batches until there has been nothing to do for a while; a worker's whole life."""
+        """Run batches until the queue has been empty for `idle_s`. This is the main function of a worker."""
         try:
             while batch := self._next_batch(replica):
                 self._run(replica, batch)
-        except BaseException as error:  # whatever ends this thread must not leave anybody waiting
-            logger.error("a worker thread ended by %s", type(error).__name__)
+        except BaseException as error:  # no caller may wait for a thread that has ended
+            logger.error("a worker thread died of %s", type(error).__name__)
         finally:
             with self._changed:
                 orphans: list[Request] = []
                 if self._workers.get(replica) is threading.current_thread():
                     del self._workers[replica]
                     orphans += self._running.pop(replica, {})
-                    orphans += [] if self._workers else self._waiting  # else the others serve them
+                    orphans += [] if self._workers else self._waiting  # other workers serve waiting requests
             for request in orphans:
-                self._fail(request, WorkerDiedError("the worker thread ended while this request waited"))
+                self._fail(request, WorkerDiedError("a worker thread died while this request waited"))
 
     def _next_batch(self, replica: Replica) -> Batch:
-        """Wait for work and take a batch of it; nothing means that the worker is to end."""
+        """Wait for requests and take a batch. An empty batch means that the worker must end."""
         with self._changed:
             self._running.pop(replica, None)
             while replica in self._replicas:
@@ -290,7 +307,7 @@ class MicroBatcher:
                     self._changed.wait(patience_s)
                 elif self._closed or not (self._changed.wait(self._idle_s) or self._waiting):
                     break
-            # Decided under the lock, so that the next request starts another worker.
+            # This happens under the lock, so that the next request starts a new worker.
             del self._workers[replica]
             return {}
 
@@ -313,7 +330,7 @@ class MicroBatcher:
                 raise RuntimeError(f"{len(sequences)} sequences gave {len(logits)} scores")
         except Exception as error:
             release_frames(error)
-            if not is_exiting():  # else nobody waits for an answer; see `_end_all`
+            if not is_exiting():  # at exit no caller waits for a result; see `_end_all`
                 self._recover(replica, batch, error)
             return
         with self._changed:
@@ -328,19 +345,19 @@ class MicroBatcher:
         for request, indices in batch.items():
             self._report(request, {index: next(values) for index in indices})
         with self._changed:
-            # Not before: a worker that ended on the way here would have forgotten whom it owes an answer.
+            # Remove the requests only now. If the worker dies before this, `_work` fails the listed requests.
             for request in batch:
                 del self._running[replica][request]
 
     def _report(self, request: Request, logits: dict[int, float]) -> None:
-        """Tell a request's owner of progress, and of the result if that was the last of it."""
+        """Report progress to the caller of a request, and set the result if all its logits are known."""
         try:
             if request.on_progress is not None:
                 with request.progress_lock:
                     request.on_progress(len(logits))
-        except Exception as error:  # a fault of the caller's own
+        except Exception as error:  # raised by the caller's callback
             self._fail(request, error)
-        with self._changed:  # other replicas may have others of its sequences, and its owner may add some
+        with self._changed:  # other workers may set logits of this request, and its caller may add sequences
             for index, logit in logits.items():
                 request.logits[index] = logit
             request.num_unfinished -= len(logits)
@@ -360,10 +377,10 @@ class MicroBatcher:
                     self._run(replica, {request: indices})
 
     def _lose(self, replica: Replica, error: Exception) -> None:
-        """Go on without a replica, and let the others do what it has not done."""
+        """Stop using a replica, and put its unfinished sequences back into the queue."""
         failed: list[Request] = []
         with self._changed:
-            if replica in self._replicas:  # else `close` did not wait for this batch
+            if replica in self._replicas:  # it was removed if `close` did not wait for this batch
                 self._replicas.remove(replica)
                 replica.release()
             self._recorder.lost_replicas += 1
@@ -371,7 +388,7 @@ class MicroBatcher:
                 self._lost = error
                 failed += self._waiting
             for request, indices in self._running.pop(replica).items():
-                # A request that fails one device after the other is not to fail them all.
+                # A request that has lost two devices may be the cause. It must not lose all of them.
                 if request.has_lost_device or not self._replicas:
                     failed.append(request)
                 elif not (request.is_over or self._abandoned):
@@ -379,7 +396,7 @@ class MicroBatcher:
                 request.has_lost_device = True
             if self._waiting:
                 self._wake_workers()
-        logger.error("a device is lost: %s; %d left", type(error).__name__, len(self._replicas))
+        logger.error("a device was lost (%s); %d device(s) left", type(error).__name__, len(self._replicas))
         for request in failed:
             self._fail(request, _device_lost(error))
 
@@ -399,7 +416,7 @@ class MicroBatcher:
             self._fail(request, error)
 
     def _claim(self, request: Request) -> bool:
-        """Whether the caller, of all threads that may want to, is the one to end this request."""
+        """Claim a request. Return whether this call is the one that may end the request."""
         with self._changed:
             if request.is_claimed:
                 return False
@@ -407,20 +424,20 @@ class MicroBatcher:
         return request.future.set_running_or_notify_cancel()
 
     def _forget(self, request: Request) -> None:
-        """Drop a request that its caller cancelled."""
-        self._claim(request)  # wakes callers that wait for several futures at once
+        """Remove a request that its caller has cancelled."""
+        self._claim(request)  # notifies callers of `concurrent.futures.wait`
         with self._changed:
             self._recorder.cancelled += 1
             self._drop(request)
 
     def _drop(self, request: Request) -> None:
-        """Forget what of a request has not started."""
+        """Remove the waiting sequences of a request."""
         self._waiting.drop(request)
         self._changed.notify_all()
 
 
 def _device_lost(cause: BaseException) -> DeviceLostError:
-    error = DeviceLostError(f"the device failed ({type(cause).__name__}) and needs a new process")
+    error = DeviceLostError(f"the device failed ({type(cause).__name__}); start a new process to use it")
     error.__cause__ = cause
     return error
 
@@ -434,13 +451,13 @@ def _forget_cancelled(
 
 
 def _end_all() -> None:
-    """Let no worker run into the interpreter's end, where it would be ended by force.
+    """Stop all workers at interpreter exit. A worker that still runs after it would abort the process.
 
-    Only daemon threads can still be waiting for a result. They end with the interpreter, and an error that
-    they got now would only be printed.
+    Only daemon threads can still wait for a result. They end with the interpreter. They get no exception,
+    because it would only be printed.
     """
     if was_forked():
-        return  # the workers are in the parent process
+        return  # the workers exist in the parent process only
     begin_exit()
     deadline = time.monotonic() + _EXIT_S
     for batcher in list(_live):

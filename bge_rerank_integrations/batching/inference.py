@@ -1,4 +1,4 @@
-"""The way of a request from texts to results: encode, queue, wait, put together; sync and async."""
+"""`Pipeline`: encodes a request, queues it and waits for the results, with a sync and an async API."""
 
 from __future__ import annotations
 
@@ -23,44 +23,47 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     UnsupportedCheckpointError,
 )
+from bge_rerank_integrations.ranking import PairResult
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.warn_once import warn_once
-from bge_rerank_integrations.text.pairs import PairResult, PreparedPairs
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
-from bge_rerank_integrations.validation import check_timeout
+from bge_rerank_integrations.validation import Pair, check_timeout
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner
 
 T = TypeVar("T")
 FindBlank = Callable[[PairTokenizer], frozenset[str]]
-"""Looks through a ranking's texts and returns the passages that are not to be scored, or raises."""
+"""Returns the passages of a ranking that must not be scored, or raises `InputError`."""
 
 _OnProgress = Callable[[int], object]
 
 _logger = logging.getLogger(__name__)
 
-# Of a request with more pairs, the device gets so many as soon as they are encoded, and is busy with them
-# while others are.
+# A longer request is encoded in parts of this many pairs. The device computes a part while the next one is
+# encoded.
 _NUM_PAIRS_AT_ONCE: Final = 512
-# Threads that tokenize for async callers; the tokenizer itself spreads a call over the cores.
+# Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.
 _NUM_TOKENIZERS: Final = 2
-# 8 MB: some ten thousand passages of a hundred tokens.
+# 8 MB, enough for about ten thousand passages of a hundred tokens.
 _MAX_CACHED_TOKENS: Final = 1 << 21
 _BLANK: Final = (
-    "%d of the %d passages of a request have nothing to read. They are not scored and come last; "
-    "blank_passages='refuse' makes this an error. Logged once per process; Scorer.stats() counts them all"
+    "%d of the %d passages of a request have nothing to read. They are not scored and rank last. Set "
+    "blank_passages='refuse' to get an error instead. This warning is logged once per process; "
+    "Scorer.stats() counts all such passages"
 )
 _QUERY_CUT: Final = (
-    "A query has more than query_max_length=%d tokens and lost its %s. Raise query_max_length, or choose "
-    "which end to cut with query_truncation_side. Logged once per process; Scorer.stats() counts them all"
+    "A query has more than query_max_length=%d tokens and lost its %s. Increase query_max_length, or set "
+    "query_truncation_side to choose which end is cut off. This warning is logged once per process; "
+    "Scorer.stats() counts all such queries"
 )
-_TIMED_OUT: Final = "not finished within the timeout; what had not started was dropped"
+_TIMED_OUT: Final = "the call did not finish within its timeout; sequences that had not started were dropped"
 
 
 class _Begun(NamedTuple):
-    """Pairs that are encoded and queued; `start` is the index of the first in the whole call."""
+    """Pairs that are encoded and queued. `start` is the index of the first pair in the whole call."""
 
     prepared: PreparedPairs
     future: Future[list[float]]
@@ -68,14 +71,14 @@ class _Begun(NamedTuple):
 
 
 class Pipeline:
-    """A tokenizer, a device or several, and the queue between them.
+    """Connects a tokenizer with the queue, and the queue with one device or several.
 
     Args:
-        tokenizer: Texts to ids, in the caller's thread.
-        cache: The tokenizer's.
-        runners: Ids to logits, in the queue's; one a device.
-        config: How to queue, and whether to normalize.
-        is_device_lost: Whether an error means that the device will not work again.
+        tokenizer: Converts texts to token ids, in the thread of the caller.
+        cache: The cache of the tokenizer.
+        runners: Compute logits from token ids, in the worker threads of the queue. There is one per device.
+        config: The settings for the queue, and whether to normalize.
+        is_device_lost: Returns whether an exception means that the device will not work again.
     """
 
     def __init__(
@@ -92,7 +95,8 @@ class Pipeline:
         self._normalize = config.normalize
         self._query_max_length = config.effective_query_max_length
         self._lost_query_part = "end" if config.query_truncation_side == "right" else "beginning"
-        # A request that does not fit is refused before any of it is computed, so all of it has to be known.
+        # With a limit on the queue, a request is encoded in one part. A request that does not fit is then
+        # rejected before any of it is computed.
         self._num_pairs_at_once = _NUM_PAIRS_AT_ONCE if config.max_queued_tokens is None else sys.maxsize
         self._batcher = MicroBatcher(
             list(map(_replica, runners)),
@@ -104,65 +108,72 @@ class Pipeline:
 
     def score(
         self,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         *,
         timeout: float | None = None,
         progress: bool = False,
         normalize: bool | None = None,
         find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
-        """Score `zip(queries, passages)` and wait for it; see `Scorer.score` for the errors.
+        """Score pairs and wait for the results.
 
         Args:
-            queries: The query of each pair.
-            passages: The passage of each pair, of equal number.
-            timeout: Most seconds to take.
+            pairs: (query, passage) pairs.
+            timeout: Maximum duration of the call in seconds. None is no limit.
             progress: Show a progress bar on stderr.
-            normalize: Put scores through a sigmoid; None is as configured.
-            find_blank: Names the passages that are not to be scored; None scores all of them.
+            normalize: Whether to apply a sigmoid to the scores. None uses the config.
+            find_blank: Returns the passages that must not be scored. None scores all passages.
+
+        Returns:
+            One result for each pair, in order.
+
+        Raises:
+            RerankError: For the same reasons as `Scorer.rank`.
         """
         remaining = _countdown(timeout)
         with _progress_bar(shown=progress) as (set_total, on_progress):
             request = Request(on_progress)
-            prepared = self._feed(request, queries, passages, remaining, set_total, find_blank)
+            prepared = self._feed(request, pairs, remaining, set_total, find_blank)
             logits = _wait(request.future, remaining())
         return prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
     def score_stream(
         self,
-        chunks: Iterable[tuple[list[str], list[str]]],
+        chunks: Iterable[list[Pair]],
         *,
         timeout: float | None = None,
         progress: bool = False,
     ) -> Iterator[list[PairResult]]:
-        """Score chunks of (queries, passages) as they come: one is read and encoded while another is run.
+        """Score lists of pairs one after the other. One list is encoded while the previous one is computed.
 
         Args:
-            chunks: Read one ahead of what is given.
-            timeout: Most seconds for all of them.
+            chunks: Lists of (query, passage) pairs. They are read one list ahead of the results.
+            timeout: Maximum duration in seconds for all lists. None is no limit.
             progress: Show a progress bar on stderr.
+
+        Yields:
+            The results of each list, in order.
         """
         remaining = _countdown(timeout)
         running: _Begun | None = None
         start = 0
         with _progress_bar(shown=progress) as (_, on_progress):
 
-            def begin(queries: list[str], passages: list[str]) -> _Begun:
+            def begin(pairs: list[Pair]) -> _Begun:
                 request = Request(on_progress)
-                return _Begun(self._feed(request, queries, passages, remaining), request.future, start)
+                return _Begun(self._feed(request, pairs, remaining), request.future, start)
 
             try:
-                for queries, passages in chunks:
+                for pairs in chunks:
                     try:
-                        begun = begin(queries, passages)
+                        begun = begin(pairs)
                     except QueueFullError:
                         if running is None:
                             raise
-                        yield self._finish(running, remaining())  # what fills the queue may be our own
+                        yield self._finish(running, remaining())  # its pairs may fill the queue
                         running = None
-                        begun = begin(queries, passages)
-                    start += len(queries)
+                        begun = begin(pairs)
+                    start += len(pairs)
                     if running is not None:
                         finished, running = running, begun
                         yield self._finish(finished, remaining())
@@ -171,44 +182,43 @@ class Pipeline:
                     yield self._finish(running, remaining())
             finally:
                 if running is not None:
-                    running.future.cancel()  # does nothing to what has ended
+                    running.future.cancel()  # has no effect on a future that is done
 
     async def ascore(
         self,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         *,
         timeout: float | None = None,
         normalize: bool | None = None,
         find_blank: FindBlank | None = None,
     ) -> list[PairResult]:
-        """Score `zip(queries, passages)` without blocking the event loop; arguments are those of `score`."""
+        """Do the same as `score` without blocking the event loop."""
         remaining = _countdown(timeout)
-        begun = await self._abegin(queries, passages, 0, remaining, find_blank)
+        begun = await self._abegin(pairs, 0, remaining, find_blank)
         logits = await _await(begun.future, remaining())
         return begun.prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
 
     async def ascore_stream(
         self,
-        chunks: AsyncIterator[tuple[list[str], list[str]]],
+        chunks: AsyncIterator[list[Pair]],
         *,
         timeout: float | None = None,
     ) -> AsyncIterator[list[PairResult]]:
-        """Do what `score_stream` does without blocking the event loop."""
+        """Do the same as `score_stream` without blocking the event loop."""
         remaining = _countdown(timeout)
         running: _Begun | None = None
         start = 0
         try:
-            while (chunk := await _next(chunks, remaining)) is not None:
+            while (pairs := await _next(chunks, remaining)) is not None:
                 try:
-                    begun = await self._abegin(*chunk, start, remaining)
+                    begun = await self._abegin(pairs, start, remaining)
                 except QueueFullError:
                     if running is None:
                         raise
-                    yield await self._afinish(running, remaining())  # what fills the queue may be our own
+                    yield await self._afinish(running, remaining())  # its pairs may fill the queue
                     running = None
-                    begun = await self._abegin(*chunk, start, remaining)
-                start += len(chunk[0])
+                    begun = await self._abegin(pairs, start, remaining)
+                start += len(pairs)
                 if running is not None:
                     finished, running = running, begun
                     yield await self._afinish(finished, remaining())
@@ -220,13 +230,13 @@ class Pipeline:
                 running.future.cancel()
 
     def warmup(self) -> None:
-        """Do what the device does once and no request should wait for."""
+        """Do the one-time work of the devices, so that no later request waits for it."""
         self._batcher.check_open()
         for runner in self.runners:
             runner.warmup()
 
     def stats(self) -> ScorerStats:
-        """Return counts and times so far."""
+        """Return counts and durations since the pipeline was created."""
         return self._batcher.stats(
             cache_hits=self._cache.hits,
             cache_misses=self._cache.misses,
@@ -234,12 +244,12 @@ class Pipeline:
         )
 
     def health(self) -> ScorerHealth:
-        """Return whether requests are taken."""
+        """Return whether the pipeline accepts requests."""
         return self._batcher.health()
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuse new requests, finish those accepted, within `timeout` seconds, and let go of the model."""
-        self._executor.shutdown(wait=True)  # what was accepted is then in the queue
+        """Reject new requests, finish the accepted ones within `timeout` seconds, and release the model."""
+        self._executor.shutdown(wait=True)  # then all accepted requests are in the queue
         self._batcher.close(timeout)
         self.runners = ()
 
@@ -250,7 +260,7 @@ class Pipeline:
         return self._results(begun, await _await(begun.future, timeout))
 
     def _results(self, begun: _Begun, logits: list[float]) -> list[PairResult]:
-        """Return the results of a stream's chunk; an error's index counts from the start of the stream."""
+        """Return the results of a list. The index of an error counts from the start of the whole call."""
         try:
             return begun.prepared.results(logits, normalize=self._normalize)
         except NonFiniteScoreError as error:
@@ -261,40 +271,36 @@ class Pipeline:
 
     async def _abegin(
         self,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         start: int,
         remaining: Callable[[], float | None],
         find_blank: FindBlank | None = None,
     ) -> _Begun:
-        """Encode and queue pairs in another thread."""
+        """Encode pairs in another thread and queue them."""
         request = Request()
         try:
-            feeding = self._executor.submit(
-                self._feed, request, queries, passages, remaining, None, find_blank
-            )
-        except RuntimeError as error:  # shut down a moment ago
-            raise ScorerClosedError("this scorer was closed; make a new one") from error
+            feeding = self._executor.submit(self._feed, request, pairs, remaining, None, find_blank)
+        except RuntimeError as error:  # another thread has closed the pipeline
+            raise ScorerClosedError("this scorer is closed; create a new one") from error
         try:
             prepared = await _await(feeding, remaining())
         except (asyncio.CancelledError, RequestTimeoutError):
-            request.future.cancel()  # which ends the feeding where it has begun
+            request.future.cancel()  # this also stops the encoding, if it has begun
             raise
         return _Begun(prepared, request.future, start)
 
     def _feed(
         self,
         request: Request,
-        queries: list[str],
-        passages: list[str],
+        pairs: list[Pair],
         remaining: Callable[[], float | None],
         set_total: _OnProgress | None = None,
         find_blank: FindBlank | None = None,
     ) -> PreparedPairs:
-        """Encode pairs and hand them to the device, many pairs in parts, while anybody waits for them."""
-        self._batcher.check_open()  # before the work of tokenizing for a queue that is full
+        """Encode pairs in parts and queue each part, until all are queued or the request has ended."""
+        self._batcher.check_open()  # check this before the work of tokenizing
         blank = frozenset[str]() if find_blank is None else find_blank(self.tokenizer)
-        prepared = PreparedPairs(queries, passages, blank)
+        prepared = PreparedPairs(pairs, blank)
         num_windows = 0
         try:
             for windows in prepared.encode(self.tokenizer, self._num_pairs_at_once):
@@ -303,7 +309,7 @@ class Pipeline:
                     set_total(num_windows + prepared.num_left)
                 self._batcher.add(request, windows, is_last=prepared.num_left == 0)
                 if prepared.num_left and (request.is_over or remaining() == 0):
-                    return prepared  # for an error, a cancellation or a timeout, which is about to be raised
+                    return prepared  # the caller is about to get an exception, a cancellation or a timeout
         except BaseException:
             request.future.cancel()
             raise
@@ -324,9 +330,10 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     """Find, verify and load the model of a config.
 
     Raises:
-        CheckpointError, ConfigError, DeviceError, ForkedProcessError: As `Scorer` says.
+        CheckpointError, ConfigError, DeviceError, ForkedProcessError: For the same reasons as `Scorer`.
     """
-    # Here and not above, so that naming a scorer in a signature does not cost the import of torch.
+    # These imports load torch. They are local, so that `import` of a module that mentions `Scorer` stays
+    # fast.
     from bge_rerank_integrations.engine.checkpoint.files import require_file
     from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
     from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
@@ -344,7 +351,7 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     if tokenizer.max_id >= shape.vocab_size:
         raise UnsupportedCheckpointError(
             f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model embeds only "
-            f"{shape.vocab_size}; tokenizer.json and weights must be of one checkpoint"
+            f"{shape.vocab_size} ids; tokenizer.json and weights must belong to the same checkpoint"
         )
     mark_process_in_use()
     return Pipeline(tokenizer, cache, load_runners(config, folder, shape), config, is_device_lost)
@@ -355,7 +362,7 @@ def _replica(runner: Runner) -> Replica:
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:
-    """Check a timeout and return what tells how much of it is left."""
+    """Check a timeout and return a function that gives the remaining seconds, or None without a timeout."""
     check_timeout(timeout)
     if timeout is None:
         return lambda: None
@@ -364,20 +371,20 @@ def _countdown(timeout: float | None) -> Callable[[], float | None]:
 
 
 def _wait(future: Future[T], timeout: float | None) -> T:
-    """Wait for a future; where that is over before the future is, cancel it."""
+    """Wait for a future. When the timeout expires or the thread is interrupted, cancel the future."""
     try:
         return future.result(timeout)
     except FutureTimeoutError:
-        if not future.cancel():  # it ended at the last moment, or this error is its own
+        if not future.cancel():  # it has ended just now, or its result is a TimeoutError
             return future.result()
         raise RequestTimeoutError(_TIMED_OUT) from None
-    except BaseException:  # an interrupt of the waiting thread; to what has ended this does nothing
+    except BaseException:  # the thread was interrupted, or the future has failed
         future.cancel()
         raise
 
 
 async def _await(future: Future[T], timeout: float | None) -> T:
-    """Do what `_wait` does, in a task."""
+    """Do the same as `_wait` in an asyncio task."""
     wrapped = asyncio.wrap_future(future)
     try:
         done, _ = await asyncio.wait({wrapped}, timeout=timeout)
@@ -393,20 +400,20 @@ async def _await(future: Future[T], timeout: float | None) -> T:
 
 
 async def _next(chunks: AsyncIterator[T], remaining: Callable[[], float | None]) -> T | None:
-    """Return the next chunk, or None after the last."""
+    """Return the next item, or None after the last one."""
     try:
         return await asyncio.wait_for(anext(chunks, None), remaining())
     except asyncio.TimeoutError:
         if remaining() == 0:
             raise RequestTimeoutError(_TIMED_OUT) from None
-        raise  # the error is the iterator's own
+        raise  # the iterator itself has raised this
 
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in a thread of its own.
+    """Call a function in a separate thread.
 
-    Reading a caller's iterator may take long, or wait for the event loop. It must block neither the loop
-    nor the threads that tokenize for others.
+    It is used to read an iterator of the caller, which may take long or wait for the event loop. Reading it
+    must block neither the event loop nor the threads that tokenize.
     """
     executor = ThreadPoolExecutor(1, "bge-rerank-read")
     try:
@@ -416,7 +423,7 @@ async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
-    """Give the items of an iterator, each read in the same other thread."""
+    """Yield the items of an iterator. All of them are read in one separate thread."""
     executor = ThreadPoolExecutor(1, "bge-rerank-read")
     try:
         while (item := await asyncio.wrap_future(executor.submit(next, items, None))) is not None:
@@ -427,7 +434,7 @@ async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
 
 @contextmanager
 def _progress_bar(*, shown: bool) -> Iterator[tuple[_OnProgress | None, _OnProgress | None]]:
-    """Give what sets the bar's total and what moves it on; both None where none is shown."""
+    """Yield two functions: one sets the total of the bar, one advances it. Without a bar, both are None."""
     if not shown:
         yield None, None
         return

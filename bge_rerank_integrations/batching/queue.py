@@ -1,6 +1,6 @@
-"""Whose turn it is: the requests that wait, and the batches that are filled from them.
+"""The waiting list: decides which sequences go into the next batch.
 
-Pure policy, under the lock of its owner.
+It has no lock of its own. `MicroBatcher` calls it under its lock.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Final
 
 from bge_rerank_integrations.batching.request import Batch, Request
 
-# A share of each batch goes to whoever waits longest, the rest to whoever needs least: short requests pass
-# long ones, and long ones are never at a standstill.
+# This share of each batch is reserved for the oldest request. The requests with the fewest waiting tokens
+# fill the rest. Short requests can overtake long ones, and long requests still make progress in every batch.
 _OLDEST_SHARE: Final = 0.25
-# A smaller batch leaves a GPU so far from full that sharing it with another would gain nothing.
+# A batch with fewer tokens does not fill a GPU. Splitting it over several devices would not be faster.
 _WORTH_SHARING_TOKENS: Final = 2048
 
 
 class WaitingList:
-    """Requests that have sequences which have not started, oldest first.
+    """The requests with sequences that wait for a batch, oldest first.
 
     Attributes:
-        num_tokens: Tokens of these sequences.
+        num_tokens: Total number of tokens of the waiting sequences.
     """
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class WaitingList:
 
     @property
     def oldest(self) -> Request:
-        """Whoever waits longest."""
+        """The request that has waited longest."""
         return self._requests[0]
 
     def add(self, request: Request, indices: Iterable[int]) -> None:
-        """Let sequences of a request wait, whether or not others of it do."""
+        """Add sequences of a request. The request may already have other sequences in the list."""
         before = request.queued_tokens
         request.queue(indices)
         self.num_tokens += request.queued_tokens - before
@@ -49,26 +49,26 @@ class WaitingList:
             insort(self._requests, request, key=lambda each: each.submitted_at)
 
     def drop(self, request: Request) -> None:
-        """Forget what of a request has not started."""
+        """Remove the waiting sequences of a request."""
         if request.queued_tokens:
             self._requests.remove(request)
             self.num_tokens -= request.queued_tokens
             request.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all requests."""
         for request in self._requests:
             request.clear()
         self._requests.clear()
         self.num_tokens = 0
 
     def even_share(self, num_devices: int) -> int:
-        """Return how many tokens go to each of some idle devices, if all that waits goes to them now."""
+        """Return the number of tokens for each idle device, if these devices share all waiting tokens."""
         num_shares = min(num_devices, self.num_tokens // _WORTH_SHARING_TOKENS)
         return -(-self.num_tokens // max(num_shares, 1))
 
     def take(self, max_tokens: int) -> Batch:
-        """Move sequences into a batch of so many tokens; one that is longer is a batch by itself."""
+        """Move sequences into a batch of at most `max_tokens`. A longer sequence is a batch of its own."""
         batch: Batch = {}
         oldest = self.oldest
         quotas = [(oldest, int(max_tokens * _OLDEST_SHARE))]

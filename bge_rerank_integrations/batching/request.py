@@ -1,4 +1,4 @@
-"""One caller's sequences on their way to a device."""
+"""The sequences of one caller, from the queue to the result."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from concurrent.futures import Future
 from bge_rerank_integrations.text.tokenization import IntArray
 
 Batch = dict["Request", list[int]]
-"""Which of each request's sequences are in a batch."""
+"""The sequences of a batch: for each request, the indices of its sequences in the batch."""
 
 
 class Request:
-    """One caller's sequences; there may come more of them while the first are computed.
+    """The sequences of one caller. Sequences can be added while earlier ones are computed.
 
     Args:
-        on_progress: Called with the number of sequences that a batch finished, by one thread at a time.
+        on_progress: Called after each batch with the number of finished sequences. The calls do not overlap.
 
     Attributes:
-        future: The logits of all sequences, in order; cancelling it drops what has not started.
-        sequences: int32 ids of each that has come so far.
-        logits: Theirs, as far as they are known.
-        num_unfinished: How many are not.
-        is_whole: Whether no more will come.
-        queued_tokens: Tokens of what has not started.
-        submitted_at: When the first came.
-        has_started: Whether a batch had any of them.
-        is_claimed: Whether somebody is ending it.
-        has_lost_device: Whether a device failed over a batch with any of them.
-        progress_lock: Held around `on_progress`.
+        future: Gives the logits of all sequences, in order. Cancelling it drops the sequences that wait.
+        sequences: int32 token ids of each sequence that has been added.
+        logits: The logit of each sequence, 0.0 until it is known.
+        num_unfinished: Number of sequences whose logit is not known yet.
+        is_whole: Whether all sequences have been added.
+        queued_tokens: Number of tokens of the sequences that wait for a batch.
+        submitted_at: Time at which the first sequence was added, by `time.monotonic`.
+        has_started: Whether a sequence has been put into a batch.
+        is_claimed: Whether a thread has claimed the request, that is, has begun to end it. Only the thread
+            that claims a request sets the result or the exception of its future.
+        has_lost_device: Whether a device was lost while it computed sequences of this request.
+        progress_lock: Held during a call of `on_progress`.
     """
 
     def __init__(self, on_progress: Callable[[int], object] | None = None) -> None:
@@ -47,24 +48,26 @@ class Request:
         self.is_claimed = False
         self.has_lost_device = False
         self.progress_lock = threading.Lock()
-        # (length, -index), longest last, to be taken from the end: neighbours in a batch are of like length.
+        # (length, -index) of waiting sequences, longest last. Sequences are taken from the end, so that a
+        # batch has sequences of similar length.
         self._queued: list[tuple[int, int]] = []
-        # What came while that waited, each lot in its turn: so that how a request that is alone falls into
-        # batches, and with it the last bits of its scores, does not depend on how soon the lots came.
+        # Parts of the request that were added while `_queued` was not empty. They are queued one after the
+        # other. The batches of a lone request, and the last bits of its scores, then do not depend on when
+        # its parts were added.
         self._later: deque[list[tuple[int, int]]] = deque()
 
     @property
     def is_over(self) -> bool:
-        """Whether it has its end, or is about to."""
+        """Whether the request has ended or has been claimed."""
         return self.is_claimed or self.future.done()
 
     @property
     def is_finished(self) -> bool:
-        """Whether all logits are known that there will be."""
+        """Whether all sequences have been added and all their logits are known."""
         return self.is_whole and self.num_unfinished == 0
 
     def grow(self, sequences: Sequence[IntArray]) -> range:
-        """Take more sequences in and return their indices."""
+        """Add sequences and return their indices."""
         if not self.sequences:
             self.submitted_at = time.monotonic()
         indices = range(len(self.sequences), len(self.sequences) + len(sequences))
@@ -74,19 +77,19 @@ class Request:
         return indices
 
     def queue(self, indices: Iterable[int]) -> None:
-        """Let sequences wait."""
+        """Queue sequences, given by their indices."""
         lot = sorted((len(self.sequences[index]), -index) for index in indices)
         self.queued_tokens += sum(length for length, _ in lot)
         self._later.append(lot)
         self.turn()
 
     def turn(self) -> None:
-        """Go on to the next lot where nothing is left of the one before; not while a batch is filled."""
+        """Queue the next part if the previous one is empty. Do not call this while a batch is filled."""
         if not self._queued and self._later:
             self._queued = self._later.popleft()
 
     def take(self, max_tokens: int, *, at_least_one: bool) -> list[int]:
-        """Take the longest sequences that fit, or one that does not where one must be taken."""
+        """Take the longest sequences that fit. With `at_least_one`, take one even if it does not fit."""
         taken: list[int] = []
         while self._queued:
             length, negative_index = self._queued[-1]
@@ -99,7 +102,7 @@ class Request:
         return taken
 
     def clear(self) -> None:
-        """Let nothing wait any more."""
+        """Remove all waiting sequences."""
         self._queued.clear()
         self._later.clear()
         self.queued_tokens = 0

@@ -1,4 +1,4 @@
-"""What a scorer tells of itself: counts and times, never a text."""
+"""Statistics and health of a scorer: counts and durations, never a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
-# Percentiles are over so many latest requests, or batches.
+# Percentiles cover this many of the latest requests or batches.
 _WINDOW: Final = 2048
 
 HealthState = Literal["ok", "closed", "device lost"]
@@ -15,7 +15,13 @@ HealthState = Literal["ok", "closed", "device lost"]
 
 @dataclass(frozen=True, kw_only=True)
 class Percentiles:
-    """Of the latest requests or batches, in milliseconds; zero before the first."""
+    """Percentiles of a duration over the latest requests or batches.
+
+    Attributes:
+        p50_ms: The median in milliseconds, 0 before the first request or batch.
+        p90_ms: The 90th percentile in milliseconds.
+        p99_ms: The 99th percentile in milliseconds.
+    """
 
     p50_ms: float
     p90_ms: float
@@ -27,26 +33,32 @@ class ScorerStats:
     """What a scorer has done since it was loaded.
 
     Attributes:
-        requests: Requests accepted.
-        failed: Of those, ended in an error.
-        cancelled: Of those, cancelled or timed out.
-        pairs: Sequences scored, windows counted each.
-        tokens: Tokens scored.
-        batches: Forward passes asked for.
-        fill: Mean share of the token budget that a batch used.
+        requests: Number of accepted requests.
+        failed: Number of requests that ended with an exception.
+        cancelled: Number of requests that were cancelled or timed out.
+        pairs: Number of scored sequences. Each window of a passage counts.
+        tokens: Number of scored tokens.
+        batches: Number of batches.
+        fill: Mean share of the token budget that a batch used, from 0 to 1.
         requests_per_batch: Mean number of requests that shared a batch.
-        waiting: From acceptance to the first batch, by request.
-        compute: In the device, by batch.
-        queued_requests: Requests waiting now.
-        queued_tokens: Tokens waiting now.
-        duplicates: Pairs that were scored with an equal one of the same request.
-        cache_hits: Passages whose ids were known from an earlier request.
-        cache_misses: Passages that had to be tokenized.
-        truncations: Pairs whose passage lost tokens.
-        query_truncations: Queries that lost tokens, each counted once per request.
-        blank_passages: Passages with nothing to read, which rankings did not score.
-        splits: Batches that were out of memory and tried again in parts.
-        lost_replicas: Devices that failed for good and were left out.
+        waiting: Time from the acceptance of a request to its first batch.
+        compute: Time that a device needed for a batch.
+        queued_requests: Number of requests that wait now.
+        queued_tokens: Number of tokens that wait now.
+        duplicates: Number of pairs that shared the score of an equal pair of the same request.
+        cache_hits: Number of passages whose token ids were in the cache.
+        cache_misses: Number of passages that were tokenized.
+        truncations: Number of pairs whose passage lost tokens.
+        query_truncations: Number of queries that lost tokens, each counted once per request.
+        blank_passages: Number of passages that had nothing to read and were not scored.
+        splits: Number of batches that ran out of memory and were repeated in smaller parts.
+        lost_replicas: Number of devices that failed and are no longer used.
+
+    Example:
+        >>> before = scorer.stats()
+        >>> ranking = scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])
+        >>> scorer.stats().pairs - before.pairs
+        2
     """
 
     requests: int
@@ -72,24 +84,30 @@ class ScorerStats:
 
     @property
     def cache_hit_rate(self) -> float:
-        """Share of the passages whose ids were known; zero before the first."""
+        """Share of the passages whose token ids were in the cache, from 0 to 1."""
         return self.cache_hits / max(self.cache_hits + self.cache_misses, 1)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the figures, and the cache's hit rate, as a dict that JSON can hold."""
+        """Return all figures and `cache_hit_rate` as a JSON-serializable dict."""
         return {**asdict(self), "cache_hit_rate": self.cache_hit_rate}
 
 
 @dataclass(frozen=True)
 class ScorerHealth:
-    """Whether a scorer takes requests.
+    """Whether a scorer accepts requests.
 
     Attributes:
-        state: `ok`, `closed`, or `device lost`: the last device failed and only a new process helps.
-        queued_requests: Requests waiting now.
-        queued_tokens: Tokens waiting now.
-        replicas: Devices that a copy of the model was loaded onto.
-        replicas_alive: Of those, not lost; none once the model is released.
+        state: "ok", "closed" or "device lost". "device lost" means that all devices have failed. Only a new
+            process can use them again.
+        queued_requests: Number of requests that wait now.
+        queued_tokens: Number of tokens that wait now.
+        replicas: Number of devices that the model was loaded onto. Each holds a replica, that is, a copy of
+            the model.
+        replicas_alive: Number of replicas that still work. It is 0 after `close`.
+
+    Example:
+        >>> scorer.health().ok
+        True
     """
 
     state: HealthState
@@ -100,12 +118,12 @@ class ScorerHealth:
 
     @property
     def ok(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the scorer accepts requests."""
         return self.state == "ok"
 
 
 class Recorder:
-    """Adds up what happens; whoever owns it holds a lock around each call."""
+    """Counts events for `ScorerStats`. It has no lock of its own; `MicroBatcher` calls it under its lock."""
 
     def __init__(self) -> None:
         self.requests = self.failed = self.cancelled = 0
@@ -118,13 +136,13 @@ class Recorder:
         self._compute_s: deque[float] = deque(maxlen=_WINDOW)
 
     def started(self, waited_s: float) -> None:
-        """Note that a request's first sequences went into a batch."""
+        """Record that the first sequences of a request were put into a batch."""
         self._waiting_s.append(waited_s)
 
     def computed(
         self, *, num_requests: int, num_pairs: int, num_tokens: int, budget: int, compute_s: float
     ) -> None:
-        """Note a batch that gave scores."""
+        """Record a batch that was computed successfully."""
         self.batches += 1
         self.pairs += num_pairs
         self.tokens += num_tokens
@@ -135,7 +153,7 @@ class Recorder:
     def stats(
         self, *, queued_requests: int, queued_tokens: int, cache_hits: int, cache_misses: int, splits: int
     ) -> ScorerStats:
-        """Return a snapshot, with the counts that others keep."""
+        """Return a snapshot. The arguments are the figures that other objects count."""
         batches = max(self.batches, 1)
         return ScorerStats(
             requests=self.requests,

@@ -1,1 +1,1 @@
-"""What belongs to the process: forks, exit, errors and warnings."""
+"""State of the process: forks, interpreter exit, exceptions and warnings."""

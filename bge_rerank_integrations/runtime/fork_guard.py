@@ -1,4 +1,4 @@
-"""Which process scores: what a model runs on, thread pools or a GPU, does not survive a fork."""
+"""Detects forked processes, in which the thread pools and the GPU context of a loaded model do not work."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ _process_in_use: int | None = None
 
 
 def mark_process_in_use() -> None:
-    """Note that thread pools or a GPU are in use here, so that a forked child must not use them."""
+    """Record that this process uses thread pools or a GPU, which a forked child process cannot use."""
     global _process_in_use
     _process_in_use = os.getpid()
 
 
 def was_forked() -> bool:
-    """Whether this is a child that was forked after its parent had loaded a model."""
+    """Return whether this process was forked from a process that had loaded a model."""
     return _process_in_use not in (None, os.getpid())
 
 
 def check_process() -> None:
-    """Raise `ForkedProcessError` in a child that was forked after its parent had loaded a model."""
+    """Raise `ForkedProcessError` if this process was forked from a process that had loaded a model."""
     if was_forked():
         raise ForkedProcessError(
-            "this process was forked from one that had loaded a model, and neither CUDA nor a CPU's thread "
-            "pool survives a fork. Load the model in the child: in gunicorn's post_fork hook (and without "
-            "--preload), on Celery's worker_process_init signal, in the worker_init_fn of a torch "
-            "DataLoader. Or start children with the 'spawn' method"
+            "this process was forked from a process that had loaded a model, and neither CUDA nor CPU thread "
+            "pools work after a fork. Load the model in the child process instead: in gunicorn's post_fork "
+            "hook (without --preload), on Celery's worker_process_init signal, or in the worker_init_fn of a "
+            "torch DataLoader. Alternatively, start child processes with the 'spawn' method"
         )

@@ -1,9 +1,9 @@
-"""Ends what is being computed when the interpreter exits.
+"""Stops running forward passes when the interpreter exits.
 
-At exit no caller waits for a score any more: `threading` has joined every thread that is not a daemon. But
-a forward pass over a large batch can take many seconds, and a thread that still computes when the interpreter
-is torn down is ended by force, which aborts the process. Modules that run threads therefore call `begin_exit`
-in their `atexit` functions, and models call `raise_if_exiting` before each layer.
+At exit no caller waits for a score any more, because `threading` has joined every thread that is not a
+daemon. A forward pass over a large batch can still take many seconds. If a daemon thread computes while the
+interpreter shuts down, the process aborts. Modules that run threads therefore call `begin_exit` in their
+`atexit` functions, and models call `raise_if_exiting` before each layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _is_exiting = False
 
 
 def begin_exit() -> None:
-    """Note that the interpreter has begun to exit. May be called twice."""
+    """Record that the interpreter has begun to exit. It is safe to call this several times."""
     global _is_exiting
     _is_exiting = True
 

@@ -1,4 +1,4 @@
-"""Keeps errors from holding on to what the failed code was using."""
+"""Frees the objects that the traceback of a caught exception keeps alive."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import traceback
 
 
 def release_frames(error: BaseException) -> None:
-    """Drop the local variables that an error's traceback keeps alive. Call it where the error was caught.
+    """Clear the local variables of the frames in an exception's traceback. Call this where it was caught.
 
-    The traceback still says which lines were running. Without this a caller that keeps an error keeps the
-    model and the tensors of the failed batch, and an error that is stored in an object that its own frames
-    refer to keeps them until the next garbage collection.
+    The traceback still shows which lines were running. Without this call, a caller that keeps the exception
+    also keeps the model and the tensors of the failed batch in memory. If one of the frames refers to an
+    object that stores the exception, only the garbage collector would free them.
 
     Args:
-        error: The error. The entry of the calling frame, which is still running, is removed from its
-            traceback. The errors that it was raised from are treated alike.
+        error: The exception. Its causes and contexts are cleared too. The entry of the calling frame is
+            removed from its traceback, because that frame is still running.
     """
     if error.__traceback__ is not None:
         error.__traceback__ = error.__traceback__.tb_next

@@ -1,4 +1,4 @@
-"""Warnings that a process logs once, however often their reason occurs."""
+"""Warnings that are logged at most once per process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _lock = threading.Lock()
 
 
 def warn_once(logger: logging.Logger, message: str, *args: object) -> None:
-    """Log a warning, unless this process has logged one with the same message before.
+    """Log a warning, unless this process has already logged one with the same message.
 
     Args:
-        logger: Where to.
-        message: A format string. It identifies the warning; the arguments do not.
-        args: What the message is formatted with: numbers and names of options, never a text.
+        logger: The logger that receives the warning.
+        message: A format string. It identifies the warning, whatever the arguments are.
+        args: Arguments of the format string: numbers and names of options, never the text of a user.
     """
     with _lock:
         if message in _logged:

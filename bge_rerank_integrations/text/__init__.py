@@ -1,1 +1,1 @@
-"""Texts to token ids."""
+"""Converts texts to token ids."""

@@ -1,54 +1,34 @@
-"""One request's pairs: encoded once each, and put together again when their logits are there."""
+"""Encodes the distinct pairs of a request, and assigns their logits to the pairs in the caller's order."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import islice
 
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
-from bge_rerank_integrations.ranking import BLANK_LOGIT, RankedPassage, Ranking, select, sigmoid
+from bge_rerank_integrations.ranking import BLANK_LOGIT, PairResult, sigmoid
 from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
-from bge_rerank_integrations.validation import BLANK_QUERY
-
-Pair = tuple[str, str]
-
-
-class PairResult(NamedTuple):
-    """The score of one pair and how it was read.
-
-    Attributes:
-        score: The raw logit, or its sigmoid.
-        logit: The raw logit.
-        truncated: Whether the passage lost tokens.
-        query_truncated: Whether the query did.
-        windows: How many windows of the passage were scored.
-        num_tokens: How many tokens the model read.
-        blank: Whether the passage has nothing to read, so that the pair was not scored.
-    """
-
-    score: float
-    logit: float
-    truncated: bool
-    query_truncated: bool
-    windows: int
-    num_tokens: int
-    blank: bool = False
+from bge_rerank_integrations.validation import BLANK_QUERY, Pair
 
 
 def find_blank(
     tokenizer: PairTokenizer, query: str, passages: Sequence[str], *, refuse: bool
 ) -> frozenset[str]:
-    """Return those passages of a ranking that have nothing to read.
+    """Return the passages of a ranking that have nothing to read.
 
     Args:
-        tokenizer: What decides.
-        query: The query that they are ranked for.
-        passages: The passages.
-        refuse: Raise where there is one.
+        tokenizer: Decides whether a text has nothing to read.
+        query: The query of the ranking.
+        passages: The passages of the ranking.
+        refuse: Whether a blank passage raises an exception.
+
+    Returns:
+        The texts of the blank passages.
 
     Raises:
-        InputError: The query is blank; or, with `refuse`, a passage is, and `.index` says which.
+        InputError: The query is blank, or `refuse` is set and a passage is blank; `.index` says which
+            passage.
     """
     if tokenizer.is_blank(query):
         raise InputError(BLANK_QUERY)
@@ -62,7 +42,7 @@ def find_blank(
 def find_blank_in_each(
     tokenizer: PairTokenizer, requests: Sequence[tuple[str, Sequence[str]]], *, refuse: bool
 ) -> frozenset[str]:
-    """Do what `find_blank` does for several rankings; `.index` of an error says which request."""
+    """Do the same as `find_blank` for several rankings. `.index` of an `InputError` says which request."""
     blank: frozenset[str] = frozenset()
     for number, (query, passages) in enumerate(requests):
         if tokenizer.is_blank(query):
@@ -87,66 +67,69 @@ def _refusal(index: int) -> str:
 
 
 class PreparedPairs:
-    """The pairs of one request, in the caller's order, and the ids of each distinct one.
+    """The pairs of a request in the caller's order, and the token ids of each distinct pair.
 
     Args:
-        queries: The query of each pair.
-        passages: The passage of each pair, of equal number.
+        pairs: (query, passage) pairs.
         blank: Passages that are not scored.
 
     Attributes:
-        pairs: All of them.
-        encoded: The distinct ones that are encoded, in order; none with a blank passage.
-        num_blank: How many pairs have a blank passage.
+        pairs: All pairs of the request.
+        encoded: The distinct pairs that have been encoded so far, in order. Pairs with a blank passage are
+            never encoded.
+        num_blank: Number of pairs with a blank passage.
     """
 
-    def __init__(
-        self, queries: Sequence[str], passages: Sequence[str], blank: frozenset[str] = frozenset()
-    ) -> None:
-        self.pairs: list[Pair] = list(zip(queries, passages, strict=True))
+    def __init__(self, pairs: Sequence[Pair], blank: frozenset[str] = frozenset()) -> None:
+        self.pairs = pairs
         self.encoded: dict[Pair, EncodedPair] = {}
         self._blank = blank
-        with_text = [pair for pair in self.pairs if pair[1] not in blank] if blank else self.pairs
-        self.num_blank = len(self.pairs) - len(with_text)
+        with_text = [pair for pair in pairs if pair[1] not in blank] if blank else pairs
+        self.num_blank = len(pairs) - len(with_text)
         self._distinct = list(dict.fromkeys(with_text))
 
     def encode(self, tokenizer: PairTokenizer, num_pairs: int) -> Iterator[list[IntArray]]:
-        """Encode the distinct pairs, so many at a time, and yield their windows, which is what to score."""
-        queries, passages = [query for query, _ in self._distinct], [passage for _, passage in self._distinct]
-        pairs = iter(self._distinct)
-        for encoded in tokenizer.stream(queries, passages, num_pairs):
-            self.encoded.update((pair, each) for each, pair in zip(encoded, pairs, strict=False))
+        """Encode `num_pairs` distinct pairs at a time, and yield the windows of each such part.
+
+        A window is a sequence for the model: int32 token ids, special tokens included.
+        """
+        distinct = iter(self._distinct)
+        for encoded in tokenizer.stream(self._distinct, num_pairs):
+            self.encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
             yield [window for each in encoded for window in each.windows]
 
     @property
     def num_left(self) -> int:
-        """How many distinct pairs are still to be encoded."""
+        """Number of distinct pairs that have not been encoded yet."""
         return len(self._distinct) - len(self.encoded)
 
     @property
     def num_duplicates(self) -> int:
-        """How many pairs are scored by way of an equal one."""
+        """Number of pairs that share the score of an equal pair."""
         return len(self.pairs) - self.num_blank - len(self._distinct)
 
     @property
     def num_truncated(self) -> int:
-        """How many pairs have a passage that lost tokens."""
+        """Number of pairs whose passage lost tokens."""
         return sum(self.encoded[pair].truncated for pair in self.pairs if pair[1] not in self._blank)
 
     @property
     def num_truncated_queries(self) -> int:
-        """How many distinct queries lost tokens."""
+        """Number of distinct queries that lost tokens."""
         return len({query for (query, _), encoded in self.encoded.items() if encoded.query_truncated})
 
     def results(self, logits: Sequence[float], *, normalize: bool) -> list[PairResult]:
-        """Give each pair its best window's score.
+        """Return the score of each pair, which is the best score of its windows.
 
         Args:
-            logits: One a window, in the order in which `encode` gave them.
-            normalize: Put scores through a sigmoid.
+            logits: One logit for each window, in the order in which `encode` yielded the windows.
+            normalize: Whether to apply a sigmoid to the scores.
+
+        Returns:
+            One result for each pair, in the caller's order.
 
         Raises:
-            NonFiniteScoreError: A logit is NaN or infinite; `.index` is the first such pair's.
+            NonFiniteScoreError: A logit is NaN or infinite; `.index` is the position of the first such pair.
         """
         values = iter(logits)
         results: dict[Pair, PairResult] = {}
@@ -174,31 +157,3 @@ class PreparedPairs:
             blank=True,
         )
         return [blank if pair[1] in self._blank else results[pair] for pair in self.pairs]
-
-
-def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
-    """Order the results of one query's passages and cut them, as `select` does."""
-    ranked = [
-        RankedPassage(index, result.score, result.truncated, result.windows, result.blank)
-        for index, result in enumerate(results)
-    ]
-    num_blank = sum(result.blank for result in results)
-    return Ranking(
-        select(ranked, [result.logit for result in results], top_n, threshold),
-        num_pairs=len(results) - num_blank,
-        num_tokens=sum(result.num_tokens for result in results),
-        num_truncated=sum(result.truncated for result in results),
-        num_truncated_queries=int(any(result.query_truncated for result in results)),
-        num_blank=num_blank,
-    )
-
-
-def rank_each(
-    requests: Sequence[tuple[str, Sequence[str]]],
-    results: Sequence[PairResult],
-    top_n: int | None,
-    threshold: float | None,
-) -> list[Ranking]:
-    """Rank each request's passages; `results` are those of all requests, one after the other."""
-    remaining = iter(results)
-    return [rank_results([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]

@@ -1,4 +1,7 @@
-"""Ids of recently seen passages: the same ones come back in retrieval, and a fast GPU outruns tokenizing."""
+"""A cache of the token ids of recent passages.
+
+Retrieval returns the same passages again and again, and a fast GPU computes faster than a CPU tokenizes.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,25 @@ import numpy as np
 import numpy.typing as npt
 
 Encoded = tuple[npt.NDArray[np.int32], bool]
-"""A text's first ids, read-only, and whether it has more."""
+"""The first ids of a text, in a read-only array, and whether the text has more ids."""
 
-# Hashing a longer text costs more than the first of its tokens do.
+# Hashing a longer text takes longer than encoding its first tokens.
 _MAX_CHARACTERS: Final = 1 << 16
-# What an entry takes besides its ids, in ids.
+# Memory that an entry needs besides its ids, in units of ids (four bytes each).
 _ENTRY_TOKENS: Final = 100
 
 
 class TokenCache:
-    """A bounded map from texts to their ids; any number of threads may share one.
+    """A thread-safe cache of limited size, from texts to their token ids.
 
-    Texts are kept as digests only. Least recently used entries go first.
+    The cache stores digests of the texts, not the texts. It removes the least recently used entries first.
 
     Args:
-        max_tokens: Most ids to keep, four bytes each; an entry counts as a hundred more than it has.
+        max_tokens: Maximum number of ids to store, four bytes each. An entry counts as its ids plus 100.
 
     Attributes:
-        hits: How often a text was found.
-        misses: How often one was not.
+        hits: Number of lookups that found the text.
+        misses: Number of lookups that did not find the text.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -41,13 +44,13 @@ class TokenCache:
 
     @staticmethod
     def key(text: str) -> bytes | None:
-        """Return a text's digest; None for one too long to be kept."""
+        """Return the digest of a text, or None if the text is too long for the cache."""
         if len(text) > _MAX_CHARACTERS:
             return None
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def get(self, key: bytes | None) -> Encoded | None:
-        """Return what was put for a text, if it is still there."""
+        """Return the entry of a text, or None if the cache does not contain it."""
         with self._lock:
             entry = None if key is None else self._entries.get(key)
             if key is None or entry is None:
@@ -58,7 +61,7 @@ class TokenCache:
             return entry
 
     def put(self, key: bytes | None, encoded: Encoded) -> None:
-        """Keep a text's ids; what would take more than an eighth of the cache is not kept."""
+        """Store the ids of a text, unless they would take more than an eighth of the cache."""
         size = len(encoded[0]) + _ENTRY_TOKENS
         if key is None or size > self._max_tokens // 8:
             return

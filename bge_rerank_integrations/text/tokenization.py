@@ -1,4 +1,4 @@
-"""Texts to token ids: `<s> query </s></s> passage </s>`, cut on ids, with no state that a call changes."""
+"""Converts pairs of texts to token ids: `<s> query </s></s> passage </s>`, truncated on token ids."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.text.token_cache import Encoded, TokenCache
-from bge_rerank_integrations.validation import is_blank
+from bge_rerank_integrations.validation import Pair, is_blank
 
 IntArray = npt.NDArray[np.int32]
 
-# White space to every tokenizer in use, and to Python and Rust alike.
+# White space for every supported tokenizer, for Python and for Rust.
 _WHITE_SPACE: Final = " \n\t\r\u3000"
-# A text is first read as far as this many characters per token that can be kept ...
+# First, only this many characters of a text are tokenized for each token that can be kept.
 _CHARACTERS_PER_TOKEN: Final = 8
 _EXTRA_CHARACTERS: Final = 1024
-# ... then, where that gave too few tokens, further by this factor, and never beyond the last figure: a
-# quarter of a second's and a few megabytes' worth, whatever the text.
+# If they give too few tokens, this factor extends the part that is tokenized, up to a maximum. The maximum
+# limits the work for one text to a quarter of a second and a few megabytes.
 _GROWTH: Final = 4
 _MOST_CHARACTERS: Final = 1 << 18
-# Inside an unbroken run a cut may change the tokens next to it, so that many are not relied on.
+# A cut inside a word may change the tokens near the cut. This many tokens are therefore discarded.
 _UNRELIABLE_TOKENS: Final = 64
-# To see that a text is not blank, so many of its characters and tokens are looked at.
+# Number of characters and tokens that are checked to see that a text is not blank.
 _NUM_GLANCED_CHARACTERS: Final = 64
 _NUM_GLANCED_TOKENS: Final = 16
-# However long, white space between two words gives no token.
+# White space between two words gives no token, whatever its length.
 _LONG_GAP: Final = re.compile(f"[{_WHITE_SPACE}]{{256,}}")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """The ids of one (query, passage) pair.
+    """The token ids of a (query, passage) pair.
 
     Attributes:
-        windows: One int32 array a window, special tokens included; a single one unless the passage is
-            long and the config asks for windows.
-        truncated: Whether tokens of the passage were left out.
-        query_truncated: Whether tokens of the query were left out.
+        windows: An int32 array [length] for each window, special tokens included. There is one window, unless
+            the passage is long and `long_passages` is "windows".
+        truncated: Whether the passage lost tokens.
+        query_truncated: Whether the query lost tokens.
     """
 
     windows: tuple[IntArray, ...]
@@ -59,27 +59,28 @@ class EncodedPair:
 
 
 class PairTokenizer:
-    """Turns pairs of texts into ids; any number of threads may share one.
+    """Converts pairs of texts to token ids. Any number of threads can share one tokenizer.
 
-    The query is cut to `query_max_length` tokens and the passage to what is left of `max_length`: the
-    id-level rule of FlagReranker (`prepare_for_model(..., truncation="only_second")` of transformers 4).
-    With `query_truncation_side="left"` the query keeps its last tokens, and the instruction before them.
-    Special tokens spelled out in a text are read as text.
+    The query is truncated to `query_max_length` tokens, and the passage to the tokens that remain within
+    `max_length`. This is the rule of FlagReranker, which calls `prepare_for_model(...,
+    truncation="only_second")` of transformers 4. With `query_truncation_side="left"`, the query keeps its
+    instruction and its last tokens. A special token that is spelled out in a text is read as text.
 
-    The texts of one call are spread over the cores, whichever thread it comes from: the Rust library has
-    one pool of threads for all. In a child that was forked after its parent had tokenized anything, and
-    where `TOKENIZERS_PARALLELISM=false` is set, it uses one core only.
+    The texts of a call are tokenized in parallel on all cores, by a thread pool of the Rust library. The
+    library uses one core only if `TOKENIZERS_PARALLELISM=false` is set, or if this process was forked from a
+    process that had tokenized a text.
 
     Args:
-        path: A `tokenizer.json`.
-        config: Lengths, instructions and what to do with long passages.
-        cache: Where ids of passages are kept; it belongs to this tokenizer and config. None keeps none.
-        default_prompt: The query instruction where the config has none.
+        path: Path of a `tokenizer.json`.
+        config: The settings for lengths, instructions and long passages.
+        cache: Cache for the ids of passages. It must not be used with another tokenizer or config. None
+            disables caching.
+        default_prompt: The query instruction if the config has none.
 
     Raises:
         ConfigError: The query instruction alone fills `query_max_length`.
         CorruptCheckpointError: The file cannot be parsed.
-        UnsupportedCheckpointError: Its pairs are not framed `<s> A </s></s> B </s>`.
+        UnsupportedCheckpointError: The tokenizer does not encode pairs as `<s> A </s></s> B </s>`.
 
     Example:
         >>> tokenizer = PairTokenizer(Path("bge-reranker-base/tokenizer.json"), ScorerConfig())
@@ -115,16 +116,16 @@ class PairTokenizer:
                 f"in query_max_length {self._query_limit}; raise query_max_length"
             )
         self._query_prefix_ids = query_prefix_ids
-        # What some tokenizers give for white space, which is nothing to read.
+        # Some tokenizers give tokens for white space. These ids do not make a text readable.
         self._space_ids = frozenset(space_ids)
 
     def is_blank(self, text: str) -> bool:
         """Return whether a text has nothing to read, for people or for the model.
 
-        That is a text of white space, control and format characters, or one without tokens.
+        Such a text consists of white space, control characters and format characters, or it gives no tokens.
         """
         if any(map(str.isalnum, text[:_NUM_GLANCED_CHARACTERS])):
-            return False  # what nearly all texts come to, without a look at the rest
+            return False  # fast path: true of nearly all texts
         if is_blank(text):
             return True
         text = text.strip()
@@ -132,36 +133,33 @@ class PairTokenizer:
         return self._space_ids.issuperset(ids.tolist())
 
     def encode(self, queries: Sequence[str], passages: Sequence[str]) -> list[EncodedPair]:
-        """Encode the pairs `zip(queries, passages)`, each distinct text once.
+        """Encode the pairs `zip(queries, passages)`. Each distinct text is tokenized once.
 
         Args:
             queries: The query of each pair.
-            passages: The passage of each pair, of equal number.
+            passages: The passage of each pair. There must be as many passages as queries.
 
         Returns:
-            One `EncodedPair` a pair, in order.
+            One `EncodedPair` for each pair, in order.
         """
-        (pairs,) = self.stream(queries, passages, max(len(queries), 1))
-        return pairs
+        (encoded,) = self.stream(list(zip(queries, passages, strict=True)), max(len(queries), 1))
+        return encoded
 
-    def stream(
-        self, queries: Sequence[str], passages: Sequence[str], num_pairs: int
-    ) -> Iterator[list[EncodedPair]]:
-        """Yield what `encode` returns in chunks of `num_pairs`, each encoded when its turn comes."""
+    def stream(self, pairs: Sequence[Pair], num_pairs: int) -> Iterator[list[EncodedPair]]:
+        """Encode (query, passage) pairs and yield the results in lists of `num_pairs`, the last one shorter.
+
+        Each list is encoded when it is asked for. A text that occurs in several lists is encoded once.
+        """
         query_ids: dict[str, Encoded] = {}
         passage_ids: dict[str, Encoded] = {}
-        for start in range(0, max(len(queries), 1), num_pairs):
-            some_queries = queries[start : start + num_pairs]
-            some_passages = passages[start : start + num_pairs]
-            new = [query for query in some_queries if query not in query_ids]
+        for start in range(0, max(len(pairs), 1), num_pairs):
+            part = pairs[start : start + num_pairs]
+            new = [query for query, _ in part if query not in query_ids]
             query_ids |= self._encode_distinct(
                 new, self._query_prefix, self._query_limit, keep_end=self._keeps_query_end
             )
-            passage_ids |= self._encode_passages([text for text in some_passages if text not in passage_ids])
-            yield [
-                self._pair(query_ids[query], passage_ids[passage])
-                for query, passage in zip(some_queries, some_passages, strict=True)
-            ]
+            passage_ids |= self._encode_passages([text for _, text in part if text not in passage_ids])
+            yield [self._pair(query_ids[query], passage_ids[passage]) for query, passage in part]
 
     def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
         query_ids, query_cut = query
@@ -169,7 +167,7 @@ class PairTokenizer:
         room = self._max_length - NUM_SPECIAL_TOKENS - len(query_ids)
         starts = [0]
         if self._windows and len(passage_ids) > room:
-            # The last window ends with the passage, so that it is as full as the others.
+            # The last window ends at the end of the passage, so that it is as long as the others.
             starts = [*range(0, len(passage_ids) - room, room - self._overlap), len(passage_ids) - room]
         windows = tuple(
             np.concatenate(
@@ -181,7 +179,7 @@ class PairTokenizer:
         return EncodedPair(windows, truncated=passage_cut or lost_tail, query_truncated=query_cut)
 
     def _encode_passages(self, texts: Sequence[str]) -> dict[str, Encoded]:
-        """Map each distinct passage to its ids, those of recently seen ones from the cache."""
+        """Return the ids of each distinct passage, from the cache if it contains the passage."""
         limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
         if self._cache is None:
             return self._encode_distinct(texts, self._passage_prefix, limit)
@@ -196,18 +194,19 @@ class PairTokenizer:
     def _encode_distinct(
         self, texts: Sequence[str], prefix: str, limit: int | None, *, keep_end: bool = False
     ) -> dict[str, Encoded]:
-        """Map each distinct text to `limit` of its ids, and whether it has more.
+        """Return the first `limit` ids of each distinct text, and whether the text has more.
 
         Args:
             texts: The texts.
-            prefix: What stands before each.
-            limit: Most ids to keep; None keeps all.
-            keep_end: Keep the last ids instead of the first. Only for queries: it keeps their instruction.
+            prefix: Text that is put in front of each text.
+            limit: Maximum number of ids to keep. None keeps all.
+            keep_end: Whether to keep the query instruction and the last ids instead of the first ids. This
+                works for queries only.
         """
         encoded: dict[str, Encoded] = {}
         read = _tails if keep_end else _heads
         pending = {text: read(text, limit) for text in dict.fromkeys(texts)}
-        while pending:  # hardly ever twice
+        while pending:  # nearly always one round
             parts = {text: next(text_parts) for text, text_parts in pending.items()}
             all_ids = self._ids([prefix + part for part, _, _ in parts.values()])
             for (text, (_, needed, is_whole)), ids in zip(parts.items(), all_ids, strict=True):
@@ -227,7 +226,7 @@ class PairTokenizer:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
-            # A lone surrogate has no UTF-8 form; it is read as U+FFFD, as a decoder would have it.
+            # A lone surrogate cannot be encoded as UTF-8. Replace it by U+FFFD, as decoders do.
             texts = [
                 text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in texts
             ]
@@ -236,14 +235,14 @@ class PairTokenizer:
 
 
 def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
-    """Yield beginnings of a text that may hold its first `limit` tokens, each longer than the last.
+    """Yield longer and longer beginnings of a text, until one is sure to contain its first `limit` tokens.
 
-    Words are tokenized apart from each other, so a text cut before white space begins with the very
-    tokens of the whole text; one token more than the limit then settles everything. Only where that
-    gives too few is a cut made inside a word, and tokens near it are not relied on.
+    Words are tokenized independently. If a text is cut before white space, the tokens of the beginning are
+    therefore also the first tokens of the whole text. One token more than the limit then suffices. If such a
+    beginning gives too few tokens, the text is cut inside a word, and the tokens near the cut are discarded.
 
     Yields:
-        (beginning, how many tokens it must give to be sure of the first `limit`, whether it is all).
+        The beginning, the number of tokens that it must give, and whether it is the whole text.
     """
     if limit is None:
         yield text, 0, True
@@ -262,20 +261,20 @@ def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
 
 
 def _tails(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
-    """Yield ends of a text that may hold its last `limit` tokens, as `_heads` yields beginnings."""
+    """Yield longer and longer ends of a text, like `_heads` for the last `limit` tokens."""
     for head, needed, is_whole in _heads(text[::-1], limit):
-        # Tokens at the cut are never relied on: a mark that combines with the white space before it would
-        # be read in another way without it.
+        # The tokens at the cut are always discarded. Without the white space before it, a combining mark at
+        # the cut would give other tokens.
         yield head[::-1], needed + _UNRELIABLE_TOKENS if needed else 0, is_whole
 
 
 def _load(path: Path) -> tuple[Tokenizer, int]:
-    """Load a tokenizer that cannot produce control ids from text, and the largest id it knows.
+    """Load a tokenizer that reads special tokens in a text as text. Return it with its largest id.
 
-    Truncation and padding that a file has baked in are switched off. Two things turn `</s>` typed by a
-    user into the control token: the list of added tokens, and the model's own vocabulary, which in
-    XLM-R holds `</s>` as a piece. The first is emptied of special tokens, and in the second their
-    pieces are renamed to what no text can contain after splitting at white space.
+    Truncation and padding settings of the file are switched off. There are two ways in which `</s>` in the
+    text of a user can become the control token: the list of added tokens, and the vocabulary of the model, in
+    which XLM-R has a piece `</s>`. Special tokens are therefore removed from the list. Their pieces in the
+    vocabulary get names that no text contains after it has been split at white space.
     """
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -299,7 +298,7 @@ def _load(path: Path) -> tuple[Tokenizer, int]:
         data["truncation"] = data["padding"] = None
         tokenizer = Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
     except Exception as error:  # the Rust library raises bare Exception
-        raise CorruptCheckpointError(f"{path} is not a tokenizer file that can be read: {error}") from error
+        raise CorruptCheckpointError(f"{path} is not a valid tokenizer file: {error}") from error
     return tokenizer, max_id
 
 
@@ -308,11 +307,11 @@ def _unreachable(token_id: int) -> str:
 
 
 def _frame(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the ids of `<s>` and `</s>`, from how the tokenizer frames an empty pair."""
+    """Return the ids of `<s>` and `</s>`, taken from the tokenizer's encoding of an empty pair."""
     ids = tokenizer.encode("", "").ids
     if len(ids) != NUM_SPECIAL_TOKENS or len(set(ids[1:])) != 1:
         raise UnsupportedCheckpointError(
-            "the tokenizer does not frame pairs as <s> A </s></s> B </s>, so this is not an XLM-RoBERTa "
-            "cross-encoder's tokenizer; use the tokenizer.json that belongs to the model"
+            "the tokenizer does not frame pairs as <s> A </s></s> B </s>, so it does not belong to an "
+            "XLM-RoBERTa cross-encoder; use the tokenizer.json of the model"
         )
     return ids[0], ids[1]

@@ -1,4 +1,4 @@
-"""From warm-up to close: what the adapters hold, for how long a call may take, and what stands in for a scorer."""
+"""The life of an adapter: warm-up, close, timeouts, copies, and objects that replace a scorer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ADAPTERS = pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
 
 @pytest.fixture
 def options(checkpoint: Path, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """Return options for a checkpoint that nothing in this process has loaded; its scorer is closed afterwards."""
+    """Return options for a checkpoint that is not loaded yet. Its scorer is closed after the test."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     options: dict[str, Any] = {"model": folder, "device": "cpu"}
     yield options
@@ -87,7 +87,9 @@ async def test_warming_up_stays_off_the_event_loop(
 
 
 @ADAPTERS
-async def test_a_scorer_of_another_kind_is_left_alone(adapter_type: Callable[..., RerankOptions]) -> None:
+async def test_warming_up_leaves_a_scorer_of_another_kind_alone(
+    adapter_type: Callable[..., RerankOptions],
+) -> None:
     scorer = TableScorer()
     adapter = adapter_type(scorer=scorer)
     adapter.warmup()
@@ -125,7 +127,7 @@ def test_an_adapter_that_never_scored_closes_nothing(
 
 
 async def test_the_last_of_several_closes_the_model(options: dict[str, Any]) -> None:
-    """Loaded in whichever way, and shared by both frameworks."""
+    """The adapters belong to both frameworks and load the model in different ways."""
     first, second, third = BGEReranker(**options), BGERerankPostprocessor(**options), BGEReranker(**options)
     scorer = loaded(first)
     assert await second.aresolve_scorer() is scorer
@@ -138,7 +140,7 @@ async def test_the_last_of_several_closes_the_model(options: dict[str, Any]) -> 
     assert state_of(scorer) == "closed"
 
 
-def test_one_that_is_gone_does_not_count(options: dict[str, Any]) -> None:
+def test_a_deleted_adapter_does_not_keep_the_model(options: dict[str, Any]) -> None:
     first, second = BGEReranker(**options), BGEReranker(**options)
     scorer = loaded(first)
     assert loaded(second) is scorer
@@ -149,7 +151,7 @@ def test_one_that_is_gone_does_not_count(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("copier", ["pickle", "deepcopy", "model_copy"])
-def test_a_copy_counts_for_itself(copier: str, options: dict[str, Any]) -> None:
+def test_a_copy_of_an_adapter_keeps_the_model(copier: str, options: dict[str, Any]) -> None:
     original = BGEReranker(**options)
     scorer = loaded(original)
     copiers: dict[str, Callable[[], BGEReranker]] = {
@@ -165,7 +167,7 @@ def test_a_copy_counts_for_itself(copier: str, options: dict[str, Any]) -> None:
     assert state_of(scorer) == "closed"
 
 
-def test_what_others_have_from_the_registry_stays_open(options: dict[str, Any]) -> None:
+def test_a_scorer_shared_without_a_holder_stays_open(options: dict[str, Any]) -> None:
     adapter = BGEReranker(**options)
     scorer = Scorer.shared(adapter.scorer_config())
     assert loaded(adapter) is scorer
@@ -182,7 +184,7 @@ def test_a_scorer_of_ones_own_stays_open(adapter_type: Callable[..., RerankOptio
     assert state_of(scorer) != "closed"
 
 
-def test_models_of_earlier_settings_are_closed_too(options: dict[str, Any]) -> None:
+def test_close_also_closes_models_of_earlier_settings(options: dict[str, Any]) -> None:
     adapter = BGEReranker(**options)
     scorers = [loaded(adapter)]
     adapter.max_length = 256
@@ -192,8 +194,8 @@ def test_models_of_earlier_settings_are_closed_too(options: dict[str, Any]) -> N
     assert [state_of(scorer) for scorer in scorers] == ["closed"] * 2
 
 
-def test_closing_while_another_loads_breaks_neither(options: dict[str, Any]) -> None:
-    """However the threads fall, each call gets its scores or, where its own adapter is closed, says so."""
+def test_closing_one_adapter_while_another_loads_breaks_neither(options: dict[str, Any]) -> None:
+    """With any timing of the threads, each call gets its scores, or an error if its own adapter was closed."""
     barrier = threading.Barrier(8)
 
     def use(number: int) -> int:
@@ -282,7 +284,7 @@ def test_a_timeout_is_a_number_of_seconds(adapter_type: Callable[..., RerankOpti
 
 @ADAPTERS
 def test_a_scorer_of_another_kind_limits_its_time_itself(adapter_type: Callable[..., RerankOptions]) -> None:
-    with pytest.raises(ValidationError, match="timeout cannot be set beside a scorer"):
+    with pytest.raises(ValidationError, match="timeout cannot be combined with a scorer"):
         adapter_type(scorer=TableScorer(), timeout=1.0)
 
 
@@ -303,7 +305,7 @@ def test_a_scorer_of_another_kind_limits_its_time_itself(adapter_type: Callable[
     ],
     ids=str,
 )
-def test_a_copy_with_options_that_cannot_work_is_refused(
+def test_a_copy_with_invalid_options_is_refused(
     adapter_type: Callable[..., RerankOptions], update: dict[str, Any]
 ) -> None:
     adapter = adapter_type(top_n=2)
@@ -316,7 +318,7 @@ def test_a_copy_with_options_that_cannot_work_is_refused(
 
 @ADAPTERS
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_copy_has_the_options_it_is_given_and_the_others(
+def test_a_copy_has_the_updated_options_and_keeps_the_others(
     adapter_type: Callable[..., RerankOptions], deep: bool, scorer: Scorer
 ) -> None:
     adapter = adapter_type(scorer=scorer, top_n=2)
@@ -366,7 +368,7 @@ async def test_a_mock_of_a_scorer_ranks_many(scorer: Scorer) -> None:
     assert await reranker.arerank_many([(QUERY, ["a"])]) == expected
 
 
-async def test_a_closed_scorer_of_ones_own_says_so(checkpoint: Path) -> None:
+async def test_a_closed_scorer_of_ones_own_raises(checkpoint: Path) -> None:
     with Scorer(checkpoint, device="cpu") as scorer:
         adapter = BGEReranker(scorer=scorer)
     with pytest.raises(ScorerClosedError):

@@ -1,4 +1,4 @@
-"""Values inside documents, nodes and options: what is missing, what is of the wrong type, what is shared."""
+"""Values in documents, nodes and options: missing values, wrong types and shared objects."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ NAN = float("nan")
 
 
 class Section(Document):
-    """A user's own kind of document, with a field that can be edited in place."""
+    """A user-defined document type, with a field that can be edited in place."""
 
     tags: list[str] = Field(default_factory=list)
 
 
-# --- missing values are no text ----------------------------------------------------------------------
+# --- missing values are not scored --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", [None, NAN])
@@ -52,7 +52,9 @@ class Section(Document):
         ({"document_template": "{title!r}|{title:>9}|{title:d}|{page_content}"}, "|||t"),
     ],
 )
-def test_what_a_document_lacks_is_no_text(missing: Any, options: dict[str, Any], scored: str) -> None:
+def test_missing_fields_of_a_document_are_not_scored(
+    missing: Any, options: dict[str, Any], scored: str
+) -> None:
     scorer = TableScorer()
     document = Document(page_content="t", metadata={"title": missing, "year": 2016})
     BGEReranker(scorer=scorer, **options).compress_documents([document], QUERY)
@@ -61,7 +63,7 @@ def test_what_a_document_lacks_is_no_text(missing: Any, options: dict[str, Any],
 
 @pytest.mark.parametrize("missing", [None, NAN])
 @pytest.mark.parametrize("rank_fields", [None, ["title", "text"]])
-def test_what_a_mapping_lacks_is_no_text(missing: Any, rank_fields: list[str] | None) -> None:
+def test_missing_fields_of_a_mapping_are_not_scored(missing: Any, rank_fields: list[str] | None) -> None:
     scorer = TableScorer()
     reranker = BGEReranker(scorer=scorer)
     reranker.rerank([{"title": missing, "text": "t"}], QUERY, rank_fields=rank_fields)
@@ -69,7 +71,7 @@ def test_what_a_mapping_lacks_is_no_text(missing: Any, rank_fields: list[str] | 
 
 
 @pytest.mark.parametrize("value", [0, False, "", "None", 0.0])
-def test_what_is_there_is_text(value: Any) -> None:
+def test_falsy_values_are_scored(value: Any) -> None:
     scorer = TableScorer()
     BGEReranker(scorer=scorer).rerank([{"title": value}], QUERY)
     assert scorer.asked == [(QUERY, [f"title: {value}"])]
@@ -80,7 +82,7 @@ def test_what_is_there_is_text(value: Any) -> None:
 
 def with_value(name: str, value: Any) -> Document:
     document = Document(page_content="TEXT-CANARY", metadata={"a": "METADATA-CANARY"})
-    setattr(document, name, value)  # which pydantic does not check
+    setattr(document, name, value)  # pydantic does not check this
     return document
 
 
@@ -89,7 +91,7 @@ def with_value(name: str, value: Any) -> Document:
     [("page_content", None), ("page_content", NAN), ("page_content", b"CANARY"), ("metadata", None), ("metadata", NAN), ("metadata", [("a", "CANARY")])],
 )  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"rank_fields": ["a"]}, {"document_template": "{a} {page_content}"}])
-async def test_a_document_changed_to_what_cannot_be_scored_is_named(
+async def test_a_document_edited_to_an_invalid_type_is_named_by_index(
     name: str, value: Any, options: dict[str, Any]
 ) -> None:
     scorer = TableScorer()
@@ -112,7 +114,7 @@ async def test_a_document_changed_to_what_cannot_be_scored_is_named(
 
 
 def changed(node: Any, name: str, value: Any) -> Any:
-    object.__setattr__(node, "__dict__", {**node.__dict__, name: value})  # as no validation would
+    object.__setattr__(node, "__dict__", {**node.__dict__, name: value})  # no validation would accept this
     return node
 
 
@@ -133,7 +135,7 @@ def changed(node: Any, name: str, value: Any) -> Any:
         ),
     ],
 )
-async def test_a_node_changed_to_what_cannot_be_scored_is_named(
+async def test_a_node_edited_to_an_invalid_type_is_named_by_index(
     mode: MetadataMode, node: Any, message: str
 ) -> None:
     scorer = TableScorer()
@@ -155,11 +157,11 @@ async def test_a_node_changed_to_what_cannot_be_scored_is_named(
     assert scorer.asked == []
 
 
-# --- what comes back is the caller's own to edit -----------------------------------------------------
+# --- returned objects are independent copies ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep_retrieval_score", [False, True])
-def test_editing_what_comes_back_leaves_documents_alone(keep_retrieval_score: bool) -> None:
+def test_editing_returned_documents_does_not_change_the_originals(keep_retrieval_score: bool) -> None:
     documents = [
         Section(page_content=text, metadata={"nested": {"tags": [{"a": 1}]}, "list": [[1]]}, tags=["x"])
         for text in (TEA, PANDA)
@@ -179,7 +181,9 @@ def test_editing_what_comes_back_leaves_documents_alone(keep_retrieval_score: bo
 
 @pytest.mark.parametrize("keep_retrieval_score", [False, True])
 @pytest.mark.parametrize("node_type", [TextNode, Node, ImageNode])
-def test_editing_what_comes_back_leaves_nodes_alone(keep_retrieval_score: bool, node_type: Any) -> None:
+def test_editing_returned_nodes_does_not_change_the_originals(
+    keep_retrieval_score: bool, node_type: Any
+) -> None:
     related = RelatedNodeInfo(node_id="source", metadata={"nested": {"tags": [1]}})
     nodes = [
         NodeWithScore(
@@ -223,7 +227,7 @@ def test_nodes_that_were_not_scored_are_copies_too() -> None:
     assert nodes[0].node.metadata == {}
 
 
-def test_what_cannot_be_copied_is_kept_and_the_rest_is_copied() -> None:
+def test_values_that_cannot_be_copied_are_shared_and_the_rest_is_copied() -> None:
     lock = threading.Lock()
     metadata = {"lock": lock, "tags": [1], "nested": {"lock": lock, "tags": [1]}}
     document = Document(page_content=PANDA, metadata=metadata)
@@ -235,7 +239,7 @@ def test_what_cannot_be_copied_is_kept_and_the_rest_is_copied() -> None:
 
 
 def test_the_object_of_an_index_node_stays_the_same() -> None:
-    """It may be another index or a retriever, which a retriever goes on with."""
+    """The object may be another index or a retriever, which LlamaIndex calls recursively."""
     target = ["another index"]
     node = NodeWithScore(node=IndexNode(text=PANDA, index_id="x", obj=target))
     (returned,) = BGERerankPostprocessor(scorer=TableScorer()).postprocess_nodes([node], query_str=QUERY)
@@ -243,9 +247,9 @@ def test_the_object_of_an_index_node_stays_the_same() -> None:
     assert returned.node.obj is target
 
 
-# --- one rule for options ----------------------------------------------------------------------------
+# --- types of options --------------------------------------------------------------------------------
 
-# Another type for every option, one that could be converted.
+# For every option, a value of a wrong type that could be converted.
 OTHER_TYPES: dict[str, list[Any]] = {
     "model": [3, b"a", None],
     "revision": [3, b"a"],
@@ -306,6 +310,6 @@ def test_every_option_is_checked() -> None:
 
 
 @pytest.mark.parametrize("adapter_type", [BGEReranker, BGERerankPostprocessor])
-def test_a_whole_number_is_taken_where_a_number_is(adapter_type: type[RerankOptions], tmp_path: Path) -> None:
+def test_an_integer_is_accepted_for_a_float_option(adapter_type: type[RerankOptions], tmp_path: Path) -> None:
     adapter = adapter_type(max_wait_ms=1, timeout=2, score_threshold=1, model=tmp_path, cache_folder=tmp_path)
     assert (adapter.max_wait_ms, adapter.timeout, adapter.score_threshold) == (1.0, 2.0, 1.0)

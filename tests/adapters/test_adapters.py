@@ -1,4 +1,4 @@
-"""What the two framework adapters have in common: options, model, order, scores, and good manners."""
+"""The common behaviour of the two adapters: options, model, order, scores, threads and event loops."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ from tests.support.tolerances import LOGIT_TOLERANCE
 
 T = TypeVar("T")
 
-TIBETAN_OM = "\u0f00"  # unknown to the small tokenizer, so that a long run of it is one token
+TIBETAN_OM = "\u0f00"  # unknown to the small tokenizer, so that a long sequence of it is one token
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 CONFIG_FIELDS = {field.name: field.default for field in dataclasses.fields(ScorerConfig)}
 
 
 class ForbiddenPool(ThreadPoolExecutor):
-    """A default executor of an event loop that nobody may use."""
+    """A default executor of an event loop that fails when it is used."""
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         raise AssertionError("the event loop's default pool was used")
 
 
 class Adapter(Protocol):
-    """One framework's adapter behind one signature: texts in, (position, score) out, best first."""
+    """An adapter of either framework behind one signature: from texts to (position, score), best first."""
 
     def __call__(self, query: Any, texts: Sequence[Any], **options: Any) -> Awaitable[list[Ranked]]: ...
 
@@ -91,14 +91,14 @@ async def llama_index_async(query: Any, texts: Sequence[str], **options: Any) ->
 
 
 def assert_same(ranked: Sequence[Ranked], expected: Sequence[Ranked]) -> None:
-    """Compare rankings whose scores come from batches of other make-up, thus may differ in the last bits."""
+    """Compare rankings whose scores come from different batches, and may therefore differ in the last bits."""
     assert len(ranked) == len(expected)
     assert dict(ranked) == pytest.approx(dict(expected), abs=TOLERANCE)
     assert list(ranked) == sorted(ranked, key=lambda each: (-(each[1] or 0.0), each[0]))
 
 
 class ScorerWithAKey(TableScorer):
-    """Shows what nobody may see."""
+    """A scorer whose `repr` contains a secret."""
 
     def __repr__(self) -> str:
         return "ScorerWithAKey(key='SECRET')"
@@ -116,7 +116,10 @@ def adapter(request: pytest.FixtureRequest) -> Adapter:
 
 @pytest.fixture
 def make_fresh_checkpoint(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]:
-    """Return what copies a checkpoint, so that nothing in this process has loaded it; closes what loads it."""
+    """Return a function that copies a checkpoint, which is then not loaded in this process yet.
+
+    Shared scorers of the copies are closed after the test.
+    """
     folders: list[Path] = []
 
     def make() -> Path:
@@ -131,7 +134,7 @@ def make_fresh_checkpoint(checkpoint: Path, tmp_path: Path) -> Iterator[Callable
 
 @pytest.fixture
 def fresh_checkpoint(make_fresh_checkpoint: Callable[[], Path]) -> Path:
-    """Return a checkpoint that nothing in this process has loaded; what loads it is closed again."""
+    """Return a checkpoint that is not loaded in this process. Its shared scorer is closed after the test."""
     return make_fresh_checkpoint()
 
 
@@ -143,7 +146,7 @@ def on_cpu(checkpoint: Path) -> dict[str, Any]:
 
 
 def shared_options(adapter_type: type[RerankOptions]) -> dict[str, Any]:
-    """Return name and default of each option that both adapters have, in the adapter's order."""
+    """Return the name and default of each option that both adapters have, in the order of this adapter."""
     fields = adapter_type.model_fields
     return {name: field.default for name, field in fields.items() if name in RerankOptions.model_fields}
 
@@ -154,7 +157,7 @@ def test_both_adapters_have_the_same_options_in_the_same_order_with_the_same_def
     assert PydanticUndefined not in langchain.values()
 
 
-def test_options_of_one_adapter_only_are_its_frameworks_own() -> None:
+def test_options_of_one_adapter_only_belong_to_its_framework() -> None:
     names = [
         set(adapter_type.model_fields) - set(RerankOptions.model_fields) for adapter_type in ADAPTER_TYPES
     ]
@@ -172,7 +175,7 @@ def test_signatures_show_the_same_order(adapter_type: type[RerankOptions]) -> No
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
 def test_options_agree_with_the_config(adapter_type: type[RerankOptions]) -> None:
-    """All but `normalize`, which the adapters switch on."""
+    """Only the default of `normalize` differs: it is on in the adapters."""
     options = shared_options(adapter_type)
     assert [name for name in options if name in CONFIG_FIELDS and name != "normalize"] == [
         name for name in CONFIG_FIELDS if name != "normalize"
@@ -220,14 +223,14 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
-def test_paths_are_taken_as_models(adapter_type: Callable[..., RerankOptions], tmp_path: Path) -> None:
+def test_paths_are_accepted_as_models(adapter_type: Callable[..., RerankOptions], tmp_path: Path) -> None:
     options = adapter_type(model=tmp_path / "model", cache_folder=tmp_path)
     assert (options.model, options.cache_folder) == (str(tmp_path / "model"), str(tmp_path))
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
 def test_a_scorer_of_ones_own_is_named_by_its_type_alone(adapter_type: Callable[..., RerankOptions]) -> None:
-    """A remote one may hold an address or a key, and show it."""
+    """The `repr` of a remote scorer may contain an address or a key."""
     options = adapter_type(scorer=ScorerWithAKey())
     for shown in (repr(options), str(options), options.model_dump_json(), repr(options.model_dump())):
         assert "ScorerWithAKey" in shown
@@ -267,10 +270,10 @@ async def test_a_dump_made_with_a_scorer_refuses_to_score_until_one_is_given(
     ):
         assert restored.scorer_name() == str(checkpoint)
         for _ in range(2):
-            with pytest.raises(ConfigError, match=r"give scorer= again") as caught:
+            with pytest.raises(ConfigError, match=r"set scorer= again") as caught:
                 rank_with(restored, ["a", "b"])
             assert str(checkpoint) in str(caught.value)
-            with pytest.raises(ConfigError, match=r"give scorer= again"):
+            with pytest.raises(ConfigError, match=r"set scorer= again"):
                 await arank_with(restored, ["a", "b"])
         expected = rank_with(options, ["a", "b"])
         assert_same(rank_with(restored.model_copy(update={"scorer": scorer}), ["a", "b"]), expected)
@@ -280,24 +283,26 @@ async def test_a_dump_made_with_a_scorer_refuses_to_score_until_one_is_given(
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
 @pytest.mark.parametrize("bad", [{"give_again": 3}, {"give_again": "x", "more": "y"}, {}, "x"])
-def test_what_is_no_scorer_is_refused(adapter_type: Callable[..., RerankOptions], bad: Any) -> None:
+def test_objects_that_are_no_scorers_are_refused(
+    adapter_type: Callable[..., RerankOptions], bad: Any
+) -> None:
     with pytest.raises(ValidationError, match="scorer"):
         adapter_type(scorer=bad)
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
-def test_settings_beside_the_scorer_of_a_dump_are_refused(
+def test_settings_together_with_a_dumped_scorer_are_refused(
     adapter_type: Callable[..., RerankOptions], scorer: Scorer
 ) -> None:
     dump = adapter_type(scorer=scorer).model_dump()
-    with pytest.raises(ValidationError, match=r"\['max_length'\] cannot be set beside scorer"):
+    with pytest.raises(ValidationError, match=r"\['max_length'\] cannot be combined with scorer"):
         adapter_type(**dump, max_length=256)
 
 
 # --- the same model ----------------------------------------------------------------------------------
 
 
-def test_one_model_for_both_however_many_ask_at_once(fresh_checkpoint: Path) -> None:
+def test_both_adapters_load_one_model_in_concurrent_calls(fresh_checkpoint: Path) -> None:
     num_threads = 16
     barrier = threading.Barrier(num_threads)
 
@@ -311,7 +316,7 @@ def test_one_model_for_both_however_many_ask_at_once(fresh_checkpoint: Path) -> 
     assert len(set(map(id, scorers))) == 1
 
 
-async def test_one_model_for_both_when_asked_asynchronously(fresh_checkpoint: Path) -> None:
+async def test_both_adapters_load_one_model_in_concurrent_async_calls(fresh_checkpoint: Path) -> None:
     options = [ADAPTER_TYPES[number % 2](**on_cpu(fresh_checkpoint)) for number in range(16)]
     scorers = await asyncio.gather(*(each.aresolve_scorer() for each in options))
     assert len(set(map(id, scorers))) == 1
@@ -359,7 +364,7 @@ async def test_adapters_agree_with_the_scorer(
         assert_same(await adapter(QUERY, texts, **options), expected)
 
 
-async def test_adapters_take_a_scorer_of_ones_own(adapter: Adapter, scorer: Scorer) -> None:
+async def test_adapters_accept_a_scorer_of_ones_own(adapter: Adapter, scorer: Scorer) -> None:
     texts = ["bamboo", "a bear", "tea", "bamboo"]
     assert not scorer.config.normalize
     for normalize in (True, False):
@@ -377,7 +382,7 @@ async def test_adapters_take_a_scorer_of_ones_own(adapter: Adapter, scorer: Scor
     threshold=st.none() | st.sampled_from([0.0, 0.25, 0.6, 1.0]),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_ranking_comes_through_as_it_is(
+def test_adapters_return_any_ranking_unchanged(
     scores: list[float], top_n: int | None, threshold: float | None
 ) -> None:
     texts = [f"text {index}" for index in range(len(scores))]
@@ -411,14 +416,14 @@ async def test_blank_texts_come_last_in_every_adapter(
     assert caught.value.index == 2
 
 
-async def test_a_blank_query_is_refused_whoever_scores(adapter: Adapter, scorer: Scorer) -> None:
+async def test_a_blank_query_is_refused_with_every_scorer(adapter: Adapter, scorer: Scorer) -> None:
     for each in (scorer, TableScorer({})):
         for query in ("", " \n", "\u200b"):
             with pytest.raises(InputError, match="the query has nothing to read"):
                 await adapter(query, ["a"], scorer=each)
 
 
-def test_what_is_cut_is_told_in_the_same_way(checkpoint: Path) -> None:
+def test_both_adapters_mark_truncated_texts_alike(checkpoint: Path) -> None:
     texts = ["panda", "bamboo " * 100, ""]
     options: dict[str, Any] = {**on_cpu(checkpoint), "max_length": 64}
     expected: list[dict[str, Any]] = [{}, {"rerank_truncated": True}, {"rerank_blank": True}]
@@ -444,7 +449,7 @@ def test_what_is_cut_is_told_in_the_same_way(checkpoint: Path) -> None:
 
 
 class PlainScorer(TableScorer):
-    """Returns objects that have an index and a score, and nothing else."""
+    """Returns objects that have only an index and a score."""
 
     def rank(self, *args: Any, **kwargs: Any) -> list[Any]:
         return [SimpleNamespace(index=each.index, score=each.score) for each in super().rank(*args, **kwargs)]
@@ -453,12 +458,12 @@ class PlainScorer(TableScorer):
         return self.rank(*args, **kwargs)
 
 
-async def test_a_scorer_that_tells_no_more_than_scores_will_do(adapter: Adapter) -> None:
+async def test_a_scorer_that_returns_only_indices_and_scores_works(adapter: Adapter) -> None:
     ranked = await adapter(QUERY, ["a", "", "b"], scorer=PlainScorer({"b": 0.5, "": 0.25}))
     assert ranked == [(2, 0.5), (1, 0.25), (0, 0.0)]
 
 
-def test_marks_of_an_earlier_reranker_do_not_stay() -> None:
+def test_marks_of_an_earlier_reranker_are_removed() -> None:
     options: dict[str, Any] = {"scorer": TableScorer({})}
     metadata = {"title": "a", "rerank_truncated": True, "rerank_blank": True}
     (document,) = BGEReranker(**options).compress_documents(
@@ -489,11 +494,11 @@ def test_a_threshold_off_the_scale_is_refused_at_construction(
     with pytest.raises(ValidationError, match=message):
         options.normalize = True
     assert options.normalize is False
-    adapter_type(scorer=TableScorer({}), score_threshold=threshold)  # on a scale that only it knows
+    adapter_type(scorer=TableScorer({}), score_threshold=threshold)  # only this scorer knows its scale
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
-def test_thresholds_on_the_scale_are_taken(
+def test_thresholds_on_the_scale_are_accepted(
     adapter_type: Callable[..., RerankOptions], scorer: Scorer
 ) -> None:
     for threshold in (1, 1.0, 0.5, 1e-9, None):
@@ -518,7 +523,7 @@ async def _await(result: Awaitable[T]) -> T:
     return await result
 
 
-async def test_adapters_agree_on_what_is_wrong(adapter: Adapter) -> None:
+async def test_adapters_reject_the_same_input(adapter: Adapter) -> None:
     options = {"scorer": TableScorer({})}
     with pytest.raises(InputTypeError, match="the query must be a string"):
         await adapter(3, ["a"], **options)
@@ -539,7 +544,7 @@ def test_only_a_retrieval_score_that_was_given_is_kept(score: float | None) -> N
     assert postprocessed.metadata == kept
 
 
-# --- good manners ------------------------------------------------------------------------------------
+# --- threads and event loops----------------------------------------------------------------------------
 
 
 def test_threads_that_share_documents_change_nothing(checkpoint: Path, texts: list[str]) -> None:
@@ -592,7 +597,7 @@ def test_threads_that_share_documents_change_nothing(checkpoint: Path, texts: li
 
 
 async def watch_loop(work: Awaitable[T]) -> tuple[T, list[float]]:
-    """Await something while a 5 ms sleeper ticks; return its result and the seconds between ticks."""
+    """Await something while a task wakes up every 5 ms. Return its result and the times between wake-ups."""
     gaps: list[float] = []
 
     async def tick() -> None:
@@ -603,14 +608,14 @@ async def watch_loop(work: Awaitable[T]) -> tuple[T, list[float]]:
             gaps.append(now - last)
             last = now
 
-    # What the process held before is no matter of the work's, but a full collection would walk it all.
+    # A full garbage collection would visit all objects of the process and delay the event loop.
     gc.collect()
     gc.freeze()
     ticker = asyncio.create_task(tick())
     try:
-        await asyncio.sleep(0)  # the sleeper's clock starts here
+        await asyncio.sleep(0)  # the clock of the sleeping task starts here
         result = await work
-        await asyncio.sleep(0.02)  # so that it also wakes from work that blocked to the end
+        await asyncio.sleep(0.02)  # so that it also wakes up after work that blocked to the end
     finally:
         ticker.cancel()
         gc.unfreeze()
@@ -634,9 +639,9 @@ ASYNC_ADAPTERS = pytest.mark.parametrize(
 async def test_the_event_loop_stays_free(
     adapter: Adapter, make_fresh_checkpoint: Callable[[], Path], texts: list[str]
 ) -> None:
-    """While a model loads, and reads and ranks 300 passages, some of which take long to tokenize.
+    """The loop stays free while a model loads, tokenizes and ranks 300 passages, some of them very long.
 
-    Other programs can hold up the loop too. They rarely do so three times in a row, and our own code would.
+    Other programs can delay the loop too, but rarely three times in a row. Our own code would do it every time.
     """
     passages = [f"{number} {texts[number % len(texts)]}"[:250] for number in range(290)]
     passages += [f"{number} {TIBETAN_OM * 100_000}" for number in range(10)]
@@ -652,7 +657,7 @@ async def test_the_event_loop_stays_free(
 async def test_a_model_loads_in_another_thread(
     adapter: Adapter, fresh_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A small one loads too fast for the loop to show it; but loading logs what it chose."""
+    """A small model loads too fast to delay the loop visibly, so check the thread of its log messages."""
     caplog.set_level(logging.INFO, "bge_rerank_integrations")
     await adapter(QUERY, ["a"], **on_cpu(fresh_checkpoint))
     assert [record for record in caplog.records if "attention" in record.message]

@@ -1,4 +1,4 @@
-"""`BGEReranker` inside LangChain: what it returns, what it scores, and what tracers see of it."""
+"""`BGEReranker` in LangChain: returned documents, scored texts, callbacks, and use in other components."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 
 
 class Section(Document):
-    """A user's own kind of document."""
+    """A user-defined document type."""
 
     section: int = 0
 
 
 class FixedRetriever(BaseRetriever):
-    """Finds the same documents for every query; `k` says how many."""
+    """Returns the same `k` documents for every query."""
 
     documents: list[Document]
 
@@ -61,7 +61,7 @@ class FixedRetriever(BaseRetriever):
 
 
 class FirstWords(BaseDocumentTransformer):
-    """A splitter of sorts: keeps the first two words."""
+    """A document transformer that keeps the first two words."""
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         return [Document(page_content=" ".join(d.page_content.split()[:2])) for d in documents]
@@ -80,7 +80,7 @@ class Event:
 
 
 class EventRecorder(BaseCallbackHandler):
-    """Keeps all that a callback handler is told about chains and retrievers."""
+    """A callback handler that records all events of chains and retrievers."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -107,7 +107,7 @@ class EventRecorder(BaseCallbackHandler):
         self._keep("error", error, **kwargs)
 
     def of_reranker(self) -> list[Event]:
-        """Return the events of the one reranker run."""
+        """Return the events of the only reranker run."""
         (run_id,) = {event.run_id for event in self.events if event.name == "BGEReranker"}
         return [event for event in self.events if event.run_id == run_id]
 
@@ -136,7 +136,7 @@ class Invoke(Protocol):
 
 @pytest.fixture(params=["sync", "async"])
 def mode(request: pytest.FixtureRequest) -> str:
-    """Run a test once for each of the two ways to call everything."""
+    """Run a test with the sync and with the async methods."""
     return str(request.param)
 
 
@@ -169,7 +169,7 @@ def rerank(mode: str) -> Rerank:
 
 
 def skip_without_task_contexts() -> None:
-    """Skip where LangChain cannot pass a run's callbacks on to what it runs in another task or thread."""
+    """Skip on Python versions where LangChain does not pass callbacks on to another task or thread."""
     if sys.version_info < (3, 11):
         pytest.skip("needs asyncio tasks that take a context, which Python has since 3.11")
 
@@ -198,14 +198,14 @@ def invoke(mode: str) -> Invoke:
 
 @pytest.fixture
 def reranker(checkpoint: Path) -> BGEReranker:
-    """Return a reranker over the process's shared scorer of the small checkpoint, loaded."""
+    """Return a reranker with the shared scorer of the small checkpoint, already loaded."""
     reranker = BGEReranker(model=str(checkpoint), device="cpu")
     reranker.resolve_scorer()
     return reranker
 
 
 def documents(texts: Sequence[str] = (TEA, PANDA, BEAR)) -> list[Document]:
-    """Return documents with ids and nested metadata, none in the order of its score."""
+    """Return documents with ids and nested metadata. They are not in the order of their scores."""
     return [
         Document(
             id=f"id-{index}",
@@ -316,7 +316,7 @@ async def test_top_n(compress: Compress, top_n: int | None, expected: int) -> No
 
 
 @pytest.mark.parametrize("top_n", [-1, True, 2.0, "2"])
-def test_top_n_must_be_a_count(top_n: Any) -> None:
+def test_top_n_must_be_a_non_negative_integer(top_n: Any) -> None:
     with pytest.raises(ValidationError, match="top_n"):
         BGEReranker(top_n=top_n)
 
@@ -341,13 +341,13 @@ def test_threshold_must_be_a_finite_number(threshold: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score_key": "retrieval_rank", "keep_retrieval_score": True}, "keep_retrieval_score fills"),
-        ({"score_key": "retrieval_score", "keep_retrieval_score": True}, "keep_retrieval_score fills"),
-        ({"score_key": "rerank_truncated"}, "mark_unread fills"),
-        ({"score_key": "rerank_blank"}, "mark_unread fills"),
+        ({"score_key": "retrieval_rank", "keep_retrieval_score": True}, "keep_retrieval_score sets"),
+        ({"score_key": "retrieval_score", "keep_retrieval_score": True}, "keep_retrieval_score sets"),
+        ({"score_key": "rerank_truncated"}, "mark_unread sets"),
+        ({"score_key": "rerank_blank"}, "mark_unread sets"),
     ],
 )
-def test_the_score_needs_a_key_of_its_own(options: dict[str, Any], message: str) -> None:
+def test_score_key_must_not_be_a_key_with_another_meaning(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         BGEReranker(**options)
     BGEReranker(**{**options, "keep_retrieval_score": False, "mark_unread": False})
@@ -374,7 +374,7 @@ async def test_scores_are_normalized_unless_told_otherwise(
     assert not all(0 < score < 1 for score in logits.values())
 
 
-async def test_no_documents_give_none(compress: Compress) -> None:
+async def test_no_documents_give_an_empty_list(compress: Compress) -> None:
     assert await compress(BGEReranker(scorer=TableScorer()), []) == []
 
 
@@ -451,7 +451,7 @@ async def test_a_document_that_does_not_fit_the_templates_format_is_named_by_ind
         "{page_content:{title.__class__}}",
     ],
 )
-def test_a_template_that_cannot_work_is_refused(template: str) -> None:
+def test_an_invalid_template_is_refused(template: str) -> None:
     with pytest.raises(ValidationError, match="document_template"):
         BGEReranker(document_template=template)
 
@@ -577,7 +577,7 @@ async def test_rerank_overrides_top_n(
 
 
 @pytest.mark.parametrize("top_n", [-1, True, 1.5, "1"])
-async def test_rerank_refuses_what_is_no_count(rerank: Rerank, rerank_many: RerankMany, top_n: Any) -> None:
+async def test_rerank_refuses_an_invalid_top_n(rerank: Rerank, rerank_many: RerankMany, top_n: Any) -> None:
     reranker = BGEReranker(scorer=TableScorer())
     with pytest.raises(InputError, match="top_n"):
         await rerank(reranker, BEST_FIRST, top_n=top_n)
@@ -614,7 +614,7 @@ async def test_rerank_refuses_one_text_in_place_of_several(rerank: Rerank, bad: 
     assert "CANARY" not in str(caught.value)
 
 
-async def test_rerank_gives_what_compress_gives(
+async def test_rerank_agrees_with_compress_documents(
     rerank: Rerank, compress: Compress, reranker: BGEReranker
 ) -> None:
     given = documents()
@@ -657,7 +657,7 @@ async def test_rerank_many_of_nothing_needs_no_scorer(rerank_many: RerankMany) -
 @pytest.mark.parametrize(
     "bad", ["QUERY-CANARY", ["QUERY-CANARY", "TEXT-CANARY"], [(QUERY, [PANDA]), (QUERY, [PANDA], 3)]]
 )
-async def test_rerank_many_refuses_what_are_no_requests(rerank_many: RerankMany, bad: Any) -> None:
+async def test_rerank_many_refuses_malformed_requests(rerank_many: RerankMany, bad: Any) -> None:
     with pytest.raises(InputTypeError) as caught:
         await rerank_many(BGEReranker(scorer=TableScorer()), bad)
     assert "CANARY" not in str(caught.value)
@@ -705,7 +705,7 @@ async def test_many_async_calls_at_once_get_their_own_results(reranker: BGEReran
 # --- callbacks ---------------------------------------------------------------------------------------
 
 
-async def test_a_run_tells_model_pairs_tokens_and_truncations(
+async def test_a_run_reports_model_pairs_tokens_and_truncations(
     compress: Compress, reranker: BGEReranker, checkpoint: Path
 ) -> None:
     recorder = EventRecorder()
@@ -729,7 +729,7 @@ async def test_a_run_tells_model_pairs_tokens_and_truncations(
     }
 
 
-async def test_a_run_tells_of_a_truncated_query_and_of_blank_documents(
+async def test_a_run_reports_a_truncated_query_and_blank_documents(
     compress: Compress, reranker: BGEReranker
 ) -> None:
     recorder = EventRecorder()
@@ -838,7 +838,7 @@ async def test_a_tracer_shows_an_error_under_its_retriever(invoke: Invoke) -> No
 
 
 def streamed_chain(mode: str, reranker: BGEReranker) -> Runnable[Any, Any]:
-    """Return a chain that, though streamed asynchronously, runs the retriever in the given way."""
+    """Return a chain that is streamed asynchronously and calls the retriever in the given way."""
     retriever = compression(reranker)
     if mode == "async":
         return chain_over(reranker)
@@ -967,7 +967,7 @@ async def test_a_failed_rerank_many_ends_its_run(rerank_many: RerankMany, mode: 
     assert "CANARY" not in run.model_dump_json()
 
 
-async def test_without_callbacks_nothing_is_needed(compress: Compress) -> None:
+async def test_compress_works_without_callbacks(compress: Compress) -> None:
     reranker = BGEReranker(scorer=TableScorer())
     assert contents(await compress(reranker, documents(), callbacks=None)) == BEST_FIRST
     assert contents(await compress(reranker, documents(), callbacks=[])) == BEST_FIRST
@@ -988,7 +988,7 @@ def test_cross_encoder_scores_pairs_in_order(reranker: BGEReranker) -> None:
     assert encoder.score([]) == []
 
 
-def test_cross_encoder_leaves_the_cut_to_its_caller() -> None:
+def test_cross_encoder_ignores_top_n_and_threshold() -> None:
     encoder = BGEReranker(scorer=TableScorer(), top_n=1, score_threshold=0.8).as_cross_encoder()
     assert encoder.score([(QUERY, TEA), (QUERY, PANDA), (QUERY, BEAR)]) == [0.1, 0.9, 0.5]
 
@@ -1023,7 +1023,7 @@ def test_cross_encoder_reranker_of_langchain_takes_it(reranker: BGEReranker) -> 
     )
 
 
-# --- a well-behaved pydantic model -------------------------------------------------------------------
+# --- options, dumps and copies -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1042,7 +1042,7 @@ def test_cross_encoder_reranker_of_langchain_takes_it(reranker: BGEReranker) -> 
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_wrong_options_are_refused_without_echo(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_without_showing_them(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         BGEReranker(**options)
     assert next(iter(options)) in str(caught.value)
@@ -1054,8 +1054,8 @@ def test_positional_options_are_refused() -> None:
         BGEReranker("BAAI/bge-reranker-base")  # type: ignore[call-arg]
 
 
-def test_a_scorers_own_settings_cannot_be_given_beside_it() -> None:
-    with pytest.raises(ValidationError, match=r"\['model', 'max_length'\] cannot be set beside scorer"):
+def test_settings_cannot_be_combined_with_a_scorer() -> None:
+    with pytest.raises(ValidationError, match=r"\['model', 'max_length'\] cannot be combined with scorer"):
         BGEReranker(scorer=TableScorer(), model="BAAI/bge-reranker-large", max_length=256)
 
 
@@ -1135,7 +1135,7 @@ def test_copies_of_a_reranker_with_its_own_scorer(scorer: Scorer) -> None:
     )
 
 
-def test_secrets_show_nowhere(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_secrets_are_not_shown_anywhere(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "hf_SECRET")
     reranker = BGEReranker(model=str(checkpoint), device="cpu", max_batch_tokens=7002)
@@ -1188,7 +1188,7 @@ async def test_compression_retriever_that_finds_nothing(invoke: Invoke) -> None:
 
 
 class CompressionRetrieverWithK(ContextualCompressionRetriever):
-    """What the standard tests construct: `k` is the reranker's `top_n`."""
+    """A retriever for LangChain's standard tests, with the reranker's `top_n` as `k`."""
 
     def __init__(self, *, model: str, k: int | None = None) -> None:
         super().__init__(
@@ -1198,7 +1198,7 @@ class CompressionRetrieverWithK(ContextualCompressionRetriever):
 
 
 class TestStandardRetriever(RetrieversIntegrationTests):
-    """LangChain's own tests of a retriever."""
+    """LangChain's standard tests for retrievers."""
 
     checkpoint: Path
 

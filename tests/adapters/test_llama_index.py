@@ -1,4 +1,4 @@
-"""`BGERerankPostprocessor` inside LlamaIndex: what it returns, what it scores, and what is seen of it."""
+"""`BGERerankPostprocessor` in LlamaIndex: returned nodes, scored texts, events, and use in other components."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 
 
 class UnpicklableScorer(TableScorer):
-    """Holds what no pickle can."""
+    """A scorer that cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class UnpicklableScorer(TableScorer):
 
 
 class EventRecorder(BaseEventHandler):
-    """Keeps every instrumentation event."""
+    """Records all instrumentation events."""
 
     events: list[BaseEvent] = Field(default_factory=list)
 
@@ -74,7 +74,7 @@ class EventRecorder(BaseEventHandler):
 
 
 class CallbackRecorder(BaseCallbackHandler):
-    """Keeps every start and end of a callback event of one type."""
+    """Records the start and end of all callback events of one type."""
 
     def __init__(self, event_type: CBEventType = CBEventType.RERANKING) -> None:
         super().__init__([], [])
@@ -111,7 +111,7 @@ class CallbackRecorder(BaseCallbackHandler):
 
 
 class LockedCallbackRecorder(CallbackRecorder):
-    """Holds what no pickle can, as handlers with a connection do."""
+    """A handler that cannot be pickled, like a handler with a connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class LockedCallbackRecorder(CallbackRecorder):
 
 
 class FixedRetriever(BaseRetriever):
-    """Finds the same nodes for every query."""
+    """Returns the same nodes for every query."""
 
     def __init__(self, nodes: list[NodeWithScore]) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Postprocess(Protocol):
 
 @pytest.fixture(params=["sync", "async"])
 def mode(request: pytest.FixtureRequest) -> str:
-    """Run a test once for each of the two ways to call everything."""
+    """Run a test with the sync and with the async methods."""
     return str(request.param)
 
 
@@ -176,14 +176,14 @@ def spans() -> Iterator[SimpleSpanHandler]:
 
 @pytest.fixture
 def postprocessor(checkpoint: Path) -> BGERerankPostprocessor:
-    """Return a postprocessor over the process's shared scorer of the small checkpoint, loaded."""
+    """Return a postprocessor with the shared scorer of the small checkpoint, already loaded."""
     postprocessor = BGERerankPostprocessor(model=str(checkpoint), device="cpu")
     postprocessor.resolve_scorer()
     return postprocessor
 
 
 def found(texts: Sequence[str] = (TEA, PANDA, BEAR)) -> list[NodeWithScore]:
-    """Return retrieved nodes, none in the order of its score, each liked by the retriever."""
+    """Return retrieved nodes with retrieval scores. They are not in the order of their reranking scores."""
     return [
         NodeWithScore(
             node=TextNode(
@@ -304,7 +304,7 @@ async def test_retrieval_score_is_not_kept_unasked(postprocess: Postprocess) -> 
     assert not any("retrieval_rank" in node.metadata for node in returned)
 
 
-async def test_a_second_reranker_reads_what_the_first_read(postprocess: Postprocess) -> None:
+async def test_a_second_reranker_scores_the_same_text_as_the_first(postprocess: Postprocess) -> None:
     first, second = TableScorer(), TableScorer()
     options: dict[str, Any] = {"keep_retrieval_score": True}
     once = await postprocess(BGERerankPostprocessor(scorer=first, **options), found())
@@ -322,7 +322,7 @@ async def test_top_n(postprocess: Postprocess, top_n: int | None, expected: int)
 
 
 @pytest.mark.parametrize("top_n", [-1, True, 2.0, "2"])
-def test_top_n_must_be_a_count(top_n: Any) -> None:
+def test_top_n_must_be_a_non_negative_integer(top_n: Any) -> None:
     with pytest.raises(ValidationError, match="top_n"):
         BGERerankPostprocessor(top_n=top_n)
 
@@ -347,7 +347,7 @@ async def test_equal_scores_keep_retrieval_order(
     assert [node_id for node_id in order if node_id != "other"] == [str(index) for index in range(20)]
 
 
-async def test_nodes_that_share_an_id_are_told_apart(postprocess: Postprocess) -> None:
+async def test_nodes_with_equal_ids_are_ranked_separately(postprocess: Postprocess) -> None:
     nodes = [NodeWithScore(node=TextNode(id_="same", text=text)) for text in (TEA, PANDA, BEAR, PANDA)]
     returned = await postprocess(BGERerankPostprocessor(scorer=TableScorer()), nodes)
     assert [(node.text, node.score) for node in returned] == [
@@ -406,7 +406,7 @@ async def test_a_query_string_is_taken_as_well(mode: str) -> None:
 
 
 @pytest.mark.parametrize("given", [found(), []], ids=["nodes", "empty"])
-async def test_a_missing_query_raises_as_with_peers(
+async def test_a_missing_query_raises_the_error_of_llama_index(
     postprocess: Postprocess, events: EventRecorder, given: list[NodeWithScore]
 ) -> None:
     recorder = CallbackRecorder()
@@ -425,7 +425,7 @@ async def test_a_missing_query_raises_as_with_peers(
         (found(), 3, "the query must be a string, not int"),
     ],
 )
-async def test_nothing_is_emitted_for_what_cannot_be_scored(
+async def test_invalid_input_emits_no_events(
     postprocess: Postprocess, events: EventRecorder, nodes: Any, query: Any, message: str
 ) -> None:
     recorder, scorer = CallbackRecorder(), TableScorer()
@@ -458,7 +458,7 @@ async def test_a_node_without_text_comes_last(
     assert caught.value.index == 0
 
 
-async def test_metadata_is_text_where_the_mode_shows_it(
+async def test_metadata_alone_is_scored_if_the_mode_includes_it(
     postprocess: Postprocess, postprocessor: BGERerankPostprocessor
 ) -> None:
     nodes = [NodeWithScore(node=TextNode(text="", metadata={"title": "Pandas"}))]
@@ -476,7 +476,7 @@ async def test_metadata_is_text_where_the_mode_shows_it(
     assert returned.metadata["rerank_blank"]
 
 
-async def test_what_was_not_read_whole_is_hidden_from_prompts(
+async def test_marks_of_unread_nodes_are_hidden_from_prompts(
     postprocess: Postprocess, postprocessor: BGERerankPostprocessor
 ) -> None:
     given = found([PANDA, "bamboo " * 2000, ""])
@@ -502,7 +502,7 @@ async def test_what_was_not_read_whole_is_hidden_from_prompts(
 
 
 @pytest.mark.parametrize(("top_n", "shown"), [(None, 3), (2, 2), (0, 0), (7, 7)])
-async def test_events_hold_what_happened(
+async def test_events_contain_the_call_and_its_result(
     postprocess: Postprocess, events: EventRecorder, top_n: int | None, shown: int
 ) -> None:
     given = found()
@@ -531,7 +531,7 @@ async def test_events_name_the_model(
     assert names == [str(checkpoint)] * 2
 
 
-async def test_empty_input_is_a_pair_of_events_and_no_scoring(
+async def test_empty_input_emits_both_events_without_scoring(
     postprocess: Postprocess, events: EventRecorder
 ) -> None:
     recorder = CallbackRecorder()
@@ -546,7 +546,7 @@ async def test_empty_input_is_a_pair_of_events_and_no_scoring(
     assert [kind for kind, _, _ in recorder.calls] == ["start", "end"]
 
 
-async def test_a_scoring_error_ends_the_pair_and_reaches_the_caller(
+async def test_a_scoring_error_emits_the_end_event_and_reaches_the_caller(
     postprocess: Postprocess, events: EventRecorder
 ) -> None:
     recorder = CallbackRecorder()
@@ -564,7 +564,7 @@ async def test_a_scoring_error_ends_the_pair_and_reaches_the_caller(
     assert payload == {EventPayload.EXCEPTION: caught.value}
 
 
-async def test_a_cancelled_call_ends_the_pair(events: EventRecorder, spans: SimpleSpanHandler) -> None:
+async def test_a_cancelled_call_emits_the_end_event(events: EventRecorder, spans: SimpleSpanHandler) -> None:
     recorder, scorer = CallbackRecorder(), StuckScorer()
     postprocessor = BGERerankPostprocessor(scorer=scorer, callback_manager=CallbackManager([recorder]))
     task = asyncio.create_task(postprocessor.apostprocess_nodes(found(), query_str=QUERY))
@@ -577,7 +577,7 @@ async def test_a_cancelled_call_ends_the_pair(events: EventRecorder, spans: Simp
     assert span_names(spans.dropped_spans) == ["BGERerankPostprocessor._apostprocess_nodes"]
 
 
-async def test_calls_at_once_are_pairs_each(events: EventRecorder) -> None:
+async def test_concurrent_calls_emit_their_own_events(events: EventRecorder) -> None:
     postprocessor = BGERerankPostprocessor(scorer=TableScorer())
     await asyncio.gather(*(postprocessor.apostprocess_nodes(found(), query_str=str(i)) for i in range(9)))
     by_span: dict[str | None, list[str]] = {}
@@ -639,7 +639,7 @@ async def test_a_failed_call_drops_its_span(postprocess: Postprocess, spans: Sim
     assert (spans.open_spans, spans.completed_spans) == ({}, [])
 
 
-# --- a well-behaved component ------------------------------------------------------------------------
+# --- options, dumps and copies -----------------------------------------------------------------------
 
 ALL_OPTIONS: dict[str, Any] = {
     "model": "BAAI/bge-reranker-v2-m3",
@@ -671,8 +671,8 @@ ALL_OPTIONS: dict[str, Any] = {
 }
 
 
-def test_the_options_above_are_all_there_are() -> None:
-    """But for `device`, which `devices` excludes."""
+def test_the_tested_options_are_complete() -> None:
+    """`device` is missing, because it cannot be combined with `devices`."""
     others = {"device", "scorer", "callback_manager"}
     assert set(ALL_OPTIONS) == set(BGERerankPostprocessor.model_fields) - others
     defaults = BGERerankPostprocessor()
@@ -726,7 +726,7 @@ def test_from_dict_takes_overrides_and_leaves_its_argument_alone() -> None:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_wrong_options_are_refused_without_echo(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_without_showing_them(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         BGERerankPostprocessor(**options)
     assert next(iter(options)) in str(caught.value)
@@ -735,8 +735,8 @@ def test_wrong_options_are_refused_without_echo(options: dict[str, Any]) -> None
         BGERerankPostprocessor.from_dict({**BGERerankPostprocessor().to_dict(), **options})
 
 
-def test_a_scorers_own_settings_cannot_be_given_beside_it() -> None:
-    with pytest.raises(ValidationError, match=r"\['dtype'\] cannot be set beside scorer"):
+def test_settings_cannot_be_combined_with_a_scorer() -> None:
+    with pytest.raises(ValidationError, match=r"\['dtype'\] cannot be combined with scorer"):
         BGERerankPostprocessor(scorer=TableScorer(), dtype="bfloat16")
 
 
@@ -794,7 +794,7 @@ def test_copies_of_a_postprocessor_with_its_own_scorer(scorer: Scorer) -> None:
     assert unpickled.top_n == 2
 
 
-def test_a_picklable_scorer_of_ones_own_travels_along() -> None:
+def test_a_pickle_contains_a_picklable_scorer() -> None:
     unpickled = pickle.loads(pickle.dumps(BGERerankPostprocessor(scorer=TableScorer())))
     assert isinstance(unpickled.scorer, TableScorer)
     assert contents(unpickled.postprocess_nodes(found(), query_str=QUERY)) == BEST_FIRST
@@ -818,7 +818,7 @@ def test_pickling_leaves_the_callback_manager_alone() -> None:
     assert len(recorder.calls) == 2
 
 
-def test_secrets_show_nowhere(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_secrets_are_not_shown_anywhere(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "hf_SECRET")
     postprocessor = BGERerankPostprocessor(model=str(checkpoint), device="cpu", max_batch_tokens=7003)
@@ -853,7 +853,7 @@ async def test_query_engine(mode: str, events: EventRecorder) -> None:
     )
     response = engine.query(QUERY) if mode == "sync" else await engine.aquery(QUERY)
     assert [(node.text, node.score) for node in response.source_nodes] == [(PANDA, 0.9), (BEAR, 0.5)]
-    prompt = str(response)  # MockLLM answers with its prompt
+    prompt = str(response)  # the answer of MockLLM is its prompt
     assert prompt.index(PANDA) < prompt.index(BEAR)
     assert TEA not in prompt
     assert "retrieval_" not in prompt

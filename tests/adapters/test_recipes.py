@@ -1,4 +1,4 @@
-"""The code of docs/recipes.md, run as it stands with the embedded model; where a package is missing, compiled."""
+"""Runs the code of docs/recipes.md with the embedded model, or compiles it if a package is missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PASSAGES = [
 
 
 class FixedRetriever(BaseRetriever):
-    """Finds the same documents for every question and remembers what it was asked."""
+    """Returns the same documents for every question and records the questions."""
 
     asked: list[str] = Field(default_factory=list)
 
@@ -41,7 +41,7 @@ class FixedRetriever(BaseRetriever):
 
 
 def blocks(heading: str) -> list[str]:
-    """Return the Python blocks below a heading, with a model that is there in place of the hub's."""
+    """Return the Python blocks below a heading, with a local model instead of the model on the hub."""
     (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
     found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert found
@@ -83,7 +83,7 @@ def test_multi_query() -> None:
     assert scores == sorted(scores, reverse=True)
 
 
-def test_what_the_recipe_says_of_a_reranker_inside_multi_query() -> None:
+def test_a_reranker_inside_multi_query_behaves_as_the_recipe_says() -> None:
     from langchain_classic.retrievers import ContextualCompressionRetriever, MultiQueryRetriever
 
     from bge_rerank_integrations import BGEReranker
@@ -98,7 +98,7 @@ def test_what_the_recipe_says_of_a_reranker_inside_multi_query() -> None:
 
 
 class StatefulDocument(Document):
-    """What `EmbeddingsFilter` returns, in small."""
+    """A small replacement for the documents that `EmbeddingsFilter` returns."""
 
     state: dict[str, Any] = Field(default_factory=dict)
 
@@ -164,7 +164,8 @@ def test_streamlit(tmp_path: Path) -> None:
         app.text_input[0].set_value(question)
 
 
-# What gunicorn and Celery do: import, fork, call the hook in the child, work. The parent never loads.
+# Gunicorn and Celery import the module, fork, call the hook in the child, and work there. The parent loads no
+# model.
 FORKING = """
 import os, sys
 import app
@@ -194,7 +195,7 @@ def test_gunicorns_hook_in_a_forked_child(hook: str, tmp_path: Path) -> None:
 
 
 def test_celery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Celery itself where it is installed, else with what the recipe uses of it."""
+    """Uses Celery if it is installed, else a replacement for the parts that the recipe uses."""
     (code,) = blocks("Celery")
     if importlib.util.find_spec("celery") is None:
         celery, signals = ModuleType("celery"), ModuleType("celery.signals")
@@ -222,7 +223,7 @@ class FakeSignal:
         return function
 
 
-def test_thresholds_of_both_scales_keep_the_same() -> None:
+def test_equivalent_thresholds_on_both_scales_keep_the_same_documents() -> None:
     (code,) = blocks("Thresholds from FlagReranker")
     recipe = run(code)
     assert recipe["to_raw"](recipe["to_normalized"](-1.5)) == pytest.approx(-1.5)

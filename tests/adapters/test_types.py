@@ -1,6 +1,6 @@
-"""The calls that the README and the documentation show, as type checkers see them.
+"""The types of the calls in the README and the documentation.
 
-mypy and pyright check this file in strict mode; the tests run what needs no model.
+mypy and pyright check this file in strict mode. The tests run the calls that need no model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bge_rerank_integrations import (
 )
 
 
-def test_a_config_is_made_of_what_it_accepts_and_keeps_one_type() -> None:
+def test_a_config_accepts_several_types_and_stores_one() -> None:
     config = ScorerConfig(
         model=Path("models") / "base",
         cache_folder=Path("cache"),
@@ -43,7 +43,7 @@ def test_a_config_is_made_of_what_it_accepts_and_keeps_one_type() -> None:
     assert config == same
 
 
-def test_a_reranker_is_made_of_what_it_accepts() -> None:
+def test_a_reranker_accepts_the_documented_types() -> None:
     for reranker in (
         BGEReranker(model="BAAI/bge-reranker-base", top_n=5),
         BGEReranker(model=Path("models") / "base", cache_folder=Path("cache"), devices=["cuda:0", "cuda:1"]),
@@ -54,7 +54,7 @@ def test_a_reranker_is_made_of_what_it_accepts() -> None:
         assert isinstance(reranker.model_copy(update={"top_n": 3}), BGEReranker)
 
 
-def test_a_postprocessor_is_made_of_what_it_accepts() -> None:
+def test_a_postprocessor_accepts_the_documented_types() -> None:
     for postprocessor in (
         BGERerankPostprocessor(model="BAAI/bge-reranker-base", top_n=5),
         BGERerankPostprocessor(model=Path("models") / "base", devices=["cuda:0", "cuda:1"], timeout=0.5),
@@ -63,7 +63,7 @@ def test_a_postprocessor_is_made_of_what_it_accepts() -> None:
         assert isinstance(postprocessor.model_copy(update={"top_n": 3}), BGERerankPostprocessor)
 
 
-def test_a_scorer_of_ones_own_is_what_has_its_two_methods() -> None:
+def test_an_object_with_rank_and_arank_is_a_scorer() -> None:
     class Own:
         def rank(
             self,
@@ -90,7 +90,7 @@ def test_a_scorer_of_ones_own_is_what_has_its_two_methods() -> None:
 def calls_of_the_readme(
     pairs: Iterator[tuple[str, str]], passages: list[str], base: Callable[[str], list[Document]]
 ) -> None:
-    """Type-checked only: a model would be loaded."""
+    """This function is type-checked but not called, because it would load a model."""
     scorer = Scorer(
         Path("models") / "base",
         cache_folder=Path("cache"),
@@ -128,7 +128,7 @@ def calls_of_the_readme(
 async def asynchronous_calls_of_the_readme(
     pairs: AsyncIterator[tuple[str, str]], passages: list[str], documents: list[Document]
 ) -> None:
-    """Type-checked only: a model would be loaded."""
+    """This function is type-checked but not called, because it would load a model."""
     scorer = Scorer(model="embedded")
     assert_type(await scorer.ascore(pairs), list[float])
     assert_type(await scorer.ascore(("query", passage) for passage in passages), list[float])

@@ -1,4 +1,4 @@
-"""Iterators given to async calls: read off the event loop, a part at a time, and dropped when a call ends."""
+"""Iterators as arguments of async calls: they are read in parts, off the event loop, until the call ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Pairs = Iterable[tuple[str, str]] | AsyncIterable[tuple[str, str]]
 
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the parts that a stream is read in short."""
+    """Make the parts short in which an iterator is read."""
     monkeypatch.setattr("bge_rerank_integrations.scorer._NUM_STREAMED_PAIRS", PART)
 
 
@@ -57,7 +57,7 @@ KINDS = pytest.mark.parametrize("kind", [in_a_thread, in_the_loop])
 
 @KINDS
 @pytest.mark.parametrize("number", [0, 1, PART, PART + 1, 5 * PART - 1])
-async def test_scores_are_those_of_a_list(
+async def test_an_iterator_gives_the_scores_of_a_list(
     kind: Callable[[Iterable[tuple[str, str]]], Pairs], number: int, scorer: Scorer
 ) -> None:
     scores = await scorer.ascore(kind(pairs(number)))
@@ -82,7 +82,7 @@ async def test_no_more_than_two_parts_are_read_ahead_of_the_scores(
 
 
 async def test_an_iterator_may_wait_for_the_event_loop(scorer: Scorer) -> None:
-    """And for other calls of the same scorer, of which there may be more than threads that tokenize."""
+    """It may also wait for other calls of the scorer, even for more calls than tokenizing threads."""
     loop = asyncio.get_running_loop()
 
     def generate(number: int) -> Iterator[tuple[str, str]]:
@@ -128,7 +128,9 @@ async def test_a_score_that_is_not_finite_has_its_index_in_the_stream(
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     (pair,) = PairTokenizer(folder / "tokenizer.json", ScorerConfig()).encode([""], ["panda"])
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    tensors["roberta.embeddings.word_embeddings.weight"][int(pair.windows[0][3])] = 3e38  # overflows
+    tensors["roberta.embeddings.word_embeddings.weight"][int(pair.windows[0][3])] = (
+        3e38  # this logit overflows
+    )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     bad = [("a", "panda" if number == PART + 7 else "b") for number in range(3 * PART)]
     with Scorer(folder, device="cpu") as broken:
@@ -205,7 +207,7 @@ async def test_a_closed_scorer_reads_nothing(checkpoint: Path) -> None:
         await scorer.ascore(generate())
 
 
-async def test_a_stream_waits_for_itself_where_the_queue_is_full(checkpoint: Path) -> None:
+async def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoint: Path) -> None:
     with Scorer(checkpoint, device="cpu", max_queued_tokens=30 * PART) as scorer:
         scores = await scorer.ascore(iter(pairs(4 * PART)))
         assert len(scores) == 4 * PART

@@ -1,4 +1,4 @@
-"""The queue over plain callables: every request ends in exactly one of result, error, cancelled."""
+"""The queue with plain score functions: every request ends with a result, with an error, or cancelled."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., MicroBatcher]]:
-    """Return what makes batchers and closes them after the test."""
+    """Return a function that creates batchers. They are closed after the test."""
     made: list[MicroBatcher] = []
 
     def build(
@@ -83,7 +83,7 @@ def test_an_empty_request_is_done_at_once(make: Callable[..., MicroBatcher]) -> 
     assert make(firsts).submit([]).result(0) == []
 
 
-def test_what_is_waiting_shares_a_batch(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+def test_waiting_requests_share_a_batch(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     batcher = make(gate)
     futures = [batcher.submit([ids(0)])]
     gate.wait_until_entered()
@@ -111,7 +111,7 @@ def test_batches_stay_within_the_budget(make: Callable[..., MicroBatcher], gate:
     assert seen[-1] == 300, "a sequence longer than the budget is a batch by itself"
 
 
-def test_a_short_request_passes_a_long_one_and_the_long_one_goes_on(
+def test_a_short_request_overtakes_a_long_one_that_still_makes_progress(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=100)
@@ -123,25 +123,27 @@ def test_a_short_request_passes_a_long_one_and_the_long_one_goes_on(
         gate.wait_until_entered()
     assert all(short.done() for short in shorts)
     assert not long.done()
-    # All the while the oldest got its share.
+    # The oldest request got its share of every batch.
     assert all(1.0 in batch for batch in gate.batches)
     gate.let_through()
     assert long.result(PATIENCE_S) == [1.0] * 100
 
 
-def test_max_wait_lets_company_come(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+def test_a_request_waits_up_to_max_wait_ms_for_a_full_batch(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
     gate.let_through()
     batcher = make(gate, budget=4, max_wait_ms=600_000)
     futures = [batcher.submit([ids(number)]) for number in range(4)]
-    results(futures)  # which has less patience than the batcher: a full batch does not wait
+    results(futures)  # this times out before `max_wait_ms`: a full batch does not wait
     assert gate.batches == [[0.0, 1.0, 2.0, 3.0]]
 
 
-def test_max_wait_ends(make: Callable[..., MicroBatcher]) -> None:
+def test_a_request_runs_alone_after_max_wait_ms(make: Callable[..., MicroBatcher]) -> None:
     assert make(firsts, max_wait_ms=20).submit([ids(7)]).result(PATIENCE_S) == [7.0]
 
 
-def test_the_queue_cap_refuses_at_once_and_the_rest_come_out_right(
+def test_a_full_queue_refuses_at_once_and_serves_accepted_requests(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, max_queued_tokens=40)
@@ -149,7 +151,9 @@ def test_the_queue_cap_refuses_at_once_and_the_rest_come_out_right(
     gate.wait_until_entered()
     accepted = [running]
     for number in range(200):
-        with suppress(QueueFullError):  # at once: the gate is closed, so a call that waited would not return
+        with suppress(
+            QueueFullError
+        ):  # immediately: with the gate closed, a call that waits would not return
             accepted.append(batcher.submit([sized(number, 10)]))
     assert len(accepted) == 5
     with pytest.raises(QueueFullError, match=r"40 tokens are waiting .* max_queued_tokens is 40"):
@@ -159,7 +163,7 @@ def test_the_queue_cap_refuses_at_once_and_the_rest_come_out_right(
     assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
 
 
-def test_cancelled_work_is_not_computed(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+def test_cancelled_requests_are_not_computed(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     batcher = make(gate, budget=20)
     running = batcher.submit([sized(1, 10)])
     gate.wait_until_entered()
@@ -176,7 +180,9 @@ def test_cancelled_work_is_not_computed(make: Callable[..., MicroBatcher], gate:
     assert (stats.cancelled, stats.queued_requests, stats.queued_tokens) == (1, 0, 0)
 
 
-def test_cancelling_what_runs_drops_its_rest(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+def test_cancelling_a_running_request_drops_its_waiting_sequences(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
     batcher = make(gate, budget=20)
     half = batcher.submit([sized(1, 10)] * 10)
     gate.wait_until_entered()
@@ -227,7 +233,9 @@ def test_too_few_scores_are_an_error(make: Callable[..., MicroBatcher]) -> None:
         future.result(PATIENCE_S)
 
 
-def test_a_fault_in_progress_is_its_owners(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+def test_an_error_of_on_progress_fails_only_its_request(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
     batcher = make(gate)
     first = batcher.submit([ids(0)])
     gate.wait_until_entered()
@@ -242,9 +250,7 @@ def test_a_fault_in_progress_is_its_owners(make: Callable[..., MicroBatcher], ga
         faulty.result(PATIENCE_S)
 
 
-def test_a_lost_device_fails_everyone_at_once_and_says_so(
-    make: Callable[..., MicroBatcher], gate: Gate
-) -> None:
+def test_a_lost_device_fails_all_requests_at_once(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     cause = RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def score(batch: list[IntArray]) -> list[float]:
@@ -275,11 +281,11 @@ def test_a_lost_device_fails_everyone_at_once_and_says_so(
         (ValueError("CUDA error"), False),
     ],
 )
-def test_what_counts_as_a_lost_device(error: Exception, lost: bool) -> None:
+def test_errors_that_mean_a_lost_device(error: Exception, lost: bool) -> None:
     assert is_device_lost(error) is lost
 
 
-def test_the_workers_death_leaves_nobody_waiting(make: Callable[..., MicroBatcher], gate: Gate) -> None:
+def test_no_request_waits_for_a_dead_worker(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     dying = threading.Event()
 
     def score(batch: list[IntArray]) -> list[float]:
@@ -300,9 +306,7 @@ def test_the_workers_death_leaves_nobody_waiting(make: Callable[..., MicroBatche
         assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0], "the next call starts another worker"
 
 
-def test_a_worker_killed_from_outside_leaves_nobody_waiting(
-    make: Callable[..., MicroBatcher], gate: Gate
-) -> None:
+def test_no_request_waits_for_a_killed_worker(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     batcher = make(gate)
     futures = [batcher.submit([ids(0)])]
     gate.wait_until_entered()
@@ -317,7 +321,7 @@ def test_a_worker_killed_from_outside_leaves_nobody_waiting(
     assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
 
 
-def test_close_finishes_what_was_accepted_and_refuses_more(
+def test_close_finishes_accepted_requests_and_refuses_new_ones(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=3)
@@ -330,7 +334,7 @@ def test_close_finishes_what_was_accepted_and_refuses_more(
     assert batcher.health().state == "closed"
 
 
-def test_close_within_a_time_limit_fails_what_is_not_finished(
+def test_close_with_a_timeout_fails_unfinished_requests(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=3)
@@ -341,7 +345,7 @@ def test_close_within_a_time_limit_fails_what_is_not_finished(
     gate.let_through()
 
 
-def test_a_forgotten_batcher_goes_away() -> None:
+def test_an_unreferenced_batcher_is_freed() -> None:
     batcher = MicroBatcher([Replica(firsts, lambda: 10)], idle_s=0.05)
     assert batcher.submit([ids(3)]).result(PATIENCE_S) == [3.0]
     workers = list(batcher._workers.values())
@@ -353,16 +357,18 @@ def test_a_forgotten_batcher_goes_away() -> None:
     assert reference() is None
 
 
-def test_an_idle_worker_comes_back(make: Callable[..., MicroBatcher]) -> None:
+def test_a_request_replaces_a_worker_that_ended_when_idle(make: Callable[..., MicroBatcher]) -> None:
     batcher = make(firsts, idle_s=0.001)
     for number in range(300):
         assert batcher.submit([ids(number)]).result(PATIENCE_S) == [float(number)]
         if number % 3 == 0:
-            time.sleep(0.002)  # about as long as the worker's patience: both outcomes happen
+            time.sleep(
+                0.002
+            )  # about as long as `idle_s`, so that the worker sometimes ends and sometimes does not
 
 
 class FlakyForward:
-    """Gives each sequence's first id; sometimes out of memory, sometimes another error."""
+    """Returns the first id of each sequence. Sometimes it runs out of memory or raises another error."""
 
     def __init__(self) -> None:
         self.random = random.Random(0)
@@ -405,13 +411,13 @@ def test_two_thousand_requests_through_injected_errors(make: Callable[..., Micro
     batcher.close()
 
 
-# Through the scorer: sync, async and the process's end.
+# --- through the scorer ------------------------------------------------------------------------------
 
 
-def test_timeout(checkpoint: Path, texts: list[str]) -> None:
+def test_a_timeout_drops_the_rest_of_a_request(checkpoint: Path, texts: list[str]) -> None:
     with Scorer(checkpoint, device="cpu") as scorer:
         long = [("query", f"{text} {number}") for number in range(30) for text in texts]
-        with pytest.raises(RequestTimeoutError, match="not finished within the timeout"):
+        with pytest.raises(RequestTimeoutError, match="did not finish within its timeout"):
             scorer.score(long, timeout=0.01)
         with pytest.raises(TimeoutError):
             scorer.rank("query", [text for _, text in long], timeout=0.0)
@@ -422,7 +428,7 @@ def test_timeout(checkpoint: Path, texts: list[str]) -> None:
         assert stats.pairs < len(long), "the rest was never computed"
 
 
-async def test_timeout_in_a_task(checkpoint: Path, texts: list[str]) -> None:
+async def test_a_timeout_ends_an_async_call(checkpoint: Path, texts: list[str]) -> None:
     with Scorer(checkpoint, device="cpu") as scorer:
         passages = [f"{text} {number}" for number in range(30) for text in texts]
         with pytest.raises(RequestTimeoutError):
@@ -432,13 +438,13 @@ async def test_timeout_in_a_task(checkpoint: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "3", True])
-def test_a_timeout_that_is_none(scorer: Scorer, timeout: Any) -> None:
+def test_an_invalid_timeout_is_refused(scorer: Scorer, timeout: Any) -> None:
     with pytest.raises(InputError, match="timeout must"):
         scorer.score([("a", "b")], timeout=timeout)
 
 
-async def test_cancelled_tasks_leave_nothing_behind(checkpoint: Path, texts: list[str]) -> None:
-    """200 async calls, 60 of them cancelled at random moments."""
+async def test_cancelled_tasks_leave_nothing_in_the_queue(checkpoint: Path, texts: list[str]) -> None:
+    """Of 200 async calls, 60 are cancelled at random times."""
     chooser = random.Random(0)
     with Scorer(checkpoint, device="cpu", max_batch_tokens=512) as scorer:
         expected = scorer.score([("query", text) for text in texts])
@@ -478,7 +484,7 @@ def test_requests_share_batches(checkpoint: Path, texts: list[str]) -> None:
         assert np.array(together) == pytest.approx(np.array(alone), abs=LOGIT_TOLERANCE[torch.float32])
 
 
-def test_the_queue_cap_of_a_scorer(checkpoint: Path, texts: list[str]) -> None:
+def test_a_scorer_refuses_requests_beyond_max_queued_tokens(checkpoint: Path, texts: list[str]) -> None:
     with Scorer(checkpoint, device="cpu", max_queued_tokens=1000) as scorer:
         with pytest.raises(QueueFullError):
             scorer.score([("query", text) for text in texts])
@@ -499,7 +505,7 @@ def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[st
     assert scorer.health().state == "closed"
 
 
-def test_passages_that_come_back_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
+def test_repeated_passages_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
     with Scorer(checkpoint, device="cpu") as scorer:
         first = scorer.score([("query", text) for text in texts])
         assert (scorer.stats().cache_hits, scorer.stats().cache_hit_rate) == (0, 0.0)
@@ -511,7 +517,7 @@ def test_passages_that_come_back_are_not_tokenized_again(checkpoint: Path, texts
 
 
 def run_python(code: str, checkpoint: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, which fails the test where it does not end."""
+    """Run Python code in a separate process. The test fails if the process does not end."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(checkpoint)],
         capture_output=True,
@@ -521,7 +527,7 @@ def run_python(code: str, checkpoint: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_interpreter_ends_with_requests_in_the_queue(checkpoint: Path) -> None:
+def test_the_interpreter_exits_with_requests_in_the_queue(checkpoint: Path) -> None:
     code = """
         import sys, threading, time
         from bge_rerank_integrations import Scorer
@@ -538,7 +544,7 @@ def test_the_interpreter_ends_with_requests_in_the_queue(checkpoint: Path) -> No
     assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
 
 
-def test_threads_that_outlive_the_main_one_are_served(checkpoint: Path) -> None:
+def test_threads_that_outlive_the_main_thread_are_served(checkpoint: Path) -> None:
     code = """
         import sys, threading, time
         from bge_rerank_integrations import Scorer

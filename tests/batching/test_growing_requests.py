@@ -1,4 +1,4 @@
-"""Requests that grow: the device is busy with what is encoded while the rest is."""
+"""Requests that grow: the device computes the first parts while the later ones are encoded."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
+from bge_rerank_integrations.validation import Pair
 from tests.support.queues import PATIENCE_S, Gate, ids, sized, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -62,7 +63,7 @@ def test_a_request_ends_when_its_last_part_does(batcher: MicroBatcher, gate: Gat
     assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, 40, 0)
 
 
-def test_parts_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
+def test_parts_of_a_request_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
     gate.let_through()
     request = Request()
     batcher.add(request, [ids(1)], is_last=False)
@@ -77,10 +78,10 @@ def test_parts_may_be_empty(batcher: MicroBatcher, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("num_before", [1, 2, 3])
-def test_how_a_lone_request_falls_into_batches_is_no_matter_of_time(
+def test_the_batches_of_a_lone_request_do_not_depend_on_timing(
     batcher: MicroBatcher, gate: Gate, num_before: int
 ) -> None:
-    """However many parts are there before the first batch is done, batches are the same."""
+    """The batches are the same for any number of parts that are queued before the first batch is done."""
     parts = [[sized(n, 10 + 7 * n % 30) for n in range(start, start + 8)] for start in (0, 8, 16)]
     request = Request()
     for number, part in enumerate(parts):
@@ -101,7 +102,7 @@ def test_how_a_lone_request_falls_into_batches_is_no_matter_of_time(
     assert gate.batches == alone
 
 
-def test_cancelling_drops_all_parts_and_those_to_come(batcher: MicroBatcher, gate: Gate) -> None:
+def test_cancelling_drops_present_and_later_parts(batcher: MicroBatcher, gate: Gate) -> None:
     request = Request()
     batcher.add(request, [sized(6, 50)] * 4, is_last=False)
     gate.wait_until_entered()
@@ -117,7 +118,7 @@ def test_cancelling_drops_all_parts_and_those_to_come(batcher: MicroBatcher, gat
     assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).cancelled == 1
 
 
-def test_what_is_cancelled_before_it_begins_is_never_queued(batcher: MicroBatcher) -> None:
+def test_a_request_cancelled_before_its_first_part_is_never_queued(batcher: MicroBatcher) -> None:
     request = Request()
     request.future.cancel()
     batcher.add(request, [ids(1)])
@@ -136,7 +137,7 @@ def test_nothing_is_added_to_a_request_that_failed(batcher: MicroBatcher, gate: 
     assert batcher.health().queued_tokens == 0
 
 
-def test_a_part_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
+def test_a_part_that_is_added_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
     gate.let_through()
     request = Request()
     batcher.add(request, [ids(1)], is_last=False)
@@ -149,15 +150,13 @@ def test_a_part_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> Non
 
 
 class WatchedTokenizer(PairTokenizer):
-    """Counts the parts it has encoded, and calls `before` with the number of each but the first."""
+    """Counts the encoded parts, and calls `before` with the number of each part except the first."""
 
     num_parts = 0
     before: Callable[[int], object] = staticmethod(lambda number: None)
 
-    def stream(
-        self, queries: Sequence[str], passages: Sequence[str], num_pairs: int
-    ) -> Iterator[list[EncodedPair]]:
-        for part in super().stream(queries, passages, num_pairs):
+    def stream(self, pairs: Sequence[Pair], num_pairs: int) -> Iterator[list[EncodedPair]]:
+        for part in super().stream(pairs, num_pairs):
             if self.num_parts:
                 self.before(self.num_parts)
             self.num_parts += 1
@@ -165,7 +164,7 @@ class WatchedTokenizer(PairTokenizer):
 
 
 class Device:
-    """A pipeline over a tokenizer that is watched and a model whose score is the number of tokens."""
+    """A pipeline with a watched tokenizer and a model whose score is the number of tokens."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         config = ScorerConfig(model=str(checkpoint), device="cpu", **settings)
@@ -185,7 +184,7 @@ class Device:
 
 @pytest.fixture
 def start(checkpoint: Path) -> Iterator[Callable[..., Device]]:
-    """Return what makes devices and closes them after the test."""
+    """Return a function that creates devices. They are closed after the test."""
     made: list[Device] = []
 
     def build(**settings: Any) -> Device:
@@ -202,30 +201,36 @@ def passages() -> list[str]:
     return [f"passage number {number} " + "word " * (number % 7) for number in range(NUM_PAIRS)]
 
 
-def lengths_of(device: Device, queries: list[str], passages: list[str]) -> list[float]:
-    pairs = PairTokenizer.encode(device.tokenizer, queries, passages)
-    return [float(sum(map(len, pair.windows))) for pair in pairs]
+def pairs_of(passages: Sequence[str]) -> list[Pair]:
+    return [(QUERY, passage) for passage in passages]
+
+
+def lengths_of(device: Device, pairs: list[Pair]) -> list[float]:
+    encoded = PairTokenizer.encode(
+        device.tokenizer, [query for query, _ in pairs], [text for _, text in pairs]
+    )
+    return [float(sum(map(len, pair.windows))) for pair in encoded]
 
 
 def test_the_device_begins_before_all_is_encoded(start: Callable[..., Device], passages: list[str]) -> None:
     device = start()
     begun_before: list[bool] = []
     device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
-    results = device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+    results = device.pipeline.score(pairs_of(passages))
     assert begun_before == [True, True]
     device.tokenizer.before = lambda _: None
-    assert [result.score for result in results] == lengths_of(device, [QUERY] * NUM_PAIRS, passages)
+    assert [result.score for result in results] == lengths_of(device, pairs_of(passages))
     stats = device.pipeline.stats()
     assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, NUM_PAIRS, 0)
 
 
-async def test_nor_does_it_wait_for_an_async_caller(
+async def test_the_device_begins_before_all_is_encoded_for_an_async_caller(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
     begun_before: list[bool] = []
     device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
-    results = await device.pipeline.ascore([QUERY] * NUM_PAIRS, passages)
+    results = await device.pipeline.ascore(pairs_of(passages))
     assert begun_before == [True, True]
     assert [result.num_tokens for result in results] == [int(result.score) for result in results]
 
@@ -234,15 +239,14 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
-    twice = [*passages, *reversed(passages), *passages[:10]]
-    queries = [QUERY] * (2 * NUM_PAIRS) + ["another"] * 10
-    results = device.pipeline.score(queries, twice)
+    twice = [*pairs_of([*passages, *reversed(passages)]), *(("another", text) for text in passages[:10])]
+    results = device.pipeline.score(twice)
     stats = device.pipeline.stats()
     assert (stats.pairs, device.num_sequences) == (NUM_PAIRS + 10, NUM_PAIRS + 10)
     assert (stats.duplicates, stats.truncations) == (NUM_PAIRS, 0)
     assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 0), "each passage is looked up once"
-    assert [result.score for result in results] == lengths_of(device, queries, twice)
-    device.pipeline.score(queries, twice)
+    assert [result.score for result in results] == lengths_of(device, twice)
+    device.pipeline.score(twice)
     stats = device.pipeline.stats()
     assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 2 * NUM_PAIRS)
     assert stats.cache_hit_rate == pytest.approx(2 / 3)
@@ -251,7 +255,7 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
 def test_a_timeout_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
     device = start()
     with pytest.raises(RequestTimeoutError):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages, timeout=0.0)
+        device.pipeline.score(pairs_of(passages), timeout=0.0)
     assert device.tokenizer.num_parts == 1
     assert device.pipeline.health().queued_tokens == 0
 
@@ -265,13 +269,13 @@ async def test_cancellation_ends_the_encoding(start: Callable[..., Device], pass
         assert cancelled.wait(PATIENCE_S)
 
     device.tokenizer.before = before
-    task = asyncio.create_task(device.pipeline.ascore([QUERY] * NUM_PAIRS, passages))
+    task = asyncio.create_task(device.pipeline.ascore(pairs_of(passages)))
     assert await asyncio.to_thread(reached.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     cancelled.set()
-    device.pipeline.close()  # waits for the thread that encodes
+    device.pipeline.close()  # waits for the encoding thread
     assert device.tokenizer.num_parts == 2
     assert device.num_sequences <= 512
     assert device.pipeline.health().queued_tokens == 0
@@ -286,7 +290,7 @@ def test_an_error_of_the_device_ends_the_encoding(start: Callable[..., Device], 
     device.give = fail
     device.tokenizer.before = lambda _: wait_until(lambda: device.pipeline.stats().failed)
     with pytest.raises(ValueError, match="on fire"):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+        device.pipeline.score(pairs_of(passages))
     assert device.tokenizer.num_parts == 2
 
 
@@ -300,7 +304,7 @@ def test_an_error_of_the_encoding_drops_what_is_queued(
 
     device.tokenizer.before = before
     with pytest.raises(MemoryError):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+        device.pipeline.score(pairs_of(passages))
     assert device.pipeline.health().queued_tokens == 0
     assert device.pipeline.stats().cancelled == 1
 
@@ -310,19 +314,19 @@ def test_a_full_queue_refuses_a_long_request_before_any_of_it_is_computed(
 ) -> None:
     device = start(max_queued_tokens=10_000)
     with pytest.raises(QueueFullError):
-        device.pipeline.score([QUERY] * NUM_PAIRS, passages)
+        device.pipeline.score(pairs_of(passages))
     assert device.num_sequences == 0
-    assert len(device.pipeline.score([QUERY] * 100, passages[:100])) == 100
+    assert len(device.pipeline.score(pairs_of(passages[:100]))) == 100
 
 
-def test_the_pair_that_is_not_finite_is_named_whatever_its_part(
+def test_a_pair_with_a_non_finite_score_is_named_in_any_part(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
     marked = [*passages[:1200], "word " * 300, *passages[1200:]]
     device.give = lambda lengths: torch.where(lengths > 200, torch.nan, lengths)
     with pytest.raises(NonFiniteScoreError) as caught:
-        device.pipeline.score([QUERY] * len(marked), marked)
+        device.pipeline.score(pairs_of(marked))
     assert caught.value.index == 1200
 
 
@@ -336,7 +340,7 @@ def test_the_progress_bar_ends_at_its_total(
     long = [*passages, "word " * 100, "other " * 100]
     shown = io.StringIO()
     with redirect_stderr(shown):
-        results = device.pipeline.score([QUERY] * len(long), long, progress=True)
+        results = device.pipeline.score(pairs_of(long), progress=True)
     num_windows = sum(result.windows for result in results)
     assert (num_windows > len(long)) == bool(settings)
     assert f"{num_windows}/{num_windows}" in shown.getvalue()
@@ -348,4 +352,6 @@ def test_long_requests_score_as_short_ones_do(scorer: Scorer, passages: list[str
     assert [whole[index] for index in some] == pytest.approx(
         scorer.score([(QUERY, passages[index]) for index in some]), abs=TOLERANCE
     )
-    assert whole == scorer.score([(QUERY, passage) for passage in passages]), "to the last bit, if alone"
+    assert whole == scorer.score([(QUERY, passage) for passage in passages]), (
+        "a lone request gets the same bits every time"
+    )

@@ -1,4 +1,4 @@
-"""What a process must hold to from its first score to its end: first calls, freed memory, a clean exit."""
+"""The first calls of a process, the memory that it frees, and its exit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FIRST_CALLS = """
     print(*(f"{name}:{event}" for name, event in calls))
 """
 
-# On one core, threads of low priority run again only after the main thread has gone on, here to its end.
+# On one core, threads of low priority run again only after the main thread has ended.
 EXIT_AFTER_ANSWER = """
     import os, sys, threading
     from bge_rerank_integrations import Scorer
@@ -59,7 +59,7 @@ EXIT_AFTER_ANSWER = """
     scorer.score(pairs)
 """
 
-# The batch takes longer than exit may, and each of its layers a small part of that.
+# The batch takes longer than the time limit at exit. Each of its layers takes a small part of that.
 EXIT_DURING_BATCH = """
     import sys, threading, time
     from bge_rerank_integrations import Scorer
@@ -84,7 +84,7 @@ def run_child(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_vector_math_is_called_once_before_several_threads_call_it(dtype: str) -> None:
+def test_vector_math_is_initialized_before_several_threads_use_it(dtype: str) -> None:
     if dtype == "int8" and (obstacle := int8_obstacle()):
         pytest.skip(f"needs a CPU with int8 instructions: {obstacle}")
     child = run_child(FIRST_CALLS, "embedded", dtype)
@@ -95,7 +95,7 @@ def test_vector_math_is_called_once_before_several_threads_call_it(dtype: str) -
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux to choose a thread's core")
-def test_a_process_whose_threads_are_held_up_after_their_answer_exits_cleanly(checkpoint: Path) -> None:
+def test_a_process_with_delayed_worker_threads_exits_cleanly(checkpoint: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         children = list(pool.map(lambda n: run_child(EXIT_AFTER_ANSWER, checkpoint, str(n % 2)), range(40)))
     assert [child.returncode for child in children] == [0] * 40
@@ -130,7 +130,7 @@ def time_out(scorer: Scorer) -> None:
 
 
 def fail_in_the_engine(scorer: Scorer) -> None:
-    """Fail in the forward pass: no text gives a token that the model does not have, so queue one."""
+    """Fail in the forward pass. No text gives a token id that the model lacks, so queue one directly."""
     pipeline: Any = scorer._pipeline
     with pytest.raises(IndexError):
         pipeline._batcher.submit([np.array([0, 10**8, 2], dtype=np.int32)]).result(60)
@@ -140,7 +140,7 @@ def fail_in_the_engine(scorer: Scorer) -> None:
 def test_close_releases_the_model_without_the_garbage_collector(
     checkpoint: Path, without_collector: None, use: Callable[[Scorer], None]
 ) -> None:
-    # A budget of its own, so that no other test's scorer shares the model.
+    # A unique token budget, so that the scorer of no other test shares the model.
     with Scorer(checkpoint, device="cpu", num_threads=2, max_batch_tokens=1999) as scorer:
         use(scorer)
         score(scorer)
@@ -170,7 +170,7 @@ def test_a_scorer_that_is_dropped_without_close_releases_its_model(
     del scorer
     for thread in threading.enumerate():
         if thread.name == "bge-rerank-worker":
-            thread.join(20)  # it ends when it has been idle for a few seconds
+            thread.join(20)  # the worker ends after a few idle seconds
     assert live_models(1997) == 0
 
 

@@ -1,4 +1,4 @@
-"""Several devices and one queue: what one of them cannot do, another does."""
+"""Several devices with one queue: shared work, lost devices, and the ends of requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def replica(score: Callable[[list[IntArray]], list[float]], budget: int) -> Repl
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Return what makes batchers of some score callables and closes them after the test."""
+    """Return a function that creates batchers from score functions. They are closed after the test."""
     made: list[MicroBatcher] = []
 
     def build(
@@ -55,7 +55,7 @@ def make() -> Iterator[Make]:
 
 @pytest.fixture
 def gates() -> list[Gate]:
-    """Return two devices that wait to be let through."""
+    """Return two devices whose batches wait until the test lets them through."""
     return [Gate(), Gate()]
 
 
@@ -68,7 +68,7 @@ def stats_of(batcher: MicroBatcher) -> ScorerStats:
 
 
 def occupy(batcher: MicroBatcher, gates: list[Gate]) -> list[Future[list[float]]]:
-    """Give each device a batch, and return the request of each in the order of the gates."""
+    """Give each device a batch. Return the requests in the order of the gates."""
     futures = [batcher.submit([sized(number, 100)]) for number in range(len(gates))]
     for gate in gates:
         gate.wait_until_entered()
@@ -81,14 +81,14 @@ def occupy(batcher: MicroBatcher, gates: list[Gate]) -> list[Future[list[float]]
 def test_two_batches_of_one_request_run_at_the_same_time(make: Make, gates: list[Gate]) -> None:
     future = make(*gates).submit([sized(number, 60) for number in range(4)])
     for gate in gates:
-        gate.wait_until_entered()  # and neither has been let through
+        gate.wait_until_entered()  # although the gates are still closed
     for gate in gates:
         gate.let_through()
     assert future.result(PATIENCE_S) == [0.0, 1.0, 2.0, 3.0]
     assert all(gate.batches for gate in gates)
 
 
-def test_results_come_back_in_order_from_all_of_three(make: Make) -> None:
+def test_results_of_three_replicas_come_back_in_order(make: Make) -> None:
     together = threading.Barrier(3)
     computed = [0, 0, 0]
 
@@ -131,7 +131,7 @@ def test_each_replica_keeps_to_its_own_budget(make: Make) -> None:
     assert max(seen[1]) == 90
 
 
-def test_what_is_waiting_is_shared_evenly_by_idle_replicas(make: Make) -> None:
+def test_idle_replicas_share_waiting_sequences_evenly(make: Make) -> None:
     gates = [Gate() for _ in range(4)]
     sizes: list[int] = []
 
@@ -153,7 +153,7 @@ def test_what_is_waiting_is_shared_evenly_by_idle_replicas(make: Make) -> None:
     assert future.result(PATIENCE_S) == [float(number) for number in range(100)]
 
 
-def test_a_busy_replica_gets_no_share(make: Make, gates: list[Gate]) -> None:
+def test_waiting_sequences_are_not_reserved_for_a_busy_replica(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates, budgets=(32_768,), max_wait_ms=0.0)
     occupying = [batcher.submit([sized(number, 150) for number in range(100)])]
     for gate in gates:
@@ -180,7 +180,9 @@ def test_a_busy_replica_gets_no_share(make: Make, gates: list[Gate]) -> None:
         (1_000_000, 4, 250_000),
     ],
 )
-def test_a_share_is_worth_a_batch(num_tokens: int, num_idle: int, share: int) -> None:
+def test_waiting_tokens_are_shared_only_if_each_share_is_large_enough(
+    num_tokens: int, num_idle: int, share: int
+) -> None:
     waiting = WaitingList()
     request = Request()
     waiting.add(request, request.grow([sized(1, num_tokens)]))
@@ -198,7 +200,7 @@ def test_a_lonely_short_request_is_one_batch(make: Make) -> None:
     assert batches == [30]
 
 
-def test_progress_is_told_by_one_thread_at_a_time_and_before_the_end(make: Make) -> None:
+def test_progress_is_reported_by_one_thread_at_a_time_and_before_the_end(make: Make) -> None:
     inside = threading.Lock()
     counts: list[int] = []
     future: Future[list[float]]
@@ -216,7 +218,7 @@ def test_progress_is_told_by_one_thread_at_a_time_and_before_the_end(make: Make)
 # --- a device is lost --------------------------------------------------------------------------------
 
 
-def test_what_a_lost_device_was_computing_goes_to_the_other(make: Make, gates: list[Gate]) -> None:
+def test_the_batch_of_a_lost_device_goes_to_the_other(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     first, second = occupy(batcher, gates)
     waiting = batcher.submit([ids(7), ids(8)])
@@ -233,13 +235,13 @@ def test_what_a_lost_device_was_computing_goes_to_the_other(make: Make, gates: l
     assert (stats.lost_replicas, stats.failed, stats.queued_tokens) == (1, 0, 0)
 
 
-def test_an_idle_replica_is_woken_for_what_a_lost_one_leaves(make: Make, gates: list[Gate]) -> None:
+def test_an_idle_replica_wakes_up_for_the_batch_of_a_lost_one(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates, idle_s=0.01)
     first, second = occupy(batcher, gates)
     worker = list(batcher._workers.values())[1]
     gates[1].let_through()
     second.result(PATIENCE_S)
-    worker.join(PATIENCE_S)  # it has nothing more to wait for
+    worker.join(PATIENCE_S)  # it now has no work
     expected = gates[0].current
     gates[0].error = lost()
     gates[0].let_through()
@@ -247,7 +249,7 @@ def test_an_idle_replica_is_woken_for_what_a_lost_one_leaves(make: Make, gates: 
     assert expected in gates[1].batches
 
 
-def test_the_last_device_lost_fails_everyone(make: Make, gates: list[Gate]) -> None:
+def test_losing_the_last_device_fails_all_requests(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates, budgets=(100,))
     futures = [*occupy(batcher, gates), *(batcher.submit([ids(n)]) for n in range(20))]
     for gate in gates:
@@ -269,7 +271,7 @@ def test_the_last_device_lost_fails_everyone(make: Make, gates: list[Gate]) -> N
         batcher.submit([ids(1)])
 
 
-def test_a_request_that_fails_devices_fails_two_at_most(make: Make) -> None:
+def test_a_request_can_lose_two_devices_at_most(make: Make) -> None:
     def score(batch: list[IntArray]) -> list[float]:
         if 13.0 in firsts(batch):
             raise lost()
@@ -282,15 +284,15 @@ def test_a_request_that_fails_devices_fails_two_at_most(make: Make) -> None:
     assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
 
 
-def test_a_device_lost_while_a_batch_is_tried_again_by_request(make: Make, gates: list[Gate]) -> None:
+def test_a_device_is_lost_while_a_batch_is_repeated_request_by_request(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     occupying = occupy(batcher, gates)
     shared = [batcher.submit([ids(number)]) for number in (20, 21, 22)]
     gates[0].let_through(1)
-    gates[0].wait_until_entered()  # with the three
+    gates[0].wait_until_entered()  # with the three requests together
     gates[0].error = ValueError("one of them is to blame")
     gates[0].let_through(1)
-    gates[0].wait_until_entered()  # with the first of them alone
+    gates[0].wait_until_entered()  # with the first of these requests alone
     gates[0].error = lost()
     gates[0].let_through()
     gates[1].let_through()
@@ -299,7 +301,7 @@ def test_a_device_lost_while_a_batch_is_tried_again_by_request(make: Make, gates
     assert all(value < 20 for batch in gates[0].batches for value in batch)
 
 
-def test_what_was_cancelled_or_failed_is_not_brought_back(make: Make, gates: list[Gate]) -> None:
+def test_cancelled_or_failed_requests_are_not_queued_again(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     future, other = occupy(batcher, gates)
     assert future.cancel()
@@ -315,7 +317,7 @@ def test_what_was_cancelled_or_failed_is_not_brought_back(make: Make, gates: lis
 # --- other ends --------------------------------------------------------------------------------------
 
 
-def test_one_workers_death_ends_only_what_it_was_computing(make: Make, gates: list[Gate]) -> None:
+def test_the_death_of_one_worker_fails_only_its_batch(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     first, second = occupy(batcher, gates)
     waiting = [batcher.submit([ids(number)]) for number in range(30)]
@@ -326,7 +328,7 @@ def test_one_workers_death_ends_only_what_it_was_computing(make: Make, gates: li
     assert len(second.result(PATIENCE_S)) == 1
     assert results(waiting) == [[float(number)] for number in range(30)]
     assert batcher.health().replicas_alive == 2
-    # The next call starts another worker in its place.
+    # The next call starts a new worker.
     again = batcher.submit([sized(number, 100) for number in range(2)])
     gates[0].wait_until_entered()
     for gate in gates:
@@ -334,7 +336,7 @@ def test_one_workers_death_ends_only_what_it_was_computing(make: Make, gates: li
     assert again.result(PATIENCE_S) == [0.0, 1.0]
 
 
-def test_the_death_of_all_workers_leaves_nobody_waiting(make: Make, gates: list[Gate]) -> None:
+def test_no_request_waits_after_the_death_of_all_workers(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     futures = [*occupy(batcher, gates), *(batcher.submit([ids(number)]) for number in range(30))]
     for gate in gates:
@@ -343,7 +345,7 @@ def test_the_death_of_all_workers_leaves_nobody_waiting(make: Make, gates: list[
     assert {type(future.exception(PATIENCE_S)) for future in futures} == {WorkerDiedError}
 
 
-def test_an_error_of_one_part_ends_a_request_once(make: Make, gates: list[Gate]) -> None:
+def test_an_error_of_one_batch_ends_a_request_once(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     future = batcher.submit([sized(number, 100) for number in range(10)])
     for gate in gates:
@@ -357,7 +359,7 @@ def test_an_error_of_one_part_ends_a_request_once(make: Make, gates: list[Gate])
     assert stats_of(batcher).failed == 1
 
 
-def test_cancelling_drops_what_neither_has_started(make: Make, gates: list[Gate]) -> None:
+def test_cancelling_drops_sequences_that_no_replica_has_started(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     future = batcher.submit([sized(6, 100)] * 10)
     for gate in gates:
@@ -374,7 +376,7 @@ def test_cancelling_drops_what_neither_has_started(make: Make, gates: list[Gate]
         future.result(0)
 
 
-def test_close_finishes_what_was_accepted(make: Make, gates: list[Gate]) -> None:
+def test_close_finishes_accepted_requests(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     futures = [batcher.submit([sized(number, 40)]) for number in range(40)]
     for gate in gates:
@@ -387,20 +389,20 @@ def test_close_finishes_what_was_accepted(make: Make, gates: list[Gate]) -> None
         batcher.submit([ids(1)])
 
 
-def test_close_finishes_even_what_a_device_lost_meanwhile_leaves(make: Make, gates: list[Gate]) -> None:
+def test_close_finishes_the_batch_of_a_device_lost_meanwhile(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     first, second = occupy(batcher, gates)
     closing = threading.Thread(target=batcher.close)
     closing.start()
     gates[1].let_through()
-    assert len(second.result(PATIENCE_S)) == 1  # and its worker has nothing more to do
+    assert len(second.result(PATIENCE_S)) == 1  # its worker has no more work
     gates[0].error = lost()
     gates[0].let_through()
     closing.join(PATIENCE_S)
     assert len(first.result(0)) == 1
 
 
-def test_close_within_a_time_limit(make: Make, gates: list[Gate]) -> None:
+def test_close_with_a_timeout_fails_running_requests(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     futures = [*occupy(batcher, gates), batcher.submit([ids(1)])]
     batcher.close(timeout=0.05)
@@ -427,8 +429,8 @@ def test_two_workers_that_close_the_queue_do_not_wait_for_each_other(make: Make,
     assert closed.acquire(timeout=PATIENCE_S)
 
 
-def test_two_thousand_requests_while_devices_go_one_by_one(make: Make) -> None:
-    """With errors and cancellations in between: each ends in what is its own."""
+def test_two_thousand_requests_while_devices_are_lost_one_by_one(make: Make) -> None:
+    """There are also errors and cancellations. Each request ends with its own result or error."""
     chooser = random.Random(0)
     lock = threading.Lock()
     num_batches = 0
@@ -468,7 +470,7 @@ def test_two_thousand_requests_while_devices_go_one_by_one(make: Make) -> None:
 
 
 class Watched:
-    """A runner that is seen at work, and whose first batch waits for the others' first."""
+    """A runner that counts its batches. Its first batch waits for the first batch of the other runner."""
 
     def __init__(self, runner: Runner, together: threading.Barrier) -> None:
         self.device = runner.device
@@ -485,7 +487,7 @@ class Watched:
         return self._runner.run(sequences)
 
 
-def test_two_models_score_as_one(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:
+def test_two_replicas_give_the_scores_of_one(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:
     config = ScorerConfig(model=str(checkpoint), device="cpu", max_batch_tokens=512)
     shape = read_shape(checkpoint)
     together = threading.Barrier(2)
@@ -493,7 +495,7 @@ def test_two_models_score_as_one(checkpoint: Path, scorer: Scorer, texts: list[s
     cache = TokenCache(100_000)
     tokenizer = PairTokenizer(checkpoint / "tokenizer.json", config, cache)
     pipeline = Pipeline(tokenizer, cache, cast(list[Runner], watched), config, is_device_lost)
-    scores = [result.score for result in pipeline.score(["what is a panda?"] * len(texts), texts)]
+    scores = [result.score for result in pipeline.score([("what is a panda?", text) for text in texts])]
     assert scores == pytest.approx(
         scorer.score([("what is a panda?", text) for text in texts]), abs=TOLERANCE
     )
@@ -502,7 +504,7 @@ def test_two_models_score_as_one(checkpoint: Path, scorer: Scorer, texts: list[s
     pipeline.close()
 
 
-def test_a_scorer_with_devices(checkpoint: Path, scorer: Scorer) -> None:
+def test_a_scorer_accepts_a_list_of_devices(checkpoint: Path, scorer: Scorer) -> None:
     with Scorer(checkpoint, devices=["cpu"]) as listed:
         assert listed.config.devices == ("cpu",)
         assert listed.score([("a", "b")]) == scorer.score([("a", "b")])

@@ -1,4 +1,4 @@
-"""Documents and nodes, and rankings by either adapter."""
+"""Creates documents and nodes, and ranks texts with either adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ranked_nodes(nodes: Sequence[NodeWithScore]) -> list[Ranked]:
 
 
 def rank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
-    """Rank texts with either adapter."""
+    """Rank texts with an adapter of either framework."""
     if isinstance(options, BGEReranker):
         return ranked_documents(options.compress_documents(langchain_documents(texts), QUERY))
     assert isinstance(options, BGERerankPostprocessor)
@@ -40,7 +40,7 @@ def rank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
 
 
 async def arank_with(options: RerankOptions, texts: Sequence[str]) -> list[Ranked]:
-    """Do what `rank_with` does, asynchronously."""
+    """Do the same as `rank_with` with the async method."""
     if isinstance(options, BGEReranker):
         return ranked_documents(await options.acompress_documents(langchain_documents(texts), QUERY))
     assert isinstance(options, BGERerankPostprocessor)

@@ -1,4 +1,4 @@
-"""What the queue's tests score with: sequences whose score is their first id, and devices that wait."""
+"""Helpers for tests of the queue: sequences whose score is their first id, and devices that wait."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from bge_rerank_integrations.text.tokenization import IntArray
 
-PATIENCE_S = 120.0  # only what hangs takes so long, on a busy machine too
+PATIENCE_S = 120.0  # even on a busy machine, only a call that hangs takes so long
 
 
 def ids(*values: int) -> IntArray:
-    """Return a sequence whose score, below, is its first id."""
+    """Return a sequence. `firsts` and `Gate` score it with its first id."""
     return np.array(values, dtype=np.int32)
 
 
@@ -35,14 +35,14 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 class Gate:
-    """A score callable that waits to be let through and remembers its batches."""
+    """A score function whose calls wait until the test lets them through. It records its batches."""
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)
         self.open = threading.Semaphore(0)
         self.batches: list[list[float]] = []
         self.current: list[float] = []
-        self.error: BaseException | None = None  # what the next batch gives instead
+        self.error: BaseException | None = None  # the next batch raises this
 
     def __call__(self, batch: list[IntArray]) -> list[float]:
         self.current = firsts(batch)

@@ -37,8 +37,7 @@ def check_on_cranfield(
     pairs = [(query_id, passage_id) for query_id, scores in found.items() for passage_id in scores]
     tokenizer = PairTokenizer(folder / "tokenizer.json", ScorerConfig(model=str(folder)), TokenCache(1 << 20))
     prepared = PreparedPairs(
-        [queries[query_id] for query_id, _ in pairs],
-        [dataset.corpus[passage_id] for _, passage_id in pairs],
+        [(queries[query_id], dataset.corpus[passage_id]) for query_id, passage_id in pairs]
     )
     windows = [window for part in prepared.encode(tokenizer, len(pairs)) for window in part]
 

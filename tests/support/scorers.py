@@ -1,4 +1,4 @@
-"""Scorers that the adapters are tested with, and the passages they know."""
+"""Scorers for tests of the adapters, and the passages that they know."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEST_FIRST = [PANDA, BEAR, TEA]
 
 
 class TableScorer:
-    """Scores passages by a table, others 0.0, and remembers what it was asked."""
+    """Scores passages from a table, with 0.0 for unknown passages, and records its calls."""
 
     def __init__(self, scores: Mapping[str, float] = SCORES) -> None:
         self.scores = scores
@@ -35,14 +35,14 @@ class TableScorer:
 
 
 class BrokenScorer(TableScorer):
-    """Fails at every call."""
+    """Raises an error in every call."""
 
     def rank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
         raise RuntimeError("the device is on fire")
 
 
 class StuckScorer(TableScorer):
-    """Says when an async call has begun, and never ends it."""
+    """Signals when an async call has begun, and never finishes it."""
 
     def __init__(self) -> None:
         super().__init__()

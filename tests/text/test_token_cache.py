@@ -15,7 +15,7 @@ def ids(length: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.arange(length, dtype=np.int32)
 
 
-def test_what_was_put_is_found_and_cannot_be_written() -> None:
+def test_a_stored_entry_is_found_and_read_only() -> None:
     cache = TokenCache(10_000)
     cache.put(cache.key("text"), (ids(3), True))
     found = cache.get(cache.key("text"))
@@ -28,7 +28,7 @@ def test_what_was_put_is_found_and_cannot_be_written() -> None:
 
 
 def test_least_recently_used_goes_first() -> None:
-    cache = TokenCache(1100)  # room for ten of these
+    cache = TokenCache(1100)  # room for ten entries
     for name in "abcdefghi":
         cache.put(cache.key(name), (ids(9), False))
     assert cache.get(cache.key("a")) is not None
@@ -54,8 +54,8 @@ def test_any_string_has_a_digest() -> None:
         assert cache.get(cache.key(text)) is not None
 
 
-def test_it_never_shows(checkpoint: Path, texts: list[str]) -> None:
-    """With a cache so small that it forgets all the time, from eight threads."""
+def test_the_cache_never_changes_results(checkpoint: Path, texts: list[str]) -> None:
+    """Eight threads share a cache that is so small that it removes entries all the time."""
     path = checkpoint / "tokenizer.json"
     plain = PairTokenizer(path, ScorerConfig(max_length=128))
     cached = PairTokenizer(path, ScorerConfig(max_length=128), TokenCache(6000))

@@ -1,4 +1,4 @@
-"""Ids against the plain rule: tokenize all of it, then cut."""
+"""Compares token ids with the plain rule: tokenize the whole text, then truncate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.text.tokenization import PairTokenizer
 from examples.random_checkpoint import SPECIAL_TOKENS, train_tokenizer
 
-CONTROL_IDS = {0, 1, 2, 4}  # <s> <pad> </s> <mask>; <unk>, 3, is what an unknown character gives
+CONTROL_IDS = {0, 1, 2, 4}  # <s> <pad> </s> <mask>; unknown characters give <unk>, which is 3
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def embedded() -> PairTokenizer:
 def plain_ids(
     plain: Tokenizer, query: str, passage: str, *, max_length: int, query_max_length: int
 ) -> list[int]:
-    """Frame a pair as `prepare_for_model(..., truncation="only_second")` of transformers 4 does."""
+    """Return the ids of a pair like `prepare_for_model(..., truncation="only_second")` of transformers 4."""
     query_ids = plain.encode(query, add_special_tokens=False).ids[:query_max_length]
     passage_ids = plain.encode(passage, add_special_tokens=False).ids
     room = max_length - 4 - len(query_ids)
@@ -85,7 +85,7 @@ def test_the_pair_is_framed_and_cut_on_ids(
     assert pair.truncated == (num_ids - len(all_query_ids) + min(len(all_query_ids), 48) > 64)
 
 
-def test_a_query_without_end_leaves_the_passage_its_room(tokenizer: PairTokenizer) -> None:
+def test_a_very_long_query_leaves_the_passage_its_room(tokenizer: PairTokenizer) -> None:
     ids = only_window(tokenizer, "panda " * 10_000, "bamboo " * 10_000)
     assert len(ids) == 64
     assert ids.index(2) == 49
@@ -167,8 +167,8 @@ TEXT = [
 
 
 @pytest.mark.parametrize("instruction", [None, "Passage: ", "\u0f00"])
-def test_what_has_nothing_to_read(path: Path, instruction: str | None) -> None:
-    """Whatever the instruction: it is no text of the passage's."""
+def test_texts_with_nothing_to_read(path: Path, instruction: str | None) -> None:
+    """The instruction does not matter, because it is not part of the passage."""
     config = ScorerConfig(max_length=64, passage_instruction=instruction, query_instruction=instruction)
     tokenizer = PairTokenizer(path, config)
     assert [tokenizer.is_blank(text) for text in BLANK] == [True] * len(BLANK)
@@ -177,7 +177,7 @@ def test_what_has_nothing_to_read(path: Path, instruction: str | None) -> None:
 
 @given(st.text(st.sampled_from(" \n\x0c\0\x01\x7f\u200b\u200d\u2028\u3000\ufffd\xad\u0301\ud800.")))
 @settings(max_examples=300, deadline=None)
-def test_nothing_to_read_is_also_what_the_tokenizer_drops(embedded: PairTokenizer, text: str) -> None:
+def test_texts_without_tokens_have_nothing_to_read(embedded: PairTokenizer, text: str) -> None:
     (pair,) = embedded.encode(["query"], [text])
     (without,) = embedded.encode(["query"], [""])
     assert embedded.is_blank(text) == (pair.windows[0].tolist() == without.windows[0].tolist())
@@ -199,8 +199,8 @@ def test_white_space_with_a_token_of_its_own_is_nothing_to_read(path: Path, tmp_
     assert not tokenizer.is_blank(" a")
 
 
-# White space as the package's cut knows it, and other characters that tokenizers treat as such; long
-# runs; marks that combine with what stands before; several scripts.
+# The strategies cover the white space at which the package cuts, other characters that tokenizers treat as
+# white space, long runs, combining marks and several scripts.
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 GAPS = st.text(st.sampled_from(" \n\t\r\u3000\u00a0\u2003\u200b\u0301"), min_size=1, max_size=6)
 
@@ -232,7 +232,7 @@ def test_the_cut_before_tokenizing_never_shows(
     long_gap=st.sampled_from([0, 0, 300, 20_000]),
 )
 @settings(max_examples=150, deadline=None)
-def test_nor_does_the_cut_before_the_end_of_a_query(
+def test_the_cut_before_the_end_of_a_query_never_shows(
     path: Path, plain_without_specials: Tokenizer, words: list[tuple[str, str]], repeats: int, long_gap: int
 ) -> None:
     text = "".join(word + gap for word, gap in words) * repeats
@@ -251,7 +251,9 @@ def left_cutting(path: Path) -> PairTokenizer:
 
 @given(run=st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=20, max_size=200))
 @settings(max_examples=50, deadline=None)
-def test_an_unbroken_run_is_cut_far_enough_out(tokenizer: PairTokenizer, plain: Tokenizer, run: str) -> None:
+def test_a_long_text_without_white_space_is_truncated_correctly(
+    tokenizer: PairTokenizer, plain: Tokenizer, run: str
+) -> None:
     text = run * 200
     expected = plain_ids(plain, "query", text, max_length=64, query_max_length=48)
     assert only_window(tokenizer, "query", text) == expected
@@ -259,7 +261,7 @@ def test_an_unbroken_run_is_cut_far_enough_out(tokenizer: PairTokenizer, plain: 
 
 @pytest.fixture(scope="module")
 def plain_without_specials(path: Path) -> Tokenizer:
-    """Return the tokenizer whose vocabulary has no control pieces for a text to hit by chance."""
+    """Return a tokenizer without control pieces in its vocabulary, which a random text could contain."""
     data = json.loads(path.read_text(encoding="utf-8"))
     for token_id in CONTROL_IDS | {3}:
         data["model"]["vocab"][token_id][0] = f" {token_id}"
@@ -321,7 +323,7 @@ def test_ten_megabytes_cost_little(path: Path, text: str) -> None:
     tracemalloc.stop()
     assert sum(map(len, pair.windows)) <= 512
     assert peak_bytes < 50e6
-    # Five times the promise: this is a guard against work that grows with the text, not a benchmark.
+    # Five times the documented limit. This test finds work that grows with the text; it is not a benchmark.
     assert seconds < 1.25
 
 
@@ -363,7 +365,7 @@ def test_baked_in_truncation_and_padding_are_off(path: Path, tmp_path: Path, tex
     assert [pair.windows[0].tolist() for pair in got] == [pair.windows[0].tolist() for pair in expected]
 
 
-def test_threads_share_it(tokenizer: PairTokenizer, texts: list[str]) -> None:
+def test_threads_share_a_tokenizer(tokenizer: PairTokenizer, texts: list[str]) -> None:
     jobs = [(texts[i % len(texts)][: 20 + i % 300], texts[-i % len(texts)] * (1 + i % 5)) for i in range(400)]
     expected = [only_window(tokenizer, *job) for job in jobs]
     barrier = threading.Barrier(8)
@@ -395,7 +397,7 @@ def test_wordpiece_specials_are_text_too(tmp_path: Path) -> None:
     assert only_window(tokenizer, "a", "</s> a <mask> <unk>") == [0, 5, 2, 2, 3, 5, 3, 3, 2]
 
 
-def test_a_foreign_frame_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_another_pair_format_is_refused(tmp_path: Path) -> None:
     data: dict[str, Any] = json.loads(train_tokenizer(["a b c"]).to_str())
     data["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
@@ -411,7 +413,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_the_real_tokenizer_agrees_with_transformers(assets: Path) -> None:
-    """2,000 real English and Chinese passages through XLM-R's own 250,002 pieces."""
+    """Compares 2,000 real English and Chinese passages, with the original vocabulary of 250,002 pieces."""
     from transformers import AutoTokenizer
 
     folder = assets / "xlmr-tokenizer"
