@@ -559,13 +559,15 @@ def test_threads_that_outlive_the_main_thread_are_served(checkpoint: Path) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_gets_a_typed_error(checkpoint: Path) -> None:
+@pytest.mark.parametrize("parent", ["loaded", "scored"])
+def test_a_forked_child_gets_a_typed_error(checkpoint: Path, parent: str) -> None:
     code = """
         import os, sys, time
         from bge_rerank_integrations import Scorer
         from bge_rerank_integrations.errors import ForkedProcessError
         scorer = Scorer(sys.argv[1], device="cpu")
-        scorer.score([("a", "b")])
+        if sys.argv[2] == "scored":
+            scorer.score([("a", "b")])
         child = os.fork()
         if child == 0:
             for call in (
@@ -578,7 +580,9 @@ def test_a_forked_child_gets_a_typed_error(checkpoint: Path) -> None:
                     call()
                     os._exit(1)
                 except ForkedProcessError as error:
-                    assert "spawn" in str(error)
+                    assert "had loaded a model" in str(error)
+                    for advice in ("post_fork", "worker_process_init", "worker_init_fn", "spawn"):
+                        assert advice in str(error), advice
             scorer.close()
             os._exit(0)
         deadline = time.monotonic() + 60
@@ -589,6 +593,6 @@ def test_a_forked_child_gets_a_typed_error(checkpoint: Path) -> None:
                 break
             time.sleep(0.01)
     """
-    completed = run_python(code, checkpoint)
+    completed = run_python(code, checkpoint, parent)
     assert (completed.returncode, completed.stdout.strip()) == (0, "0 1")
     assert ForkedProcessError.__name__ not in completed.stderr
