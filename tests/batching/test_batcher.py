@@ -516,10 +516,10 @@ def test_repeated_passages_are_not_tokenized_again(checkpoint: Path, texts: list
         assert scorer.stats().cache_hits == len(texts) + 1
 
 
-def run_python(code: str, checkpoint: Path) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, checkpoint: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a separate process. The test fails if the process does not end."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(checkpoint)],
+        [sys.executable, "-c", textwrap.dedent(code), str(checkpoint), *args],
         capture_output=True,
         text=True,
         timeout=600,
