@@ -82,7 +82,7 @@ def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
     [
         (
             {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
-            "'bert' checkpoint .*It is a cross-encoder .*runs XLM-RoBERTa cross-encoders: take BAAI/bge-.*'embedded'",
+            "'bert' checkpoint .*It is a cross-encoder .*runs XLM-RoBERTa cross-encoders: use BAAI/bge-.*'embedded'",
         ),
         (
             {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]},
@@ -93,7 +93,7 @@ def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
         ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "'gemma' .*It is a language model"),
         ({"architectures": ["XLMRobertaForMaskedLM"]}, "XLMRobertaForMaskedLM"),
         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "num_labels = 2"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never does"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never runs"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder = True"),
@@ -113,7 +113,7 @@ def test_a_lora_adapter(folder: Path) -> None:
     refuse(
         folder,
         UnsupportedCheckpointError,
-        "is a LoRA adapter.*Merge the two first.*base, lora, merged = 'BAAI/bge-reranker-base', .*merge_and_unload",
+        "is a LoRA adapter.*Merge it into its base model first.*base, lora, merged = 'BAAI/bge-reranker-base', .*merge_and_unload",
     )
     (folder / "adapter_config.json").write_text("{}")
     refuse(folder, UnsupportedCheckpointError, "'BASE_MODEL'")
@@ -156,11 +156,13 @@ def test_a_hub_cache_copied_without_what_its_links_point_to(checkpoint: Path, tm
     for missing in ("config.json", "tokenizer.json", "model.safetensors"):
         (entry / "blobs" / missing).unlink()
         refuse(
-            snapshot, CheckpointNotFoundError, f"{missing} is a link to a file that is not there.*--local-dir"
+            snapshot,
+            CheckpointNotFoundError,
+            f"{missing} is a link to a file that does not exist.*--local-dir",
         )
         (entry / "blobs" / missing).write_bytes(blobs[missing])
     shutil.rmtree(entry / "blobs")
-    refuse(entry, CheckpointNotFoundError, "config.json is a link to a file that is not there.*cp -rL")
+    refuse(entry, CheckpointNotFoundError, "config.json is a link to a file that does not exist.*cp -rL")
     shutil.rmtree(entry / "snapshots")
     refuse(entry, CheckpointNotFoundError, "none of its snapshots.*hf download someone/reranker --local-dir")
 
@@ -184,7 +186,7 @@ def test_a_local_folder_has_no_revisions(folder: Path) -> None:
 
 def test_a_missing_layer(folder: Path) -> None:
     edit_weights(folder, without("roberta.encoder.layer.1."))
-    refuse(folder, CorruptCheckpointError, "16 tensor.s. .* missing.*encoder.layer.1.*fetch")
+    refuse(folder, CorruptCheckpointError, "16 tensor.s. .* missing.*encoder.layer.1.*download")
 
 
 def test_an_extra_layer(folder: Path) -> None:
@@ -194,7 +196,7 @@ def test_an_extra_layer(folder: Path) -> None:
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:
     edit_config(folder, intermediate_size=64)
-    refuse(folder, CorruptCheckpointError, "has shape .*but config.json calls for")
+    refuse(folder, CorruptCheckpointError, "has shape .*but config.json requires")
 
 
 def test_quantized_weights(folder: Path) -> None:
@@ -205,7 +207,7 @@ def test_quantized_weights(folder: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite(folder: Path, value: float) -> None:
     edit_weights(folder, with_value(value))
-    refuse(folder, CorruptCheckpointError, "output.dense.weight holds NaN or infinity")
+    refuse(folder, CorruptCheckpointError, "output.dense.weight contains NaN or infinity")
 
 
 def test_values_that_overflow_in_the_precision_asked_for(folder: Path) -> None:
@@ -234,7 +236,7 @@ def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
 def test_a_truncated_file(folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    refuse(folder, CorruptCheckpointError, "damaged or was not downloaded to its end.*fetch it again")
+    refuse(folder, CorruptCheckpointError, "damaged or was not downloaded completely.*download it again")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -247,7 +249,7 @@ def test_a_git_lfs_pointer(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    refuse(folder, CheckpointNotFoundError, f"holds no {name}")
+    refuse(folder, CheckpointNotFoundError, f"contains no {name}")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
@@ -289,7 +291,7 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         Scorer("./nowhere")
     (tmp_path / "file").touch()
-    refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; name the folder")
+    refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; pass the folder")
 
 
 def test_a_name_that_the_hub_would_not_take() -> None:
@@ -302,7 +304,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) ->
     # The whole suite runs with the hub switched off.
     with pytest.raises(
         HubUnreachableError,
-        match=r"To work offline, fetch it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
+        match=r"To work offline, download it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
     ):
         Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
 
@@ -435,14 +437,14 @@ def test_inputs_that_are_made_in_another_way(folder: Path, settings: dict[str, A
 def test_settings_that_cannot_be_read(folder: Path, name: str, content: str) -> None:
     save_as_sentence_transformers_does(folder)
     (folder / name).write_text(content)
-    refuse(folder, CorruptCheckpointError, "fetch it again")
+    refuse(folder, CorruptCheckpointError, "download it again")
 
 
 @pytest.mark.parametrize("prompts", [{}, {"search": 3}, None, []])
 @pytest.mark.parametrize("name", ["search", ["search"]])
 def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any, name: Any) -> None:
     save_as_sentence_transformers_does(folder, prompts=prompts, default_prompt_name=name)
-    refuse(folder, CorruptCheckpointError, "no text for its default_prompt_name .*search")
+    refuse(folder, CorruptCheckpointError, "defines no prompt for its default_prompt_name .*search")
 
 
 def test_a_prompt_makes_another_checkpoint(folder: Path) -> None:
@@ -495,13 +497,13 @@ def test_a_hash_pins_the_weights(folder: Path, scorer: Scorer, sharded: bool) ->
     changed = bytearray(path.read_bytes())
     changed[-1] ^= 1  # the last bit of a weight, which nothing else would notice
     path.write_bytes(changed)
-    refuse(folder, CorruptCheckpointError, "not the one asked for", sha256=sha256)
+    refuse(folder, CorruptCheckpointError, "which is not the expected one", sha256=sha256)
 
 
 def test_a_missing_shard(folder: Path) -> None:
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refuse(folder, CheckpointNotFoundError, "holds no model-00002-of-00002")
+    refuse(folder, CheckpointNotFoundError, "contains no model-00002-of-00002")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
@@ -509,7 +511,7 @@ def test_an_index_that_points_elsewhere(folder: Path, name: Any) -> None:
     weight_map = shard(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, name)}))
-    refuse(folder, CorruptCheckpointError, "points outside its folder")
+    refuse(folder, CorruptCheckpointError, "names a weight file outside its folder")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -24,6 +24,7 @@ from bge_rerank_integrations.engine.attention import (
     resolve_attention,
     sdpa_attention,
 )
+from bge_rerank_integrations.engine.blocks import PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
@@ -125,7 +126,7 @@ def test_each_way_of_linear_layers_agrees(
         pytest.skip("needs a torch built with oneDNN")
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, linear=linear, attention=sdpa_attention)
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(linear))
     assert not weights, "every weight is taken, so that no second copy lives on"
     sequences = random_ids([9, 120, 120, 512], vocab_size, seed=7)
     logits = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
@@ -144,7 +145,7 @@ def test_positions_begin_after_the_padding_index(runner: Runner) -> None:
 def test_rows_beyond_the_last_sequence_change_nothing(checkpoint: Path, vocab_size: int) -> None:
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, linear=plain_linear, attention=sdpa_attention)
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(plain_linear))
     sequences = random_ids([9, 120, 33], vocab_size, seed=9)
     exact = model(pack(sequences, padding_idx=1, device=CPU))
     filled = pack(sequences, padding_idx=1, device=CPU, num_rows=lambda n: n + 37)
@@ -175,7 +176,7 @@ def test_requests_of_changing_shape_reach_the_linear_layers_as_few(checkpoint: P
 
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, linear=recording_linear, attention=sdpa_attention)
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(recording_linear))
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, num_rows=round_up_rows)
     for length in range(1, 401, 3):
         runner.run(random_ids([length, length // 2 + 1], vocab_size, seed=length))
