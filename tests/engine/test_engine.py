@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.config import DType
+from bge_rerank_integrations.engine import build
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
     flash_attention,
@@ -234,6 +236,12 @@ def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture)
         resolve_linear(CPU, torch.float32)
     assert "sdpa_attention" in caplog.text
     assert "linear layers on cpu" in caplog.text
+
+
+def test_every_precision_of_the_config_has_a_builder() -> None:
+    names = {"float8": "float8_e4m3fn"}
+    dtypes = {getattr(torch, names.get(name, name)) for name in get_args(DType) if name != "auto"}
+    assert set(build._BUILDERS) == dtypes
 
 
 @pytest.mark.parametrize("fails", [False, True])
