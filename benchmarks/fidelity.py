@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from scipy.stats import kendalltau
 
 from benchmarks import report
 from benchmarks.common import Pairs, quiet
-from benchmarks.kendall import tau_b
 from benchmarks.models import chosen_model
 from benchmarks.peers.registry import REFERENCE, load, load_all
 from bge_rerank_integrations.evaluation.bm25 import Bm25
@@ -136,7 +136,12 @@ def judge(
     results = []
     for key, scores in values.items():
         theirs = candidates.run(scores, depth)
-        taus = [tau_b(list(truth[query_id].values()), list(theirs[query_id].values())) for query_id in truth]
+        taus = [
+            float(kendalltau(list(truth[query_id].values()), list(theirs[query_id].values())).statistic)
+            for query_id in truth
+            if len(truth[query_id]) > 1
+        ]
+        # The tau-b of a query is NaN if either ranking consists of ties only.
         defined = [tau for tau in taus if not math.isnan(tau)]
         results.append(
             {

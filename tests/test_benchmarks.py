@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import pytest
 
 from benchmarks.common import spread
 from benchmarks.gpu import count_flops
-from benchmarks.kendall import tau_b
 from benchmarks.measure import Reference, check, problems, tune, wrong_way
 from benchmarks.models import write_plain
 from benchmarks.peers.contender import Contender, longest_first, scored_by_query
@@ -262,36 +260,6 @@ def test_a_plain_copy_scores_the_same(tmp_path: Path) -> None:
 
 
 # Arithmetic.
-
-
-def tau_b_by_definition(a: list[int], b: list[int]) -> float:
-    """Count every two things, as the definition does."""
-    agree = disagree = tied_a = tied_b = 0
-    for i, j in itertools.combinations(range(len(a)), 2):
-        product = (a[i] - a[j]) * (b[i] - b[j])
-        agree += product > 0
-        disagree += product < 0
-        tied_a += a[i] == a[j]
-        tied_b += b[i] == b[j]
-    total = len(a) * (len(a) - 1) // 2
-    return (agree - disagree) / math.sqrt((total - tied_a) * (total - tied_b))
-
-
-@pytest.mark.parametrize("num_values", [3, 8, 1000])  # the fewer, the more ties
-def test_tau_b_is_that_of_the_definition(num_values: int) -> None:
-    rng = random.Random(num_values)
-    for size in (4, 17, 60):
-        a, b = ([rng.randrange(num_values) for _ in range(size)] for _ in range(2))
-        assert tau_b(a, b) == pytest.approx(tau_b_by_definition(a, b))
-        assert tau_b(a, a) == pytest.approx(1)
-        assert tau_b(a, [-value for value in a]) == pytest.approx(-1)
-
-
-def test_tau_b_of_ties_alone_is_not_a_number() -> None:
-    assert math.isnan(tau_b([1, 1, 1], [1, 2, 3]))
-    assert math.isnan(tau_b([1], [1]))
-    with pytest.raises(ValueError, match="not of one length"):
-        tau_b([1, 2], [1, 2, 3])
 
 
 def test_flops_are_those_of_the_products() -> None:

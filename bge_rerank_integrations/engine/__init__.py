@@ -1,1 +1,1 @@
-"""Everything that touches torch: token ids in, logits out. Import from here only inside the package."""
+"""The part of the package that uses torch: it takes token ids and returns logits. It is not public."""

@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed batch: one signature, the implementation chosen once."""
+"""Attention within each sequence of a packed batch. All implementations share one signature."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from bge_rerank_integrations.engine.packing import Seqlens
 
 logger = logging.getLogger(__name__)
 
-_VARLEN_CAPABILITY = (8, 0)  # FlashAttention, which torch.nn.attention.varlen calls, begins with Ampere
+_VARLEN_CAPABILITY = (8, 0)  # torch.nn.attention.varlen calls FlashAttention, which needs Ampere or later
 _VARLEN_MAX_HEAD_DIM = 256
-# 16 MB of scores stay in a processor's cache; only sequences of thousands of tokens have more.
+# Most attention scores in one matrix product. 16 MB of scores stay in a processor's cache, and only sequences
+# of thousands of tokens have more.
 _MAX_SCORES = 1 << 23
-# Sequences that are computed together at most: more would share nothing but the calls.
+# Most sequences in one matrix product. A larger number would only save a few calls.
 _MAX_PART: Final = 16
 
 
 class VarlenAttention(Protocol):
-    """Bidirectional softmax attention, scaled by the root of the head's width."""
+    """Bidirectional softmax attention, scaled by the square root of the head dimension."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-        """Let each query row see the key rows of its own sequence.
+        """Compute attention from each query row to the key rows of its own sequence.
 
         Args:
-            q: [Tq, heads, head_dim]; rows as `q_seqlens` says. Rows beyond the last sequence give zeros,
-                or anything finite.
-            k: [Tkv, heads, head_dim]; rows as `kv_seqlens` says.
-            v: Of k's shape.
-            q_seqlens: B sequences of query rows.
-            kv_seqlens: The same B sequences' key rows.
+            q: Queries [Tq, heads, head_dim]. The output for rows after the last sequence is zero or any other
+                finite value.
+            k: Keys [Tkv, heads, head_dim].
+            v: Values [Tkv, heads, head_dim].
+            q_seqlens: The layout of the B sequences in `q`.
+            kv_seqlens: The layout of the same B sequences in `k` and `v`.
 
         Returns:
             [Tq, heads, head_dim], contiguous.
@@ -44,7 +45,7 @@ class VarlenAttention(Protocol):
 
 
 def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> VarlenAttention:
-    """Choose the implementation for a device and precision, and log which it is."""
+    """Choose the attention implementation for a device and a precision, and log the choice."""
     attention: VarlenAttention = sdpa_attention
     if _has_varlen_kernel(device, dtype, head_dim):
         attention = flash_attention
@@ -55,26 +56,26 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """`scaled_dot_product_attention` over each run of sequences of equal length; runs anywhere."""
+    """Run `scaled_dot_product_attention` on each run of sequences of equal length; works on every device."""
     return _attend_runs(F.scaled_dot_product_attention, q, k, v, q_seqlens, kv_seqlens)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Batched products and a softmax: in bfloat16 on CPUs, faster than torch's fused kernel.
+    """Run batched matrix products and a softmax; in bfloat16 on CPUs, faster than torch's fused kernel.
 
-    oneDNN compiles a kernel for each shape of a product and keeps it, half a megabyte each. So lengths are
-    rounded up, and sequences of one length are computed in parts whose sizes are powers of two. That leaves a
-    few hundred shapes.
+    oneDNN compiles a kernel of half a megabyte for each shape of a matrix product, and keeps it. To limit the
+    number of shapes to a few hundred, this function rounds lengths up, and splits a run of sequences of equal
+    length into parts whose sizes are powers of two.
     """
     if q_seqlens.max_seqlen == 1:
-        # One query a sequence is little work, and in float32 torch does it without oneDNN.
+        # With one query per sequence there is little work, and torch computes float32 without oneDNN.
         q32, k32, v32 = q.float(), k.float(), v.float()
         return sdpa_attention(q32, k32, v32, q_seqlens, kv_seqlens).to(q.dtype)
     return _attend_runs(_attend_by_products, q, k, v, q_seqlens, kv_seqlens)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """`torch.nn.attention.varlen`: one kernel over the whole batch."""
+    """Run `torch.nn.attention.varlen`, one kernel for the whole batch."""
     from torch.nn.attention.varlen import varlen_attn
 
     attended = varlen_attn(
@@ -86,7 +87,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
         q_seqlens.max_seqlen,
         kv_seqlens.max_seqlen,
     )
-    assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
+    assert isinstance(attended, Tensor)  # it is a tuple only with auxiliary outputs
     return attended
 
 
@@ -98,12 +99,12 @@ def _attend_runs(
     q_seqlens: Seqlens,
     kv_seqlens: Seqlens,
 ) -> Tensor:
-    """Apply `attend`, on [sequences, heads, length, head_dim], to runs of sequences of equal length."""
+    """Apply `attend` to each run of sequences of equal length, as [sequences, heads, length, head_dim]."""
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     output[sum(q_seqlens.lengths) :].zero_()
     q_start = kv_start = sequence = 0
     for count, kv_length in kv_seqlens.runs():
-        # A run shares its query length too: that is either the same as the key length or one.
+        # All sequences of a run have the same query length too: either the key length, or 1.
         q_length = q_seqlens.lengths[sequence]
         q_end, kv_end = q_start + count * q_length, kv_start + count * kv_length
         attended = attend(
@@ -118,14 +119,14 @@ def _attend_runs(
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend on [sequences, heads, length, head_dim]; the queries are of the keys' length."""
+    """Compute attention on [sequences, heads, length, head_dim], with as many queries as keys."""
     parts = zip(*(rows.split(_part_sizes(len(q))) for rows in (q, k, v)), strict=True)
     attended = [_attend_part(*part) for part in parts]
     return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 def _part_sizes(count: int) -> list[int]:
-    """Return powers of two, the largest first, that add up to a count."""
+    """Return powers of two that add up to `count`, largest first."""
     sizes = [_MAX_PART] * (count // _MAX_PART)
     return sizes + [
         1 << bit for bit in range(_MAX_PART.bit_length() - 1, -1, -1) if count % _MAX_PART >> bit & 1
@@ -135,7 +136,7 @@ def _part_sizes(count: int) -> list[int]:
 def _attend_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     shape, length = k.shape[:2], k.shape[2]
     missing = round_up_rows(length) - length
-    # A copy with each head's rows next to each other: products over strided ones are several times slower.
+    # Copy the rows of each head next to each other: products of strided rows are several times slower.
     q, k, v = (
         (F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()).flatten(0, 1)
         for rows in (q, k, v)

@@ -1,4 +1,4 @@
-"""How pairs are put into batches: lengths in, batches out."""
+"""Groups sequences into batches by their lengths."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
     """Group sequences into batches that hold at most `max_batch_tokens` tokens.
 
-    Sequences are taken longest first, so that neighbours in a batch are of like length, a batch that
-    does not fit into memory shows at once, and progress only speeds up. Nothing is padded, so the sum
-    of the lengths is exactly what a batch costs.
+    The longest sequences come first. This puts sequences of similar length into the same batch, shows in the
+    first batch whether memory suffices, and makes progress faster towards the end. Batches are not padded, so
+    the cost of a batch is the sum of its lengths.
 
     Args:
-        lengths: Tokens of each sequence, each at least 1.
-        max_batch_tokens: Most tokens in one batch. A longer single sequence gets a batch of its own.
+        lengths: Number of tokens of each sequence, at least 1.
+        max_batch_tokens: Most tokens in one batch. A single sequence that is longer gets its own batch.
 
     Returns:
-        Batches of indices into `lengths`; each index stands in exactly one, equal lengths in input
-        order.
+        Batches of indices into `lengths`. Each index is in exactly one batch. Sequences of equal length keep
+        their input order.
 
     Example:
         >>> plan_batches([3, 9, 4, 3], max_batch_tokens=10)

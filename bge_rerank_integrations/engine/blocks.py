@@ -1,4 +1,4 @@
-"""What an encoder layer is made of, matrix products and what lies around them, behind one set of calls."""
+"""The parts of an encoder layer, and the protocol that every implementation of them follows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bge_rerank_integrations.engine.linear import LinearFactory
 
 
 class Parameters(NamedTuple):
-    """Of a linear layer: weight [out, in] and bias [out]."""
+    """Parameters of a linear layer: weight [out, in] and bias [out]."""
 
     weight: Tensor
     bias: Tensor
 
 
 class Norm(NamedTuple):
-    """Of a LayerNorm: weight and bias [width], and what is added to the variance."""
+    """Parameters of a LayerNorm: weight [width], bias [width], and `eps`, which is added to the variance."""
 
     weight: Tensor
     bias: Tensor
@@ -28,11 +28,11 @@ class Norm(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Rows in few bits.
+    """Quantized rows. `codes * scales` restores the values.
 
     Attributes:
-        codes: [rows, width] in the narrow type.
-        scales: float32 [rows, 1], what each row is to be multiplied by.
+        codes: [rows, width] in the quantized type.
+        scales: float32 [rows, 1], the scale of each row.
     """
 
     codes: Tensor
@@ -40,49 +40,49 @@ class Quantized(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The residual stream, [rows, width], and beside it what products may read in its place.
+    """The residual stream, with quantized rows where matrix products read those instead.
 
     Attributes:
-        values: The rows.
-        quantized: The rows less the bias of the norm that made them.
+        values: The rows [rows, width].
+        quantized: The quantized rows, without the bias of the norm that computed them.
     """
 
     values: Tensor
     quantized: Quantized | None = None
 
     def select(self, indices: Tensor) -> Rows:
-        """Return copies of some rows."""
+        """Return copies of the rows at `indices`."""
         if self.quantized is None:
             return Rows(self.values[indices])
         codes, scales = self.quantized
-        # As bytes: not every torch can index the narrow types.
+        # Index the codes as bytes: some releases of torch cannot index float8 types.
         chosen = codes.view(torch.uint8)[indices].view(codes.dtype)
         return Rows(self.values[indices], Quantized(chosen, scales[indices]))
 
 
 class Blocks(Protocol):
-    """Makes the parts of a layer from their parameters, which a part may keep in a layout of its own."""
+    """Builds the parts of a layer. A part may store its parameters in its own layout."""
 
     def embed(self, token_type: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Rows]:
-        """Make the norm over the sum of words' and positions' embeddings and the token type's."""
+        """Return a function that adds word, position and token type embeddings, and normalizes the sum."""
 
     def project(self, linear: Parameters, before: Norm) -> Callable[[Rows], Tensor]:
-        """Make a projection to what attention reads, of rows that a norm made."""
+        """Return a projection to queries, keys or values, for rows that the norm `before` computed."""
 
     def attention_output(self, linear: Parameters, norm: Norm) -> Callable[[Tensor, Rows], Rows]:
-        """Make what follows attention: of attended rows and the residual, projection, sum and norm."""
+        """Return a function that projects attention outputs, adds the residual, and normalizes the sum."""
 
     def feed_forward(
         self, up: Parameters, down: Parameters, before: Norm, norm: Norm
     ) -> Callable[[Rows], Rows]:
-        """Make the feed-forward part: of rows that a norm made, two products with a GELU, sum and norm."""
+        """Return the feed-forward part (product, GELU, product, residual, norm) for rows from `before`."""
 
 
 class PlainBlocks:
-    """Torch's own operators around a way to run linear layers.
+    """Layers of torch's own operators, with a choice of how linear layers run.
 
     Args:
-        linear: The way.
+        linear: Makes a linear layer from its weight and bias.
     """
 
     def __init__(self, linear: LinearFactory) -> None:

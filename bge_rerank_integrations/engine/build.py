@@ -1,8 +1,20 @@
-"""From a checkpoint to a forward pass: the one place that puts precisions, kernels and threads together."""
+"""Builds the forward pass of a checkpoint. This module alone decides how each precision runs.
+
+To add a precision:
+
+1. Add its name to `DType` in `config.py`, and the devices that support it to `resolve_dtype` in `device.py`.
+2. Write a builder here: a function from a `ModelSpec` to a `Model`. It checks the device, loads the weights
+   and returns the forward pass. It should check everything it can before it loads the weights.
+3. Add the builder to `_BUILDERS`. Most precisions differ only in their layers: implement `Blocks` (see
+   `blocks.py`) and pass it to `_build_packed`.
+4. If the weights in memory need another dtype than the precision, say so in `activation_dtype` in
+   `device.py`, or in `_loaded_dtype` in `checkpoint/weights.py`.
+5. Name its kernels in `describe.py`, and give it a tolerance in `tests/support/tolerances.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -11,27 +23,52 @@ import torch
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
+from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
 from bge_rerank_integrations.engine.cuda.graphs import Graphs
-from bge_rerank_integrations.engine.cuda.selection import resolve_blocks, resolve_graphs
+from bge_rerank_integrations.engine.cuda.selection import (
+    resolve_float8_blocks,
+    resolve_fused_blocks,
+    resolve_graphs,
+)
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
 
-# Few enough for every checkpoint's positions and for the pass to take no time to speak of.
+# Every checkpoint has this many positions, and a pass over so few tokens takes almost no time.
 _FIRST_PASS_TOKENS: Final = 4
 
 
+class ModelSpec(NamedTuple):
+    """Everything that decides how a model is loaded and run.
+
+    Attributes:
+        folder: The folder of a verified checkpoint.
+        shape: The shape of the checkpoint.
+        config: The scorer's settings. Builders read the longest pair and the number of CPU threads from it.
+        device: The device that the model runs on.
+        dtype: The precision of the encoder's matrix products.
+        max_batch_tokens: Most tokens in one batch.
+    """
+
+    folder: Path
+    shape: EncoderShape
+    config: ScorerConfig
+    device: torch.device
+    dtype: torch.dtype
+    max_batch_tokens: int
+
+
 class Model(NamedTuple):
-    """A model on a device.
+    """A model that is loaded onto a device.
 
     Attributes:
         forward: Runs a batch.
-        num_rows: How many rows it wants for a number of tokens.
-        graphs: What can capture its small batches, where anything can.
+        num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
+        graphs: Captures and replays small batches; None where that is not supported.
     """
 
     forward: Forward
@@ -39,63 +76,77 @@ class Model(NamedTuple):
     graphs: Graphs | None = None
 
 
-def build_model(
-    folder: Path,
-    shape: EncoderShape,
-    config: ScorerConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_batch_tokens: int,
-) -> Model:
-    """Load a verified checkpoint and choose how it runs.
-
-    Args:
-        folder: The checkpoint.
-        shape: Its shape.
-        config: How long pairs may be, and how many threads may compute.
-        device: Where to.
-        dtype: Precision of the encoder's products.
-        max_batch_tokens: Most tokens of a batch.
+def build_model(spec: ModelSpec) -> Model:
+    """Load a checkpoint and build its forward pass.
 
     Raises:
         CheckpointError: The weights cannot be used.
-        ConfigError: The model's widths do not go with the precision.
-        DeviceError: The device has no arithmetic for the precision.
-        MissingExtraError: int8 is asked for and numba is not installed.
+        ConfigError: The precision does not support the model's widths.
+        DeviceError: The device does not support the precision.
+        MissingExtraError: The precision is int8 and numba is not installed.
     """
-    if dtype is torch.int8:
-        require_int8(shape.head_dim)
-        # Here alone: nothing else needs numba, or pays for what it compiles.
-        from bge_rerank_integrations.engine.cpu.int8_model import Int8CrossEncoder
-
-        weights = load_weights(folder, shape, device=device, dtype=dtype)
-        model = Model(Int8CrossEncoder(shape, weights), int)
-    else:
-        activations = activation_dtype(dtype)
-        linear = resolve_linear(device, dtype)
-        attention = resolve_attention(device, activations, shape.head_dim)
-        blocks = resolve_blocks(device, dtype, shape)
-        weights = load_weights(folder, shape, device=device, dtype=activations)
-        encoder = PackedCrossEncoder(
-            shape,
-            weights,
-            linear=linear.make,
-            num_rows=linear.num_rows,
-            attention=attention,
-            blocks=blocks,
-        )
-        graphs = resolve_graphs(encoder, device, attention, shape, config.max_length, max_batch_tokens)
-        model = Model(encoder, linear.num_rows, graphs)
-    if device.type != "cpu":
+    model = _BUILDERS[spec.dtype](spec)
+    if spec.device.type != "cpu":
         return model
-    # One pass on this thread alone. In their first call libraries set up what they need, and compile and load
-    # kernels. No request waits for that now, and no two threads do it at once; `first_calls` says why.
-    ids = np.full(_FIRST_PASS_TOKENS, shape.padding_idx, np.int32)
-    model.forward(pack([ids], padding_idx=shape.padding_idx, device=device, num_rows=model.num_rows))
-    # Attention is 4 * width * length operations a token and layer, products 24 * width^2, not equally fast.
-    # Measured at a width of 768: 1,360 in int8 and 5,600 in float32 on an Intel processor, about 1,650 in
-    # bfloat16 and 1,100 in float32 on an AMD one. An error here costs a few per cent of balance, no more.
-    length_of_double_cost = (3 if dtype is torch.float32 else 2) * shape.hidden_size
-    threads = resolve_num_threads(config)
+    # Run one pass on this thread alone. In their first call, libraries initialize themselves, and compile and
+    # load kernels. After this pass no request waits for that, and no two threads do it at the same time. The
+    # module `first_calls` explains why two threads must not.
+    padding_idx = spec.shape.padding_idx
+    ids = np.full(_FIRST_PASS_TOKENS, padding_idx, np.int32)
+    model.forward(pack([ids], padding_idx=padding_idx, device=spec.device, num_rows=model.num_rows))
+    # Per token and layer, attention takes 4 * width * length operations and the matrix products take
+    # 24 * width^2, at different speeds. The length at which both take the same time was measured at a width
+    # of 768: 1,360 in int8 and 5,600 in float32 on an Intel processor, about 1,650 in bfloat16 and 1,100 in
+    # float32 on an AMD one. A wrong length makes the split uneven by a few per cent at most.
+    length_of_double_cost = (3 if spec.dtype is torch.float32 else 2) * spec.shape.hidden_size
+    threads = resolve_num_threads(spec.config)
     return model._replace(forward=SplitForward(model.forward, threads, length_of_double_cost, model.num_rows))
+
+
+def _build_floating(spec: ModelSpec) -> Model:
+    """Build a model in float32, float16 or bfloat16."""
+    linear = resolve_linear(spec.device, spec.dtype)
+    blocks = resolve_fused_blocks(spec.device, spec.dtype, spec.shape) or PlainBlocks(linear.make)
+    return _build_packed(spec, blocks, linear.num_rows)
+
+
+def _build_float8(spec: ModelSpec) -> Model:
+    """Build a model whose matrix products are in float8, for CUDA devices."""
+    return _build_packed(spec, resolve_float8_blocks(spec.device, spec.shape), int)
+
+
+def _build_int8(spec: ModelSpec) -> Model:
+    """Build a model whose matrix products are in int8, for CPUs."""
+    require_int8(spec.shape.head_dim)
+    # Only int8 needs numba and the kernels that numba compiles when this module is imported.
+    from bge_rerank_integrations.engine.cpu.int8_model import Int8CrossEncoder
+
+    weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=spec.dtype)
+    return Model(Int8CrossEncoder(spec.shape, weights), int)
+
+
+def _build_packed(spec: ModelSpec, blocks: Blocks, num_rows: Callable[[int], int]) -> Model:
+    """Build a `PackedCrossEncoder` from the layers of one precision.
+
+    Args:
+        spec: The model.
+        blocks: Makes the layers.
+        num_rows: Returns the number of rows to pad an input of the layers to, given the number it has.
+    """
+    activations = activation_dtype(spec.dtype)
+    attention = resolve_attention(spec.device, activations, spec.shape.head_dim)
+    weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=activations)
+    encoder = PackedCrossEncoder(spec.shape, weights, attention=attention, blocks=blocks, num_rows=num_rows)
+    graphs = resolve_graphs(
+        encoder, spec.device, attention, spec.shape, spec.config.max_length, spec.max_batch_tokens
+    )
+    return Model(encoder, num_rows, graphs)
+
+
+_BUILDERS: Final[Mapping[torch.dtype, Callable[[ModelSpec], Model]]] = {
+    torch.float32: _build_floating,
+    torch.float16: _build_floating,
+    torch.bfloat16: _build_floating,
+    torch.float8_e4m3fn: _build_float8,
+    torch.int8: _build_int8,
+}

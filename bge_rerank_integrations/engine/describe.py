@@ -1,4 +1,4 @@
-"""What this machine would run a model with, and what a checkpoint on it holds, without loading either."""
+"""Reports how this machine would run a model and what a checkpoint contains, without loading the model."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ from bge_rerank_integrations.engine.device import (
 )
 from bge_rerank_integrations.engine.linear import resolve_linear
 
-# All BGE rerankers have heads of this width, on which the choice of attention depends.
+# The head dimension of all BGE rerankers. The choice of the attention implementation depends on it.
 _BGE_HEAD_DIM = 64
-# Of the smallest of them: what kernels are tried on.
+# Hidden and intermediate size of the smallest BGE reranker. Kernels are tried on these widths.
 _BGE_WIDTHS = (768, 3072)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineReport:
-    """What a config comes to on this machine.
+    """How this machine would run a model with a given config.
 
     Attributes:
-        device: Such as `cpu`, `cuda:0` or, where a config names several, `cuda:0, cuda:1`.
-        device_name: What the vendor calls it, or the first of them, which all that follows is about.
-        device_reason: Why this one.
+        device: Such as `cpu` or `cuda:0`. If the config names several devices, such as `cuda:0, cuda:1`.
+        device_name: Product name of the first device. The attributes below describe that device.
+        device_reason: Why this device is used.
         dtype: Precision of the encoder.
-        dtype_reason: Why this one.
-        attention: Implementation of attention.
-        attention_reason: What it does.
-        linear: Implementation of linear layers.
-        linear_reason: What it does.
-        between_products: What computes bias and GELU, residual and norm; the reason where it is a fallback.
-        max_graph_tokens: Most tokens of a batch that runs as a CUDA graph after a warm-up; 0 if none does.
-        threads: CPU threads that compute.
-        threads_reason: Why so many.
-        cores: CPU cores that there are.
+        dtype_reason: Why this precision is used.
+        attention: Name of the attention implementation.
+        attention_reason: What that implementation does.
+        linear: Name of the implementation of linear layers.
+        linear_reason: What that implementation does.
+        between_products: Name of the operators for bias, GELU, residual and norm, which run between matrix
+            products. For a fallback it includes the reason.
+        max_graph_tokens: Most tokens in a batch that runs as a CUDA graph after a warm-up; 0 without graphs.
+        threads: Number of CPU threads that compute.
+        threads_reason: Why this number is used.
+        cores: Number of CPU cores of the machine.
         max_batch_tokens: Most tokens in one forward pass.
-        bfloat16: Whether the device computes in bfloat16 faster than in float32; None if unknown.
-        python: Version.
-        torch: Version.
+        bfloat16: Whether bfloat16 is faster than float32 on the device; None if unknown.
+        python: Version of Python.
+        torch: Version of torch.
     """
 
     device: str
@@ -84,17 +85,17 @@ class MachineReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport:
-    """What a checkpoint holds.
+    """What a checkpoint contains.
 
     Attributes:
-        folder: Where it lies.
-        num_bytes: Size of its files.
-        num_parameters: Weights of the model.
-        num_layers: Encoder layers.
-        hidden_size: Their width.
-        vocab_size: Pieces of the tokenizer.
-        max_length: Longest pair it takes, in tokens.
-        fingerprint: What tells it from another checkpoint; a digest of parts of it.
+        folder: Path of the checkpoint.
+        num_bytes: Total size of its files.
+        num_parameters: Number of parameters of the model.
+        num_layers: Number of encoder layers.
+        hidden_size: Width of the hidden states.
+        vocab_size: Number of tokens in the vocabulary.
+        max_length: Longest pair that the model accepts, in tokens.
+        fingerprint: A digest of parts of the files, which differs between checkpoints.
     """
 
     folder: str
@@ -109,13 +110,13 @@ class CheckpointReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionReport:
-    """The precision that a config comes to on this machine, and the one that would be faster.
+    """The precision that a config selects on this machine, and a faster one where there is one.
 
     Attributes:
-        device: Such as `cpu` or, where a config names several, `cuda:0, cuda:1`.
+        device: Such as `cpu`. If the config names several devices, such as `cuda:0, cuda:1`.
         dtype: Precision of the encoder, by its name in a config.
-        faster: Value of `dtype` that is faster on this device; None where there is none.
-        faster_extra: The extra of this package that `faster` needs and that is not installed; None where
+        faster: Value of `dtype` that is faster on this device; None if there is none.
+        faster_extra: The extra of this package that `faster` needs and that is not installed; None if
             nothing is missing.
     """
 
@@ -126,11 +127,11 @@ class PrecisionReport:
 
 
 def describe_precision(config: ScorerConfig) -> PrecisionReport:
-    """Return the precision that a config comes to on this machine, and the one that would be faster.
+    """Return the precision that a config selects on this machine, and a faster one where there is one.
 
     Raises:
-        ConfigError: The precision does not go with the device.
-        DeviceError: The device is not there.
+        ConfigError: The device does not support the precision.
+        DeviceError: The device is not available.
     """
     devices = [resolve_device(each) for each in config.per_device()]
     dtype = resolve_dtype(config, devices[0])
@@ -145,11 +146,11 @@ def describe_precision(config: ScorerConfig) -> PrecisionReport:
 
 
 def describe_machine(config: ScorerConfig) -> MachineReport:
-    """Return what a config comes to on this machine.
+    """Return how this machine would run a model with the given config.
 
     Raises:
-        ConfigError: The precision does not go with the device.
-        DeviceError: The device is not there.
+        ConfigError: The device does not support the precision.
+        DeviceError: The device is not available.
     """
     devices = [resolve_device(each) for each in config.per_device()]
     device = devices[0]
@@ -187,16 +188,16 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
 
 
 def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
-    """Return what a checkpoint holds, as far as its config and file sizes tell; asks no hub.
+    """Return what a checkpoint contains, from its config and file sizes, without a request to the hub.
 
     Raises:
-        CheckpointError: It is not on this machine, or no reranker.
-        ConfigError: The config wants longer pairs than it takes.
+        CheckpointError: The checkpoint is not on this machine, or it is not a reranker.
+        ConfigError: `max_length` is more than the model accepts.
     """
     folder = find_checkpoint(ScorerConfig.from_dict({**config.to_dict(), "local_files_only": True}))
     shape = read_shape(folder)
     check_max_length(config, shape)
-    read_default_prompt(folder)  # which refuses inputs that cannot be made here
+    read_default_prompt(folder)  # it raises for inputs that this package cannot build
     return CheckpointReport(
         folder=str(folder),
         num_bytes=sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file()),
@@ -210,7 +211,7 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
 
 
 def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return the precision that is faster on a device than this one, as `dtype` in a config."""
+    """Return the name of a precision that is faster than `dtype` on a device; None if there is none."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         if int8_obstacle() is None:
             return "int8"
@@ -221,7 +222,7 @@ def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
 def _implementations(
     device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[..., object], Callable[..., object]]:
-    """Return what computes attention and linear layers."""
+    """Return the implementations of attention and of linear layers."""
     if dtype is torch.int8:
         require_int8(_BGE_HEAD_DIM)
         from bge_rerank_integrations.engine.cpu.int8_attention import attend
@@ -244,8 +245,8 @@ def _why_device(device: torch.device) -> str:
     if device.type == "cuda":
         return "the current CUDA device"
     if device.type == "mps":
-        return "no CUDA device, but Apple's"
-    return "neither CUDA nor MPS is there"
+        return "no CUDA device is available, but MPS is"
+    return "neither CUDA nor MPS is available"
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool | None:

@@ -1,4 +1,4 @@
-"""From the names in a config to a torch device and dtype that this machine has."""
+"""Resolves the device, precision, token budget and thread count of a config on this machine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from bge_rerank_integrations.config import FLOAT8_NEEDS, FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
-# On a CPU small batches stay in the cache; a GPU wants enough rows to fill it, and on CUDA two such batches
-# are under way at once.
+# On a CPU, small batches stay in the cache. A GPU needs enough rows to keep all of it busy. On CUDA, two
+# batches of this size run at once.
 _MAX_BATCH_TOKENS: Final = {"cpu": 2048, "mps": 8192, "cuda": 16384}
-# Each of a CPU's threads has sequences of its own, and wants some of them.
+# Each CPU thread computes its own sequences, and needs several of them for an even split.
 _MIN_THREAD_TOKENS: Final = 512
-# Ada has the arithmetic as well as Hopper, and torch the kernels for both.
+# Ada and later: both Ada and Hopper have float8 arithmetic, and torch has kernels for both.
 _FLOAT8_CAPABILITY: Final = (8, 9)
 
 
 def resolve_device(config: ScorerConfig) -> torch.device:
-    """Return the device a config means.
+    """Return the device that a config selects.
 
     Raises:
-        DeviceError: This machine does not have it.
+        DeviceError: This machine does not have that device.
     """
     if config.device == "auto":
         if torch.cuda.is_available():
@@ -47,8 +47,9 @@ def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
     """Return the precision of the encoder's products on a device.
 
     Raises:
-        ConfigError: float16 on a CPU, float8 anywhere but on CUDA, or int8 anywhere but on a CPU.
-        DeviceError: float8 on a CUDA device that does not have it.
+        ConfigError: The precision is float16 on a CPU, float8 on a device other than CUDA, or int8 on a
+            device other than a CPU.
+        DeviceError: The precision is float8 and the CUDA device does not support it.
     """
     if config.dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -64,7 +65,7 @@ def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of what lies between products of a precision."""
+    """Return the precision of the activations between the matrix products of the given precision."""
     return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
 
@@ -77,7 +78,7 @@ def resolve_max_batch_tokens(config: ScorerConfig, device: torch.device) -> int:
 
 
 def resolve_num_threads(config: ScorerConfig) -> int:
-    """Return how many CPU threads compute."""
+    """Return the number of CPU threads that compute."""
     return config.num_threads or torch.get_num_threads()
 
 

@@ -1,4 +1,4 @@
-"""The ways a linear layer can run, behind one call."""
+"""Implementations of a linear layer behind one signature."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Linear = Callable[[Tensor], Tensor]
-"""[rows, in] to [rows, out]."""
+"""Maps [rows, in] to [rows, out]."""
 
 LinearFactory = Callable[[Tensor, Tensor], Linear]
-"""Weight [out, in] and bias [out] to a `Linear` that may keep the weight in a layout of its own."""
+"""Makes a `Linear` from a weight [out, in] and a bias [out]. It may store the weight in its own layout."""
 
 
 class LinearBackend(NamedTuple):
-    """A way to run linear layers.
+    """An implementation of linear layers.
 
     Attributes:
-        make: Makes one.
-        num_rows: The number of rows that is best given to them for a number that is wanted.
+        make: Makes a linear layer.
+        num_rows: Returns the number of rows to pad an input to, given the number of rows it has.
     """
 
     make: LinearFactory
     num_rows: Callable[[int], int]
 
 
-# oneDNN lays a weight out for a number of rows; it serves other numbers as well.
+# oneDNN chooses the layout of a weight for this number of rows. The layout also works for other numbers.
 _TYPICAL_ROWS = 512
 
 
 def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearBackend:
-    """Choose how linear layers run on a device in a precision, and log it."""
+    """Choose the implementation of linear layers for a device and a precision, and log the choice."""
     if _has_onednn(device, dtype):
         backend = LinearBackend(onednn_linear, round_up_rows)
     else:
@@ -46,7 +46,7 @@ def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearBackend:
 
 
 def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
-    """`torch.nn.functional.linear`; runs anywhere."""
+    """Run `torch.nn.functional.linear`; works on every device."""
 
     def linear(x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
@@ -55,13 +55,14 @@ def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
 
 
 def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
-    """Run through oneDNN with the weight laid out once beforehand, as torch's own compiler does.
+    """Run oneDNN with a weight that is reordered once at load time, as torch's own compiler does.
 
-    Through `F.linear` float32 goes to MKL, which is half as fast on AMD processors, and bfloat16 lays
-    the weight out anew in each call.
+    `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors, and bfloat16 reorders
+    the weight in each call.
 
-    oneDNN compiles a kernel for each number of rows it meets and keeps it, megabytes each and gigabytes
-    in all. So rows are filled up to one of a few numbers; whoever gives those saves a copy.
+    oneDNN compiles a kernel of several megabytes for each number of rows, and keeps it, which would add up to
+    gigabytes. To limit the number of kernels, the layer pads its input to one of a few numbers of rows. An
+    input that already has such a number of rows is not copied.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
@@ -77,7 +78,14 @@ def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
 
 
 def round_up_rows(num_rows: int, *, num_in_octave: int = 8) -> int:
-    """Return the next of a few numbers of rows: so many in each octave (a power of two), none below 16.
+    """Round a number of rows up to one of a few sizes.
+
+    Args:
+        num_rows: The number of rows, at least 1.
+        num_in_octave: Number of sizes between a power of two and the next one. Sizes are at least 16 apart.
+
+    Returns:
+        The smallest of the sizes that is at least `num_rows`.
 
     Example:
         >>> [round_up_rows(n) for n in (1, 100, 300, 1100)]

@@ -1,4 +1,7 @@
-"""The XLM-RoBERTa cross-encoder over packed sequences: no padding, first tokens only where they suffice."""
+"""The XLM-RoBERTa cross-encoder over packed sequences.
+
+Sequences are not padded. The last layer computes only the first token of each sequence, which the head reads.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import VarlenAttention
 from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, PlainBlocks, Rows
-from bge_rerank_integrations.engine.linear import LinearFactory, plain_linear
+from bge_rerank_integrations.engine.linear import plain_linear
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """What of a checkpoint's config.json decides the computation."""
+    """The settings in a checkpoint's config.json that define the model."""
 
     vocab_size: int
     hidden_size: int
@@ -37,11 +40,11 @@ class EncoderShape:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence in tokens: positions begin after `padding_idx`."""
+        """Longest sequence in tokens. The first `padding_idx + 1` position ids are not used."""
         return self.max_position_embeddings - self.padding_idx - 1
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of every tensor that a checkpoint of this shape must hold."""
+        """Return the name and shape of every tensor that a checkpoint of this shape must contain."""
         width, inner = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {
             "roberta.embeddings.word_embeddings.weight": (self.vocab_size, width),
@@ -67,13 +70,12 @@ class PackedCrossEncoder:
     """`XLMRobertaForSequenceClassification` with one label, for inference.
 
     Args:
-        shape: The checkpoint's shape.
-        weights: Every tensor of `shape.parameter_shapes()`, on the device it is to run on, the
-            classifier's in float32; they are taken out one by one, so that no second copy lives on.
-        attention: How attention runs.
-        linear: How the encoder's linear layers run, with plain operators around them.
-        num_rows: The number of rows that `linear` wants for a number of rows that is needed.
-        blocks: How the encoder's layers run instead.
+        shape: The shape of the checkpoint.
+        weights: Every tensor of `shape.parameter_shapes()` on the model's device, the classifier's in
+            float32. The model removes each tensor from the mapping, so that the mapping keeps no second copy.
+        attention: The attention implementation.
+        blocks: Makes the parts of the encoder's layers; None for torch's own operators.
+        num_rows: Returns the number of rows to pad an input of the layers to, given the number it has.
     """
 
     def __init__(
@@ -82,13 +84,12 @@ class PackedCrossEncoder:
         weights: MutableMapping[str, Tensor],
         *,
         attention: VarlenAttention,
-        linear: LinearFactory = plain_linear,
-        num_rows: Callable[[int], int] = int,
         blocks: Blocks | None = None,
+        num_rows: Callable[[int], int] = int,
     ) -> None:
-        take = _Taker(weights, shape, blocks or PlainBlocks(linear))
+        take = _Taker(weights, shape, blocks or PlainBlocks(plain_linear))
         self._words = weights.pop("roberta.embeddings.word_embeddings.weight")
-        # The one token type there is belongs to every position.
+        # Every token has the same token type.
         self._positions = weights.pop("roberta.embeddings.position_embeddings.weight")
         token_type = weights.pop("roberta.embeddings.token_type_embeddings.weight")[0]
         norm = take.norm("roberta.embeddings.LayerNorm")
@@ -99,7 +100,7 @@ class PackedCrossEncoder:
             self._layers.append(_FullLayer(take, name, norm, attention))
             norm = self._layers[-1].norm
         self._last_layer = _FirstTokenLayer(take, names[-1], norm, attention, num_rows)
-        # The head is B rows of work, and in float32 it costs nothing to be exact.
+        # The head computes only B rows, so the exact float32 costs almost nothing.
         self._dense = plain_linear(*take.parameters("classifier.dense"))
         self._out_proj = plain_linear(*take.parameters("classifier.out_proj"))
 
@@ -119,7 +120,7 @@ class _FullLayer:
     """One encoder layer over all tokens.
 
     Attributes:
-        norm: Its last.
+        norm: The last norm of the layer.
     """
 
     def __init__(self, take: _Taker, name: str, before: Norm, attention: VarlenAttention) -> None:
@@ -135,10 +136,10 @@ class _FullLayer:
 
 
 class _FirstTokenLayer:
-    """The last encoder layer for `<s>` of each sequence, which is all the head reads.
+    """The last encoder layer, for the first token of each of B sequences. The head reads nothing else.
 
-    Keys and values are computed of every token. Queries, and what follows attention, are computed of B rows
-    instead of T, and of as many more as the linear layers want: the rows beyond B repeat the first.
+    Keys and values are computed for all tokens. Queries, and everything after attention, are computed for B
+    rows, padded to the number of rows that the linear layers need. The padding repeats the first row.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class _FirstTokenLayer:
 
 
 class _AfterAttention:
-    """What follows attention in a layer: projection, residual, norm; feed-forward, residual, norm."""
+    """The part of a layer after attention: projection, residual, norm, feed-forward, residual, norm."""
 
     def __init__(self, take: _Taker, name: str) -> None:
         blocks = take.blocks
@@ -183,7 +184,7 @@ class _AfterAttention:
 
 
 class _Taker:
-    """Takes parameters out of a dict of weights."""
+    """Removes parameters from a mapping of weights and returns them."""
 
     def __init__(self, weights: MutableMapping[str, Tensor], shape: EncoderShape, blocks: Blocks) -> None:
         self.shape = shape

@@ -1,4 +1,4 @@
-"""Sequences laid end to end on a device, with nothing between them."""
+"""Packs sequences end to end on a device, without padding between them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seqlens:
-    """Where each sequence of a packed batch lies.
+    """The layout of the B sequences in a packed batch.
 
     Attributes:
-        lengths: Tokens of each of the B sequences, on the host.
-        cu_seqlens: int32 [B + 1] on the device: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1].
-        max_seqlen: The longest sequence.
+        lengths: Number of tokens of each sequence, on the host.
+        cu_seqlens: int32 [B + 1] on the device. Sequence i takes the rows from cu_seqlens[i] up to, but not
+            including, cu_seqlens[i + 1].
+        max_seqlen: Upper bound of the lengths, in tokens.
     """
 
     lengths: tuple[int, ...]
@@ -27,11 +28,11 @@ class Seqlens:
     max_seqlen: int
 
     def runs(self) -> list[tuple[int, int]]:
-        """Return neighbours of equal length as (number of sequences, length)."""
+        """Return each run of neighbouring sequences of equal length as (number of sequences, length)."""
         return [(len(list(group)), length) for length, group in groupby(self.lengths)]
 
     def first_tokens(self) -> Seqlens:
-        """Return the layout of the same sequences cut to their first token."""
+        """Return the layout of the same sequences, each cut to its first token."""
         num_sequences = len(self.lengths)
         cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device=self.cu_seqlens.device)
         return Seqlens((1,) * num_sequences, cu_seqlens, 1)
@@ -39,12 +40,12 @@ class Seqlens:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences of T tokens in all.
+    """B sequences in T rows, one row per token.
 
     Attributes:
-        ids: int32 [T] token ids. Rows beyond the last sequence, where there are any, belong to none.
-        positions: int32 [T] rows of the position embedding, from `padding_idx + 1` in each sequence.
-        seqlens: Where each sequence lies.
+        ids: int32 [T] token ids. Rows after the last sequence are padding.
+        positions: int32 [T] position ids, which start at `padding_idx + 1` in each sequence.
+        seqlens: The layout of the sequences.
     """
 
     ids: Tensor
@@ -60,15 +61,14 @@ def pack(
     num_rows: Callable[[int], int] = int,
     upload: Callable[[list[npt.NDArray[np.int32]]], Tensor] | None = None,
 ) -> PackedBatch:
-    """Lay sequences end to end and bring them to the device in one copy.
+    """Lay sequences end to end and copy them to the device in one transfer.
 
     Args:
-        sequences: int32 ids of each sequence; empty ones only to fill a batch up.
-        padding_idx: The padding token's id, after which XLM-RoBERTa's positions begin.
-        device: Where the tensors go.
-        num_rows: How many rows to make of a number of tokens; the same number unless the device's linear
-            layers want another.
-        upload: How arrays get to the device, end to end; None is plainly.
+        sequences: int32 token ids of each sequence. Only sequences that pad a batch may be empty.
+        padding_idx: Id of the padding token. XLM-RoBERTa's position ids start at `padding_idx + 1`.
+        device: The device of the result.
+        num_rows: Returns the number of rows to pad the batch to, given its number of tokens.
+        upload: Concatenates int32 arrays and copies them to the device; None for an ordinary copy.
     """
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
     cu_seqlens = np.zeros(len(sequences) + 1, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""One model on one device: ids in, logits out, one forward pass at a time."""
+"""Runs batches through one model on one device: token ids in, logits out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.batch_planning import plan_batches
-from bge_rerank_integrations.engine.build import build_model
+from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
@@ -33,28 +33,30 @@ from bge_rerank_integrations.engine.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
-# A try at more memory costs one failed batch, so it has to be rare.
+# Batches without an out-of-memory error after which the token budget doubles. A budget that turns out to be
+# too large costs one failed batch, so it must not be tried often.
 _BATCHES_TO_GROW = 100
 
 
 class Runner:
-    """Runs batches of sequences through a model, from any number of threads.
+    """Runs batches of sequences through a model. It may be called from any number of threads.
 
     Args:
-        forward: A packed batch to float32 logits [B] on the device.
-        device: Where the batches go.
-        padding_idx: The padding token's id, after which positions begin.
-        max_batch_tokens: Most tokens in one forward pass, to begin with.
-        num_rows: How many rows the forward pass wants for a number of tokens.
-        num_threads: CPU threads to compute with; None is as many as torch is set to.
-        transfer: How to copy, and with it how many batches may be under way at once; None is plainly.
-        graphs: What to run small batches with instead of `forward`, once they are captured.
+        forward: Maps a packed batch of B sequences to float32 logits [B] on the device.
+        device: The device that the batches run on.
+        padding_idx: Id of the padding token. Position ids start at `padding_idx + 1`.
+        max_batch_tokens: Most tokens in one forward pass at the start.
+        num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
+        num_threads: Number of CPU threads that compute; None for torch's current setting.
+        transfer: Copies to and from the device, and limits how many batches run at once; None for a
+            `PlainTransfer`.
+        graphs: Replays small batches as CUDA graphs instead of calling `forward`, once they are captured.
 
     Attributes:
-        device: Where the batches go.
-        max_batch_tokens: The working budget: out of memory lowers it, and it grows back while all goes
-            well, since the memory may have been another program's for a while.
-        num_splits: How many batches were out of memory.
+        device: The device that the batches run on.
+        max_batch_tokens: Most tokens in one forward pass now. An out-of-memory error lowers it. It grows back
+            while batches succeed, since another program may have used the memory only for a while.
+        num_splits: Number of batches that ran out of memory.
     """
 
     def __init__(
@@ -84,11 +86,11 @@ class Runner:
 
     @property
     def max_call_tokens(self) -> int:
-        """Most tokens that are worth one call: with fewer, nothing is under way beside a batch."""
+        """Most tokens that one call can keep running at once: the token budget of each concurrent batch."""
         return self.max_batch_tokens * self._transfer.depth
 
     def warmup(self) -> None:
-        """Do what is done once and takes longer than a request should; without it, no request does it."""
+        """Capture CUDA graphs where they are supported. Without this call, batches run without graphs."""
         if self._graphs is not None:
             with self._lock, self._on_device():
                 self._graphs.capture()
@@ -98,18 +100,19 @@ class Runner:
         sequences: Sequence[npt.NDArray[np.int32]],
         on_progress: Callable[[int], object] | None = None,
     ) -> list[float]:
-        """Score sequences; other threads' batches may run between this call's.
+        """Score sequences. Batches of other threads may run between the batches of this call.
 
         Args:
-            sequences: int32 ids of each sequence, none empty, none longer than the model takes.
-            on_progress: Called with the number of sequences done after each batch.
+            sequences: int32 token ids of each sequence. No sequence is empty or longer than the model's
+                limit.
+            on_progress: Called after each batch with the number of sequences in it.
 
         Returns:
-            The raw logit of each sequence, in order.
+            The raw logit of each sequence, in input order.
 
         Raises:
-            torch.cuda.OutOfMemoryError: A single sequence does not fit. Any other error of the forward
-                pass comes through as it is.
+            torch.cuda.OutOfMemoryError: A single sequence does not fit into memory. Any other error of the
+                forward pass is raised unchanged.
         """
         lengths = [len(sequence) for sequence in sequences]
         logits = [0.0] * len(sequences)
@@ -117,7 +120,7 @@ class Runner:
         running: deque[tuple[list[int], Callable[[], list[float]]]] = deque()
         try:
             while pending or running:
-                # Where copies do not wait, the next batch is packed and launched while this one computes.
+                # If copies do not block, the next batch is packed and launched while this one computes.
                 if pending and len(running) < self._transfer.depth:
                     batch = pending.popleft()
                     read = self._try([sequences[index] for index in batch], is_alone=not running)
@@ -136,7 +139,7 @@ class Runner:
                 if on_progress is not None:
                     on_progress(len(batch))
         finally:
-            for _, read in running:  # after an error: nothing of a call is under way when it ends
+            for _, read in running:  # after an error, wait for the batches that are still running
                 with suppress(Exception):
                     read()
         return logits
@@ -144,10 +147,17 @@ class Runner:
     def _try(
         self, sequences: list[npt.NDArray[np.int32]], *, is_alone: bool
     ) -> Callable[[], list[float]] | None:
-        """Launch one batch and return what waits for its logits; None where it was out of memory.
+        """Launch one batch.
 
-        The budget is then lowered, but only if no other batch was under way: else the batch is to be tried
-        again alone, so that what fails is what would fail without company.
+        An out-of-memory error lowers the token budget only if no other batch of this call was running.
+        Otherwise the caller tries the batch again later, without others: it may fit into memory by itself.
+
+        Args:
+            sequences: int32 token ids of each sequence.
+            is_alone: Whether no other batch of this call is running.
+
+        Returns:
+            A function that waits for the logits and returns them; None if the batch ran out of memory.
         """
         num_tokens = sum(map(len, sequences))
         try:
@@ -158,7 +168,7 @@ class Runner:
         except torch.cuda.OutOfMemoryError:
             if len(sequences) == 1 and is_alone:
                 raise
-        # Outside the handler, whose traceback keeps the failed pass's tensors alive.
+        # This code is outside the handler, because the traceback keeps the tensors of the failed pass alive.
         if not is_alone:
             return None
         with self._lock:
@@ -168,7 +178,7 @@ class Runner:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         logger.warning(
-            "out of memory with %d tokens in %d sequences; now at most %d tokens a batch",
+            "out of memory with %d tokens in %d sequences; batches now hold at most %d tokens",
             num_tokens,
             len(sequences),
             self.max_batch_tokens,
@@ -185,11 +195,11 @@ class Runner:
             upload=self._transfer.upload,
         )
         logits = self._forward(batch) if graphs is None else graphs(batch)
-        # Without those of sequences that filled the batch up.
+        # Drop the logits of the sequences that only padded the batch.
         return self._transfer.download(logits[: len(sequences)])
 
     def _on_device(self) -> AbstractContextManager[object]:
-        """Make the device the thread's current one: Triton's kernels and new streams go by that."""
+        """Make the device current for this thread: Triton kernels and new streams use the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _grow(self) -> None:
@@ -201,7 +211,7 @@ class Runner:
 
 @contextmanager
 def _cpu_threads(num_threads: int | None) -> Iterator[None]:
-    """Compute with a number of threads inside the block; torch counts them for each calling thread apart."""
+    """Compute with `num_threads` threads in this block. In torch this is a setting of the calling thread."""
     before = torch.get_num_threads()
     if num_threads is None or num_threads == before:
         yield
@@ -214,7 +224,7 @@ def _cpu_threads(num_threads: int | None) -> Iterator[None]:
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether an error of a forward pass means that every later one fails too, until a new process."""
+    """Return whether every later forward pass in this process would fail too, given the error of one pass."""
     message = str(error)
     if not isinstance(error, RuntimeError) or "out of memory" in message or "CUBLAS" in message:
         return False
@@ -222,26 +232,26 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> list[Runner]:
-    """Load a verified checkpoint onto each device the config means.
+    """Load a verified checkpoint onto each device that the config selects.
 
     Raises:
-        RerankError: As `load_runner` says.
+        RerankError: See `load_runner`.
     """
     first, *others = config.per_device()
     for other in others:
-        resolve_device(other)  # before the first is loaded for nothing
-    # The digest of the same files need be compared but once.
+        resolve_device(other)  # raise for a missing device before loading the first model
+    # All devices load the same files, so one comparison of the digest is enough.
     others = [dataclasses.replace(other, sha256=None) for other in others]
     return [load_runner(each, folder, shape) for each in (first, *others)]
 
 
 def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runner:
-    """Return a verified checkpoint on the device the config means, loaded unless somebody has it already.
+    """Return a runner for a verified checkpoint. Scorers with equal settings share one runner.
 
     Raises:
         CheckpointError: The weights cannot be used.
-        ConfigError: The precision does not go with the device.
-        DeviceError: The device is not there.
+        ConfigError: The device does not support the precision.
+        DeviceError: The device is not available.
     """
     device = resolve_device(config)
     if config.sha256 is not None:
@@ -253,7 +263,7 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
             resolve_dtype(config, device),
             resolve_max_batch_tokens(config, device),
             config.num_threads,
-            config.max_length if device.type == "cuda" else None,  # which CUDA graphs are captured for
+            config.max_length if device.type == "cuda" else None,  # CUDA graphs depend on it
         )
         runner = _loaded.get(key)
         if runner is None:
@@ -263,9 +273,7 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
 
 def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
     device, max_batch_tokens = key.device, key.max_batch_tokens
-    model = build_model(
-        folder, shape, config, device=device, dtype=key.dtype, max_batch_tokens=max_batch_tokens
-    )
+    model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
     return Runner(
         model.forward,
         device=device,
@@ -279,7 +287,7 @@ def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) ->
 
 
 class _Key(NamedTuple):
-    """What two scorers must have in common to share a runner."""
+    """The settings that two scorers must have in common to share a runner."""
 
     identity: tuple[tuple[str, int, int], ...]
     device: torch.device
@@ -289,6 +297,6 @@ class _Key(NamedTuple):
     max_length: int | None
 
 
-# Held by those who use them alone.
+# Only scorers hold strong references, so a runner is freed with its last scorer.
 _loaded: WeakValueDictionary[_Key, Runner] = WeakValueDictionary()
 _loading = threading.Lock()

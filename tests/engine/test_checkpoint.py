@@ -1,4 +1,4 @@
-"""Every way a checkpoint can be wrong is refused with a typed error that says what to do."""
+"""Wrong checkpoints are refused with a typed error that says what to do; valid variants are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAIRS = [("what is a panda?", "A bear."), ("panda", "hi")]
 
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    """Return a copy of the good checkpoint, to be broken."""
+    """Return a copy of a valid checkpoint, for a test to change."""
     return Path(shutil.copytree(checkpoint, tmp_path / "model"))
 
 
@@ -64,7 +64,7 @@ def refuse(folder: Path, error: type[CheckpointError], message: str, **settings:
     assert type(caught.value) is error
 
 
-def test_an_embedding_model(folder: Path) -> None:
+def test_an_embedding_model_is_refused(folder: Path) -> None:
     edit_config(folder, architectures=["XLMRobertaModel"])
     edit_weights(
         folder, lambda t: {n.removeprefix("roberta."): w for n, w in without("classifier")(t).items()}
@@ -72,7 +72,7 @@ def test_an_embedding_model(folder: Path) -> None:
     refuse(folder, UnsupportedCheckpointError, "An embedding model has no relevance head")
 
 
-def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
+def test_an_embedding_model_with_the_config_of_a_reranker_is_refused(folder: Path) -> None:
     edit_weights(folder, without("classifier."))
     refuse(folder, UnsupportedCheckpointError, "no relevance head .*use a reranker such as")
 
@@ -82,7 +82,7 @@ def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
     [
         (
             {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
-            "'bert' checkpoint .*It is a cross-encoder .*runs XLM-RoBERTa cross-encoders: take BAAI/bge-.*'embedded'",
+            "'bert' checkpoint .*It is a cross-encoder .*runs XLM-RoBERTa cross-encoders: use BAAI/bge-.*'embedded'",
         ),
         (
             {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]},
@@ -93,18 +93,18 @@ def test_an_embedding_model_that_claims_to_be_a_reranker(folder: Path) -> None:
         ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "'gemma' .*It is a language model"),
         ({"architectures": ["XLMRobertaForMaskedLM"]}, "XLMRobertaForMaskedLM"),
         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "num_labels = 2"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never does"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never runs"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder = True"),
     ],
 )
-def test_another_architecture(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_another_architecture_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, **changes)
     refuse(folder, UnsupportedCheckpointError, message)
 
 
-def test_a_lora_adapter(folder: Path) -> None:
+def test_a_lora_adapter_is_refused(folder: Path) -> None:
     adapter = {"base_model_name_or_path": "BAAI/bge-reranker-base", "peft_type": "LORA"}
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink()
@@ -113,13 +113,13 @@ def test_a_lora_adapter(folder: Path) -> None:
     refuse(
         folder,
         UnsupportedCheckpointError,
-        "is a LoRA adapter.*Merge the two first.*base, lora, merged = 'BAAI/bge-reranker-base', .*merge_and_unload",
+        "is a LoRA adapter.*Merge it into its base model first.*base, lora, merged = 'BAAI/bge-reranker-base', .*merge_and_unload",
     )
     (folder / "adapter_config.json").write_text("{}")
     refuse(folder, UnsupportedCheckpointError, "'BASE_MODEL'")
 
 
-def test_a_lora_adapter_beside_a_config_and_pickled_weights(folder: Path) -> None:
+def test_a_lora_adapter_with_a_config_and_pickled_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.bin").touch()
@@ -127,7 +127,7 @@ def test_a_lora_adapter_beside_a_config_and_pickled_weights(folder: Path) -> Non
 
 
 def cache_entry(checkpoint: Path, cache: Path) -> tuple[Path, Path]:
-    """Return a hub cache's entry of the checkpoint, and its snapshot, made of links as they are."""
+    """Return the entry of a hub cache for the checkpoint, and its snapshot, which consists of links."""
     entry = cache / "models--someone--reranker"
     snapshot = entry / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -137,7 +137,9 @@ def cache_entry(checkpoint: Path, cache: Path) -> tuple[Path, Path]:
     return entry, snapshot
 
 
-def test_a_hub_cache_is_told_from_a_checkpoint(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+def test_a_hub_cache_is_recognized_and_its_snapshot_is_named(
+    checkpoint: Path, tmp_path: Path, scorer: Scorer
+) -> None:
     entry, snapshot = cache_entry(checkpoint, tmp_path / "hub")
     refuse(
         entry,
@@ -150,22 +152,24 @@ def test_a_hub_cache_is_told_from_a_checkpoint(checkpoint: Path, tmp_path: Path,
         assert real.score(PAIRS) == scorer.score(PAIRS)
 
 
-def test_a_hub_cache_copied_without_what_its_links_point_to(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_hub_cache_with_dangling_links_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     entry, snapshot = cache_entry(checkpoint, tmp_path)
     blobs = {path.name: path.read_bytes() for path in (entry / "blobs").iterdir()}
     for missing in ("config.json", "tokenizer.json", "model.safetensors"):
         (entry / "blobs" / missing).unlink()
         refuse(
-            snapshot, CheckpointNotFoundError, f"{missing} is a link to a file that is not there.*--local-dir"
+            snapshot,
+            CheckpointNotFoundError,
+            f"{missing} is a link to a file that does not exist.*--local-dir",
         )
         (entry / "blobs" / missing).write_bytes(blobs[missing])
     shutil.rmtree(entry / "blobs")
-    refuse(entry, CheckpointNotFoundError, "config.json is a link to a file that is not there.*cp -rL")
+    refuse(entry, CheckpointNotFoundError, "config.json is a link to a file that does not exist.*cp -rL")
     shutil.rmtree(entry / "snapshots")
     refuse(entry, CheckpointNotFoundError, "none of its snapshots.*hf download someone/reranker --local-dir")
 
 
-def test_a_trainers_folder_names_its_checkpoints(folder: Path) -> None:
+def test_the_error_for_a_training_folder_names_its_checkpoints(folder: Path) -> None:
     inside = folder / "run"
     for number in (500, 1000):
         shutil.copytree(folder, inside / f"checkpoint-{number}", ignore=shutil.ignore_patterns("run"))
@@ -177,44 +181,44 @@ def test_a_trainers_folder_names_its_checkpoints(folder: Path) -> None:
     refuse(inside, CheckpointNotFoundError, message)
 
 
-def test_a_local_folder_has_no_revisions(folder: Path) -> None:
+def test_a_revision_of_an_absolute_folder_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is a local folder, which has no revisions; leave revision out"):
         Scorer(folder, revision="main")
 
 
-def test_a_missing_layer(folder: Path) -> None:
+def test_a_missing_layer_is_refused(folder: Path) -> None:
     edit_weights(folder, without("roberta.encoder.layer.1."))
-    refuse(folder, CorruptCheckpointError, "16 tensor.s. .* missing.*encoder.layer.1.*fetch")
+    refuse(folder, CorruptCheckpointError, "16 tensor.s. .* missing.*encoder.layer.1.*download")
 
 
-def test_an_extra_layer(folder: Path) -> None:
+def test_an_extra_layer_is_refused(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1)
     refuse(folder, CorruptCheckpointError, "16 tensor.s. do not belong.*encoder.layer.1")
 
 
-def test_a_tensor_of_another_shape(folder: Path) -> None:
+def test_a_tensor_of_the_wrong_shape_is_refused(folder: Path) -> None:
     edit_config(folder, intermediate_size=64)
-    refuse(folder, CorruptCheckpointError, "has shape .*but config.json calls for")
+    refuse(folder, CorruptCheckpointError, "has shape .*but config.json requires")
 
 
-def test_quantized_weights(folder: Path) -> None:
+def test_int8_weights_without_any_scale_are_refused(folder: Path) -> None:
     edit_weights(folder, lambda t: {n: w.to(torch.int8) for n, w in t.items()})
     refuse(folder, UnsupportedCheckpointError, "stored as I8")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite(folder: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
     edit_weights(folder, with_value(value))
-    refuse(folder, CorruptCheckpointError, "output.dense.weight holds NaN or infinity")
+    refuse(folder, CorruptCheckpointError, "output.dense.weight contains NaN or infinity")
 
 
-def test_values_that_overflow_in_the_precision_asked_for(folder: Path) -> None:
+def test_weights_that_overflow_in_the_requested_precision_are_refused(folder: Path) -> None:
     edit_weights(folder, lambda t: {n: w.double() for n, w in with_value(1e300)({n: w.double() for n, w in t.items()}).items()})  # fmt: skip
     refuse(folder, CorruptCheckpointError, "in torch.float32")
 
 
 class Canary:
-    """Leaves a mark when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -231,27 +235,27 @@ def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 10_000, -1])
-def test_a_truncated_file(folder: Path, size: int) -> None:
+def test_a_truncated_weight_file_is_refused(folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    refuse(folder, CorruptCheckpointError, "damaged or was not downloaded to its end.*fetch it again")
+    refuse(folder, CorruptCheckpointError, "damaged or was not downloaded completely.*download it again")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_git_lfs_pointer(folder: Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_refused(folder: Path, name: str) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (folder / name).write_text(pointer)
     refuse(folder, CorruptCheckpointError, "Git LFS pointer.*git lfs pull")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_missing_file(folder: Path, name: str) -> None:
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    refuse(folder, CheckpointNotFoundError, f"holds no {name}")
+    refuse(folder, CheckpointNotFoundError, f"contains no {name}")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
-def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     refuse(folder, CorruptCheckpointError, r"config\.json is not")
 
@@ -268,12 +272,12 @@ def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
         ("layer_norm_eps", float("inf")),
     ],
 )
-def test_a_config_with_a_value_that_cannot_be(folder: Path, name: str, value: object) -> None:
+def test_an_invalid_value_in_the_config_is_refused(folder: Path, name: str, value: object) -> None:
     edit_config(folder, **{name: value})
     refuse(folder, CorruptCheckpointError, r"config\.json is not valid")
 
 
-def test_a_tokenizer_of_another_model(folder: Path) -> None:
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
     edit_config(folder, vocab_size=100)
     edit_weights(
         folder,
@@ -284,37 +288,39 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
     refuse(folder, UnsupportedCheckpointError, "the tokenizer gives ids up to .* embeds only 100")
 
 
-def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", CheckpointNotFoundError, "does not exist")
     with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         Scorer("./nowhere")
     (tmp_path / "file").touch()
-    refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; name the folder")
+    refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; pass the folder")
 
 
-def test_a_name_that_the_hub_would_not_take() -> None:
+def test_an_invalid_hub_id_is_refused() -> None:
     with pytest.raises(CheckpointNotFoundError, match="nor a valid hub id"):
         Scorer("not a/valid/id")
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])
-def test_a_hub_that_cannot_be_reached(tmp_path: Path, local_files_only: bool) -> None:
-    # The whole suite runs with the hub switched off.
+def test_an_unreachable_hub_is_reported_with_the_steps_to_work_offline(
+    tmp_path: Path, local_files_only: bool
+) -> None:
+    # All tests run with HF_HUB_OFFLINE=1.
     with pytest.raises(
         HubUnreachableError,
-        match=r"To work offline, fetch it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
+        match=r"To work offline, download it once .*hf download BAAI/bge-reranker-base --local-dir bge-reranker-base",
     ):
         Scorer("BAAI/bge-reranker-base", cache_folder=str(tmp_path), local_files_only=local_files_only)
 
 
-def test_a_revision_of_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_of_a_local_folder_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    for model in (folder, folder.name):  # the second could be a model on the hub
+    for model in (folder, folder.name):  # the second could also be a hub id
         with pytest.raises(ConfigError, match="is a local folder, which has no revisions"):
             Scorer(model, device="cpu", revision="main")
 
 
-# --- what sentence-transformers says about inputs ----------------------------------------------------
+# --- settings of sentence-transformers for a model's inputs ----------------------------------------------------
 
 TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
 
@@ -322,7 +328,7 @@ TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
 def save_as_sentence_transformers_does(
     folder: Path, *, modules: Any = (TRANSFORMER,), input_settings: Any = None, **settings: Any
 ) -> None:
-    """Write what `CrossEncoder.save_pretrained` of sentence-transformers 6 writes beside the model."""
+    """Write the files that `CrossEncoder.save_pretrained` of sentence-transformers 6 adds to a model."""
     (folder / "config_sentence_transformers.json").write_text(
         json.dumps(
             {
@@ -357,8 +363,8 @@ def save_as_sentence_transformers_does(
 PROMPTS = {"search": "Find what answers this: ", "none": None, "empty": ""}
 
 
-def test_a_checkpoints_default_prompt_stands_before_the_query(folder: Path, scorer: Scorer) -> None:
-    """As `Transformer.preprocess` there: before the first text of the pair, as it is."""
+def test_the_default_prompt_of_a_checkpoint_is_put_before_the_query(folder: Path, scorer: Scorer) -> None:
+    """As in `Transformer.preprocess` of sentence-transformers: unchanged, before the first text of the pair."""
     save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
     prompted = [(PROMPTS["search"] + query, passage) for query, passage in PAIRS]  # type: ignore[operator]
     with Scorer(folder, device="cpu") as here:
@@ -385,7 +391,7 @@ def test_a_checkpoints_default_prompt_stands_before_the_query(folder: Path, scor
     ],
     ids=str,
 )
-def test_without_a_default_prompt_nothing_stands_there(
+def test_without_a_default_prompt_the_scores_do_not_change(
     folder: Path, scorer: Scorer, settings: dict[str, Any]
 ) -> None:
     save_as_sentence_transformers_does(folder, **settings)
@@ -393,7 +399,7 @@ def test_without_a_default_prompt_nothing_stands_there(
         assert here.score(PAIRS) == scorer.score(PAIRS)
 
 
-def test_prompts_count_only_beside_modules_as_there(folder: Path, scorer: Scorer) -> None:
+def test_prompts_are_ignored_without_modules_json(folder: Path, scorer: Scorer) -> None:
     save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
     (folder / "modules.json").unlink()
     with Scorer(folder, device="cpu") as here:
@@ -417,7 +423,7 @@ def test_prompts_count_only_beside_modules_as_there(folder: Path, scorer: Scorer
     ],
     ids=str,
 )
-def test_inputs_that_are_made_in_another_way(folder: Path, settings: dict[str, Any], message: str) -> None:
+def test_unsupported_input_settings_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
     save_as_sentence_transformers_does(folder, **settings)
     refuse(folder, UnsupportedCheckpointError, f"saved by sentence-transformers with.*{message}")
 
@@ -432,20 +438,20 @@ def test_inputs_that_are_made_in_another_way(folder: Path, settings: dict[str, A
         ("sentence_bert_config.json", "3"),
     ],
 )
-def test_settings_that_cannot_be_read(folder: Path, name: str, content: str) -> None:
+def test_damaged_settings_of_sentence_transformers_are_refused(folder: Path, name: str, content: str) -> None:
     save_as_sentence_transformers_does(folder)
     (folder / name).write_text(content)
-    refuse(folder, CorruptCheckpointError, "fetch it again")
+    refuse(folder, CorruptCheckpointError, "download it again")
 
 
 @pytest.mark.parametrize("prompts", [{}, {"search": 3}, None, []])
 @pytest.mark.parametrize("name", ["search", ["search"]])
-def test_a_default_prompt_that_is_not_there(folder: Path, prompts: Any, name: Any) -> None:
+def test_an_undefined_default_prompt_is_refused(folder: Path, prompts: Any, name: Any) -> None:
     save_as_sentence_transformers_does(folder, prompts=prompts, default_prompt_name=name)
-    refuse(folder, CorruptCheckpointError, "no text for its default_prompt_name .*search")
+    refuse(folder, CorruptCheckpointError, "defines no prompt for its default_prompt_name .*search")
 
 
-def test_a_prompt_makes_another_checkpoint(folder: Path) -> None:
+def test_a_prompt_changes_the_fingerprint(folder: Path) -> None:
     from bge_rerank_integrations.engine.checkpoint.files import fingerprint
 
     before = fingerprint(folder)
@@ -465,7 +471,7 @@ def test_a_cached_hub_model_loads_offline(checkpoint: Path, tmp_path: Path, scor
 
 
 def shard(folder: Path) -> dict[str, str]:
-    """Split the weights over two files with an index, as large checkpoints are."""
+    """Split the weights into two files with an index, as in large checkpoints."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map: dict[str, str] = {}
@@ -477,14 +483,14 @@ def shard(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def test_shards(folder: Path, scorer: Scorer) -> None:
+def test_sharded_weights_give_the_same_scores(folder: Path, scorer: Scorer) -> None:
     shard(folder)
     with Scorer(folder, device="cpu") as sharded:
         assert sharded.score(PAIRS) == scorer.score(PAIRS)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_hash_pins_the_weights(folder: Path, scorer: Scorer, sharded: bool) -> None:
+def test_sha256_refuses_changed_weights(folder: Path, scorer: Scorer, sharded: bool) -> None:
     if sharded:
         shard(folder)
     contents = b"".join(path.read_bytes() for path in sorted(folder.glob("model*.safetensors")))
@@ -493,27 +499,27 @@ def test_a_hash_pins_the_weights(folder: Path, scorer: Scorer, sharded: bool) ->
         assert pinned.score(PAIRS) == scorer.score(PAIRS)
     path = max(folder.glob("model*.safetensors"))
     changed = bytearray(path.read_bytes())
-    changed[-1] ^= 1  # the last bit of a weight, which nothing else would notice
+    changed[-1] ^= 1  # the last bit of a weight, which no other check would detect
     path.write_bytes(changed)
-    refuse(folder, CorruptCheckpointError, "not the one asked for", sha256=sha256)
+    refuse(folder, CorruptCheckpointError, "which is not the expected one", sha256=sha256)
 
 
-def test_a_missing_shard(folder: Path) -> None:
+def test_a_missing_shard_is_named(folder: Path) -> None:
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refuse(folder, CheckpointNotFoundError, "holds no model-00002-of-00002")
+    refuse(folder, CheckpointNotFoundError, "contains no model-00002-of-00002")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
-def test_an_index_that_points_elsewhere(folder: Path, name: Any) -> None:
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(folder: Path, name: Any) -> None:
     weight_map = shard(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, name)}))
-    refuse(folder, CorruptCheckpointError, "points outside its folder")
+    refuse(folder, CorruptCheckpointError, "names a weight file outside its folder")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_stored_in_another_precision(folder: Path, dtype: torch.dtype) -> None:
+def test_weights_stored_in_another_precision_give_the_same_scores(folder: Path, dtype: torch.dtype) -> None:
     rounded = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}.get(dtype, torch.float32)
     edit_weights(folder, lambda t: {n: w.to(rounded).float() for n, w in t.items()})
     with Scorer(folder, device="cpu") as wide:
@@ -523,7 +529,7 @@ def test_weights_stored_in_another_precision(folder: Path, dtype: torch.dtype) -
         assert stored.score(PAIRS) == expected
 
 
-def test_tensors_that_are_not_read_may_be_there(folder: Path, scorer: Scorer) -> None:
+def test_unused_tensors_are_allowed(folder: Path, scorer: Scorer) -> None:
     unused = {
         "roberta.embeddings.position_ids": torch.arange(514)[None],
         "roberta.pooler.dense.weight": torch.zeros(64, 64),
@@ -534,7 +540,7 @@ def test_tensors_that_are_not_read_may_be_there(folder: Path, scorer: Scorer) ->
         assert other.score(PAIRS) == scorer.score(PAIRS)
 
 
-def test_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> None:
+def test_loaded_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> None:
     with Scorer(folder, device="cpu") as loaded:
         path = folder / "model.safetensors"
         with path.open("r+b") as file:
@@ -543,7 +549,7 @@ def test_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> 
         assert loaded.score(PAIRS) == scorer.score(PAIRS)
 
 
-def test_norms_may_have_their_old_names(folder: Path, scorer: Scorer) -> None:
+def test_old_names_of_norm_parameters_are_read(folder: Path, scorer: Scorer) -> None:
     def rename(name: str) -> str:
         return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
@@ -552,7 +558,9 @@ def test_norms_may_have_their_old_names(folder: Path, scorer: Scorer) -> None:
         assert renamed.score([("a", "b")]) == pytest.approx(scorer.score([("a", "b")]), abs=1e-6)
 
 
-def test_saved_equals_loaded(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
+def test_a_checkpoint_saved_by_transformers_gives_the_same_scores(
+    checkpoint: Path, tmp_path: Path, scorer: Scorer
+) -> None:
     from transformers import XLMRobertaForSequenceClassification
 
     XLMRobertaForSequenceClassification.from_pretrained(checkpoint).save_pretrained(tmp_path)
@@ -561,12 +569,12 @@ def test_saved_equals_loaded(checkpoint: Path, tmp_path: Path, scorer: Scorer) -
         assert saved.score(PAIRS) == scorer.score(PAIRS)
 
 
-def test_max_length_beyond_the_positions(folder: Path) -> None:
+def test_max_length_beyond_the_positions_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="max_length 513 is more than the 512 tokens"):
         Scorer(folder, max_length=513)
 
 
-def test_a_device_that_is_not_there(folder: Path) -> None:
+def test_an_unavailable_device_is_refused(folder: Path) -> None:
     missing = "cuda:99"
     with pytest.raises(DeviceError, match="cuda:99' is not available"):
         Scorer(folder, device=missing)
@@ -574,7 +582,7 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without MPS")
-def test_float16_where_auto_means_the_cpu(folder: Path) -> None:
+def test_float16_is_refused_where_auto_selects_the_cpu(folder: Path) -> None:
     with pytest.raises(ConfigError, match="not supported on a CPU"):
         Scorer(folder, dtype="float16")
 
@@ -591,7 +599,7 @@ def quantized(tensors: Tensors) -> Tensors:
     return stored
 
 
-def test_weights_stored_as_int8_by_row_are_multiplied_out(folder: Path) -> None:
+def test_weights_stored_as_int8_by_row_score_as_their_products_with_the_scales(folder: Path) -> None:
     def multiplied_out(tensors: Tensors) -> Tensors:
         stored = quantized(tensors)
         return {
@@ -620,7 +628,7 @@ def test_weights_stored_as_int8_by_row_are_multiplied_out(folder: Path) -> None:
         ("output.dense.weight", lambda t: t.to(torch.uint8), CorruptCheckpointError, "do not belong"),
     ],
 )
-def test_quantized_weights_without_their_scales_are_refused(
+def test_int8_weights_with_a_wrong_scale_are_refused(
     folder: Path,
     name: str,
     change: Callable[[torch.Tensor], torch.Tensor] | None,

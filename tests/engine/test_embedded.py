@@ -1,4 +1,4 @@
-"""The model that comes with the package ranks for real, the same in every precision."""
+"""The model that comes with the package ranks sensibly, and alike in every precision."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ def scorer() -> Any:
 
 
 @pytest.mark.parametrize("triple", TRIPLES, ids=[triple[0] for triple in TRIPLES])
-def test_the_passage_that_answers_comes_first(scorer: Scorer, triple: tuple[str, str, str]) -> None:
+def test_the_embedded_model_ranks_the_answer_above_a_distractor(
+    scorer: Scorer, triple: tuple[str, str, str]
+) -> None:
     query, relevant, distractor = triple
     assert scorer.rank(query, [distractor, relevant])[0].index == 1
 
 
-def test_an_answer_is_found_among_all_passages(scorer: Scorer) -> None:
+def test_the_embedded_model_finds_the_answer_among_all_passages(scorer: Scorer) -> None:
     passages = [passage for _, relevant, distractor in TRIPLES for passage in (distractor, relevant)]
     rankings = scorer.rank_many([(query, passages) for query, _, _ in TRIPLES], top_n=1)
     found = [ranking[0].index == 2 * i + 1 for i, ranking in enumerate(rankings)]
     assert sum(found) >= 19, f"missed: {[i for i, right in enumerate(found) if not right]}"
 
 
-def test_order_is_kept_in_other_precisions(scorer: Scorer) -> None:
+def test_other_precisions_keep_the_ranking_of_the_embedded_model(scorer: Scorer) -> None:
     dtypes: list[tuple[str, DType]] = [("cpu", "bfloat16")]
     if int8_obstacle() is None:
         dtypes.append(("cpu", "int8"))
@@ -54,13 +56,13 @@ def test_order_is_kept_in_other_precisions(scorer: Scorer) -> None:
             for query, _, _ in TRIPLES:
                 exact = scorer.score([(query, passage) for passage in passages])
                 rounded = other.score([(query, passage) for passage in passages])
-                # Neighbours may trade places where the scores are as good as equal, and nowhere else.
+                # Neighbours may swap places only if their exact scores are almost equal.
                 order = sorted(range(len(passages)), key=lambda i: -rounded[i])
                 rises = [exact[after] - exact[before] for before, after in pairwise(order)]
                 assert max(rises) < 0.25, (dtype, query)
 
 
-def test_both_adapters_take_it() -> None:
+def test_both_adapters_accept_the_embedded_model() -> None:
     from langchain_core.documents import Document
     from llama_index.core.schema import NodeWithScore, TextNode
 
@@ -73,7 +75,9 @@ def test_both_adapters_take_it() -> None:
     assert node.get_content() == relevant
 
 
-def test_a_folder_of_that_name_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_embedded_does_not_replace_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "embedded").mkdir()
     monkeypatch.chdir(tmp_path)
     query, relevant, distractor = TRIPLES[0]
@@ -81,7 +85,7 @@ def test_a_folder_of_that_name_is_not_taken_for_it(tmp_path: Path, monkeypatch: 
         assert scorer.rank(query, [distractor, relevant])[0].index == 1
 
 
-def test_it_is_complete_small_and_no_bge_model() -> None:
+def test_the_embedded_model_is_complete_and_small_and_its_card_says_what_it_is() -> None:
     assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) <= MAX_BYTES
     config = json.loads((EMBEDDED_FOLDER / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["XLMRobertaForSequenceClassification"]
@@ -93,6 +97,6 @@ def test_it_is_complete_small_and_no_bge_model() -> None:
     root = Path(bge_rerank_integrations.__file__).parents[1]
     pinned = re.search("`([0-9a-f]{64})`", card)
     assert pinned is not None
-    with Scorer("embedded", device="cpu", sha256=pinned.group(1)):  # the card is of these weights
+    with Scorer("embedded", device="cpu", sha256=pinned.group(1)):  # the card describes these weights
         pass
     assert (root / "pyproject.toml").exists()

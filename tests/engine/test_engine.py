@@ -1,4 +1,4 @@
-"""The packed forward pass against transformers' own `XLMRobertaForSequenceClassification`."""
+"""The packed forward pass compared with `XLMRobertaForSequenceClassification` from transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.config import DType
+from bge_rerank_integrations.engine import build
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
     flash_attention,
@@ -24,6 +26,7 @@ from bge_rerank_integrations.engine.attention import (
     resolve_attention,
     sdpa_attention,
 )
+from bge_rerank_integrations.engine.blocks import PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
@@ -61,17 +64,17 @@ def vocab_size(checkpoint: Path) -> int:
     return read_shape(checkpoint).vocab_size
 
 
-def test_every_length_from_one_to_the_longest(runner: Runner, plain_model: Any, vocab_size: int) -> None:
+def test_logits_of_every_length_match_transformers(runner: Runner, plain_model: Any, vocab_size: int) -> None:
     sequences = random_ids(list(range(1, 513)), vocab_size)
     theirs = plain_logits(plain_model, sequences)
-    assert np.std(theirs) > 0.5, "scores that hardly vary would prove nothing"
+    assert np.std(theirs) > 0.5, "the comparison needs scores that vary"
     assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(
     "lengths", [[7], [512], [3] * 300, [512, 1, 512, 2], [10, 10, 11, 11, 10]], ids=lambda ids: f"{len(ids)}"
 )
-def test_mixed_and_equal_lengths(
+def test_logits_of_mixed_and_equal_lengths_match_transformers(
     runner: Runner, plain_model: Any, vocab_size: int, lengths: list[int]
 ) -> None:
     sequences = random_ids(lengths, vocab_size, seed=1)
@@ -79,8 +82,8 @@ def test_mixed_and_equal_lengths(
     assert max_difference(runner.run(sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
 
 
-def test_bfloat16(checkpoint: Path, plain_model: Any, vocab_size: int) -> None:
-    """As near to the float32 truth as the tolerance says, and no further from it than transformers is."""
+def test_bfloat16_logits_match_transformers(checkpoint: Path, plain_model: Any, vocab_size: int) -> None:
+    """The logits are within the tolerance of float32, and of transformers in bfloat16."""
     config = ScorerConfig(device="cpu", dtype="bfloat16")
     runner = load_runner(config, checkpoint, read_shape(checkpoint))
     sequences = random_ids([*range(2, 513, 5)], vocab_size, seed=2)
@@ -93,7 +96,7 @@ def test_bfloat16(checkpoint: Path, plain_model: Any, vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000, 10**6])
-def test_batched_equals_alone(
+def test_logits_in_a_batch_equal_logits_alone(
     checkpoint: Path, runner: Runner, vocab_size: int, max_batch_tokens: int
 ) -> None:
     config = ScorerConfig(device="cpu", max_batch_tokens=max_batch_tokens)
@@ -103,7 +106,7 @@ def test_batched_equals_alone(
     assert max_difference(batched.run(sequences), alone) <= LOGIT_TOLERANCE[torch.float32]
 
 
-def test_permuted_equals_original(runner: Runner, vocab_size: int) -> None:
+def test_the_order_of_sequences_does_not_change_their_logits(runner: Runner, vocab_size: int) -> None:
     sequences = random_ids([5, 80, 33, 5, 200, 41, 80, 7, 512], vocab_size, seed=4)
     order = np.random.default_rng(5).permutation(len(sequences))
     original = runner.run(sequences)
@@ -118,22 +121,22 @@ def test_the_same_batch_twice_is_bit_identical(runner: Runner, vocab_size: int) 
 
 
 @pytest.mark.parametrize("linear", [plain_linear, onednn_linear])
-def test_each_way_of_linear_layers_agrees(
+def test_each_implementation_of_linear_layers_matches_transformers(
     checkpoint: Path, plain_model: Any, vocab_size: int, linear: LinearFactory
 ) -> None:
     if linear is onednn_linear and resolve_linear(CPU, torch.float32).make is not onednn_linear:
         pytest.skip("needs a torch built with oneDNN")
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, linear=linear, attention=sdpa_attention)
-    assert not weights, "every weight is taken, so that no second copy lives on"
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(linear))
+    assert not weights, "the model removes every weight, so that no second copy remains"
     sequences = random_ids([9, 120, 120, 512], vocab_size, seed=7)
     logits = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
     theirs = plain_logits(plain_model, sequences)
     assert max_difference(logits, theirs) <= LOGIT_TOLERANCE[torch.float32]
 
 
-def test_positions_begin_after_the_padding_index(runner: Runner) -> None:
+def test_position_ids_start_after_the_padding_index(runner: Runner) -> None:
     batch = pack(random_ids([3, 1, 2], 100), padding_idx=1, device=CPU)
     assert batch.positions.tolist() == [2, 3, 4, 2, 2, 3]
     assert batch.seqlens.cu_seqlens.tolist() == [0, 3, 4, 6]
@@ -141,10 +144,10 @@ def test_positions_begin_after_the_padding_index(runner: Runner) -> None:
     assert batch.ids.dtype == batch.positions.dtype == torch.int32
 
 
-def test_rows_beyond_the_last_sequence_change_nothing(checkpoint: Path, vocab_size: int) -> None:
+def test_padding_rows_do_not_change_the_logits(checkpoint: Path, vocab_size: int) -> None:
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, linear=plain_linear, attention=sdpa_attention)
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(plain_linear))
     sequences = random_ids([9, 120, 33], vocab_size, seed=9)
     exact = model(pack(sequences, padding_idx=1, device=CPU))
     filled = pack(sequences, padding_idx=1, device=CPU, num_rows=lambda n: n + 37)
@@ -153,15 +156,15 @@ def test_rows_beyond_the_last_sequence_change_nothing(checkpoint: Path, vocab_si
     assert max_difference(model(filled).tolist(), exact.tolist()) <= LOGIT_TOLERANCE[torch.float32]
 
 
-def test_few_numbers_of_rows_reach_the_linear_layers() -> None:
+def test_rounding_up_rows_gives_few_sizes_and_little_padding() -> None:
     rounded = [round_up_rows(n) for n in range(1, 8193)]
     assert all(n <= r <= max(1.125 * n, n + 15) for n, r in enumerate(rounded, start=1))
     assert all(round_up_rows(r) == r for r in rounded)
     assert len(set(rounded)) <= 56
 
 
-def test_requests_of_changing_shape_reach_the_linear_layers_as_few(checkpoint: Path, vocab_size: int) -> None:
-    """Memory that oneDNN keeps for each number of rows must not grow with every new request."""
+def test_linear_layers_see_few_numbers_of_rows(checkpoint: Path, vocab_size: int) -> None:
+    """oneDNN keeps memory for each number of rows, which must not grow with every new request."""
     seen: set[int] = set()
 
     def recording_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -175,11 +178,11 @@ def test_requests_of_changing_shape_reach_the_linear_layers_as_few(checkpoint: P
 
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, linear=recording_linear, attention=sdpa_attention)
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(recording_linear))
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, num_rows=round_up_rows)
     for length in range(1, 401, 3):
         runner.run(random_ids([length, length // 2 + 1], vocab_size, seed=length))
-    first_token_rows = {1, 2}  # which `onednn_linear` rounds up itself
+    first_token_rows = {1, 2}  # `onednn_linear` rounds these up itself
     assert seen - first_token_rows <= {round_up_rows(n) for n in range(1, 602)}
     assert len(seen) < 40
 
@@ -197,7 +200,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
     return output
 
 
-# 1,500 tokens have more scores than `matmul_attention` computes at a time.
+# A sequence of 1,500 tokens has more scores than `matmul_attention` computes in one product.
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [9, 4, 4, 1, 1], [64, 3], [1500]])
 @pytest.mark.parametrize(
     ("attention", "device", "dtype", "tolerance"),
@@ -210,12 +213,12 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
         pytest.param(flash_attention, "cuda", torch.bfloat16, 2e-2, id="flash-bfloat16", marks=needs_cuda),
     ],
 )
-def test_attention_agrees_with_explicit_scores(
+def test_attention_matches_explicit_scores_in_float64(
     attention: VarlenAttention, device: str, dtype: torch.dtype, tolerance: float, lengths: list[int]
 ) -> None:
     torch.manual_seed(0)
     seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=torch.device(device)).seqlens
-    # Strided as the fused projection gives them.
+    # Views with strides, as the fused projection returns them.
     q, k, v = torch.randn(sum(lengths), 3, 4, 16, device=device, dtype=dtype).unbind(1)
     full = attention(q, k, v, seqlens, seqlens)
     assert full.is_contiguous()
@@ -226,7 +229,7 @@ def test_attention_agrees_with_explicit_scores(
     assert (first.double() - expected[first_rows]).abs().max().item() <= tolerance
 
 
-def test_what_was_chosen_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
         assert resolve_attention(CPU, torch.float32, 64) is sdpa_attention
         assert resolve_attention(CPU, torch.bfloat16, 64) is matmul_attention
@@ -235,8 +238,14 @@ def test_what_was_chosen_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "linear layers on cpu" in caplog.text
 
 
+def test_every_precision_of_the_config_has_a_builder() -> None:
+    names = {"float8": "float8_e4m3fn"}
+    dtypes = {getattr(torch, names.get(name, name)) for name in get_args(DType) if name != "auto"}
+    assert set(build._BUILDERS) == dtypes
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_threads_are_as_many_as_asked_for_and_only_in_the_forward_pass(fails: bool) -> None:
+def test_num_threads_applies_only_during_the_forward_pass(fails: bool) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
 
@@ -254,9 +263,9 @@ def test_threads_are_as_many_as_asked_for_and_only_in_the_forward_pass(fails: bo
     assert torch.get_num_threads() == before
 
 
-def test_scorers_of_one_checkpoint_share_its_weights_while_they_live(checkpoint: Path) -> None:
+def test_equal_configs_share_a_runner_until_the_last_one_is_freed(checkpoint: Path) -> None:
     shape = read_shape(checkpoint)
-    budget = 777  # nobody else's
+    budget = 777  # a budget that no other test uses
     first = load_runner(ScorerConfig(device="cpu", max_batch_tokens=budget), checkpoint, shape)
     second = load_runner(
         ScorerConfig(device="cpu", max_batch_tokens=budget, max_length=100, normalize=True), checkpoint, shape
@@ -272,10 +281,10 @@ def test_scorers_of_one_checkpoint_share_its_weights_while_they_live(checkpoint:
     gone = weakref.ref(first)
     del first, second
     gc.collect()
-    assert gone() is None, "nothing is kept for nobody"
+    assert gone() is None, "the cache keeps no reference of its own"
 
 
-def test_each_thread_of_a_cpu_has_tokens_enough() -> None:
+def test_the_token_budget_of_a_cpu_grows_with_its_threads() -> None:
     few, many = ScorerConfig(device="cpu", num_threads=2), ScorerConfig(device="cpu", num_threads=64)
     assert resolve_max_batch_tokens(few, CPU) < resolve_max_batch_tokens(many, CPU)
     config = ScorerConfig(device="cpu", num_threads=64, max_batch_tokens=100)
@@ -284,7 +293,9 @@ def test_each_thread_of_a_cpu_has_tokens_enough() -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_cuda(checkpoint: Path, plain_model: Any, vocab_size: int, dtype: str) -> None:
+def test_cuda_logits_match_transformers(
+    checkpoint: Path, plain_model: Any, vocab_size: int, dtype: str
+) -> None:
     config = ScorerConfig(device="cuda", dtype=dtype)  # type: ignore[arg-type]
     runner = load_runner(config, checkpoint, read_shape(checkpoint))
     sequences = random_ids([*range(1, 513, 3)], vocab_size, seed=8)
@@ -296,7 +307,7 @@ def runner_of(forward: Callable[[Any], Tensor], max_batch_tokens: int = 1000) ->
     return Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=max_batch_tokens)
 
 
-def test_out_of_memory_splits_the_batch_and_is_remembered(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_splits_the_batch_and_lowers_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     forward = LimitedMemory(max_tokens=300)
     runner = runner_of(forward)
     lengths = [100, 20, 30, 150, 290, 40, 10, 10, 200, 250, 3]
@@ -306,11 +317,11 @@ def test_out_of_memory_splits_the_batch_and_is_remembered(caplog: pytest.LogCapt
     assert "out of memory" in caplog.text
     forward.tried.clear()
     assert runner.run(numbered(lengths)) == list(range(len(lengths)))
-    assert max(forward.tried) <= 300, "the second request does not run into it again"
+    assert max(forward.tried) <= 300, "the second request does not run out of memory again"
     assert runner.num_splits > 0
 
 
-def test_the_budget_grows_back_when_memory_does() -> None:
+def test_the_token_budget_grows_back_when_memory_is_free_again() -> None:
     forward = LimitedMemory(max_tokens=300)
     runner = runner_of(forward)
     runner.run(numbered([100] * 20))
@@ -321,7 +332,7 @@ def test_the_budget_grows_back_when_memory_does() -> None:
     assert runner.max_batch_tokens == 1000
 
 
-def test_a_single_sequence_that_does_not_fit_surfaces() -> None:
+def test_a_single_sequence_that_does_not_fit_raises_out_of_memory() -> None:
     runner = runner_of(LimitedMemory(max_tokens=300))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         runner.run(numbered([100, 301]))
@@ -329,7 +340,7 @@ def test_a_single_sequence_that_does_not_fit_surfaces() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), MemoryError("host")])
-def test_every_other_error_surfaces_as_it_was_at_once(error: Exception) -> None:
+def test_other_errors_are_raised_unchanged_without_a_retry(error: Exception) -> None:
     calls = []
 
     def forward(batch: Any) -> Tensor:
@@ -348,5 +359,5 @@ def test_progress_counts_every_sequence_once() -> None:
     assert sum(done) == 5
 
 
-def test_nothing_gives_nothing(runner: Runner) -> None:
+def test_no_sequences_give_no_logits(runner: Runner) -> None:
     assert runner.run([]) == []

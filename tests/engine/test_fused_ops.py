@@ -1,4 +1,4 @@
-"""What lies between matrix products: plain operators, Triton's kernels, and the choice between them."""
+"""Operators between matrix products: plain operators, Triton kernels, and the choice between them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Tri
 
 
 @needs_triton
-def test_the_kernels_agree_with_float64_in_tritons_interpreter() -> None:
+def test_triton_kernels_match_float64_in_the_interpreter() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from tests.support.fused_ops import check_interpreted_kernels as c; c()"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -56,15 +56,15 @@ def test_the_kernels_agree_with_float64_in_tritons_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("num_rows", [1, 7, 1025])
 @pytest.mark.parametrize("width", [384, 1000])
-def test_the_plain_operators_agree_with_float64(dtype: torch.dtype, num_rows: int, width: int) -> None:
+def test_plain_operators_match_float64(dtype: torch.dtype, num_rows: int, width: int) -> None:
     check_values(PLAIN_OPS, dtype, num_rows, width)
     check_quantizing(PLAIN_OPS, dtype, num_rows, width)
 
 
-# From Ampere to Blackwell, by capability; the first cannot quantize.
+# Capabilities from Ampere to Blackwell. The first one has no float8.
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
-def test_the_kernels_compile_for_devices_that_are_not_here(
+def test_triton_kernels_compile_for_each_generation_of_devices(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
@@ -87,7 +87,7 @@ def test_the_kernels_compile_for_devices_that_are_not_here(
     for name in names:
         kernel: Any = getattr(kernels, name)
         parameters = list(inspect.signature(kernel.fn).parameters)
-        # Tensors' addresses, and nothing that a request decides.
+        # The arguments are addresses of tensors and constants of the model.
         signature = {parameter: types.get(parameter, "*bf16") for parameter in parameters}
         source = ASTSource(kernel, signature, constexprs={"width": 768, "block": 1024})
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -98,7 +98,7 @@ def test_the_kernels_compile_for_devices_that_are_not_here(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_quantizing_makes_no_number_of_what_is_none(value: float) -> None:
+def test_quantizing_keeps_values_that_are_not_finite(value: float) -> None:
     x = torch.ones(2, 32)
     x[1, 3] = value
     codes, scales = PLAIN_OPS.quantize(x)
@@ -133,35 +133,35 @@ WRONG = [
 
 @pytest.mark.parametrize("ops", WRONG, ids=["gelu", "norm", "quantize", "gelu-quantize", "norm-quantize"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_kernel_that_is_wrong_is_found_out(ops: FusedOps, dtype: torch.dtype) -> None:
+def test_check_ops_detects_a_wrong_operator(ops: FusedOps, dtype: torch.dtype) -> None:
     check_ops(PLAIN_OPS, CPU, dtype, (48, 80), quantizing=True)
     with pytest.raises(AssertionError):
         check_ops(ops, CPU, dtype, (48, 80), quantizing=True)
 
 
-def test_codes_that_are_wrong_are_found_out() -> None:
+def test_check_quantized_detects_wrong_codes() -> None:
     right = PLAIN_OPS.quantize(torch.linspace(-1, 1, 64)[None])
     check_quantized(right, right)
     with pytest.raises(AssertionError):
         check_quantized(Quantized((-right.codes.float()).to(right.codes.dtype), right.scales), right)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
-def test_whatever_fails_leaves_plain_operators_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_failure_selects_plain_operators_and_logs_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
         ops = resolve_fused(torch.device("cuda", 0), torch.float16, (48, 80), quantizing=True)
     assert ops.is_plain
     assert ops.name.startswith("plain operators (")
-    assert caplog.text.count("between products") == 1
+    assert caplog.text.count("operators between matrix products") == 1
     assert resolve_fused(CPU, torch.bfloat16, (48, 80), quantizing=False) is PLAIN_OPS
 
 
-def test_what_would_run_here_is_told() -> None:
+def test_describe_machine_names_the_operators_of_a_cpu() -> None:
     report = describe_machine(ScorerConfig(device="cpu"))
     assert (report.between_products, report.max_graph_tokens) == ("plain operators", 0)
 
 
-def test_layers_that_leave_the_bias_to_what_follows_give_the_same(checkpoint: Path) -> None:
+def test_fused_layers_match_plain_layers(checkpoint: Path) -> None:
     shape = read_shape(checkpoint)
     logits = []
     for blocks in (None, FusedBlocks(PLAIN_OPS)):

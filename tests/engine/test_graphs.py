@@ -1,4 +1,4 @@
-"""Small batches filled up to fixed shapes, with a stand-in for the capture, which takes a CUDA device."""
+"""Small batches padded to fixed shapes, with a fake capture, since a real one needs a CUDA device."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ BUCKETS = plan_buckets(max_length=512, max_batch_tokens=1000)
 
 
 def bounds_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Attention that knows sequences by their bounds on the device alone, as the varlen kernel does.
+    """Attention that reads only `cu_seqlens` and `max_seqlen`, as the varlen kernel does.
 
-    Rows that no sequence has, and those of sequences longer than `max_seqlen` says, stay uncomputed.
+    Rows outside all sequences, and rows of sequences longer than `max_seqlen`, stay NaN.
     """
     output = torch.full_like(q, float("nan"))
     q_bounds, kv_bounds = q_seqlens.cu_seqlens.tolist(), kv_seqlens.cu_seqlens.tolist()
@@ -52,7 +52,7 @@ def bounds_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seq
 
 
 class Recorded:
-    """Does what a graph does: the function again on the same buffers, into the same output."""
+    """Acts like a graph: runs the function again on the same buffers, and writes to the same output."""
 
     def __init__(self) -> None:
         self.num_captured = self.num_replayed = 0
@@ -90,7 +90,7 @@ def random_batch(random: np.random.Generator) -> list[IntArray]:
     return random_ids(lengths.tolist() or [longest], 100, seed=int(random.integers(1 << 30)))
 
 
-def test_replayed_equals_eager(model: PackedCrossEncoder) -> None:
+def test_replayed_logits_equal_eager_logits(model: PackedCrossEncoder) -> None:
     recorded = Recorded()
     graphs = graphs_of(model, recorded)
     graphs.capture()
@@ -103,44 +103,46 @@ def test_replayed_equals_eager(model: PackedCrossEncoder) -> None:
         sequences = random_batch(random)
         eager = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
         assert max_difference(runner.run(sequences), eager) <= LOGIT_TOLERANCE[torch.float32]
-    assert recorded.num_replayed - before > num_batches // 2, "few are so many short ones that none fits"
+    assert recorded.num_replayed - before > num_batches // 2, "most batches fit a bucket"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 383, 384, 511, 512, 1000])
-def test_filled_up_every_row_has_a_sequence_and_every_sequence_a_row(num_tokens: int) -> None:
+def test_padding_gives_every_row_a_sequence_and_every_sequence_a_row(num_tokens: int) -> None:
     lengths = [min(num_tokens, 512), num_tokens - 512][: 1 if num_tokens <= 512 else 2]
     sequences = random_ids(lengths, 100)
     graphs = graphs_of(lambda batch: torch.zeros(len(batch.seqlens.lengths)), Recorded())
     graphs.capture()
     padded = graphs.pad(sequences)
     bucket = next(bucket for bucket in BUCKETS if bucket.num_rows > num_tokens)
-    assert all(ours is theirs for ours, theirs in zip(padded, sequences, strict=False)), "theirs come first"
+    assert all(ours is theirs for ours, theirs in zip(padded, sequences, strict=False)), (
+        "the given sequences come first"
+    )
     batch = pack(padded, padding_idx=1, device=CPU)
     assert (len(batch.ids), len(batch.seqlens.lengths)) == bucket[:2]
     assert batch.seqlens.max_seqlen <= bucket.max_seqlen
     bounds = batch.seqlens.cu_seqlens
     assert int(bounds[-1]) == bucket.num_rows
-    assert int(bounds[:-1].max()) < bucket.num_rows, "the first row of each is one that there is"
+    assert int(bounds[:-1].max()) < bucket.num_rows, "every sequence starts at an existing row"
     assert (batch.ids[num_tokens:] == 1).all()
     assert int(batch.positions.max()) < 514
 
 
-def test_what_does_not_fit_stays_as_it_is() -> None:
+def test_a_batch_that_does_not_fit_a_bucket_is_not_padded() -> None:
     bucket = Bucket(num_rows=128, num_sequences=8, max_seqlen=100)
-    assert fill_up(random_ids([101], 100), bucket, 1) is None, "too long"
-    assert fill_up(random_ids([5] * 8, 100), bucket, 1) is None, "no room for what fills up"
-    assert fill_up(random_ids([64, 64], 100), bucket, 1) is None, "full"
+    assert fill_up(random_ids([101], 100), bucket, 1) is None, "the sequence is too long"
+    assert fill_up(random_ids([5] * 8, 100), bucket, 1) is None, "there is no room for padding sequences"
+    assert fill_up(random_ids([64, 64], 100), bucket, 1) is None, "there is no row for padding"
     assert fill_up(random_ids([5] * 7, 100), bucket, 1) is not None
     assert fill_up(random_ids([10], 100), bucket, 1) is not None
 
 
-def test_large_batches_and_those_before_the_capture_run_as_they_are(model: PackedCrossEncoder) -> None:
+def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: PackedCrossEncoder) -> None:
     recorded = Recorded()
     graphs = graphs_of(model, recorded, plan_buckets(512, 200))
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
     small, large = random_ids([20, 30], 100), random_ids([256], 100)
     expected = runner.run(small)
-    assert recorded.num_captured == recorded.num_replayed == 0, "no request captures"
+    assert recorded.num_captured == recorded.num_replayed == 0, "only a warm-up captures graphs"
     runner.warmup()
     before = recorded.num_replayed
     assert max_difference(runner.run(small), expected) <= LOGIT_TOLERANCE[torch.float32]
@@ -148,13 +150,13 @@ def test_large_batches_and_those_before_the_capture_run_as_they_are(model: Packe
     runner.run(large)
     assert recorded.num_replayed == before + 1
     runner.warmup()
-    assert recorded.num_captured == len(plan_buckets(512, 200)), "once"
+    assert recorded.num_captured == len(plan_buckets(512, 200)), "the second warm-up captures nothing"
 
 
 @pytest.mark.parametrize(
     "error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("not permitted")]
 )
-def test_a_capture_that_fails_leaves_none_and_says_so_once(
+def test_a_failed_capture_discards_all_graphs_and_is_logged_once(
     model: PackedCrossEncoder, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorded = Recorded()
@@ -170,14 +172,14 @@ def test_a_capture_that_fails_leaves_none_and_says_so_once(
     runner.warmup()
     runner.warmup()
     assert graphs.num_captured == 0
-    assert caplog.text.count("no CUDA graphs") == 1
+    assert caplog.text.count("CUDA graphs are disabled") == 1
     assert str(error) in caplog.text
     replayed = recorded.num_replayed
     assert runner.run(random_ids([20, 30], 100)) == expected
     assert recorded.num_replayed == replayed
 
 
-def test_a_graph_that_does_not_read_its_buffers_is_found_out(
+def test_a_graph_that_does_not_read_its_buffers_is_detected(
     model: PackedCrossEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     def stale(function: Callable[[], Tensor]) -> Replay:
@@ -190,7 +192,7 @@ def test_a_graph_that_does_not_read_its_buffers_is_found_out(
     assert "AssertionError" in caplog.text
 
 
-def test_buckets_waste_little_and_reach_the_limit() -> None:
+def test_buckets_add_little_padding_and_reach_the_limit() -> None:
     buckets = plan_buckets(max_length=512, max_batch_tokens=10**6)
     sizes = [bucket.num_rows for bucket in buckets]
     assert sizes == sorted(set(sizes))
@@ -201,7 +203,7 @@ def test_buckets_waste_little_and_reach_the_limit() -> None:
     assert plan_buckets(512, 128)[-1].num_rows == 256, "a full batch has a bucket too"
 
 
-def test_only_the_kernel_that_reads_bounds_on_the_device_is_captured() -> None:
+def test_only_flash_attention_on_cuda_can_be_captured() -> None:
     assert can_capture(torch.device("cuda"), flash_attention)
     assert not can_capture(torch.device("cuda"), sdpa_attention)
     assert not can_capture(CPU, flash_attention)

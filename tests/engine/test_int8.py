@@ -1,10 +1,9 @@
-"""int8 on CPUs: each kernel against plain float arithmetic, and the whole against float32."""
+"""int8 on CPUs: each kernel compared with float arithmetic, and the model with float32."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
-from bge_rerank_integrations.engine.cpu import int8_support as vnni
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
 from examples.random_checkpoint import build_random_checkpoint
 from tests.support.engine import max_difference, random_ids
+from tests.support.rankings import check_rankings_agree
 from tests.support.tolerances import LOGIT_TOLERANCE
 
-REASON = vnni.int8_obstacle()
+REASON = int8_obstacle()
 needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"int8 is not available: {REASON}")
 Floats = npt.NDArray[np.float32]
 RNG = np.random.default_rng(0)
@@ -39,7 +40,7 @@ def room(num_rows: int, width: int) -> tuple[npt.NDArray[np.uint8], Floats]:
 
 
 def check_codes(values: Floats, codes: npt.NDArray[np.uint8], affine: Floats) -> None:
-    """Every value is within half a step, and a row's least and greatest are the ends of its codes."""
+    """Every value is within half a step, and the extremes of a row have the codes 0 and 255."""
     restored = affine[:, :1] * codes + affine[:, 1:]
     assert (np.abs(restored - values) <= affine[:, :1] * 0.5001 + 1e-6).all()
     varied = affine[:, 0] > 0
@@ -50,7 +51,7 @@ def check_codes(values: Floats, codes: npt.NDArray[np.uint8], affine: Floats) ->
 @needs_int8
 @pytest.mark.parametrize("width", [16, 100, 384, 768])
 @pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
-def test_quantizing_is_as_near_as_steps_allow(width: int, shift: float) -> None:
+def test_quantizing_is_accurate_to_half_a_step(width: int, shift: float) -> None:
     from bge_rerank_integrations.engine.cpu.int8_kernels import quantize
 
     x = normal(9, width, scale=2.0, shift=shift)
@@ -64,7 +65,7 @@ def test_quantizing_is_as_near_as_steps_allow(width: int, shift: float) -> None:
 
 @needs_int8
 @pytest.mark.parametrize("width", [48, 1536])
-def test_gelu_between_products(width: int) -> None:
+def test_gelu_quantize_matches_torch(width: int) -> None:
     from bge_rerank_integrations.engine.cpu.int8_kernels import gelu_quantize
 
     product, affine = normal(7, width, scale=3.0), np.abs(normal(7, 2)) + 0.1
@@ -73,13 +74,13 @@ def test_gelu_between_products(width: int) -> None:
     expected = F.gelu(torch.from_numpy(whole)).numpy()
     codes, out_affine = room(7, width)
     gelu_quantize(product, affine, offset, bias, codes, out_affine)
-    assert np.abs(product - expected).max() <= 2e-6 * np.abs(expected).max(), "it is left in place"
+    assert np.abs(product - expected).max() <= 2e-6 * np.abs(expected).max(), "the result is written in place"
     check_codes(product, codes, out_affine)
 
 
 @needs_int8
 @pytest.mark.parametrize("width", [48, 384])
-def test_residual_and_norm_between_products(width: int) -> None:
+def test_add_norm_quantize_matches_torch(width: int) -> None:
     from bge_rerank_integrations.engine.cpu.int8_kernels import add_norm_quantize
 
     product, affine = normal(7, width), np.abs(normal(7, 2)) + 0.1
@@ -96,7 +97,7 @@ def test_residual_and_norm_between_products(width: int) -> None:
 @needs_int8
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128])
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 6, 7], [16, 17, 33], [70, 130], [90, 110], [512]])
-def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
+def test_int8_attention_matches_torch(head_dim: int, lengths: list[int]) -> None:
     from bge_rerank_integrations.engine.cpu.int8_attention import attend
 
     num_heads, num_rows = 3, sum(lengths)
@@ -133,16 +134,16 @@ def test_attention_between_products(head_dim: int, lengths: list[int]) -> None:
 @needs_int8
 @pytest.mark.parametrize("count", [16, 32, 112])
 @pytest.mark.parametrize("shift", [-1000.0, 0.0, 1000.0])
-def test_powers_are_taken_of_what_is_above_the_greatest(count: int, shift: float) -> None:
+def test_powers_of_2_match_numpy(count: int, shift: float) -> None:
     import numba
 
-    from bge_rerank_integrations.engine.cpu import vector_intrinsics as tiles
+    from bge_rerank_integrations.engine.cpu import vector_intrinsics
 
-    powers: Any = tiles.powers_of_2
+    powers: Any = vector_intrinsics.powers_of_2
     compiled: Any = numba.njit
     take = compiled(lambda row, start, count: powers(row, start, count))
     row = normal(count + 5, scale=8.0, shift=shift)
-    row[4:8] = row[4], row[4] - 300, tiles.NOTHING, row[4]
+    row[4:8] = row[4], row[4] - 300, vector_intrinsics.NOTHING, row[4]
     before = row.copy()
     total = take(row, 3, count)
     above = (before[3 : count + 3] - before[3 : count + 3].max()).astype(np.float64)
@@ -154,12 +155,12 @@ def test_powers_are_taken_of_what_is_above_the_greatest(count: int, shift: float
 
 
 @needs_int8
-def test_llvm_is_told_to_use_the_widest_vectors() -> None:
+def test_widest_vectors_sets_the_attribute_for_llvm() -> None:
     import numba
 
-    from bge_rerank_integrations.engine.cpu import vector_intrinsics as tiles
+    from bge_rerank_integrations.engine.cpu import vector_intrinsics
 
-    widest_vectors: Any = tiles.widest_vectors
+    widest_vectors: Any = vector_intrinsics.widest_vectors
     compiled: Any = numba.njit
 
     def twice(x: Floats) -> None:
@@ -177,11 +178,11 @@ def test_llvm_is_told_to_use_the_widest_vectors() -> None:
 
 @needs_int8
 @pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 32), (16, 384, 1536), (130, 100, 7)])
-def test_products_are_exact(rows: int, width: int, out: int) -> None:
+def test_int8_products_are_exact(rows: int, width: int, out: int) -> None:
     from bge_rerank_integrations.engine.cpu.int8_model import Int8Linear
 
     weight, bias = torch.from_numpy(normal(out, width)), torch.from_numpy(normal(out))
-    weight[0] = 0  # a channel that is off
+    weight[0] = 0  # a channel of zeros
     linear = Int8Linear(weight.clone(), bias)
     codes = torch.from_numpy(RNG.integers(0, 256, (rows, width), dtype=np.uint8))
     scale = weight.abs().amax(1).clamp_min(1e-30) / 127
@@ -198,7 +199,7 @@ def int8_runner(checkpoint: Path) -> Runner:
 
 
 @needs_int8
-def test_against_float32(checkpoint: Path, int8_runner: Runner) -> None:
+def test_int8_logits_are_near_float32(checkpoint: Path, int8_runner: Runner) -> None:
     shape = read_shape(checkpoint)
     exact = load_runner(ScorerConfig(device="cpu"), checkpoint, shape)
     sequences = random_ids([*range(1, 513, 5)], shape.vocab_size, seed=5)
@@ -211,7 +212,7 @@ def test_against_float32(checkpoint: Path, int8_runner: Runner) -> None:
 @needs_int8
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_batched_equals_alone_and_threads_change_nothing(
+def test_batches_and_threads_do_not_change_int8_logits(
     checkpoint: Path, int8_runner: Runner, max_batch_tokens: int, num_threads: int
 ) -> None:
     shape = read_shape(checkpoint)
@@ -221,39 +222,20 @@ def test_batched_equals_alone_and_threads_change_nothing(
     batched = load_runner(config, checkpoint, shape)
     sequences = random_ids([*range(1, 300, 17)], shape.vocab_size, seed=6)
     alone = [logit for sequence in sequences for logit in int8_runner.run([sequence])]
-    # Rows are quantized each by itself and integers add up exactly; only the head is rounded.
+    # Each row is quantized by itself, and sums of integers are exact. Only the head rounds.
     assert max_difference(batched.run(sequences), alone) <= 1e-6
 
 
 @needs_int8
-def test_fidelity_on_what_a_retriever_finds(assets: Path) -> None:
-    from bge_rerank_integrations.evaluation.bm25 import Bm25
-    from bge_rerank_integrations.evaluation.datasets import read_beir
-
-    dataset = read_beir(assets / "retrieval" / "cranfield")
-    queries = dict(list(dataset.judged_queries().items())[::30])
-    run = Bm25(dataset.corpus).search(queries, 20)
-    pairs = [(queries[query_id], dataset.corpus[passage]) for query_id in run for passage in run[query_id]]
-    with (
-        Scorer("embedded", device="cpu") as exact,
-        Scorer("embedded", device="cpu", dtype="int8") as rounded,
-    ):
-        expected, scores = exact.score(pairs), rounded.score(pairs)
-    taus = [
-        kendall_tau(expected[start : start + 20], scores[start : start + 20])
-        for start in range(0, len(pairs), 20)
-    ]
-    print(f"Kendall tau: mean {np.mean(taus):.4f}, least {min(taus):.4f}")
-    assert np.mean(taus) >= 0.975
-
-
-def kendall_tau(a: list[float], b: list[float]) -> float:
-    signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
-    return float(np.mean(signs))
+def test_int8_keeps_the_ranking_of_the_embedded_model() -> None:
+    shape = read_shape(EMBEDDED_FOLDER)
+    exact = load_runner(ScorerConfig(device="cpu"), EMBEDDED_FOLDER, shape)
+    rounded = load_runner(ScorerConfig(device="cpu", dtype="int8"), EMBEDDED_FOLDER, shape)
+    check_rankings_agree(exact, rounded, min_tau=0.975, max_ndcg_difference=0.005)
 
 
 @needs_int8
-def test_word_embeddings_take_half_and_nothing_else_is_rounded(checkpoint: Path) -> None:
+def test_int8_loads_only_the_word_embeddings_in_float16(checkpoint: Path) -> None:
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=torch.device("cpu"), dtype=torch.int8)
     halves = {name for name, tensor in weights.items() if tensor.dtype is not torch.float32}
@@ -261,20 +243,20 @@ def test_word_embeddings_take_half_and_nothing_else_is_rounded(checkpoint: Path)
 
 
 @needs_int8
-def test_heads_of_an_odd_width_are_refused(tmp_path: Path) -> None:
+def test_int8_refuses_heads_whose_width_is_not_a_multiple_of_16(tmp_path: Path) -> None:
     folder = build_random_checkpoint(tmp_path, hidden_size=32, num_heads=4)
     with pytest.raises(UnsupportedCheckpointError, match="multiple of 16"):
         Scorer(folder, device="cpu", dtype="int8")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
-def test_it_is_for_cpus_alone(device: str) -> None:
+def test_int8_is_refused_on_other_devices_than_cpus(device: str) -> None:
     with pytest.raises(ConfigError, match="CPUs alone"):
         ScorerConfig(device=device, dtype="int8")
 
 
 @pytest.mark.parametrize("missing", ["numba"])
-def test_a_missing_extra_is_named_with_its_command(checkpoint: Path, missing: str) -> None:
+def test_int8_without_numba_names_the_command_to_install_it(checkpoint: Path, missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         f"from bge_rerank_integrations import Scorer\n"
@@ -285,7 +267,7 @@ def test_a_missing_extra_is_named_with_its_command(checkpoint: Path, missing: st
     assert 'pip install "bge-rerank-integrations[int8]"' in run.stderr
 
 
-def test_a_cpu_without_the_instructions_is_told_so(checkpoint: Path) -> None:
+def test_int8_is_refused_on_a_cpu_without_vnni(checkpoint: Path) -> None:
     code = (
         "from llvmlite import binding; binding.get_host_cpu_features = lambda: {'avx2': True}\n"
         "from bge_rerank_integrations import Scorer\n"

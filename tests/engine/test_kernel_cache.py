@@ -1,4 +1,4 @@
-"""Requests of ever new lengths must not make oneDNN compile and keep ever more kernels."""
+"""oneDNN must not compile and keep a new kernel for every new length of a request."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SCORE_EVERY_LENGTH = """
             pairs = [("one", "two " * rng.randrange(1, 350)) for _ in range(rng.randrange(1, 6))]
             scorer.score(pairs)
 """
-# Eight numbers of rows an octave, and for attention as many lengths times a few powers of two.
+# Linear layers see eight sizes between two powers of two. Attention sees as many lengths, times a few powers of two.
 MOST_KERNELS = {"float32": 250, "bfloat16": 550}
 
 
 @pytest.mark.parametrize("dtype", sorted(MOST_KERNELS))
-def test_the_number_of_kernels_does_not_grow_with_the_number_of_lengths(checkpoint: Path, dtype: str) -> None:
+def test_few_onednn_kernels_serve_all_lengths(checkpoint: Path, dtype: str) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("needs a build of torch with oneDNN")
     child = subprocess.run(
@@ -40,5 +40,5 @@ def test_the_number_of_kernels_does_not_grow_with_the_number_of_lengths(checkpoi
         check=True,
     )
     made = Counter(line.split(",")[5] for line in child.stdout.splitlines() if "create:cache_miss" in line)
-    assert made.total() > 20, "the log is read as it is written"
+    assert made.total() > 20, "the test parses the log of oneDNN"
     assert made.total() <= MOST_KERNELS[dtype], made

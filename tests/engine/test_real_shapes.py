@@ -1,4 +1,4 @@
-"""The real shapes with random weights, against transformers."""
+"""The shapes of the BGE rerankers with random weights, compared with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.engine import max_difference, plain_logits, random_ids
 from tests.support.plain_model import load_plain_model
 from tests.support.tolerances import LOGIT_TOLERANCE
 
-# name: layers, width, heads, feed-forward, positions, lengths to try
+# Number of layers, width, heads, feed-forward width, positions, and the lengths to compare.
 SHAPES = {
     "bge-reranker-base": (12, 768, 12, 3072, 514, [5, 64, 300, 512]),
     "bge-reranker-large": (24, 1024, 16, 4096, 514, [5, 64, 300, 512]),
@@ -26,7 +26,7 @@ SHAPES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
-def test_real_shapes(name: str, tmp_path: Path) -> None:
+def test_real_shapes_match_transformers(name: str, tmp_path: Path) -> None:
     num_layers, width, num_heads, inner, positions, lengths = SHAPES[name]
     folder = build_random_checkpoint(
         tmp_path,
@@ -45,5 +45,5 @@ def test_real_shapes(name: str, tmp_path: Path) -> None:
     del model
     gc.collect()
     runner = load_runner(ScorerConfig(device="cpu", max_length=max(lengths)), folder, shape)
-    # Rounding adds up over layers and width: the promise for these shapes is 1e-4.
+    # Rounding errors grow with layers and width. The bound for these shapes is 1e-4.
     assert max_difference(runner.run(sequences), theirs) <= 10 * LOGIT_TOLERANCE[torch.float32]

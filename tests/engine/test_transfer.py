@@ -1,4 +1,4 @@
-"""Batches that are under way at once: the order of launching and reading, and what running out of memory does."""
+"""Several batches at once: the order of launches and reads, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.engine import CPU, LimitedMemory, numbered
 
 
 class Pipelined(PlainTransfer):
-    """Two batches at once; what is launched is held in memory until it is read."""
+    """Runs two batches at once. A batch uses memory from its launch until it is read."""
 
     depth = 2
 
@@ -38,7 +38,7 @@ class Pipelined(PlainTransfer):
 
 
 class SharedMemory:
-    """A forward pass whose memory is not free before its result is read."""
+    """A forward pass that uses memory until its result is read."""
 
     def __init__(self, transfer: Pipelined, max_tokens: int) -> None:
         self.transfer = transfer
@@ -58,7 +58,7 @@ def runner_of(forward: Callable[[PackedBatch], Tensor], transfer: Transfer, budg
     return Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=budget, transfer=transfer)
 
 
-def test_the_next_batch_is_launched_before_the_last_is_read() -> None:
+def test_the_next_batch_is_launched_before_the_previous_one_is_read() -> None:
     transfer = Pipelined()
     runner = runner_of(SharedMemory(transfer, 10**6), transfer)
     done: list[int] = []
@@ -69,7 +69,7 @@ def test_the_next_batch_is_launched_before_the_last_is_read() -> None:
     assert done == [1, 1, 2, 1]
 
 
-def test_one_at_a_time_is_read_before_the_next_is_launched() -> None:
+def test_with_depth_1_a_batch_is_read_before_the_next_is_launched() -> None:
     transfer = Pipelined()
     transfer.depth = 1
     runner = runner_of(SharedMemory(transfer, 100), transfer)
@@ -78,7 +78,7 @@ def test_one_at_a_time_is_read_before_the_next_is_launched() -> None:
     assert runner.num_splits == 0
 
 
-def test_memory_that_only_company_takes_splits_nothing() -> None:
+def test_out_of_memory_beside_another_batch_does_not_lower_the_budget() -> None:
     transfer = Pipelined()
     forward = SharedMemory(transfer, 100)
     runner = runner_of(forward, transfer)
@@ -89,7 +89,7 @@ def test_memory_that_only_company_takes_splits_nothing() -> None:
     assert sum(done) == 4
 
 
-def test_a_batch_that_does_not_fit_alone_either_is_split() -> None:
+def test_a_batch_that_does_not_fit_alone_is_split() -> None:
     transfer = Pipelined()
     runner = runner_of(SharedMemory(transfer, 100), transfer, budget=300)
     done: list[int] = []
@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_fit_alone_either_is_split() -> None:
     assert sum(done) == len(lengths)
 
 
-def test_a_single_sequence_that_does_not_fit_surfaces_and_the_next_request_works() -> None:
+def test_after_a_sequence_that_does_not_fit_the_next_request_works() -> None:
     transfer = Pipelined()
     runner = runner_of(LimitedMemory(100), transfer)
     with pytest.raises(torch.cuda.OutOfMemoryError):
@@ -110,7 +110,7 @@ def test_a_single_sequence_that_does_not_fit_surfaces_and_the_next_request_works
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_every_other_error_surfaces_as_it_was(fails_at: int) -> None:
+def test_other_errors_are_raised_after_running_batches_are_read(fails_at: int) -> None:
     transfer = Pipelined()
     inner = SharedMemory(transfer, 10**6)
     error = RuntimeError("CUDA error: device-side assert")
@@ -128,17 +128,17 @@ def test_every_other_error_surfaces_as_it_was(fails_at: int) -> None:
     assert len(calls) == fails_at
     launched = [event.removeprefix("launch ") for event in transfer.events if event.startswith("launch")]
     read = [event.removeprefix("read ") for event in transfer.events if event.startswith("read")]
-    assert read == launched, "nothing is under way after the call"
+    assert read == launched, "no batch is still running after the call"
 
 
-def test_a_call_has_as_much_as_can_be_under_way() -> None:
+def test_max_call_tokens_is_the_budget_of_all_concurrent_batches() -> None:
     transfer = Pipelined()
     forward = SharedMemory(transfer, 10**6)
     assert runner_of(forward, transfer, budget=100).max_call_tokens == 200
     assert runner_of(forward, PlainTransfer(CPU), budget=100).max_call_tokens == 100
 
 
-def test_a_cpu_copies_plainly() -> None:
+def test_a_cpu_uses_plain_copies() -> None:
     transfer = resolve_transfer(CPU, 1000)
     assert isinstance(transfer, PlainTransfer)
     sequences = [np.array([0, 7, 2], dtype=np.int32), np.array([0, 2], dtype=np.int32)]

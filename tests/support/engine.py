@@ -1,4 +1,4 @@
-"""Sequences of random ids, the plain model's logits, and a device whose memory is limited."""
+"""Sequences of random ids, logits of the plain model, and a forward pass with limited memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def random_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[IntArray]:
-    """Return framed sequences without control tokens inside."""
+    """Return sequences of random ids between `<s>` and `</s>`, without special tokens inside."""
     random = np.random.default_rng(seed)
     sequences = [random.integers(5, vocab_size, length, dtype=np.int32) for length in lengths]
     for sequence in sequences:
@@ -23,7 +23,7 @@ def random_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[IntAr
 
 
 def plain_logits(model: Any, sequences: list[IntArray]) -> list[float]:
-    """Score one by one, so that padding plays no part."""
+    """Return the logit of each sequence, scored by itself so that nothing is padded."""
     with torch.inference_mode():
         return [
             model(torch.from_numpy(sequence)[None].long().to(model.device)).logits.float().item()
@@ -32,13 +32,14 @@ def plain_logits(model: Any, sequences: list[IntArray]) -> list[float]:
 
 
 def max_difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest absolute difference, and print it with the mean difference and the spread."""
     differences = np.abs(np.array(ours) - np.array(theirs))
     print(f"max {differences.max():.2e}, mean {differences.mean():.2e}, spread {np.std(theirs):.2f}")
     return float(differences.max())
 
 
 class LimitedMemory:
-    """A forward pass that gives each sequence's first id and runs out of memory beyond some tokens."""
+    """A forward pass that returns the first id of each sequence, and fails for batches of too many tokens."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -52,4 +53,5 @@ class LimitedMemory:
 
 
 def numbered(lengths: list[int]) -> list[IntArray]:
+    """Return sequences that repeat their own index."""
     return [np.full(length, number, dtype=np.int32) for number, length in enumerate(lengths)]

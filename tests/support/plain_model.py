@@ -1,4 +1,4 @@
-"""Transformers' own model, with which every fast path is compared."""
+"""The model from transformers, which tests compare with every fast path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a fast path's logits may lie from the plain model's: once per dtype, used by every parity test."""
+"""Largest allowed difference of logits from the plain model, for each dtype. Every parity test uses it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 LOGIT_TOLERANCE: Final = {
     torch.float32: 1e-5,
-    # Eight bits of mantissa through every layer; the logits they are tried on spread by 0.8.
+    # Every layer rounds to eight bits of mantissa. The logits of the random checkpoint spread by 0.8.
     torch.bfloat16: 0.08,
     torch.float16: 0.01,
-    # A 255th of each row's spread, in every product.
+    # Every product rounds its input to 1/255 of the spread of a row.
     torch.int8: 0.15,
-    # Three bits of mantissa in every product, and on the random checkpoint few terms to even it out.
+    # Every product rounds to three bits of mantissa. The random checkpoint is narrow, so few errors cancel out.
     torch.float8_e4m3fn: 0.6,
 }

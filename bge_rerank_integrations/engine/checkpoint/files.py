@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they are, and whether they are what they should be."""
+"""Finds and verifies the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bge_rerank_integrations.errors import (
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-# Where sentence-transformers says how a model's inputs are made.
+# Files in which sentence-transformers describes how a model's inputs are built.
 INPUT_FILES: Final = ("modules.json", "config_sentence_transformers.json", "sentence_*config.json")
 _LFS_POINTER: Final = b"version https://git-lfs"
 _TO_SAFETENSORS: Final = (
@@ -29,11 +29,11 @@ _TO_SAFETENSORS: Final = (
 
 
 def require_file(folder: Path, name: str) -> Path:
-    """Return a file of the checkpoint.
+    """Return the path of a file of the checkpoint.
 
     Raises:
-        CheckpointNotFoundError: It is not there.
-        CorruptCheckpointError: It is a Git LFS pointer.
+        CheckpointNotFoundError: The file does not exist.
+        CorruptCheckpointError: The file is a Git LFS pointer.
     """
     path = folder / name
     if not path.is_file():
@@ -43,16 +43,16 @@ def require_file(folder: Path, name: str) -> Path:
         hint = ""
         if name == "tokenizer.json":
             hint = "; write it with AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
-        raise CheckpointNotFoundError(f"{folder} holds no {name}{hint}")
+        raise CheckpointNotFoundError(f"{folder} contains no {name}{hint}")
     refuse_lfs_pointer(path)
     return path
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a checkpoint's weights, in the order of their names.
+    """Return the files that contain a checkpoint's weights, sorted by name.
 
     Raises:
-        CheckpointNotFoundError: There are none, or a shard is missing.
+        CheckpointNotFoundError: There are no such files, or a shard is missing.
         CorruptCheckpointError: The index of the shards is damaged.
         UnsupportedCheckpointError: The weights are pickled.
     """
@@ -61,10 +61,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = read_json(require_file(folder, INDEX)).get("weight_map")
         if not isinstance(names, dict) or not names:
-            raise CorruptCheckpointError(f"{folder / INDEX} names no weight files; fetch it again")
+            raise CorruptCheckpointError(f"{folder / INDEX} names no weight files; download it again")
         for name in names.values():
             if not isinstance(name, str) or Path(name).name != name:
-                raise CorruptCheckpointError(f"{folder / INDEX} points outside its folder")
+                raise CorruptCheckpointError(f"{folder / INDEX} names a weight file outside its folder")
         return [require_file(folder, name) for name in sorted(set(names.values()))]
     for path in (folder / WEIGHTS, folder / INDEX):
         refuse_dangling_link(path)
@@ -74,30 +74,31 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has pickled weights only, which can run code when they are loaded. {_TO_SAFETENSORS}"
         )
     raise CheckpointNotFoundError(
-        f"{folder} holds no {WEIGHTS}. If the model is published as pytorch_model.bin only: {_TO_SAFETENSORS}"
+        f"{folder} contains no {WEIGHTS}. If the model is published only as pytorch_model.bin: "
+        f"{_TO_SAFETENSORS}"
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
+    """Read a file that contains a JSON object.
 
     Raises:
-        CorruptCheckpointError: It holds something else.
+        CorruptCheckpointError: The file contains something else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorruptCheckpointError(f"{path} is not valid JSON; fetch it again") from error
+        raise CorruptCheckpointError(f"{path} is not valid JSON; download it again") from error
     if not isinstance(data, dict):
-        raise CorruptCheckpointError(f"{path} is not a JSON object; fetch it again")
+        raise CorruptCheckpointError(f"{path} is not a JSON object; download it again")
     return data
 
 
 def fingerprint(folder: Path) -> str:
-    """Return what tells a checkpoint from another without reading all of it.
+    """Return a digest that identifies a checkpoint, without reading all of its weights.
 
-    The digest is of its config, its tokenizer and how its inputs are made, and of the sizes, beginnings and
-    ends of its weights.
+    The digest covers the config, the tokenizer and the files that describe the model's inputs. Of each weight
+    file it covers the name, the size, and the first and last megabyte.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
@@ -115,16 +116,16 @@ def fingerprint(folder: Path) -> str:
 
 
 def identity(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return what changes when a checkpoint's model does: path, size and time of each of its files."""
+    """Return the path, size and modification time of the files of a checkpoint, which identify its model."""
     paths = [path.resolve() for path in (require_file(folder, "config.json"), *weight_files(folder))]
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
 def verify_sha256(folder: Path, sha256: str) -> None:
-    """Hash the weight files, in the order of their names.
+    """Compare the SHA-256 digest of the weight files, read in the order of their names, with `sha256`.
 
     Raises:
-        CorruptCheckpointError: The hash is another.
+        CorruptCheckpointError: The digests differ.
     """
     digest = hashlib.sha256()
     for path in weight_files(folder):
@@ -133,8 +134,8 @@ def verify_sha256(folder: Path, sha256: str) -> None:
                 digest.update(chunk)
     if digest.hexdigest() != sha256:
         raise CorruptCheckpointError(
-            f"{folder}: the weights have sha256 {digest.hexdigest()}, not the one asked for; they were "
-            "changed, damaged or are of another revision"
+            f"{folder}: the weights have sha256 {digest.hexdigest()}, which is not the expected one; they "
+            "were changed or damaged, or belong to another revision"
         )
 
 

@@ -1,4 +1,4 @@
-"""Finds the folder of a checkpoint, or downloads it from the hub."""
+"""Finds the folder of a checkpoint, and downloads the checkpoint from the hub if necessary."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ EMBEDDED_FOLDER: Final = Path(__file__).parents[2] / "embedded"
 
 
 def find_checkpoint(config: ScorerConfig) -> Path:
-    """Return the local folder of a checkpoint, downloading it from the hub where needed.
+    """Return the local folder of a checkpoint. Download the checkpoint from the hub if necessary.
 
-    `embedded` is the one that comes with this package, also where the working directory has a folder of
-    that name (which is `./embedded`).
+    The model `embedded` is always the one that comes with this package. To use a folder of that name in the
+    working directory, write `./embedded`.
 
     Raises:
-        ConfigError: A revision is asked for of a local folder.
-        CheckpointNotFoundError: The folder, repository or revision does not exist or may not be read.
-        HubUnreachableError: The hub does not answer and the cache does not have the model.
+        ConfigError: The config names a revision, but the model is a local folder.
+        CheckpointNotFoundError: The folder, repository or revision does not exist, or access is denied.
+        HubUnreachableError: The hub does not answer, and the cache does not contain the model.
     """
     if config.model == EMBEDDED_MODEL:
         return EMBEDDED_FOLDER
     try:
         path = Path(config.model).expanduser()
-    except RuntimeError as error:  # ~somebody
+    except RuntimeError as error:  # the home folder of an unknown user, `~name`
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
     if path.is_dir():
         if config.revision is not None:
             raise ConfigError(LOCAL_REVISION.format(model=config.model))
         return path
     if path.exists():
-        raise CheckpointNotFoundError(f"model {config.model!r} is a file; name the folder it lies in")
+        raise CheckpointNotFoundError(f"model {config.model!r} is a file; pass the folder that contains it")
     if path.is_absolute() or config.model[0] in ".~" or (os.sep == "\\" and "\\" in config.model):
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist")
     return _download(config)
@@ -73,7 +73,7 @@ def _download(config: ScorerConfig) -> Path:
         )
     except errors.HFValidationError as error:
         raise CheckpointNotFoundError(
-            f"{what}: neither an existing folder nor a valid hub id ('organisation/name')"
+            f"{what} is neither an existing folder nor a valid hub id ('organisation/name')"
         ) from error
     except errors.GatedRepoError as error:
         raise CheckpointNotFoundError(
@@ -84,11 +84,11 @@ def _download(config: ScorerConfig) -> Path:
             f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
             "`hf auth login`"
         ) from error
-    except OSError as error:  # the hub's own errors for no answer, and the network's
+    except OSError as error:  # network errors, and huggingface_hub's errors for an unreachable hub
         raise HubUnreachableError(
-            f"{what} is not an existing local folder, not in the local cache, and the hub could not be "
-            "asked. To work offline, fetch it once on a connected machine "
-            f"(`{download_command(config.model)}`), copy that folder here and pass its path as the model; "
-            "point cache_folder at a cache that has it, with local_files_only=True; or use "
+            f"{what} is not an existing local folder, is not in the local cache, and the hub could not be "
+            "reached. To work offline, download it once on a connected machine "
+            f"(`{download_command(config.model)}`), copy that folder to this machine and pass its path as "
+            "the model. Or set cache_folder to a cache that contains it, with local_files_only=True. Or use "
             f'model="{EMBEDDED_MODEL}", the small English model that comes with this package'
         ) from error

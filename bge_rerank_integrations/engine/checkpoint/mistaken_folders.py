@@ -1,4 +1,4 @@
-"""Folders and models that are mistaken for a checkpoint of this package: what they are, and what to do."""
+"""Recognizes folders that are often mistaken for a supported checkpoint, and says what to use instead."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bge_rerank_integrations.errors import CheckpointNotFoundError, UnsupportedC
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
 _SUPPORTED: Final = (
-    "This package runs XLM-RoBERTa cross-encoders: take BAAI/bge-reranker-base, BAAI/bge-reranker-large, "
+    "This package runs XLM-RoBERTa cross-encoders: use BAAI/bge-reranker-base, BAAI/bge-reranker-large, "
     f"BAAI/bge-reranker-v2-m3 or {EMBEDDED_MODEL!r}, the small English model that comes with it"
 )
 _WEIGHTS: Final = ("model*.safetensors", "pytorch_model*.bin")
-# What a class of transformers is, by the end of its name.
+# Maps the end of the name of a class in transformers to what models of that class are.
 _KINDS: Final[tuple[tuple[str, str], ...]] = (
-    ("ForSequenceClassification", "It is a cross-encoder or another classifier of another model family"),
+    ("ForSequenceClassification", "It is a cross-encoder or another classifier, of another model family"),
     ("ForCausalLM", "It is a language model, as some rerankers are"),
     ("ForMaskedLM", "A pretrained model has no relevance head and cannot rerank"),
     ("Model", "An embedding model has no relevance head and cannot rerank"),
@@ -36,11 +36,12 @@ _MERGE: Final = (
 
 
 def describe_other_model(model_type: object, architectures: object) -> str:
-    """Say what a model of another architecture is, and which models to take instead.
+    """Return a description of a model of another architecture, and of the models to use instead.
 
     Args:
-        model_type: What its config says.
-        architectures: What its config says: a list of classes of transformers, or nothing.
+        model_type: The value of `model_type` in config.json.
+        architectures: The value of `architectures` in config.json: a list of classes of transformers, or
+            None.
     """
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     kinds = [f"{kind}. " for name in names for end, kind in _KINDS if name.endswith(end)]
@@ -49,26 +50,26 @@ def describe_other_model(model_type: object, architectures: object) -> str:
 
 
 def refuse_dangling_link(path: Path) -> None:
-    """Raise `CheckpointNotFoundError` if a file is a link to one that is not there."""
+    """Raise `CheckpointNotFoundError` if a path is a symbolic link to a file that does not exist."""
     if path.is_symlink() and not path.exists():
         raise CheckpointNotFoundError(
-            f"{path} is a link to a file that is not there. A hub cache keeps the files in its folder "
-            "`blobs` and links to them: copy it with `cp -rL`, which copies the files, or fetch the model as "
-            f"a folder of its own: `{download_command('MODEL')}`"
+            f"{path} is a link to a file that does not exist. A hub cache stores files in its folder `blobs` "
+            "and links to them. Copy the cache with `cp -rL`, which copies the files, or download the model "
+            f"into a separate folder: `{download_command('MODEL')}`"
         )
 
 
 def refuse_mistaken_folder(folder: Path) -> None:
-    """Raise if a folder without a checkpoint's config or weights is known to be something else.
+    """Raise a helpful error if a folder that lacks a config or weights is recognized as something else.
 
     Raises:
-        UnsupportedCheckpointError: It holds a LoRA adapter.
-        CheckpointNotFoundError: It is a hub cache or part of one, or the checkpoints lie in its subfolders.
+        UnsupportedCheckpointError: The folder contains a LoRA adapter.
+        CheckpointNotFoundError: The folder is a hub cache or part of one, or its subfolders are checkpoints.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise UnsupportedCheckpointError(
-            f"{folder} is a LoRA adapter, which changes another model and is none itself. Merge the two "
-            f"first, then pass the folder `merged` as the model: `{_merge_command(folder)}`"
+            f"{folder} is a LoRA adapter, not a complete model. Merge it into its base model first, then "
+            f"pass the folder `merged` as the model: `{_merge_command(folder)}`"
         )
     if (folder / "snapshots").is_dir() or folder.name.startswith("models--"):
         _refuse_cache_entry(folder)
@@ -81,13 +82,13 @@ def refuse_mistaken_folder(folder: Path) -> None:
     inside = _checkpoints_in(folder)
     if inside:
         raise CheckpointNotFoundError(
-            f"{folder} holds no checkpoint itself, but its subfolders do; pass one of them as the model: "
+            f"{folder} contains no checkpoint, but its subfolders do; pass one of them as the model: "
             f"{_listed(list(map(str, inside)))}"
         )
 
 
 def download_command(model: str) -> str:
-    """Return the command that fetches a model from the hub into a folder that can be copied."""
+    """Return the command that downloads a model from the hub into a folder that can be copied."""
     return f"hf download {model} --local-dir {model.rpartition('/')[2]}"
 
 
@@ -98,13 +99,13 @@ def _refuse_cache_entry(folder: Path) -> None:
         refuse_dangling_link(snapshot / "config.json")
     if snapshots:
         raise CheckpointNotFoundError(
-            f"{folder} is an entry of a hub cache; the checkpoint lies in its snapshots. Pass one of them as "
+            f"{folder} is an entry of a hub cache; its snapshots contain the checkpoint. Pass one of them as "
             f"the model: {_listed(list(map(str, snapshots)))}. Or pass {name!r} as the model and "
             f"{str(folder.parent)!r} as cache_folder, with local_files_only=True"
         )
     raise CheckpointNotFoundError(
-        f"{folder} is an entry of a hub cache, but none of its snapshots holds a checkpoint. Fetch the model "
-        f"as a folder of its own: `{download_command(name)}`"
+        f"{folder} is an entry of a hub cache, but none of its snapshots contains a checkpoint. Download the "
+        f"model into a separate folder: `{download_command(name)}`"
     )
 
 
@@ -118,7 +119,7 @@ def _merge_command(folder: Path) -> str:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    """Return the subfolders that hold a checkpoint; numbered ones, as `checkpoint-500`, in that order."""
+    """Return the subfolders that contain a checkpoint, with numbers (`checkpoint-500`) in numeric order."""
 
     def order(path: Path) -> tuple[str, int, str]:
         number = re.search(r"\d+$", path.name)
@@ -128,18 +129,18 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def _looks_complete(folder: Path) -> bool:
-    """Return whether a folder names the files of a checkpoint, or of an adapter; links may lead nowhere."""
+    """Return whether a folder lists the files of a checkpoint or an adapter. Links are not followed."""
     names = [path.name for path in folder.iterdir()]
     has_weights = any(fnmatch(name, pattern) for name in names for pattern in _WEIGHTS)
     return ADAPTER_CONFIG in names or ("config.json" in names and has_weights)
 
 
 def _model_name(folder: Path) -> str:
-    """Return the hub id that a cache's folder `models--org--name` stands for."""
+    """Return the hub id, such as `org/name`, of a folder `models--org--name` in a hub cache."""
     return folder.resolve().name.removeprefix("models--").replace("--", "/")
 
 
 def _listed(names: list[str]) -> str:
-    # The last of numbered checkpoints are the likely ones.
+    # The user most likely wants one of the last numbered checkpoints.
     shown = ", ".join(names[-_MAX_NAMED:])
     return shown if len(names) <= _MAX_NAMED else f"{shown} and {len(names) - _MAX_NAMED} more"

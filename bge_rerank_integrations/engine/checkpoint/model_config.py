@@ -1,4 +1,4 @@
-"""Reads the model's shape from config.json, and refuses models that would score wrongly."""
+"""Reads the shape of a model from config.json, and refuses models that would get wrong scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bge_rerank_integrations.errors import (
 )
 
 ARCHITECTURE: Final = "XLMRobertaForSequenceClassification"
-# What config.json says in whole numbers.
+# Settings in config.json that must be positive integers.
 _SIZES: Final = (
     "vocab_size",
     "hidden_size",
@@ -34,16 +34,16 @@ def read_shape(folder: Path) -> EncoderShape:
     """Read config.json.
 
     Raises:
-        CheckpointNotFoundError: There is none.
-        CorruptCheckpointError: It cannot be parsed.
-        UnsupportedCheckpointError: It describes something other than a one-label XLM-RoBERTa
-            cross-encoder, or asks for remote code.
+        CheckpointNotFoundError: The file does not exist.
+        CorruptCheckpointError: The file cannot be parsed, or has an invalid value.
+        UnsupportedCheckpointError: The file describes something other than an XLM-RoBERTa cross-encoder with
+            one label, or requires remote code.
     """
     data = read_json(require_file(folder, "config.json"))
     if "auto_map" in data:
         raise UnsupportedCheckpointError(
-            f"{folder} asks for code of its own to be run (auto_map), which this package never does; "
-            f"use a plain {ARCHITECTURE} checkpoint"
+            f"{folder} requires custom code (auto_map), which this package never runs; use a plain "
+            f"{ARCHITECTURE} checkpoint"
         )
     architectures = data.get("architectures") or [ARCHITECTURE]
     if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
@@ -54,17 +54,17 @@ def read_shape(folder: Path) -> EncoderShape:
 
     try:
         config = XLMRobertaConfig.from_dict(data)
-    except Exception as error:  # its validation raises several unrelated types
+    except Exception as error:  # the validation raises several unrelated types
         raise CorruptCheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     padding_idx = 1 if config.pad_token_id is None else config.pad_token_id
-    # Not every release of transformers checks the types.
+    # Some releases of transformers do not check the types.
     for name, value, least in (
         *((name, getattr(config, name), 1) for name in _SIZES),
         ("pad_token_id", padding_idx, 0),
     ):
         if type(value) is not int or value < least:
             raise CorruptCheckpointError(
-                f"{folder / 'config.json'} is not valid: {name} must be a whole number of at least {least}"
+                f"{folder / 'config.json'} is not valid: {name} must be an integer of at least {least}"
             )
     if type(config.layer_norm_eps) is not float or not 0 < config.layer_norm_eps < 1:
         raise CorruptCheckpointError(
@@ -79,7 +79,7 @@ def read_shape(folder: Path) -> EncoderShape:
     ):
         if value != supported:
             raise UnsupportedCheckpointError(
-                f"{folder} has {name} = {value!r}; a cross-encoder that gives one relevance score has "
+                f"{folder} has {name} = {value!r}; a cross-encoder with one relevance score needs "
                 f"{supported!r}"
             )
     return EncoderShape(
@@ -96,7 +96,7 @@ def read_shape(folder: Path) -> EncoderShape:
 
 
 def check_max_length(config: ScorerConfig, shape: EncoderShape) -> None:
-    """Raise `ConfigError` if a config wants longer pairs than a model has positions for."""
+    """Raise `ConfigError` if `max_length` is more than the number of positions of a model."""
     if config.max_length > shape.max_length:
         raise ConfigError(
             f"max_length {config.max_length} is more than the {shape.max_length} tokens that "

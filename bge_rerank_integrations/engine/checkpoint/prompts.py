@@ -1,9 +1,10 @@
-"""What a folder saved by sentence-transformers says about how the model's inputs are made.
+"""Reads the default prompt of a checkpoint that sentence-transformers saved.
 
-`CrossEncoder.save_pretrained` writes three files beside the transformer's own: `modules.json`,
-`config_sentence_transformers.json` and `sentence_bert_config.json`. A prompt in them is part of the model:
-without it the same pair gets another score. What remains different is the cut of pairs that are longer than
-`max_length`: there the longer text loses tokens, here the passage (see `PairTokenizer`).
+`CrossEncoder.save_pretrained` writes three files in addition to those of transformers: `modules.json`,
+`config_sentence_transformers.json` and `sentence_bert_config.json`. A prompt in these files is part of the
+model: without it, the same pair gets another score. One difference to sentence-transformers remains. It
+truncates the longer text of a pair that exceeds `max_length`; this package truncates the passage (see
+`PairTokenizer`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 _MODULES: Final = "modules.json"
 _SETTINGS: Final = "config_sentence_transformers.json"
-# How long texts are cut is `max_length` here; the rest changes no token.
+# This package truncates by its own `max_length`, and the other settings do not change any token.
 _HARMLESS_TEXT_SETTINGS: Final = frozenset(
     {"max_length", "padding", "pad_to_multiple_of", "return_tensors", "truncation"}
 )
@@ -29,15 +30,15 @@ _HARMLESS_TEXT_SETTINGS: Final = frozenset(
 def read_default_prompt(folder: Path) -> str:
     """Return the text that sentence-transformers puts before each query of a cross-encoder by default.
 
-    The files count under the conditions under which `sentence_transformers.CrossEncoder` reads them: there is
-    a `modules.json`, and the settings say that a cross-encoder was saved.
+    As in `sentence_transformers.CrossEncoder`, the files apply only if `modules.json` exists and the settings
+    describe a cross-encoder.
 
     Returns:
-        The prompt; "" where there is none.
+        The prompt; an empty string if there is none.
 
     Raises:
-        CorruptCheckpointError: A file is damaged, or names a default prompt that it does not hold.
-        UnsupportedCheckpointError: Inputs are made in a way that this package does not have.
+        CorruptCheckpointError: A file is damaged, or names a default prompt that it does not define.
+        UnsupportedCheckpointError: The files describe inputs that this package cannot build.
     """
     if not (folder / _MODULES).is_file() or not (folder / _SETTINGS).is_file():
         return ""
@@ -53,10 +54,10 @@ def read_default_prompt(folder: Path) -> str:
     prompt = prompts.get(name, 0) if isinstance(prompts, dict) and isinstance(name, str) else 0
     if not isinstance(prompt, str | None):
         raise CorruptCheckpointError(
-            f"{folder / _SETTINGS} has no text for its default_prompt_name {name!r}; correct one of the two"
+            f"{folder / _SETTINGS} defines no prompt for its default_prompt_name {name!r}; correct either one"
         )
     if prompt:
-        _logger.info("queries begin with the checkpoint's default prompt %r", name)
+        _logger.info("adding the checkpoint's default prompt %r before each query", name)
     return prompt or ""
 
 
@@ -66,11 +67,13 @@ def _check_modules(folder: Path) -> None:
         types = [str(module["type"]).rpartition(".")[2] for module in modules]
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptCheckpointError(
-            f"{folder / _MODULES} is not a list of modules; fetch it again"
+            f"{folder / _MODULES} is not a list of modules; download it again"
         ) from error
     if types != ["Transformer"]:
         raise _unsupported(
-            folder, f"the modules {types}", "only a single Transformer with a relevance head can be run"
+            folder,
+            f"the modules {types}",
+            "this package supports only a single Transformer with a relevance head",
         )
 
 
@@ -80,25 +83,25 @@ def _check_input_settings(folder: Path) -> None:
         task = settings.get("transformer_task", "sequence-classification")
         if task != "sequence-classification":
             raise _unsupported(
-                folder, f"transformer_task {task!r}", "only 'sequence-classification' gives a relevance score"
+                folder,
+                f"transformer_task {task!r}",
+                "only 'sequence-classification' returns a relevance score",
             )
         if settings.get("do_lower_case"):
             raise _unsupported(
-                folder, "do_lower_case", "give tokenizer.json a Lowercase normalizer, and remove it there"
+                folder, "do_lower_case", "add a Lowercase normalizer to tokenizer.json and remove the setting"
             )
         if "message" in _object(settings.get("modality_config")):
             raise _unsupported(
                 folder,
                 "a chat template",
-                "put its text before query and passage with query_instruction= and passage_instruction=, and "
-                "remove 'message' from modality_config",
+                "pass its text as query_instruction= and passage_instruction=, and remove 'message' from "
+                "modality_config",
             )
         text_settings = _object(_object(settings.get("processing_kwargs")).get("text"))
         others = sorted(set(text_settings) - _HARMLESS_TEXT_SETTINGS)
         if others:
-            raise _unsupported(
-                folder, f"processing_kwargs {others} for its texts", "save it again without them"
-            )
+            raise _unsupported(folder, f"processing_kwargs {others} for text", "save it again without them")
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -107,5 +110,5 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _unsupported(folder: Path, what: str, advice: str) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
-        f"{folder} was saved by sentence-transformers with {what}, so it would score otherwise here; {advice}"
+        f"{folder} was saved by sentence-transformers with {what}, so its scores would differ here; {advice}"
     )

@@ -18,7 +18,7 @@ from bge_rerank_integrations.errors import (
     UnsupportedCheckpointError,
 )
 
-# Tensors that older or multi-purpose checkpoints carry and this architecture does not read.
+# Tensors in older or multi-purpose checkpoints that this architecture does not use.
 _UNUSED: Final = frozenset(
     {
         "roberta.embeddings.position_ids",
@@ -28,30 +28,39 @@ _UNUSED: Final = frozenset(
     }
 )
 _FLOATING: Final = ("F64", "F32", "F16", "BF16")
-# A matrix may be stored as int8, with what each row is to be multiplied by beside it.
+# A matrix NAME may be stored as int8, with the scale of each row in a tensor NAME_scale.
 _QUANTIZED: Final = "I8"
 _SCALE: Final = "_scale"
-# Of a tensor that is being copied: 64 MB in float32.
+# Most values of a tensor to map into memory at once: 64 MB in float32.
 _MAX_MAPPED_VALUES: Final = 1 << 24
 
 
 def load_weights(
     folder: Path, shape: EncoderShape, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Verify every tensor's name, shape and type, then load them; the classifier stays in float32.
+    """Verify the name, shape and type of every tensor, then load the tensors.
 
-    For int8, which is made of them later, matrices are loaded in float32, and word embeddings, which are only
-    looked up, in float16.
+    The classifier is loaded in float32. For int8, the model quantizes the matrices later, so they are loaded
+    in float32. The word embeddings of an int8 model are not quantized, and are loaded in float16.
 
-    A matrix stored as int8 `NAME` beside float `NAME_scale` of shape [rows, 1], which is how weights
-    quantized by row are published, is multiplied out.
+    A file may store a matrix as an int8 tensor `NAME` and a float tensor `NAME_scale` of shape [rows, 1].
+    Their product is loaded.
+
+    Args:
+        folder: The folder of the checkpoint.
+        shape: The shape of the checkpoint.
+        device: The device to load the tensors onto.
+        dtype: Precision of the encoder.
+
+    Returns:
+        Every tensor of `shape.parameter_shapes()`, by name.
 
     Raises:
         CheckpointNotFoundError: There are no weights, or a shard is missing.
-        CorruptCheckpointError: A file is damaged, a tensor is missing, superfluous or of the wrong
-            shape, or a value is not finite in `dtype`.
-        UnsupportedCheckpointError: The weights are pickled, quantized in another way than by row to
-            int8, or without a relevance head.
+        CorruptCheckpointError: A file is damaged, a tensor is missing, unexpected or of the wrong shape, or a
+            value is not finite in `dtype`.
+        UnsupportedCheckpointError: The weights are pickled, are quantized in another way than by row to int8,
+            or have no relevance head.
     """
     homes = _find_tensors(folder, shape)
     weights: dict[str, Tensor] = {}
@@ -63,22 +72,22 @@ def load_weights(
             tensor[rows] = _read(homes, name, rows)
         if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
             raise CorruptCheckpointError(
-                f"{folder}: tensor {name} holds NaN or infinity in {target}; fetch the checkpoint "
-                "again, or use dtype 'float32' if it was made in a wider type"
+                f"{folder}: tensor {name} contains NaN or infinity in {target}; download the checkpoint "
+                "again, or use dtype 'float32' if its weights need a wider type"
             )
         weights[name] = tensor
     return weights
 
 
 class _Home(NamedTuple):
-    """The file that a tensor is in, and its name there."""
+    """The file that contains a tensor, and the name of the tensor in that file."""
 
     path: Path
     name: str
 
 
 def _find_tensors(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
-    """Return where each tensor of a model is, once the headers of all files are verified."""
+    """Verify the headers of all weight files, and return the location of each tensor."""
     from safetensors import SafetensorError, safe_open
 
     homes: dict[str, _Home] = {}
@@ -90,9 +99,9 @@ def _find_tensors(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
                 shard = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except SafetensorError as error:
                 raise CorruptCheckpointError(
-                    f"{path} is damaged or was not downloaded to its end ({error}); fetch it again"
+                    f"{path} is damaged or was not downloaded completely ({error}); download it again"
                 ) from error
-            for stored_name in shard.keys():  # noqa: SIM118  # it is no dict
+            for stored_name in shard.keys():  # noqa: SIM118  # `shard` is not a dict
                 name = _current_name(stored_name)
                 homes[name] = _Home(path, stored_name)
                 headers[name] = shard.get_slice(stored_name)
@@ -101,7 +110,7 @@ def _find_tensors(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
 
 
 def _current_name(stored_name: str) -> str:
-    """Return what a tensor is called today: BERT's norms had other names, which some releases still write."""
+    """Return the current name of a tensor. Some releases of transformers write older names of norms."""
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         if stored_name.endswith(old):
             return stored_name.removesuffix(old) + new
@@ -121,7 +130,7 @@ def _rows_at_once(dimensions: tuple[int, ...]) -> int:
 
 
 def _read(homes: Mapping[str, _Home], name: str, rows: slice) -> Tensor:
-    """Read some rows; the file is closed again, since what is mapped of it counts as memory until then."""
+    """Read some rows of a tensor. Each call opens and closes the file, which releases the mapped memory."""
     from safetensors import safe_open
 
     with safe_open(homes[name].path, framework="pt", device="cpu") as shard:
@@ -140,13 +149,13 @@ def _verify_headers(folder: Path, headers: dict[str, Any], shape: EncoderShape) 
     if any(name.startswith("classifier.") for name in missing):
         raise UnsupportedCheckpointError(
             f"{folder} has no relevance head ({', '.join(n for n in missing if 'classifier' in n)}): it "
-            "looks like an embedding or a pretrained model, which cannot rerank; use a reranker such as "
-            "BAAI/bge-reranker-base"
+            "looks like an embedding model or a pretrained model, which cannot rerank; use a reranker such "
+            "as BAAI/bge-reranker-base"
         )
     if missing:
         raise CorruptCheckpointError(
-            f"{folder}: {len(missing)} tensor(s) that config.json calls for are missing, the first is "
-            f"{missing[0]}; fetch the checkpoint again"
+            f"{folder}: {len(missing)} tensor(s) that config.json requires are missing, the first is "
+            f"{missing[0]}; download the checkpoint again"
         )
     for name, dimensions in shape.parameter_shapes().items():
         quantized = len(dimensions) == 2 and headers[name].get_dtype() == _QUANTIZED
@@ -156,17 +165,17 @@ def _verify_headers(folder: Path, headers: dict[str, Any], shape: EncoderShape) 
     if extra:
         raise CorruptCheckpointError(
             f"{folder}: {len(extra)} tensor(s) do not belong to the model that config.json describes, "
-            f"the first is {extra[0]}; config and weights must be of one checkpoint"
+            f"the first is {extra[0]}; config and weights must come from the same checkpoint"
         )
     for name, dimensions in expected.items():
         header = headers[name]
         if tuple(header.get_shape()) != dimensions:
             raise CorruptCheckpointError(
-                f"{folder}: tensor {name} has shape {tuple(header.get_shape())}, but config.json calls "
-                f"for {dimensions}; config and weights must be of one checkpoint"
+                f"{folder}: tensor {name} has shape {tuple(header.get_shape())}, but config.json requires "
+                f"{dimensions}; config and weights must come from the same checkpoint"
             )
         if header.get_dtype() not in _FLOATING and name + _SCALE not in expected:
             raise UnsupportedCheckpointError(
-                f"{folder}: tensor {name} is stored as {header.get_dtype()}; only plain weights "
-                f"({', '.join(_FLOATING)}) and matrices of int8 with a scale for each row can be loaded"
+                f"{folder}: tensor {name} is stored as {header.get_dtype()}; only floating-point weights "
+                f"({', '.join(_FLOATING)}) and int8 matrices with a scale for each row can be loaded"
             )

@@ -1,4 +1,4 @@
-"""Attention between two int8 products: from the product of queries, keys and values to codes again."""
+"""Attention between two int8 products: takes the projected queries, keys and values, and returns codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _NO_TOKEN = np.float32(NOTHING)
 
 @inlined
 def _multiply(a, a_step, b, b_step, panel_step, columns, c, c_step, depth):
-    """Compute ROWS rows of c = a b; `columns` is a multiple of WIDTH, panels of b are `panel_step` apart."""
+    """Compute c = a b for ROWS rows of a and `columns` columns of b, which are a multiple of WIDTH.
+
+    `panel_step` is the distance between two panels of PANEL columns in b.
+    """
     j, panel = 0, 0
     while columns - j >= PANEL:
         multiply_64(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
@@ -40,7 +43,7 @@ def _multiply(a, a_step, b, b_step, panel_step, columns, c, c_step, depth):
 
 @inlined
 def _take(product, affine, offset, bias, first, count, column, width, factor, rows):
-    """Make `count` rows of one head whole, times a factor, into a flat array of rows."""
+    """Restore the values of `count` rows of one head, times `factor`, in the flat array `rows`."""
     for i in range(count):
         scale, low = affine[first + i, 0], affine[first + i, 1]
         source = product[first + i, column : column + width]
@@ -71,24 +74,28 @@ def attend(
     codes,
     affine,
 ):
-    """Attend within each of B sequences, bidirectionally, in float32, and quantize.
+    """Compute bidirectional attention within each of B sequences in float32, and quantize the result.
+
+    The inputs are products of codes with int8 weights. `scale * product + low * offset + bias` restores the
+    values, as described in `int8_kernels`.
 
     Args:
-        q_product: [Tq, at least width]: queries first in each row, before they are made whole.
-        q_affine: [Tq, 2]: scale and least value of the rows that were multiplied.
-        q_offset: Of the weight, as `complete` takes it.
-        q_bias: Likewise.
-        q_cu_seqlens: [B + 1]: sequence i is rows i to i + 1.
-        kv_product: [Tkv, k_column + 2 * width]: keys from `k_column` on, values after them.
-        kv_affine: As for queries; so are the three that follow.
-        kv_offset: .
-        kv_bias: .
-        kv_cu_seqlens: .
-        k_column: Where keys begin.
-        num_heads: Heads, of a multiple of WIDTH each.
-        attended: [Tq, width], room for what is quantized.
-        codes: [Tq, width], the result.
-        affine: [Tq, 2], the result's.
+        q_product: [Tq, at least width], products for the queries. The first `width` columns are used.
+        q_affine: [Tq, 2], scale and low of each row of codes that was multiplied.
+        q_offset: [at least width], offset of the query weight.
+        q_bias: [at least width], bias of the query projection.
+        q_cu_seqlens: int32 [B + 1]. Sequence i takes the rows from q_cu_seqlens[i] to q_cu_seqlens[i + 1].
+        kv_product: [Tkv, k_column + 2 * width], products for the keys, from `k_column` on, and then the
+            values.
+        kv_affine: [Tkv, 2], scale and low of each row of codes that was multiplied.
+        kv_offset: [k_column + 2 * width], offset of the weight.
+        kv_bias: [k_column + 2 * width], bias of the projection.
+        kv_cu_seqlens: int32 [B + 1], the rows of the same sequences in `kv_product`.
+        k_column: First column of the keys.
+        num_heads: Number of heads. The width of a head is a multiple of WIDTH.
+        attended: [Tq, width], output: the result in float32.
+        codes: [Tq, width], output: the quantized result.
+        affine: [Tq, 2], output: scale and low of each row of `codes`.
     """
     widest_vectors()
     width = codes.shape[1]
@@ -97,10 +104,10 @@ def attend(
     for b in range(kv_cu_seqlens.shape[0] - 1):
         longest = max(longest, kv_cu_seqlens[b + 1] - kv_cu_seqlens[b])
     most = (longest + WIDTH - 1) // WIDTH * WIDTH
-    # Rows beyond a sequence's are read where a tile is not full; what comes of them is not.
+    # A tile that is not full also reads rows after the last one of a sequence. Their results are not used.
     queries = np.zeros(ROWS * head, np.float32)
     keys = np.zeros(most * head, np.float32)
-    # In panels of so many columns: what a tile reads lies close together.
+    # Stored in panels of PANEL columns, so that a tile reads memory that lies close together.
     keys_by_column = np.empty(head * ((most + PANEL - 1) // PANEL * PANEL), np.float32)
     values = np.empty(most * head, np.float32)
     weights = np.empty(ROWS * most, np.float32)

@@ -1,10 +1,11 @@
-"""What happens between the int8 products of a layer: one walk over rows that are still in the cache.
+"""Kernels that run between the int8 products of a layer. Each makes one pass over rows that are in the cache.
 
-Rows are quantized to uint8 each by itself, `value = scale * code + low`, with the scale and the low of the
-row in `affine` [rows, 2]. A product of codes with int8 weights is made whole by what follows it here,
-`scale * product + low * offset + bias`, where `offset` is the product of a row of ones.
+Each row is quantized to uint8 by itself: `value = scale * code + low`. `affine` [rows, 2] contains the scale
+and the low of each row. A matrix product multiplies the codes with an int8 weight. The kernel that follows
+the product restores the values as `scale * product + low * offset + bias`, where `offset` [out] is the
+product of a row of ones with the weight.
 
-Compiled by numba, and so without a compiler on the machine. Nothing here starts a thread, and no kernel holds
+numba compiles the kernels, so the machine needs no compiler. The kernels start no threads, and they release
 the interpreter's lock.
 """
 
@@ -27,7 +28,7 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "boundscheck": False,
 }
-# The codes are 0 to 255.
+# Codes are integers from 0 to 255.
 _LEVELS = np.float32(255)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
@@ -37,7 +38,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 @cache
 def _sources() -> str:
-    """Return a digest of every file that kernels may be made from: those of this folder."""
+    """Return a digest of every file that the kernels are compiled from: the Python files of this folder."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -45,14 +46,14 @@ def _sources() -> str:
 
 
 def compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
-    """Compile for a signature at once, and keep what comes of it where that can be done."""
+    """Return a decorator that compiles a function, and caches the result on disk if possible."""
 
     def compile_(function: Callable[..., None]) -> Any:
         try:
-            # numba looks whether a function's own file has changed, not at those that it takes from others.
+            # numba checks whether the file of a function has changed, but not the files that it imports from.
             function.__qualname__ = f"{function.__name__}_{_sources()}"
             return njit(signature, cache=True, **_OPTIONS)(function)
-        except (OSError, RuntimeError):  # no sources, or no folder that it could be kept in
+        except (OSError, RuntimeError):  # no source files, or no folder to write the cache to
             return njit(signature, **_OPTIONS)(function)
 
     return compile_
@@ -63,7 +64,7 @@ inlined = njit(inline="always")
 
 @inlined
 def _gelu(x):
-    """GELU by erf as the quotient of two polynomials (Eigen's, 3e-7 exact), which vectorizes."""
+    """Compute GELU. erf is a quotient of two polynomials (from Eigen, accurate to 3e-7), which vectorizes."""
     z = x * np.float32(0.7071067811865476)
     z = min(max(z, np.float32(-3.7439211627767994)), np.float32(3.7439211627767994))
     zz = z * z
@@ -84,7 +85,7 @@ def _gelu(x):
 
 @inlined
 def greatest_and_least(row):
-    """Return both over integers that order as the floats do: those are vectorized, floats are not."""
+    """Return the greatest and least float of a row. Compare them as integers, which LLVM can vectorize."""
     bits = row.view(np.int32)
     least, greatest = _MAGNITUDE, ~_MAGNITUDE
     for j in range(bits.shape[0]):
@@ -99,7 +100,7 @@ def greatest_and_least(row):
 
 @inlined
 def quantize_row(row, codes, affine):
-    """Write the codes of a row, and its scale and least value."""
+    """Quantize a row: write its codes, and its scale and low."""
     greatest, least = greatest_and_least(row)
     spread = greatest - least
     per_level = _LEVELS / spread if spread > 0 else np.float32(0)
@@ -119,7 +120,7 @@ def quantize(x, codes, affine):
 
 @compiled("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], u1[:,::1], f4[:,::1])")
 def gelu_quantize(product, affine, offset, bias, codes, out_affine):
-    """Make products whole, apply GELU in place and quantize."""
+    """Restore the values of a product, apply GELU in place, and quantize the rows."""
     widest_vectors()
     for i in range(product.shape[0]):
         row = product[i]
@@ -133,7 +134,7 @@ def gelu_quantize(product, affine, offset, bias, codes, out_affine):
     "void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4[:,::1], f4[::1], f4[::1], f4, u1[:,::1], f4[:,::1])"
 )
 def add_norm_quantize(product, affine, offset, bias, x, weight, shift, eps, codes, out_affine):
-    """Make products whole, add them to x, apply LayerNorm to x in place and quantize it."""
+    """Restore the values of a product, add them to x, normalize x in place, and quantize its rows."""
     widest_vectors()
     width = np.float32(x.shape[1])
     for i in range(x.shape[0]):

@@ -1,7 +1,12 @@
-"""The encoder in int8 on CPUs: weights by output channel, activations by token, no calibration.
+"""The cross-encoder in int8 on CPUs. It needs no calibration data.
 
-Products run in oneDNN on the processor's int8 instructions; attention, norms, GELU and the residual stream
-are float32. What lies between two products goes through in blocks of rows, one walk each.
+Weights are quantized by output channel when the model is loaded, and activations by token when they are
+computed. Matrix products run in oneDNN on the processor's int8 instructions. Attention, norms, GELU and the
+residual stream are float32.
+
+The layers are not built from `Blocks` as those of `PackedCrossEncoder` are. They change the residual stream
+in place, and after attention they process it in blocks of rows, so that a block stays in the cache from one
+matrix product to the next.
 """
 
 from __future__ import annotations
@@ -23,20 +28,22 @@ from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 Floats = npt.NDArray[np.float32]
 
-# Enough that a weight is read from afar few times, few enough for what lies between products to stay near.
+# Rows of one block. With more rows, a weight is read from memory fewer times. With fewer rows, the values
+# between two products stay in the cache.
 _BLOCK_ROWS = 256
-# oneDNN keeps a kernel for each number of rows, half a megabyte in int8, so that there may be twice as many.
+# oneDNN keeps a kernel for each number of rows. In int8 a kernel takes half a megabyte, less than in float32,
+# so twice as many sizes are affordable.
 _ROWS_IN_OCTAVE = 16
 _MAX_WEIGHT = 127
 
 
 class Int8CrossEncoder:
-    """What `PackedCrossEncoder` computes, with int8 products.
+    """`PackedCrossEncoder` with int8 matrix products.
 
     Args:
-        shape: The checkpoint's shape.
+        shape: The shape of the checkpoint.
         weights: Every tensor of `shape.parameter_shapes()`, the encoder's matrices and the classifier in
-            float32; they are taken out one by one, so that no second copy lives on.
+            float32. The model removes each tensor from the mapping, so that the mapping keeps no second copy.
     """
 
     def __init__(self, shape: EncoderShape, weights: MutableMapping[str, Tensor]) -> None:
@@ -78,7 +85,7 @@ class Int8Linear:
 
     Attributes:
         bias: float32 [out].
-        offset: float32 [out], what a row of ones gives: the share of each row's least value.
+        offset: float32 [out], the product of a row of ones with the weight.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -111,7 +118,7 @@ class Int8Linear:
 
 
 class _Codes:
-    """Quantized rows: uint8 [rows, width], and float32 [rows, 2] of each row's scale and least value."""
+    """Quantized rows: uint8 codes [rows, width], and the scale and low of each row, float32 [rows, 2]."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         self.tensor = torch.empty(num_rows, width, dtype=torch.uint8)
@@ -120,7 +127,7 @@ class _Codes:
 
 
 class _Rows:
-    """The residual stream, float32 and quantized; rows beyond those asked for are zero."""
+    """The residual stream in float32, and its quantized rows. Rows after `num_rows` are padding."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         total = round_up_rows(num_rows, num_in_octave=_ROWS_IN_OCTAVE)
@@ -137,7 +144,7 @@ class _Rows:
             yield slice(start, min(start + _BLOCK_ROWS, len(self.x)))
 
     def select(self, indices: Tensor) -> _Rows:
-        """Return copies of some rows."""
+        """Return copies of the rows at `indices`."""
         selected = _Rows(len(indices), self.x.shape[1])
         selected.x[: len(indices)] = self.x[indices]
         selected.quantize()
@@ -154,7 +161,7 @@ class _Norm:
 
 
 class _FullLayer:
-    """One encoder layer over all tokens, in place."""
+    """One encoder layer over all tokens. It changes the rows in place."""
 
     def __init__(self, weights: MutableMapping[str, Tensor], name: str, shape: EncoderShape) -> None:
         self._qkv = _fused(weights, name, "query", "key", "value")
@@ -167,7 +174,7 @@ class _FullLayer:
 
 
 class _FirstTokenLayer:
-    """The last encoder layer for `<s>` of each sequence, which is all the head reads."""
+    """The last encoder layer, for the first token of each sequence. The head reads nothing else."""
 
     def __init__(self, weights: MutableMapping[str, Tensor], name: str, shape: EncoderShape) -> None:
         self._q = _fused(weights, name, "query")
@@ -184,7 +191,7 @@ class _FirstTokenLayer:
 
 
 class _Projected:
-    """Rows times a weight, and what makes them whole."""
+    """The product of rows with a weight, and everything that `attend` needs to restore its values."""
 
     def __init__(self, rows: _Rows, linear: Int8Linear, seqlens: Seqlens) -> None:
         self.product = linear.product(rows.codes.tensor)
@@ -198,7 +205,7 @@ class _Projected:
 
 
 def _attend(q: _Projected, kv: _Projected, shape: Sequence[int], num_heads: int) -> _Codes:
-    """Let queries, first in each row of `q`, see keys and values, last in each row of `kv`."""
+    """Attend from the queries, the first columns of `q`, to the keys and values, the last columns of `kv`."""
     result = _Codes(*shape)
     attended = np.zeros(shape, np.float32)
     k_column = kv.product.shape[1] - 2 * shape[1]
@@ -207,7 +214,7 @@ def _attend(q: _Projected, kv: _Projected, shape: Sequence[int], num_heads: int)
 
 
 class _AfterAttention:
-    """What follows attention in a layer: projection, residual, norm; feed-forward, residual, norm."""
+    """The part of a layer after attention: projection, residual, norm, feed-forward, residual, norm."""
 
     def __init__(self, weights: MutableMapping[str, Tensor], name: str, shape: EncoderShape) -> None:
         self._out = _linear(weights, f"{name}.attention.output.dense")
@@ -231,7 +238,7 @@ class _AfterAttention:
 def _add_norm(
     rows: _Rows, block: slice, codes: Tensor, affine: Floats, linear: Int8Linear, norm: _Norm
 ) -> None:
-    """Multiply codes, add what comes of them to a block of rows, normalize and quantize it."""
+    """Multiply codes with a weight, add the product to a block of rows, normalize and quantize the block."""
     add_norm_quantize(
         linear.product(codes),
         affine,

@@ -1,4 +1,4 @@
-"""Whether this machine can multiply in int8, checked by doing it."""
+"""Checks whether this machine can multiply in int8, by running a small product."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import torch
 
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
 
-# Heads are worked on in vectors of so many floats.
+# The attention kernel processes a head in vectors of this many floats.
 HEAD_STEP = 16
 _CPU_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 
 
 def require_int8(head_dim: int) -> None:
-    """Return where int8 works.
+    """Raise if this machine cannot run a model in int8.
+
+    Args:
+        head_dim: Width of the model's attention heads.
 
     Raises:
         MissingExtraError: numba is not installed.
-        DeviceError: The CPU, or this build of torch, cannot do it.
-        UnsupportedCheckpointError: The model's heads have an odd width.
+        DeviceError: The CPU or this build of torch does not support int8 products.
+        UnsupportedCheckpointError: The head dimension is not a multiple of 16.
     """
     if find_spec("numba") is None:
         raise missing_extra("int8", "numba")
@@ -28,32 +31,34 @@ def require_int8(head_dim: int) -> None:
         raise DeviceError(f"dtype 'int8' is not available: {reason}; use 'float32' or 'bfloat16'")
     if head_dim % HEAD_STEP:
         raise UnsupportedCheckpointError(
-            f"dtype 'int8' needs attention heads of a multiple of {HEAD_STEP}, and this model's are "
-            f"{head_dim} wide; use 'float32' or 'bfloat16'"
+            f"dtype 'int8' needs attention heads whose width is a multiple of {HEAD_STEP}, but this model's "
+            f"are {head_dim} wide; use 'float32' or 'bfloat16'"
         )
 
 
 def int8_obstacle() -> str | None:
-    """Return why int8 products do not work here; None where they do."""
+    """Return why int8 products do not work on this machine; None if they work."""
     if not any(_host_cpu_features().get(name) for name in _CPU_FEATURES):
         return "it needs a CPU with VNNI instructions (x86 since about 2019)"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return f"torch {torch.__version__} comes without oneDNN's int8 products"
-    return None if _multiplies_rightly() else f"int8 products of torch {torch.__version__} are wrong here"
+        return f"torch {torch.__version__} does not include oneDNN's int8 products"
+    if not _multiplies_correctly():
+        return f"torch {torch.__version__} computes wrong int8 products on this CPU"
+    return None
 
 
 def _host_cpu_features() -> dict[str, bool]:
-    # numba compiles for what LLVM finds, and every release of torch can be used with it.
+    # Ask LLVM, since numba compiles for the features that LLVM detects, and not every torch reports them.
     from llvmlite import binding
 
     try:
         return dict(binding.get_host_cpu_features())
-    except RuntimeError:  # LLVM cannot tell on this platform
+    except RuntimeError:  # LLVM cannot detect the features on this platform
         return {}
 
 
-def _multiplies_rightly() -> bool:
-    # The greatest products there are: instructions older than VNNI would overflow.
+def _multiplies_correctly() -> bool:
+    # The largest possible products: instructions older than VNNI would overflow.
     codes = torch.full((16, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, [16, 64])

@@ -1,4 +1,4 @@
-"""A forward pass over the cores of a CPU: each core computes sequences of its own."""
+"""Splits a batch over the cores of a CPU, so that each core computes its own sequences."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from bge_rerank_integrations.runtime.shutdown import begin_exit
 from bge_rerank_integrations.runtime.tracebacks import release_frames
 
 Forward = Callable[[PackedBatch], Tensor]
-"""A packed batch to its B logits, float32 [B], on the device."""
+"""Maps a packed batch of B sequences to its logits, float32 [B], on the device."""
 
 _Task = tuple[Forward, PackedBatch, "Future[list[float]]"]
 
-# How long interpreter exit waits for these threads to end.
+# Longest time in seconds that interpreter exit waits for these threads to end.
 _EXIT_S: Final = 4.0
-# A difference between two parts that trading sequences would not pay for.
+# Relative difference between the costs of two parts below which trading sequences is not worth the time.
 _NEAR_ENOUGH: Final = 0.01
 
 
 class SplitForward:
-    """Runs parts of a batch side by side, each on one thread; safe under any number of callers.
+    """Runs the parts of a batch in parallel, one thread per part. Any number of threads may call it.
 
-    Threads that share each operation wait for each other after every operation. Threads that each have their
-    own sequences wait once, at the end. A batch of fewer sequences than threads is not split: torch shares
-    its operations between the threads as usual.
+    If threads share each operation, they wait for each other after every operation. If each thread has its
+    own sequences, they wait only once, at the end. A batch with fewer sequences than threads is not split.
+    Then torch shares each operation between the threads, as usual.
 
     Args:
         forward: Runs a batch. It is called from several threads at once.
-        num_threads: How many threads compute.
-        length_of_double_cost: As `split_evenly` takes it.
-        num_rows: The number of rows that `forward` wants for a number of tokens, as `pack` takes it.
+        num_threads: Number of threads that compute.
+        length_of_double_cost: See `split_evenly`.
+        num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SplitForward:
         self._threads: _Threads | None = None
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        """Return the B logits."""
+        """Return the logits of the B sequences, float32 [B]."""
         lengths = batch.seqlens.lengths
         if self._num_threads == 1 or len(lengths) < self._num_threads:
             return self._forward(batch)
@@ -74,7 +74,7 @@ class SplitForward:
         if not self._require_threads().put(tasks):
             return self._forward(batch)  # the interpreter is exiting and the threads have ended
         futures = [future for _, _, future in tasks]
-        # Wait for all, so that no part is still running when the error of another one is raised.
+        # Wait for all parts, so that no part is still running when the error of another part is raised.
         wait(futures)
         logits = torch.empty(len(lengths))
         for part, future in zip(parts, futures, strict=True):
@@ -91,16 +91,19 @@ class SplitForward:
 
 
 def split_evenly(lengths: Sequence[int], num_parts: int, length_of_double_cost: int) -> list[list[int]]:
-    """Deal sequences out so that each part costs about the same: longest first, then by trading.
+    """Split sequences into parts of about equal cost.
+
+    Each sequence, longest first, goes to the part with the lowest cost so far. Then parts trade sequences
+    while that makes the costs more equal.
 
     Args:
-        lengths: Tokens of each sequence.
-        num_parts: Most parts.
-        length_of_double_cost: From so many tokens on, attention, which grows with the square, costs a token
-            as much as all else does.
+        lengths: Number of tokens of each sequence.
+        num_parts: Most parts to return.
+        length_of_double_cost: The length in tokens at which attention costs as much as all other operations
+            together. The cost of attention per token grows with the length of the sequence.
 
     Returns:
-        Indices into `lengths`, ascending in each part; no part is empty.
+        Parts of indices into `lengths`, ascending within each part. No part is empty.
 
     Example:
         >>> split_evenly([100, 60, 50, 10], 2, 4096)
@@ -120,7 +123,7 @@ def split_evenly(lengths: Sequence[int], num_parts: int, length_of_double_cost: 
 
 
 def _trade(parts: list[list[int]], costs: Sequence[float]) -> bool:
-    """Bring the parts that cost most and least nearer by trading two sequences; return whether it can be."""
+    """Trade two sequences between the parts of highest and lowest cost; return False if no trade helps."""
 
     def cost(part: Sequence[int]) -> float:
         return sum(costs[index] for index in part)
@@ -139,13 +142,13 @@ def _trade(parts: list[list[int]], costs: Sequence[float]) -> bool:
 
 
 def select(batch: PackedBatch, indices: Sequence[int], num_rows: Callable[[int], int] = int) -> PackedBatch:
-    """Return a batch of some of the sequences of another.
+    """Return a batch with some of the sequences of another batch.
 
     Args:
-        batch: The other.
-        indices: Which of its sequences.
-        num_rows: How many rows to make of a number of tokens, as in `pack`. The rows beyond the last
-            sequence hold id 0 and position 0, which every model has.
+        batch: The batch to select from.
+        indices: Indices of the sequences to select.
+        num_rows: Returns the number of rows to pad the result to, given its number of tokens. The padding has
+            id 0 and position 0, which every model has.
     """
     bounds = batch.seqlens.cu_seqlens.tolist()
     slices = [slice(bounds[index], bounds[index + 1]) for index in indices]
@@ -164,7 +167,7 @@ class _Threads:
     """Daemon threads that compute parts of batches until `end` is called.
 
     Args:
-        num_threads: How many.
+        num_threads: Number of threads to start.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -181,13 +184,13 @@ class _Threads:
         for thread in self._threads:
             thread.start()
         ready.wait()
-        # torch gives threads that are started later the number that any thread set last. This thread's own
-        # number has not changed.
+        # In torch, a new thread starts with the number of threads that any other thread set last, which is 1
+        # after `_work`. Set it back to the number of this thread, which has not changed.
         torch.set_num_threads(torch.get_num_threads())
         _live.add(self)
 
     def put(self, tasks: Sequence[_Task]) -> bool:
-        """Hand tasks to the threads; return False, and take none, if the threads have been told to end."""
+        """Queue tasks for the threads. Return False, and queue nothing, if `end` has been called."""
         with self._ending:
             if not self._has_ended:
                 for task in tasks:
@@ -195,10 +198,10 @@ class _Threads:
             return not self._has_ended
 
     def end(self, timeout: float | None = None) -> None:
-        """End the threads once they have finished every task that was put, and wait for them.
+        """Tell the threads to end after all queued tasks, and wait for them.
 
         Args:
-            timeout: Most seconds to wait; None is no limit.
+            timeout: Longest time to wait, in seconds; None for no limit.
         """
         with self._ending:
             if not self._has_ended:
@@ -207,7 +210,7 @@ class _Threads:
                     self._tasks.put(None)
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
-            # Garbage may be collected in one of these threads, which cannot wait for itself.
+            # The garbage collector may call this method in one of these threads. It cannot wait for itself.
             if thread is not threading.current_thread():
                 thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
 
@@ -216,7 +219,7 @@ _live: weakref.WeakSet[_Threads] = weakref.WeakSet()
 
 
 def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
-    torch.get_num_threads()  # a thread's first use of torch sets its number of threads anew
+    torch.get_num_threads()  # the first use of torch in a thread overwrites its number of threads
     torch.set_num_threads(1)
     ready.wait()
     while (task := tasks.get()) is not None:
@@ -226,13 +229,13 @@ def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
         failure: BaseException | None = None
         try:
             values = forward(batch).tolist()
-        except BaseException as error:  # the caller waits for an answer, whatever happened
+        except BaseException as error:  # the caller waits for this future, so every error must reach it
             release_frames(error)
             failure = error
-        # Free every tensor before the answer is given. torch releases the interpreter's lock while it frees
-        # one. After the answer the main thread may already be finalizing the interpreter, and a thread that
-        # asks for the lock then is ended by force, which C++ takes for a fault: the process would abort. So
-        # the answer holds floats, and an error's frames hold nothing.
+        # Free every tensor before setting the result. torch releases the interpreter's lock while it frees a
+        # tensor. Once the result is set, the main thread may start to finalize the interpreter. Python then
+        # terminates any thread that requests the lock, inside C++ code, which aborts the process. For the
+        # same reason the result consists of floats, and the frames of an error are released.
         del forward, batch
         if failure is None:
             future.set_result(values)
@@ -242,7 +245,7 @@ def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
 
 
 def _end_all() -> None:
-    """End all threads at interpreter exit, so that none is left to be ended by force; see `_work`."""
+    """End all threads at interpreter exit, before Python terminates them; see `_work`."""
     if was_forked():
         return  # the threads are in the parent process
     begin_exit()

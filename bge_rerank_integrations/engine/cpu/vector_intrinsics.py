@@ -1,7 +1,7 @@
-"""Small matrices in a processor's vector registers, for kernels that numba compiles.
+"""Operations on vector registers, for kernels that numba compiles.
 
-A compiler's own vectorizer does not keep a block of a matrix product in registers, so these are written out
-in LLVM's vectors of 16 floats: the widest of AVX-512, and two of AVX2's.
+LLVM's vectorizer does not keep a block of a matrix product in registers. These functions therefore emit LLVM
+instructions on vectors of 16 floats: one register of AVX-512, or two of AVX2.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numba import types
 from numba.extending import intrinsic
 
 ROWS = 6
-"""Rows of a tile: with 64 columns, 24 of 32 registers hold sums."""
+"""Rows of a tile. A tile of 6 rows and 64 columns keeps its sums in 24 of 32 registers."""
 WIDTH = 16
-"""Floats of a vector."""
+"""Number of floats in a vector."""
 PANEL = 4 * WIDTH
 """Columns of a tile."""
 NOTHING = -3e38
-"""As good as minus infinity, which fast arithmetic may not meet."""
+"""Stands for minus infinity, which code compiled with fast-math must not contain."""
 
 _FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR, _INTS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
-# Of 2 to the power of -0.5 to 0.5, highest first.
+# Coefficients of a polynomial for 2 to the power of x, from -0.5 to 0.5, highest degree first.
 _EXP2 = (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
 _FUSE = ("contract",)  # a product and a sum may become one instruction
 
@@ -43,15 +43,15 @@ def as_float(typing_context, bits):
 
 @intrinsic
 def widest_vectors(typing_context):
-    """Let LLVM use the widest vectors there are in the function that begins with this.
+    """Allow LLVM to use the widest vectors in the function that calls this first.
 
-    On processors with AVX-512 it prefers half of them, for fear of a lower clock. oneDNN's products, between
-    which these functions run, use the widest anyway.
+    On processors with AVX-512, LLVM prefers vectors of half the width, since the widest may lower the clock
+    frequency. These functions run between oneDNN's products, which use the widest vectors in any case.
     """
 
     def generate(context, builder, signature, arguments):
         attributes = builder.function.attributes
-        if isinstance(attributes, set):  # past llvmlite's own list of names, which does not have this one
+        if isinstance(attributes, set):  # bypass llvmlite's list of allowed names
             set.add(attributes, '"prefer-vector-width"="512"')
         return context.get_dummy_value()
 
@@ -59,10 +59,10 @@ def widest_vectors(typing_context):
 
 
 def _make_multiply(num_vectors: int) -> Any:
-    """Make what computes c = a b for ROWS rows, any depth, and `num_vectors` vectors of columns.
+    """Return a function that computes c = a b for ROWS rows and `num_vectors` vectors of columns.
 
-    Its arguments are, for each matrix, a flat float32 array, where in it the matrix begins and how far apart
-    its rows are; and the depth, at least 1.
+    For each matrix, its arguments are a flat float32 array, the index of the first element of the matrix in
+    it, and the distance between two rows. The last argument is the depth, at least 1.
     """
 
     @intrinsic
@@ -120,10 +120,11 @@ multiply_64, multiply_32, multiply_16 = (_make_multiply(num_vectors) for num_vec
 
 @intrinsic
 def powers_of_2(typing_context, row, start, count):
-    """Replace the `count` floats of a row by 2 to the power of what each is above the greatest: their sum.
+    """Replace each x of a row by 2 ** (x - greatest of the row), and return the sum.
 
-    To 4e-6: of the whole part of an exponent by bits, of the rest by a polynomial. `count` is a positive
-    multiple of WIDTH; 126 and more below the greatest is as good as nothing.
+    The relative error is at most 4e-6. The integer part of the exponent is set in the bits of the float, and
+    a polynomial computes the rest. `count`, the number of floats, is a positive multiple of WIDTH.
+    Differences below -126 are raised to -126, where the power is practically zero.
     """
     signature = types.float32(row, types.intp, types.intp)
 
@@ -149,7 +150,7 @@ def powers_of_2(typing_context, row, start, count):
 
 @intrinsic
 def transpose_16(typing_context, source, source_start, source_step, target, target_start, target_step):
-    """Write the transpose of WIDTH x WIDTH floats; both in flat arrays, as in the products."""
+    """Write the transpose of WIDTH x WIDTH floats. The arguments of both matrices are as for products."""
     index = types.intp
     signature = types.void(source, index, index, target, index, index)
 
@@ -162,7 +163,7 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
         rows = [_load(builder, row(0, number), 0) for number in range(WIDTH)]
         step = WIDTH // 2
         while step:
-            # Rows that lie `step` apart trade the blocks of `step` columns that are off the diagonal.
+            # Two rows at a distance of `step` exchange their off-diagonal blocks of `step` columns.
             lower = [WIDTH + i - step if i & step else i for i in range(WIDTH)]
             upper = [WIDTH + i if i & step else i + step for i in range(WIDTH)]
             for first in (number for number in range(WIDTH) if not number & step):
@@ -179,7 +180,7 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
 
 
 def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any, Any], Any]) -> Any:
-    """Carry a vector through `step` with the address of each vector of a row; return the last."""
+    """Call `step` with a carried vector and the address of each vector of a row; return the last result."""
     before = builder.block
     loop, after = builder.append_basic_block("walk"), builder.append_basic_block("walked")
     builder.branch(loop)
@@ -196,7 +197,7 @@ def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any,
 
 
 def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """Combine the floats of a vector into one."""
+    """Reduce the floats of a vector to one."""
     step = WIDTH // 2
     while step:
         mask = [(i + step) % WIDTH for i in range(WIDTH)]
@@ -207,7 +208,7 @@ def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
 
 
 def _exp2(builder: Any, x: Any) -> Any:
-    """2 to the power of each x, -126 to 0."""
+    """Return 2 to the power of each x, for x from -126 to 0."""
     whole = builder.fptosi(builder.fsub(x, _all(0.5)), _INTS)
     rest = builder.fsub(x, builder.sitofp(whole, _VECTOR))
     power = _all(_EXP2[0])

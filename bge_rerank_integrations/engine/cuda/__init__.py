@@ -1,1 +1,1 @@
-"""What only CUDA devices run."""
+"""Kernels, graphs and copies for CUDA devices."""

@@ -1,7 +1,7 @@
-"""Encoder products in float8 (e4m3), weights scaled by output row and activations by token.
+"""Layers with matrix products in float8 (e4m3). Weights are scaled by output row, activations by token.
 
-Attention is in bfloat16, as are the embeddings and the residual stream; norms, GELU and softmax compute in
-float32, and the head is float32.
+Attention, embeddings and the residual stream are bfloat16. Norms, GELU, softmax and the head compute in
+float32.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from bge_rerank_integrations.engine.cuda.fused_ops import PLAIN_OPS, FusedOps
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
 _MULTIPLE: Final = 16
-# Rows that a product is tried with: one, and a number that is no multiple of anything.
+# Numbers of rows that a product is tried with: a single row, and a prime number.
 _TRIED_ROWS: Final = (1, 37)
 
 
 def scaled_product(rows: Quantized, weight: Quantized, bias: Tensor | None = None) -> Tensor:
-    """Multiply quantized [rows, in] with a quantized weight [out, in]: bfloat16 [rows, out].
+    """Multiply quantized rows [rows, in] with a quantized weight [out, in] to bfloat16 [rows, out].
 
-    `in` and `out` are multiples of 16; the number of rows is free (torch/_meta_registrations.py has the
-    conditions). Sums are kept in float32: Hopper's faster way rounds them at each step, which float8 with
-    its coarse terms may or may not bear.
+    `in` and `out` must be multiples of 16, and `rows` may be any number; torch/_meta_registrations.py has the
+    conditions. Sums are accumulated in float32. Hopper's fast accumulation is off, because it rounds the sums
+    at each step.
     """
     product: Tensor = torch._scaled_mm(
         rows.codes,
@@ -41,14 +41,14 @@ def scaled_product(rows: Quantized, weight: Quantized, bias: Tensor | None = Non
 
 
 class Float8Blocks:
-    """Layers whose products are float8; what goes into one is quantized by the kernel that makes it.
+    """Layers whose matrix products are in float8. The kernel that computes an input also quantizes it.
 
-    A norm's bias is the same in every row, and its product with a weight is known beforehand. So rows are
-    quantized without it, and that product is part of the linear layer's own bias: what is never rounded to
-    three bits adds no error, and costs nothing.
+    Rows are quantized without the bias of the norm that computed them. That bias is the same in every row, so
+    its product with the weight is computed at load time and added to the bias of the linear layer. This takes
+    no time per batch, and the norm's bias is never rounded to float8.
 
     Args:
-        ops: What lies between the products.
+        ops: The operators between the products.
     """
 
     def __init__(self, ops: FusedOps) -> None:
@@ -90,24 +90,24 @@ class Float8Blocks:
 
 
 def _bias_after(linear: Parameters, before: Norm) -> Tensor:
-    """Return a linear layer's bias over rows without the bias of the norm before it, in float32."""
+    """Return the float32 bias of a linear layer whose input lacks the bias of the norm `before`."""
     return linear.bias.float() + linear.weight.float() @ before.bias.float()
 
 
 def check_float8(device: torch.device, widths: tuple[int, int]) -> None:
-    """Try a model's products in float8, before its weights are loaded.
+    """Try float8 products of a model's widths, before its weights are loaded.
 
     Args:
-        device: Where they are to run.
-        widths: The model's, of the residual stream and of the feed-forward part.
+        device: The device to run on.
+        widths: The hidden size and the intermediate size of the model.
 
     Raises:
-        ConfigError: The model's widths do not go with float8.
-        DeviceError: torch, as it is here, cannot multiply in float8 on this device, or does so wrongly.
+        ConfigError: A width is not a multiple of 16.
+        DeviceError: The installed torch cannot multiply in float8 on this device, or its results are wrong.
     """
     if any(width % _MULTIPLE for width in widths):
         raise ConfigError(
-            f"dtype 'float8' takes widths that are multiples of {_MULTIPLE}, and this model's are "
+            f"dtype 'float8' needs widths that are multiples of {_MULTIPLE}, but this model's are "
             f"{widths[0]} and {widths[1]}; use 'bfloat16'"
         )
     try:
@@ -116,7 +116,7 @@ def check_float8(device: torch.device, widths: tuple[int, int]) -> None:
                 _try_product(device, num_inputs, num_outputs)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # torch raises several types, and the comparison one more
+    except Exception as error:  # torch raises several types, and the comparison raises AssertionError
         reason = next(iter(str(error).splitlines()), "")
         raise DeviceError(
             f"dtype 'float8' does not work on {device} with torch {torch.__version__} "
@@ -132,7 +132,7 @@ def _try_product(device: torch.device, num_inputs: int, num_outputs: int) -> Non
     for num_rows in _TRIED_ROWS:
         rows = PLAIN_OPS.quantize(torch.randn(num_rows, num_inputs, generator=generator).to(device))
         expected = dequantize(rows) @ dequantize(weight).t()
-        # The sums' terms are of both signs: what is small is the rest of large ones.
+        # The sums have terms of both signs, so a small result can have the absolute error of a large one.
         tolerance = 0.01 * expected.abs().max().item()
         for shift in (None, bias):
             ours = scaled_product(rows, weight, shift).float()
@@ -141,10 +141,10 @@ def _try_product(device: torch.device, num_inputs: int, num_outputs: int) -> Non
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """Return what quantized rows stand for, in float32."""
+    """Return the float32 values of quantized rows."""
     return quantized.codes.float() * quantized.scales
 
 
 def _quantized(rows: Rows) -> Quantized:
-    assert rows.quantized is not None  # these blocks make no others
+    assert rows.quantized is not None  # every part of `Float8Blocks` quantizes its rows
     return rows.quantized

@@ -1,4 +1,4 @@
-"""What lies between two matrix products in one kernel instead of several, where Triton works."""
+"""Operators between matrix products, fused into one Triton kernel each where Triton works."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from bge_rerank_integrations.engine.linear import plain_linear
 
 logger = logging.getLogger(__name__)
 
-# Tried on so many rows: an odd number, as requests have.
+# Number of rows that the kernels are tried on. It is odd, since most requests have no round number of rows.
 _NUM_TRIED_ROWS: Final = 7
 _LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
 
 
 class FusedOps(NamedTuple):
-    """Operators over [rows, width]; all compute in float32 and round once.
+    """Operators over [rows, width]. All compute in float32 and round the result once.
 
     Attributes:
-        name: What they run in, and where that was not the first choice, why.
-        bias_gelu: x and a bias to gelu(x + bias), with the exact GELU.
-        add_norm: x, a bias, a residual and a norm to norm(x + bias + residual).
-        quantize: x to float8, each row scaled so that its largest number is the largest of the type.
-        bias_gelu_quantize: `bias_gelu`, quantized.
-        add_norm_quantize: `add_norm`, and the same less the norm's bias, quantized.
+        name: The implementation. For a fallback, the name includes the reason.
+        bias_gelu: Maps x and a bias to gelu(x + bias), with the exact GELU.
+        add_norm: Maps x, a bias, a residual and a norm to norm(x + bias + residual).
+        quantize: Maps x to float8. Each row is scaled so that its largest absolute value becomes the largest
+            float8 number.
+        bias_gelu_quantize: `bias_gelu`, then `quantize`.
+        add_norm_quantize: Returns `add_norm`, and the quantized rows without the norm's bias.
     """
 
     name: str
@@ -57,7 +58,7 @@ def _add_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> Tensor:
 def _quantize(x: Tensor) -> Quantized:
     values = x.float()
     scales = values.abs().amax(1, keepdim=True).clamp_min(1e-12) / _LARGEST
-    # What is not a number stays none: a score made of it is refused.
+    # NaN and infinity must not become finite here, because the package refuses scores that are not finite.
     return Quantized((values / scales).to(torch.float8_e4m3fn), scales)
 
 
@@ -74,24 +75,24 @@ PLAIN_OPS: Final = FusedOps(
     bias_gelu_quantize=lambda x, bias: _quantize(_bias_gelu(x, bias)),
     add_norm_quantize=_add_norm_quantize,
 )
-"""What the kernels are to give, from torch's own operators; runs anywhere."""
+"""The reference implementation in torch's own operators, which works on every device."""
 
 
 def resolve_fused(
     device: torch.device, dtype: torch.dtype, widths: tuple[int, int], *, quantizing: bool
 ) -> FusedOps:
-    """Choose how to compute between products, and log it. Never raises.
+    """Choose the operators between matrix products, and log the choice. Never raises.
 
-    Triton compiles at the first call, which takes a C compiler on some systems, and a kernel that compiles
-    may still be wrong on a device nobody has tried it on. So each kernel runs here once, on a model's own
-    widths, and is compared; whatever fails leaves plain operators. What succeeded is compiled, once for all
-    numbers of rows: no request compiles anything.
+    Triton compiles a kernel at its first call, which needs a C compiler on some systems. A kernel that
+    compiles may still be wrong on an untested device. This function therefore runs each kernel once, on the
+    model's own widths, and compares the result with the plain operators. After any failure it returns the
+    plain operators. The compiled kernels work for every number of rows, so no request waits for a compiler.
 
     Args:
-        device: Where they run.
-        dtype: Of what they read.
-        widths: A model's, of the residual stream and of the feed-forward part.
-        quantizing: Whether those that quantize are needed too, which older devices cannot compile.
+        device: The device to run on.
+        dtype: The precision of the inputs.
+        widths: The hidden size and the intermediate size of the model.
+        quantizing: Whether the quantizing operators are needed too. Older devices cannot compile them.
     """
     ops = PLAIN_OPS
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
@@ -99,20 +100,20 @@ def resolve_fused(
             ops = _triton_ops()
             with torch.cuda.device(device), torch.inference_mode():
                 check_ops(ops, device, dtype, widths, quantizing=quantizing)
-        except Exception as error:  # of the import, the compiler, the driver, or the comparison
+        except Exception as error:  # the import, the compiler, the driver or the comparison failed
             reason = next(iter(str(error).splitlines()), "")
             ops = PLAIN_OPS._replace(name=f"{PLAIN_OPS.name} ({type(error).__name__}: {reason})")
-    logger.info("between products on %s in %s: %s", device, dtype, ops.name)
+    logger.info("operators between matrix products on %s in %s: %s", device, dtype, ops.name)
     return ops
 
 
 def check_ops(
     ops: FusedOps, device: torch.device, dtype: torch.dtype, widths: tuple[int, int], *, quantizing: bool
 ) -> None:
-    """Run operators beside the plain ones.
+    """Compare operators with the plain operators on random rows.
 
     Raises:
-        AssertionError: They differ by more than rounding.
+        AssertionError: The results differ by more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -130,7 +131,7 @@ def check_ops(
     if not quantizing:
         return
     check_quantized(ops.quantize(x), PLAIN_OPS.quantize(x))
-    # This one's bias is float32 in use, and Triton compiles for the type.
+    # The model calls this operator with a float32 bias, and Triton compiles a kernel for each type.
     wide_bias = up_bias.float()
     check_quantized(ops.bias_gelu_quantize(up, wide_bias), PLAIN_OPS.bias_gelu_quantize(up, wide_bias))
     values, quantized = ops.add_norm_quantize(x, bias, residual, norm)
@@ -141,20 +142,21 @@ def check_ops(
 def check_quantized(ours: Quantized, theirs: Quantized) -> None:
     """Raise `AssertionError` if two quantizations of the same rows differ by more than rounding."""
     torch.testing.assert_close(ours.scales, theirs.scales)
-    # Neighbours, since a number may lie at the boundary: an eighth apart, or the step of the smallest.
+    # Codes may differ by one step, since a value may lie between two codes. A step is at most an eighth of
+    # the code, or 2**-9 for the smallest codes.
     torch.testing.assert_close(ours.codes.float(), theirs.codes.float(), rtol=1 / 8, atol=2**-9)
 
 
 class FusedBlocks:
-    """Layers whose products leave the bias to the kernel that follows.
+    """Layers in which the kernel after a matrix product also adds the bias.
 
-    cuBLASLt can add a bias while it writes a product, and torch asks it to where it can, but the exact GELU
-    it cannot apply (`torch._addmm_activation` has the approximation by tanh, which gives other scores). So a
-    kernel has to read the product in any case, and adds the bias to what it holds, for nothing. Queries,
-    keys and values have no such kernel; their bias stays with the product.
+    cuBLASLt can add the bias while it writes a product, but it cannot apply the exact GELU
+    (`torch._addmm_activation` has the tanh approximation, which changes the scores). Another kernel has to
+    read the product anyway, and can add the bias at no cost. No kernel follows the products for queries, keys
+    and values, so these products add the bias themselves.
 
     Args:
-        ops: What follows the products.
+        ops: The operators after the products.
     """
 
     def __init__(self, ops: FusedOps) -> None:

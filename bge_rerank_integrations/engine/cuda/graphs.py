@@ -1,4 +1,4 @@
-"""Small batches replayed as CUDA graphs, whose kernels cost one launch instead of hundreds."""
+"""Replays small batches as CUDA graphs, which launch all kernels of a forward pass at once."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ IntArray = npt.NDArray[np.int32]
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Replay]
-"""Makes of a function over buffers that stay one that does the same again, on what is in them by then.
+"""Captures a function that reads fixed buffers. The result repeats its work on the buffers' current contents.
 
-Both give the same tensor each time, to be read before the next call.
+The result returns the same tensor each time, which must be read before the next call.
 """
 
-# Steps of 128, then of a quarter of an octave: what is filled up is computed.
+# Sizes of buckets: multiples of 128, then four sizes between two powers of two. Close sizes waste little work
+# on padding.
 _NUM_ROWS: Final = (128, 256, 384, *(size * step for size in (128, 256, 512) for step in (4, 5, 6, 7)), 4096)
 MAX_ROWS: Final = _NUM_ROWS[-1]
 _MAX_SEQUENCES: Final = 128
-# A sequence holds two texts and four control tokens; batches of shorter ones run without a graph.
+# A bucket has one sequence per this many tokens. Batches of shorter sequences run without a graph, but they
+# are rare, since a sequence contains two texts and four special tokens.
 _TOKENS_PER_SEQUENCE: Final = 16
-# Of logits: a library may choose another algorithm inside a capture.
+# Largest difference of a logit after a capture, in which a library may choose another algorithm.
 _TOLERANCE: Final = 0.05
 
 
 class Bucket(NamedTuple):
-    """The shape that batches are filled up to.
+    """The shape that a batch is padded to.
 
     Attributes:
-        num_rows: Tokens, at least one of which is a filler.
-        num_sequences: Sequences, fillers and empty ones counted.
-        max_seqlen: The longest sequence.
+        num_rows: Number of tokens. At least one of them is padding.
+        num_sequences: Number of sequences, including padding sequences and empty ones.
+        max_seqlen: Longest sequence, in tokens.
     """
 
     num_rows: int
@@ -52,12 +54,16 @@ class Bucket(NamedTuple):
 
 
 def can_capture(device: torch.device, attention: Callable[..., object]) -> bool:
-    """Whether a forward pass depends on nothing but tensors: other attentions read lengths on the host."""
+    """Return whether a forward pass can be captured; only flash attention reads no lengths on the host."""
     return device.type == "cuda" and attention is flash_attention
 
 
 def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
-    """Return the buckets, smallest first, for sequences and batches of at most so many tokens.
+    """Return the buckets for batches of up to `max_batch_tokens` tokens, smallest first.
+
+    Args:
+        max_length: Longest sequence, in tokens.
+        max_batch_tokens: Most tokens in one batch.
 
     Example:
         >>> plan_buckets(max_length=512, max_batch_tokens=100)
@@ -71,23 +77,23 @@ def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
 
 
 class Graphs:
-    """A forward pass that replays graphs where a batch has the shape of one, and else runs as it is.
+    """A forward pass that replays CUDA graphs for batches of captured shapes and runs others directly.
 
-    A graph's shapes are fixed, the longest sequence included, which sizes the attention kernel's grid. So a
-    batch is filled up, by sequences of padding that nobody asked the score of: empty ones first, which
-    attention skips, then as few as take the rows that are left. Thus every row belongs to a sequence and
-    is computed like any other, and every sequence begins at a row: also the empty ones, since at least one
-    filler row comes after them. What is in a row or a sequence reaches no other.
+    The shapes of a graph are fixed. So is the longest sequence, which determines the grid of the attention
+    kernel. A batch is therefore padded with sequences whose scores are dropped: first empty sequences, which
+    attention skips, then as few sequences as possible for the remaining rows. Every row belongs to a
+    sequence, so all rows are computed in the same way. Every sequence starts at an existing row, the empty
+    ones too, since at least one row of padding follows them. Sequences do not affect each other.
 
-    Nothing is captured but by `capture`, and either all of it or nothing.
+    Only `capture` captures graphs, and it captures either all buckets or none.
 
     Args:
-        forward: A packed batch to logits [B]; on the device, dependent on nothing but the tensors of the
-            batch, their shapes and the longest sequence.
-        device: Where it runs.
-        padding_idx: The padding token's id.
-        buckets: Smallest first.
-        capture: How to capture; a `CudaCapture`.
+        forward: Maps a packed batch to logits [B]. It runs on the device, and depends only on the tensors of
+            the batch, their shapes and the longest sequence.
+        device: The device to run on.
+        padding_idx: Id of the padding token.
+        buckets: The shapes to capture, smallest first.
+        capture: Captures a function, as `CudaCapture` does.
     """
 
     def __init__(
@@ -109,31 +115,37 @@ class Graphs:
 
     @property
     def num_captured(self) -> int:
-        """How many graphs there are."""
+        """Number of captured graphs."""
         return len(self._captured)
 
     def capture(self) -> None:
-        """Capture a graph for each bucket, once; after any failure there are none. Never raises."""
+        """Capture a graph for each bucket in the first call. A failure discards all graphs. Never raises."""
         if self._was_tried:
             return
         self._was_tried = True
         captured: dict[tuple[int, int], _Captured] = {}
         try:
-            # The largest first: the others then find their memory in what it leaves.
+            # Capture the largest bucket first, so that the others reuse its memory.
             for bucket in reversed(self._buckets):
                 captured[bucket[:2]] = self._capture_bucket(bucket)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-        except Exception as error:  # out of memory, an operator that cannot be captured, a wrong result
+        except Exception as error:  # out of memory, an operator that cannot be captured, or a wrong result
             reason = next(iter(str(error).splitlines()), "")
-            logger.warning("no CUDA graphs, all runs without them: %s: %s", type(error).__name__, reason)
+            logger.warning(
+                "CUDA graphs are disabled because a capture failed: %s: %s", type(error).__name__, reason
+            )
             captured.clear()
             return
         self._captured = captured
-        logger.info("CUDA graphs for up to %d tokens: %d", self._buckets[-1].num_rows - 1, len(captured))
+        logger.info(
+            "captured %d CUDA graphs for batches of up to %d tokens",
+            len(captured),
+            self._buckets[-1].num_rows - 1,
+        )
 
     def pad(self, sequences: Sequence[IntArray]) -> Sequence[IntArray]:
-        """Fill a batch up to a bucket with sequences after its own, or return it as it is."""
+        """Return a batch padded to the shape of a bucket, or the batch itself if no bucket fits."""
         if not self._captured:
             return sequences
         num_tokens = sum(map(len, sequences))
@@ -143,7 +155,7 @@ class Graphs:
         return fill_up(sequences, self._buckets[place], self._padding_idx) or sequences
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        """Return the logits of a batch; of one that was replayed, only until the next call."""
+        """Return the logits of a batch. The next call may overwrite the logits of a replayed batch."""
         captured = self._captured.get((len(batch.ids), len(batch.seqlens.lengths)))
         if captured is None or batch.seqlens.max_seqlen > captured.batch.seqlens.max_seqlen:
             return self._forward(batch)
@@ -151,13 +163,13 @@ class Graphs:
         return captured.replay()
 
     def _capture_bucket(self, bucket: Bucket) -> _Captured:
-        # Ids that every vocabulary has.
+        # Every vocabulary has these ids.
         first, second = np.array([0, 2, 2, 0, 2], dtype=np.int32), np.array([2, 0, 2], dtype=np.int32)
         batch = self._pack(bucket, [first, second])
         seqlens = Seqlens(batch.seqlens.lengths, batch.seqlens.cu_seqlens.clone(), bucket.max_seqlen)
         static = PackedBatch(batch.ids.clone(), batch.positions.clone(), seqlens)
         captured = _Captured(static, self._capture(lambda: self._forward(static)))
-        # Other contents than at the capture: a graph that did not read its buffers would show.
+        # Compare on other contents than at the capture, to detect a graph that does not read its buffers.
         captured.fill(self._pack(bucket, [second, first, second]))
         expected = self._forward(static).clone()
         torch.testing.assert_close(captured.replay(), expected, rtol=0, atol=_TOLERANCE)
@@ -170,7 +182,7 @@ class Graphs:
 
 
 def fill_up(sequences: Sequence[IntArray], bucket: Bucket, padding_idx: int) -> list[IntArray] | None:
-    """Add sequences until a batch has a bucket's shape; None where it does not fit."""
+    """Pad a batch with sequences to the shape of a bucket; return None if the batch does not fit."""
     lengths = [len(sequence) for sequence in sequences]
     filling = np.full(max(bucket.num_rows - sum(lengths), 0), padding_idx, dtype=np.int32)
     longest = bucket.max_seqlen
@@ -182,10 +194,10 @@ def fill_up(sequences: Sequence[IntArray], bucket: Bucket, padding_idx: int) -> 
 
 
 class CudaCapture:
-    """Captures CUDA graphs that share their memory: they are replayed one after the other.
+    """Captures CUDA graphs that share memory, since only one of them is replayed at a time.
 
     Args:
-        device: Where.
+        device: The device to capture on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -199,13 +211,13 @@ class CudaCapture:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        # This block also brings the thread's stream back where a capture fails: `torch.cuda.graph` leaves
-        # its own in place if ending the capture raises.
+        # This block also restores the thread's stream after a failed capture: `torch.cuda.graph` leaves its
+        # own stream in place if the end of the capture raises.
         with torch.cuda.stream(stream), self._cleaning_up():
-            function()  # libraries make their handles and workspaces at the first call, outside a graph
-            # Of this thread only: what others in the process do on the device is no error of ours.
+            function()  # libraries create handles and workspaces in their first call, outside a graph
+            # Check only this thread: other threads of the process may use the device during the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                # Held for as long as the graph is, so that no later capture of the pool gets its memory.
+                # `replay` keeps a reference, so that no later capture from the pool reuses this memory.
                 output = function()
 
         def replay() -> Tensor:
@@ -216,22 +228,22 @@ class CudaCapture:
 
     @contextmanager
     def _cleaning_up(self) -> Iterator[None]:
-        """Tell torch's allocator of the end of a capture that failed.
+        """Tell torch's allocator that a failed capture has ended.
 
-        Where ending it raises, `CUDAGraph.capture_end` returns before it does so itself, and the allocator
-        would, for as long as the process lives, free nothing that more than one stream used.
+        If the end of a capture raises, `CUDAGraph.capture_end` returns before it does this. Without it, the
+        allocator would never again free memory that more than one stream used.
         """
         try:
             yield
         except BaseException:
-            with suppress(Exception):  # it knows already
+            with suppress(Exception):  # the allocator already knows
                 torch._C._cuda_endAllocateToPool(self._index, self._pool)
                 torch._C._cuda_releasePool(self._index, self._pool)
             raise
 
 
 class _Captured(NamedTuple):
-    """A graph and the buffers it reads."""
+    """A captured graph and the buffers that it reads."""
 
     batch: PackedBatch
     replay: Replay

@@ -1,4 +1,4 @@
-"""What a CUDA device runs a model with beyond torch's own operators, and when it does not."""
+"""Decides when CUDA devices run fused kernels, float8 and CUDA graphs instead of torch's own operators."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from bge_rerank_integrations.engine.packing import PackedBatch
 logger = logging.getLogger(__name__)
 
 
-def resolve_blocks(device: torch.device, dtype: torch.dtype, shape: EncoderShape) -> Blocks | None:
-    """Choose what a model's layers are made of; None is torch's own operators.
+def resolve_fused_blocks(device: torch.device, dtype: torch.dtype, shape: EncoderShape) -> Blocks | None:
+    """Return layers with fused kernels; None where the device or this installation cannot run them."""
+    ops = resolve_fused(device, dtype, (shape.hidden_size, shape.intermediate_size), quantizing=False)
+    return None if ops.is_plain else FusedBlocks(ops)
+
+
+def resolve_float8_blocks(device: torch.device, shape: EncoderShape) -> Blocks:
+    """Return layers whose matrix products are in float8.
 
     Raises:
-        ConfigError: The model's widths do not go with the precision.
-        DeviceError: torch, as it is here, cannot compute in it on this device.
+        ConfigError: float8 does not support the model's widths.
+        DeviceError: The installed torch cannot multiply in float8 on this device.
     """
     widths = shape.hidden_size, shape.intermediate_size
-    is_float8 = dtype is torch.float8_e4m3fn
-    if is_float8:
-        check_float8(device, widths)
-    ops = resolve_fused(device, activation_dtype(dtype), widths, quantizing=is_float8)
-    if is_float8:
-        logger.info("products of the encoder on %s: float8, scaled by row", device)
-        return Float8Blocks(ops)
-    return None if ops.is_plain else FusedBlocks(ops)
+    check_float8(device, widths)
+    ops = resolve_fused(device, activation_dtype(torch.float8_e4m3fn), widths, quantizing=True)
+    logger.info("matrix products of the encoder on %s: float8, scaled by row", device)
+    return Float8Blocks(ops)
 
 
 def resolve_graphs(
@@ -46,10 +48,11 @@ def resolve_graphs(
     max_length: int,
     max_batch_tokens: int,
 ) -> Graphs | None:
-    """Return what can capture a model's small batches, or None where nothing can."""
+    """Return the CUDA graphs for a model's small batches; None where its batches cannot be captured."""
     if not can_capture(device, attention):
         return None
-    # What fills a batch up is cut into sequences of this length, and there is no room for many.
+    # Padding is cut into sequences of this length. A short length would make more sequences than fit into a
+    # bucket.
     longest = max(max_length, min(shape.max_length, 128))
     return Graphs(
         forward,

@@ -1,4 +1,4 @@
-"""Ids to the device and logits back from it."""
+"""Copies token ids to a device and logits back to the host."""
 
 from __future__ import annotations
 
@@ -18,43 +18,44 @@ IntArray = npt.NDArray[np.int32]
 
 
 class Transfer(Protocol):
-    """A way to and from a device, used by one thread at a time but for what `download` returns.
+    """Copies to and from a device.
 
-    What is uploaded stays until the next upload but one; what `download` returns is called once.
+    Only one thread at a time calls the methods. Any thread may call the function that `download` returns,
+    once. An uploaded tensor is valid until the second upload after it.
 
     Attributes:
-        depth: How many batches may be under way at once.
+        depth: Number of batches that may run at once.
     """
 
     depth: int
 
     def upload(self, parts: Sequence[IntArray]) -> Tensor:
-        """Lay int32 arrays end to end on the device."""
+        """Concatenate int32 arrays into one tensor on the device."""
 
     def download(self, logits: Tensor) -> Callable[[], list[float]]:
-        """Begin to fetch logits [B], and return what waits for them."""
+        """Start to copy logits [B] to the host. Return a function that waits for them and returns them."""
 
 
 def resolve_transfer(device: torch.device, max_tokens: int) -> Transfer:
-    """Choose how to copy.
+    """Choose how to copy to and from a device.
 
     Args:
-        device: To where and from where.
-        max_tokens: Of one batch; one that has more is copied plainly.
+        device: The device.
+        max_tokens: Most tokens of a batch for which pinned buffers are used.
     """
     if device.type == "cuda":
         try:
             return PinnedTransfer(device, max_tokens)
-        except RuntimeError as error:  # some systems limit the memory that may be pinned
-            logger.info("copies to %s from memory that is not pinned: %s", device, type(error).__name__)
+        except RuntimeError as error:  # some systems limit pinned memory
+            logger.info("no pinned memory for copies to %s: %s", device, type(error).__name__)
     return PlainTransfer(device)
 
 
 class PlainTransfer:
-    """Copies that have ended when the call returns; one batch at a time.
+    """Copies that are complete when the call returns. One batch runs at a time.
 
     Args:
-        device: To where and from where.
+        device: The device.
     """
 
     depth = 1
@@ -73,25 +74,26 @@ class PlainTransfer:
 
 
 class PinnedTransfer:
-    """Copies to and from a CUDA device that neither wait for it nor make it wait.
+    """Asynchronous copies to and from a CUDA device.
 
-    Uploads have a stream of their own, so that the next batch's goes while this one's products run: on the
-    stream that computes it would come after them. They take turns on two slots, each a pinned buffer, in
-    which a batch is laid out, and one on the device. A download goes on the stream that computes, so it comes
-    after the forward pass and before the next one, which may write into the same memory (a CUDA graph does).
-    To wait for it is to wait for an event behind it, not for the stream, where the next batch may be
-    computing already.
+    Uploads run on a separate stream, so that the next batch is copied while the current one computes. Uploads
+    alternate between two slots. Each slot has a pinned buffer, in which the batch is laid out, and a buffer
+    on the device. Downloads run on the stream that computes. There, a download comes after its forward pass
+    and before the next one, which may overwrite the logits, as a CUDA graph does. A caller waits for an event
+    after its download, not for the stream, since the next batch may already be computing on it.
 
-    All buffers are made here, once. So no request can fail for want of pinned memory, and none depends on
-    torch's allocators to tell when a stream is done with what another one wrote: those put that off for
-    good after a capture of a CUDA graph that failed.
+    All buffers are allocated once, in the constructor. So no request can fail because memory cannot be
+    pinned. It also avoids torch's allocators, which decide when a stream no longer needs the memory that
+    another stream
+    wrote: after a failed capture of a CUDA graph they may never free such memory.
 
     Args:
-        device: To where and from where.
-        max_tokens: Of one batch; one that has more is copied plainly.
+        device: The device.
+        max_tokens: Most tokens of a batch for which the buffers are used. Larger batches use a
+            `PlainTransfer`.
 
     Raises:
-        RuntimeError: No memory can be pinned.
+        RuntimeError: Memory cannot be pinned.
     """
 
     depth = 2
@@ -101,9 +103,9 @@ class PinnedTransfer:
         self._plain = PlainTransfer(device)
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream()
-            # Ids, positions, and bounds of sequences, of which there are no more than tokens.
+            # A batch has ids, position ids and bounds of sequences. It has no more sequences than tokens.
             self._slots = deque(_Slot(3 * max_tokens + 1, device) for _ in range(self.depth))
-            # What used the memory of the slots before may still run, and uploads would not wait for it.
+            # Earlier work that used this memory may still run, and uploads do not wait for it.
             torch.cuda.synchronize()
         self._results = [torch.empty(max_tokens, pin_memory=True) for _ in range(self.depth)]
 
@@ -111,14 +113,14 @@ class PinnedTransfer:
         """See `Transfer`."""
         size = sum(map(len, parts))
         computing = torch.cuda.current_stream(self._device)
-        # All that was launched before now, and with it all that reads the last slot, also where a forward
-        # pass ended in an error halfway; the slot's turn comes with the upload after this one.
+        # Everything that reads the previous slot was launched before now, even if a forward pass failed
+        # halfway. The upload after this one uses that slot again.
         self._slots[-1].was_read.record(computing)
         if size > len(self._slots[0].array):
             return self._plain.upload(parts)
         slot = self._slots[0]
         self._slots.rotate(-1)
-        slot.has_left.synchronize()  # one that was never recorded has
+        slot.has_left.synchronize()  # returns at once if the event was never recorded
         np.concatenate(parts, out=slot.array[:size])
         uploaded = slot.on_device[:size]
         with torch.cuda.stream(self._stream):
@@ -148,11 +150,11 @@ class PinnedTransfer:
 
 
 class _Slot:
-    """A pinned buffer and one on the device.
+    """A pinned buffer and a buffer on the device.
 
     Attributes:
-        has_left: Comes after the last copy out of the pinned buffer.
-        was_read: Comes after all that reads the one on the device.
+        has_left: Event after the last copy from the pinned buffer.
+        was_read: Event after all work that reads the buffer on the device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:

@@ -1,12 +1,12 @@
-"""The fused kernels in Triton; imported only where Triton is, and tried before they are used.
+"""Fused kernels in Triton. They are imported only if Triton is installed, and tried before they are used.
 
-A program works on one row, or a part of one. The number of rows is the size of the grid and nothing a kernel
-is told, so no number of rows compiles anything anew; widths are a model's own and never change. What else
-Triton distinguishes is whether an address is a multiple of 16: torch's allocator gives multiples of 512, and
-every tensor that comes here begins an allocation.
+Each program works on one row or a part of a row. The number of rows determines only the grid and is not an
+argument of a kernel, so a new number of rows does not compile a new kernel. The widths are constants of the
+model. Triton also compiles different kernels for addresses that are multiples of 16 and for others. Every
+tensor here starts at the beginning of an allocation, and torch's allocator returns multiples of 512.
 """
 
-# No `annotations` of the future: Triton reads these at run time.
+# Without `from __future__ import annotations`, since Triton reads the annotations at run time.
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ from bge_rerank_integrations.engine.blocks import Norm, Quantized
 
 TRITON = triton.__version__
 
-# Elements that a program takes of an elementwise row.
+# Most elements of a row that one program of an elementwise kernel processes.
 _MAX_BLOCK = 1024
 
 
@@ -30,7 +30,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def add_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> Tensor:
-    """Add a bias and a residual and normalize."""
+    """Add a bias and a residual, and normalize the rows."""
     num_rows, width = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)
@@ -41,7 +41,7 @@ def add_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> Tensor:
 
 
 def quantize(x: Tensor) -> Quantized:
-    """Quantize by row."""
+    """Quantize each row to float8."""
     num_rows, width = x.shape
     out = _empty(x)
     block = triton.next_power_of_2(width)
@@ -50,7 +50,7 @@ def quantize(x: Tensor) -> Quantized:
 
 
 def bias_gelu_quantize(x: Tensor, bias: Tensor) -> Quantized:
-    """Add a bias, apply the exact GELU and quantize by row."""
+    """Add a bias, apply the exact GELU, and quantize each row."""
     num_rows, width = x.shape
     out = _empty(x)
     block = triton.next_power_of_2(width)
@@ -59,7 +59,7 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor) -> Quantized:
 
 
 def add_norm_quantize(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Quantized]:
-    """Add a bias and a residual, normalize, and quantize by row as well, before the norm's own bias."""
+    """Add a bias and a residual, and normalize; also quantize each row without the bias of the norm."""
     num_rows, width = x.shape
     out, quantized = torch.empty_like(x), _empty(x)
     block = triton.next_power_of_2(width)
@@ -81,7 +81,7 @@ def _num_warps(block: int) -> int:
 
 @triton.jit
 def _bias_gelu(x, bias, out, width: tl.constexpr, block: tl.constexpr):
-    # 64 bits: the elements of a large batch are more than 32 count.
+    # 64 bits, because a large batch has more elements than 32 bits can index.
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width
@@ -145,7 +145,7 @@ def _gelu(x):
 
 @triton.jit
 def _normalize(values, weight, eps, columns, inside, width: tl.constexpr):
-    # The mean first and then the deviations from it: the difference of two large sums would be inexact.
+    # Compute the mean first, and then the deviations. The difference of two large sums would be inexact.
     mean = tl.sum(values, 0) / width
     deviations = tl.where(inside, values - mean, 0.0)
     variance = tl.sum(deviations * deviations, 0) / width
@@ -154,8 +154,8 @@ def _normalize(values, weight, eps, columns, inside, width: tl.constexpr):
 
 @triton.jit
 def _store_quantized(values, codes, scale, columns, inside):
-    # 448 is the largest number of the type, and what rounds above it rounds to it. Nothing is clamped: that
-    # would make a number of what is none.
+    # 448 is the largest float8 number, and larger values round to it. Values are not clamped, because that
+    # would turn NaN into a number.
     peak = tl.maximum(tl.max(tl.where(inside, tl.abs(values), 0.0), 0), 1e-12)
     row_scale = peak / 448.0
     tl.store(codes + columns, (values / row_scale).to(tl.float8e4nv), mask=inside)
