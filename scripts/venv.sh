@@ -41,5 +41,5 @@ resolve() {
         new_venv .venv-uv
         .venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv
     fi
-    .venv-uv/bin/uv pip compile --quiet --upgrade --no-annotate --extra dev "$@" -o "$resolved" pyproject.toml
+    .venv-uv/bin/uv pip compile --quiet --upgrade --no-annotate --extra dev --extra docs "$@" -o "$resolved" pyproject.toml
 }
