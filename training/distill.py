@@ -112,7 +112,7 @@ def imitation_losses(
 
 
 def _places(pairs: Sequence[tuple[Ids, Ids]]) -> tuple[_Places, _Places]:
-    """Return rows and columns of the shared tokens: all except the student's second `</s>` after the query."""
+    """Return rows and columns of the shared tokens: all but the student's second `</s>` after the query."""
     rows, own, theirs = [], [], []
     for row, (query, passage) in enumerate(pairs):
         columns = np.arange(len(query) + len(passage) + _NUM_CONTROL - 1)
