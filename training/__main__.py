@@ -21,8 +21,8 @@ CACHE = click.option(
     show_default=True,
     help="Folder for downloads and intermediate files.",
 )
-# About every second layer, including the first and the last. Each layer also learns the work of the layers that
-# were removed before it.
+# About every second layer, including the first and the last. Each layer also learns the work of the layers
+# that were removed before it.
 HALF = (0, 2, 4, 7, 9, 11)
 
 
