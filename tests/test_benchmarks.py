@@ -265,7 +265,7 @@ def test_a_plain_copy_scores_the_same(tmp_path: Path) -> None:
 
 
 def tau_b_by_definition(a: list[int], b: list[int]) -> float:
-    """Compare every two values, as in the definition of tau-b."""
+    """Count every two things, as the definition does."""
     agree = disagree = tied_a = tied_b = 0
     for i, j in itertools.combinations(range(len(a)), 2):
         product = (a[i] - a[j]) * (b[i] - b[j])
@@ -277,7 +277,7 @@ def tau_b_by_definition(a: list[int], b: list[int]) -> float:
     return (agree - disagree) / math.sqrt((total - tied_a) * (total - tied_b))
 
 
-@pytest.mark.parametrize("num_values", [3, 8, 1000])  # fewer values give more ties
+@pytest.mark.parametrize("num_values", [3, 8, 1000])  # the fewer, the more ties
 def test_tau_b_is_that_of_the_definition(num_values: int) -> None:
     rng = random.Random(num_values)
     for size in (4, 17, 60):

@@ -114,7 +114,7 @@ def config(*, vocab_size: int, num_layers: int) -> XLMRobertaConfig:
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
-        # The targets of distillation come from a deterministic teacher, so dropout would only add noise.
+        # Distillation is regression on a deterministic teacher's outputs, so dropout would only add noise.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

@@ -480,7 +480,7 @@ def test_check_knows_scores_of_its_default_model(checkpoint: Path) -> None:
         "The giant": 6.182,
     }
     assert "issue tracker" in record["source"]
-    # Known scores exist, so the command fails only when it downloads the model.
+    # Without a hub it gets as far as asking for the model.
     assert "the hub could not be asked" in flat(run("check").stderr)
 
 
