@@ -417,7 +417,7 @@ def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> N
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
     assert "float32 (default on cpu)" in text
-    assert "sdpa_attention (scaled_dot_product_attention over each run" in text
+    assert "sdpa_attention (Run scaled_dot_product_attention on each run" in text
     assert "cores (torch's choice)" in text
     assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
     assert "cores (chosen)" in threads

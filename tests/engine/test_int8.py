@@ -251,7 +251,7 @@ def test_int8_refuses_heads_whose_width_is_not_a_multiple_of_16(tmp_path: Path) 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 def test_int8_is_refused_on_other_devices_than_cpus(device: str) -> None:
-    with pytest.raises(ConfigError, match="CPUs alone"):
+    with pytest.raises(ConfigError, match="CPUs only"):
         ScorerConfig(device=device, dtype="int8")
 
 
