@@ -49,6 +49,7 @@ from bge_rerank_integrations.remote_wire import (
 from bge_rerank_integrations.scorer import OwnScorer
 from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
 from bge_rerank_integrations.validation import (
+    Pair,
     acheck_stream,
     check_pairs,
     check_passages,
@@ -189,8 +190,8 @@ class RemoteScorer(OwnScorer):
         if not isinstance(pairs, AsyncIterable):
             return await self._arun(self._score(pairs, deadline))
         scores: list[float] = []
-        async for queries, passages in acheck_stream(pairs, _MAX_PAIRS):
-            scores += await self._arun(self._score_chunk(queries, passages, deadline, len(scores)))
+        async for chunk in acheck_stream(pairs, _MAX_PAIRS):
+            scores += await self._arun(self._score_chunk(chunk, deadline, len(scores)))
         return scores
 
     def rank(
@@ -342,18 +343,16 @@ class RemoteScorer(OwnScorer):
         return RemoteScorer.from_dict, (self.to_dict(),)
 
     def _score(self, pairs: Iterable[tuple[str, str]], deadline: float | None) -> _Steps[list[float]]:
-        chunks: Iterable[tuple[list[str], list[str]]]
+        chunks: Iterable[list[Pair]]
         # A list is checked before any of it is sent; an iterator can only be checked as it is read.
         chunks = check_stream(pairs, _MAX_PAIRS) if isinstance(pairs, Iterator) else [check_pairs(pairs)]
         scores: list[float] = []
-        for queries, passages in chunks:
-            scores += yield from self._score_chunk(queries, passages, deadline, len(scores))
+        for chunk in chunks:
+            scores += yield from self._score_chunk(chunk, deadline, len(scores))
         return scores
 
-    def _score_chunk(
-        self, queries: list[str], passages: list[str], deadline: float | None, start: int
-    ) -> _Steps[list[float]]:
-        grouped = groupby(zip(queries, passages, strict=True), key=lambda pair: pair[0])
+    def _score_chunk(self, pairs: list[Pair], deadline: float | None, start: int) -> _Steps[list[float]]:
+        grouped = groupby(pairs, key=lambda pair: pair[0])
         requests = [(query, [passage for _, passage in group]) for query, group in grouped]
         cut = _Cut(None, None, self._normalize)
         rankings = yield from self._rank_checked(requests, cut, deadline, only_scores=True, start=start)
