@@ -149,15 +149,15 @@ class WorkerDiedError(RerankError, RuntimeError):
 
 
 class RemoteError(RerankError):
-    """A rerank server answered with something that cannot be used, such as an unknown error."""
+    """A rerank server gave an unusable answer, such as an unknown error."""
 
 
 class ServerUnreachableError(RemoteError, ConnectionError):
-    """A rerank server does not answer, or cannot take requests now."""
+    """A rerank server does not answer, or it accepts no requests at the moment."""
 
 
 class AuthenticationError(RemoteError, PermissionError):
-    """A rerank server does not accept the API key, or asks for one."""
+    """A rerank server does not accept the API key, or it requires one."""
 
 
 class ForkedProcessError(RerankError, RuntimeError):

@@ -92,9 +92,9 @@ class SupportsRank(Protocol):
 
 
 class OwnScorer(ABC):
-    """A scorer of this package, here or behind a server: each call may choose its scale and its time.
+    """Base class of `Scorer` and `RemoteScorer`, whose methods accept `timeout` and `normalize`.
 
-    The adapters apply their `normalize` and `timeout` to it, and rank many requests in one call.
+    The adapters pass their `normalize` and `timeout` to such a scorer, and rank several requests in one call.
     """
 
     @abstractmethod
@@ -108,7 +108,7 @@ class OwnScorer(ABC):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> Ranking:
-        """Rank passages, best first; see `Scorer.rank`."""
+        """Return passages ranked best first; see `Scorer.rank`."""
 
     @abstractmethod
     async def arank(
@@ -121,7 +121,7 @@ class OwnScorer(ABC):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> Ranking:
-        """Rank passages without blocking the event loop."""
+        """Do the same as `rank` without blocking the event loop."""
 
     @abstractmethod
     def rank_many(
@@ -145,7 +145,7 @@ class OwnScorer(ABC):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Rank the passages of several queries without blocking the event loop."""
+        """Do the same as `rank_many` without blocking the event loop."""
 
 
 @dataclass

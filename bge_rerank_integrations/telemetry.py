@@ -145,10 +145,13 @@ def prometheus_collector(scorer: Scorer) -> Collector:
 
 
 def prometheus_exposition(scorer: Scorer | None) -> tuple[bytes, str]:
-    """Return a scorer's metrics in Prometheus' text format, and its content type.
+    """Return the metrics of a scorer in the text format of Prometheus.
 
     Args:
-        scorer: The scorer; None gives no metrics.
+        scorer: The scorer. None gives no metrics.
+
+    Returns:
+        The text and its content type.
 
     Raises:
         MissingExtraError: prometheus-client is not installed.
@@ -166,14 +169,14 @@ def prometheus_exposition(scorer: Scorer | None) -> tuple[bytes, str]:
 
 @contextmanager
 def request_span(name: str, headers: Mapping[str, str]) -> Iterator[Callable[[str, int | str], None]]:
-    """Trace a server's request as a span of OpenTelemetry; without that library, do nothing.
+    """Trace a request of the server as an OpenTelemetry span. Do nothing if OpenTelemetry is not installed.
 
     Args:
-        name: The span's name.
-        headers: The request's headers, lower-case, which may name the parent span.
+        name: Name of the span.
+        headers: Headers of the request, with lower-case names. They may identify the parent span.
 
     Yields:
-        What sets an attribute of the span.
+        A function that sets an attribute of the span.
     """
     try:
         from opentelemetry import propagate, trace
@@ -181,7 +184,7 @@ def request_span(name: str, headers: Mapping[str, str]) -> Iterator[Callable[[st
         yield lambda _, __: None
         return
     tracer = trace.get_tracer("bge_rerank_integrations.server")
-    # An exception is not recorded: its message may hold a text.
+    # Exceptions are not recorded, because their messages may contain a text.
     with tracer.start_as_current_span(
         name,
         context=propagate.extract(headers),

@@ -64,7 +64,7 @@ EXIT_DURING_BATCH = """
     import sys, threading, time
     from bge_rerank_integrations import Scorer
 
-    scorer = Scorer("embedded", device="cpu", num_threads=int(sys.argv[1]), max_batch_tokens=1 << 15)
+    scorer = Scorer("embedded", device="cpu", num_threads=int(sys.argv[1]), max_batch_tokens=1 << 14)
     pairs = [("a question", f"{number} " * 400) for number in range(100)]
     threading.Thread(target=scorer.score, args=(pairs,), daemon=True).start()
     while scorer.stats().waiting.p50_ms == 0.0:  # until the first batch has begun
