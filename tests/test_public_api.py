@@ -107,6 +107,7 @@ def call_of(function: Callable[..., Any]) -> str:
 
 def test_the_names_of_the_package() -> None:
     assert bge_rerank_integrations.__all__ == [
+        "AuthenticationError",
         "BGERerankPostprocessor",
         "BGEReranker",
         "CheckpointError",
@@ -125,6 +126,8 @@ def test_the_names_of_the_package() -> None:
         "QueueFullError",
         "RankedPassage",
         "Ranking",
+        "RemoteError",
+        "RemoteScorer",
         "RequestTimeoutError",
         "RerankError",
         "Scorer",
@@ -132,6 +135,7 @@ def test_the_names_of_the_package() -> None:
         "ScorerConfig",
         "ScorerHealth",
         "ScorerStats",
+        "ServerUnreachableError",
         "SupportsRank",
         "UnsupportedCheckpointError",
         "WorkerDiedError",
