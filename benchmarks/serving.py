@@ -429,7 +429,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", help="use this model instead of random weights: a checkpoint folder or hub id"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds per contender and load")
     parser.add_argument(
         "--callers", type=int, nargs="+", default=[1, 4, 16, 64], help="callers in the closed loop"

@@ -138,28 +138,49 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
         )
 
 
-def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
-    """Sort the passages of one query, best first, and apply `top_n` and `threshold`.
+def select(
+    passages: Sequence[RankedPassage], logits: Sequence[float], top_n: int | None, threshold: float | None
+) -> list[RankedPassage]:
+    """Sort passages, best first, and apply `top_n` and `threshold`.
 
     Passages are sorted by logit, because the sigmoid rounds different large logits to the same score.
     Passages with equal logits stay in input order. Blank passages come last, in input order.
 
     Args:
-        results: One result for each passage, in input order.
+        passages: The passages, in input order.
+        logits: The logit of each passage.
         top_n: Maximum number of passages to keep. None keeps all, 0 keeps none.
         threshold: Minimum score to keep, inclusive. None keeps every passage. Any number removes blank
             passages.
 
     Returns:
+        The passages that are kept, best first.
+    """
+    order = sorted(range(len(passages)), key=lambda at: (passages[at].blank, -logits[at]))
+    ranked = [passages[at] for at in order]
+    if threshold is not None:
+        ranked = [passage for passage in ranked if not passage.blank and passage.score >= threshold]
+    return ranked[:top_n]
+
+
+def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
+    """Rank the passages of one query.
+
+    Args:
+        results: One result for each passage, in input order.
+        top_n: As in `select`.
+        threshold: As in `select`.
+
+    Returns:
         The ranking.
     """
-    order = sorted(range(len(results)), key=lambda index: (results[index].blank, -results[index].logit))
-    if threshold is not None:
-        order = [at for at in order if not results[at].blank and results[at].score >= threshold]
-    kept = [(index, results[index]) for index in order[:top_n]]
+    passages = [
+        RankedPassage(index, each.score, each.truncated, each.windows, each.blank)
+        for index, each in enumerate(results)
+    ]
     num_blank = sum(result.blank for result in results)
     return Ranking(
-        (RankedPassage(index, each.score, each.truncated, each.windows, each.blank) for index, each in kept),
+        select(passages, [result.logit for result in results], top_n, threshold),
         num_pairs=len(results) - num_blank,
         num_tokens=sum(result.num_tokens for result in results),
         num_truncated=sum(result.truncated for result in results),

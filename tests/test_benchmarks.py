@@ -1,4 +1,4 @@
-"""The benchmarks: what they score, and that a whole run of each reaches its last line."""
+"""The benchmarks: workloads, checks of contenders, arithmetic, and a whole run of each command."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_workloads_have_the_stated_sizes(maker: WorkloadMaker) -> None:
 def test_mixed_lengths_are_log_normal_and_cut_at_512(maker: WorkloadMaker) -> None:
     lengths = sorted(maker.make("E", num_pairs=2000).num_tokens)
     assert lengths[1000] == pytest.approx(110, rel=0.06)
-    # Of a log-normal with sigma 0.6, these are the places of a tenth and of nine tenths.
+    # These are the 10 % and 90 % quantiles of a log-normal distribution with sigma 0.6.
     assert lengths[200] == pytest.approx(110 * math.exp(-0.6 * 1.2816), rel=0.1)
     assert lengths[1800] == pytest.approx(110 * math.exp(0.6 * 1.2816), rel=0.1)
     assert lengths[-1] == 512
@@ -128,7 +128,7 @@ def test_pairs_are_taken_from_all_over() -> None:
     assert spread(pairs, 100) == pairs
 
 
-# Contenders and their checks, with functions in the place of models.
+# Contenders and their checks, with functions instead of models.
 
 
 def contender(maker: WorkloadMaker, logits: Any, **options: Any) -> Contender:
@@ -274,7 +274,8 @@ def test_flops_are_those_of_the_products() -> None:
         padding_idx=1,
         layer_norm_eps=1e-5,
     )
-    # [n, k] x [k, m] is 2 n k m; a sequence of 5: query, key, value, output, up, down, scores and sums
+    # A product [n, k] x [k, m] takes 2 n k m operations. For a sequence of 5 tokens: query, key, value and output
+    # projections, both feed-forward layers, attention scores and weighted sums.
     products = [(5, 4, 4)] * 4 + [(5, 4, 8), (5, 8, 4), (5, 4, 5), (5, 5, 4)]
     of_last = [(5, 4, 4)] * 2 + [(1, 4, 4)] * 2 + [(1, 4, 8), (1, 8, 4), (1, 4, 5), (1, 5, 4)]
     head = [(1, 4, 4), (1, 4, 1)]
@@ -324,7 +325,7 @@ def test_linear_fails_where_many_pairs_are_slower() -> None:
     assert [each["num_pairs"] for each in report["workloads"]] == [20, 200]
     [found] = report["results"]
     assert found["ratio"] == pytest.approx(found["many"]["tokens_per_s"] / found["few"]["tokens_per_s"])
-    is_slower = found["ratio"] < 0.9  # which a busy machine may make of it
+    is_slower = found["ratio"] < 0.9  # this can happen on a busy machine
     assert (result.returncode, len(report["problems"])) == (int(is_slower), int(is_slower))
 
 

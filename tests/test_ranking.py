@@ -10,37 +10,18 @@ from hypothesis import strategies as st
 
 from bge_rerank_integrations import RankedPassage, Ranking
 from bge_rerank_integrations.errors import InputError, InputTypeError
-from bge_rerank_integrations.ranking import (
-    BLANK_LOGIT,
-    PairResult,
-    check_threshold,
-    check_top_n,
-    rank_results,
-    sigmoid,
-)
+from bge_rerank_integrations.ranking import BLANK_LOGIT, check_threshold, check_top_n, select, sigmoid
 
 SCORES = st.lists(st.floats(-20, 20) | st.sampled_from([0.0, -0.0, 1.0]))
 
 
-def result(score: float, logit: float | None = None, *, blank: bool = False) -> PairResult:
-    return PairResult(
-        score=score,
-        logit=score if logit is None else logit,
-        truncated=False,
-        query_truncated=False,
-        windows=1,
-        num_tokens=10,
-        blank=blank,
-    )
-
-
-def results(scores: list[float]) -> list[PairResult]:
-    return [result(score) for score in scores]
+def passages(scores: list[float]) -> list[RankedPassage]:
+    return [RankedPassage(index, score) for index, score in enumerate(scores)]
 
 
 @given(SCORES)
 def test_best_first_and_ties_keep_input_order(scores: list[float]) -> None:
-    ranked = rank_results(results(scores), None, None)
+    ranked = select(passages(scores), scores, None, None)
     assert [p.index for p in ranked] == sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
 
@@ -48,9 +29,9 @@ def test_best_first_and_ties_keep_input_order(scores: list[float]) -> None:
 def test_top_n_and_an_inclusive_threshold(
     scores: list[float], top_n: int | None, threshold: float | None
 ) -> None:
-    everything = rank_results(results(scores), None, None)
+    everything = select(passages(scores), scores, None, None)
     kept = [p for p in everything if threshold is None or p.score >= threshold]
-    assert rank_results(results(scores), top_n, threshold) == kept[:top_n]
+    assert select(passages(scores), scores, top_n, threshold) == kept[:top_n]
 
 
 @given(st.lists(st.floats(-800, 800), max_size=12), st.integers(0, 14) | st.none())
@@ -58,17 +39,17 @@ def test_the_order_is_that_of_the_logits_where_the_sigmoid_rounds_them_together(
     logits: list[float], top_n: int | None
 ) -> None:
     logits = [*logits, 40.0, 50.0, 45.0]
-    ranked = rank_results([result(sigmoid(logit), logit) for logit in logits], top_n, None)
+    ranked = select(passages([sigmoid(logit) for logit in logits]), logits, top_n, None)
     assert [p.index for p in ranked] == sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_n]
 
 
 @pytest.mark.parametrize("lowest", [0.0, BLANK_LOGIT, -1e9])
 def test_blank_passages_come_last_in_input_order_and_pass_no_threshold(lowest: float) -> None:
-    given_results = [result(lowest, blank=index in (0, 2)) for index in range(4)]
-    ranked = rank_results(given_results, None, None)
+    given_passages = [RankedPassage(index, lowest, blank=index in (0, 2)) for index in range(4)]
+    ranked = select(given_passages, [lowest] * 4, None, None)
     assert [p.index for p in ranked] == [1, 3, 0, 2]
-    assert [p.index for p in rank_results(given_results, 3, None)] == [1, 3, 0]
-    assert [p.index for p in rank_results(given_results, None, -1e300)] == [1, 3]
+    assert [p.index for p in select(given_passages, [lowest] * 4, 3, None)] == [1, 3, 0]
+    assert [p.index for p in select(given_passages, [lowest] * 4, None, -1e300)] == [1, 3]
 
 
 @given(st.floats(-800, 800))

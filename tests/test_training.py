@@ -1,4 +1,4 @@
-"""The steps that make the embedded model, on small and random things."""
+"""The training steps of the embedded model, with small random models and texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from training.student import Vocabulary, create, keep_layers, save
 from training.table import score_run
 from training.texts import Document
 
-TOLERANCE = 1e-4  # of logits that spread by about one
+TOLERANCE = 1e-4  # for logits with a standard deviation of about 1
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_student_learns_to_do_what_the_original_does(bert: Any) -> None:
 
 
 def test_what_is_compared_are_the_same_tokens(bert: Any) -> None:
-    """Without attention, positions and types, a token's hidden states depend on nothing but the token."""
+    """Without attention, positions and token types, a hidden state depends only on its token."""
     alone = renamed(bert)
     for name in alone:
         if "attention.output.dense" in name or "position_embeddings" in name or "token_type" in name:
@@ -222,7 +222,7 @@ TEXTS = BeirDataset(
 
 
 def score_by_length(asked: list[str], num_queries: int = 99) -> Any:
-    """Return a model that longer passages please, and that is interrupted after some queries."""
+    """Return a score function that prefers longer passages and is interrupted after some queries."""
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         if len(asked) == num_queries:
@@ -243,7 +243,7 @@ def test_a_run_that_is_kept_is_scored_once(tmp_path: Path) -> None:
     assert asked == [f"query {i}" for i in range(4)]
 
 
-def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     kept = tmp_path / "original.trec"
     asked: list[str] = []
     with pytest.raises(KeyboardInterrupt):
@@ -263,7 +263,7 @@ def test_half_of_the_last_query_is_dropped_wherever_the_file_ends(tmp_path: Path
         asked: list[str] = []
         assert score_run(score_by_length(asked), TEXTS, RUN, kept) == whole
         assert kept.read_bytes() == text
-        assert len(asked) == 4 - text[:end].count(b"\n") // 3  # what was whole is not scored again
+        assert len(asked) == 4 - text[:end].count(b"\n") // 3  # complete queries are not scored again
 
 
 def test_what_other_queries_got_is_kept_and_what_no_longer_fits_is_scored_anew(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ CACHE = click.option(
     show_default=True,
     help="Folder for downloads and intermediate files.",
 )
-# About every second layer, including the first and the last. Each layer learns to replace those it skips.
+# About every second layer, including the first and the last. Each layer also learns the work of the layers
+# that were removed before it.
 HALF = (0, 2, 4, 7, 9, 11)
 
 

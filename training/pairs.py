@@ -30,7 +30,7 @@ _MAX_WORDS = 220
 
 
 def make_groups(documents: Sequence[Document], count: int, *, seed: int) -> list[Group]:
-    """Yield `count` queries, each with a passage of its document, five that BM25 finds and a random one."""
+    """Return `count` queries, each with a passage of its document, five that BM25 finds and a random one."""
     rng = random.Random(seed)
     texts = [f"{document.title} {document.text}" for document in documents]
     frequencies = Counter(word for text in texts for word in set(_words(text)))

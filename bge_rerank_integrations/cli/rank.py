@@ -45,7 +45,7 @@ _MAX_NAMED_LINES = 20
 @click.option("--normalize", is_flag=True, help="Return scores from 0 to 1 instead of raw logits.")
 @click.option("--return-texts", is_flag=True, help="Return each passage's text with its score.")
 @click.option("--strict", is_flag=True, help="Stop at the first malformed line with exit status 3.")
-@click.option("--overwrite", is_flag=True, help="Start from the first line and replace OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Start from the first line and replace the output file.")
 @quiet_option
 @config_options()
 def rank(
@@ -82,10 +82,10 @@ def rank(
     A malformed line is reported on stderr with its line number and skipped. If no
     line is a request, the exit status is 3. Memory use does not grow with the file.
 
-    If a job is interrupted and SOURCE is a file, the same command without
-    --overwrite resumes the job. OUTPUT.partial holds the rows until the job is
-    complete, OUTPUT.job.json records its settings, and OUTPUT.lock keeps a second
-    process from writing the same output.
+    With -o OUTPUT and a file as SOURCE, an interrupted job can be resumed: run the
+    same command again, without --overwrite. OUTPUT.partial holds the rows until the
+    job is complete, OUTPUT.job.json records its settings, and OUTPUT.lock keeps a
+    second process from writing the same output.
 
     \b
     bge-rerank rank requests.jsonl -o ranked.jsonl --top-n 10

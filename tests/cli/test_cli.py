@@ -1,4 +1,4 @@
-"""The command line as a shell sees it: output, messages, exit status."""
+"""The commands of the command line: output, messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_eval_prints_a_table_and_json(on: list[str], folder: Path) -> None:
         assert word in table.stdout
     plot = folder / "plot.svg"
     record = json.loads(run("eval", folder, "--json", "--plot", plot, *on).stdout)
-    assert record["num_pairs"] == 4  # of five: cars share no word with bears
+    assert record["num_pairs"] == 4  # the passage about cars shares no word with the query about bears
     assert record["before"]["MRR@10"] == 1
     assert set(record["intervals"]["MAP"]) == {"mean", "low", "high"}
     assert {change["query_id"] for change in record["changes"]} == {"q1", "q2"}
@@ -367,7 +367,7 @@ def test_eval_takes_a_run_as_first_stage(on: list[str], folder: Path) -> None:
 def test_eval_puts_another_rerankers_run_beside_the_models(on: list[str], folder: Path) -> None:
     first, other = folder / "first.trec", folder / "other.trec"
     first.write_text("q1 Q0 b 1 3.0 x\nq1 Q0 a 2 2.0 x\nq2 Q0 a 1 2.0 x\nq2 Q0 c 2 1.0 x\n")
-    # Puts each right one first, and ranks a passage and a query that the first stage has not.
+    # This run puts each relevant passage first. It also has a passage and a query that the first stage lacks.
     other.write_text(
         "q1 Q0 c 1 9 y\nq1 Q0 a 2 8 y\nq1 Q0 b 3 7 y\nq2 Q0 c 1 9 y\nq2 Q0 a 2 8 y\nz Q0 a 1 1 y\n"
     )
@@ -531,7 +531,7 @@ def test_the_demo_answers_a_question_through_both_frameworks(on: list[str]) -> N
 def test_a_missing_extra_is_named_with_its_command(
     command: list[str], library: str, extra: str, on: list[str], folder: Path
 ) -> None:
-    # A module that is None in sys.modules is one that cannot be imported.
+    # Importing a module that is None in sys.modules raises ImportError.
     code = f"import sys; sys.modules[{library!r}] = None; import runpy\n"
     code += "runpy.run_module('bge_rerank_integrations.cli', run_name='__main__')"
     arguments = [*command, *([str(folder)] if command[0] == "eval" else []), *on]

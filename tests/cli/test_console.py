@@ -1,4 +1,4 @@
-"""The command line in any terminal: every encoding, closed streams, 80 columns; and its derived options."""
+"""The command line with every encoding, closed streams and 80 columns, and its derived options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bge_rerank_integrations.config import Setting, path_to_str
 COMMAND = [sys.executable, "-m", "bge_rerank_integrations.cli"]
 REQUEST = {"query": "what is a panda?", "passages": ["A bear.", "A car."]}
 QUERY = "大熊猫吃什么 what do pandas eat"
-# What a JSON file may hold, and what no encoding can: half of a surrogate pair. And a terminal's escape.
+# Half of a surrogate pair, which JSON allows but no encoding can represent, and a terminal escape sequence.
 ODD = "bears \ud800 eat \x1b[31m fish"
 
 
@@ -91,7 +91,7 @@ def in_shell(arguments: list[str], redirection: str, **options: Any) -> subproce
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def test_closed_streams_are_reported_before_any_work(tmp_path: Path) -> None:
-    # A model that does not exist would be the error if any work were done.
+    # If a command did any work first, it would report the missing model instead.
     no_model = ["--model", "/no/such/model"]
     closed_input = in_shell(["rank", *no_model], "<&-")
     assert closed_input.returncode == 2
@@ -110,7 +110,7 @@ def test_closed_streams_that_are_not_needed_do_no_harm(checkpoint: Path, tmp_pat
     assert in_shell([*arguments, "-o", str(output)], "<&- >&- 2>&-").returncode == 0
     [row] = map(json.loads, output.read_text().splitlines())
     assert len(row["results"]) == 2
-    # The message about the malformed line goes nowhere, not into the results.
+    # The message about the malformed line is discarded. It does not end up in the results.
     assert in_shell(arguments, "2>&-").stdout == output.read_text()
 
 
@@ -159,7 +159,7 @@ def test_output_fits_80_columns(checkpoint: Path, folder: Path) -> None:
     ]
     for arguments in asked:
         result = CliRunner().invoke(main, arguments, input="{}\n")
-        # A path is one word, and may be longer.
+        # A path is not broken, so its line can be longer.
         too_long = [line for line in result.output.splitlines() if columns(line) > WIDTH and "/" not in line]
         assert too_long == [], arguments
         assert result.output.count("\n") > 1
@@ -185,12 +185,12 @@ class GrownConfig(ScorerConfig):
     """A config with more settings.
 
     Attributes:
-        colour: What it is painted with. There is more to say.
+        colour: What it is painted with. This second sentence is not part of the help.
         share: Part of `max_length` that is used; None is all of it.
         names: Several names.
-        place: One name, which may be given as a path.
+        place: One name, which can be given as a path.
         careful: Whether to be careful; needs `long_passages="windows"`.
-        max_wait_ms: Not for the command line.
+        max_wait_ms: Not an option of the command line.
     """
 
     colour: Literal["red", "blue"] = "red"

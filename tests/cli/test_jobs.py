@@ -1,4 +1,4 @@
-"""A job's output has every row once, however its input looks and however often it is killed."""
+"""Ranking jobs: every row is written exactly once, even with malformed input and after kills."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def leave_behind(output: Path, settings: dict[str, Any], source: Path, text: str) -> None:
-    """Leave what a killed job leaves."""
+    """Write the files that a killed job leaves behind."""
     with RankJob(output, settings, source) as job:
         job.begin()
     Path(f"{output}.partial").write_text(text)
@@ -302,7 +302,7 @@ def test_overwriting_begins_again_and_keeps_what_is_finished_until_the_end(
         assert job.begin() == 0
     assert output.read_text() == "old\n"
     with RankJob(output, {}, source) as job:
-        assert job.begin() == 0, "the old file is not taken for this job's"
+        assert job.begin() == 0, "the old output must not count as this job's output"
         job.write([["new\n"]])
     assert output.read_text() == "new\n"
 
@@ -317,7 +317,7 @@ def test_a_file_of_unknown_origin_is_refused(output: Path, source: Path) -> None
     assert output.read_text() == "precious\n"
 
 
-def test_a_job_of_a_stream_is_never_gone_on_with(output: Path) -> None:
+def test_a_job_with_a_stream_as_input_cannot_be_resumed(output: Path) -> None:
     with RankJob(output, {}, None) as job:
         assert job.begin() == 0
         job.write([['{"line": 1}\n']])
@@ -380,7 +380,7 @@ def test_killing_a_job_loses_and_repeats_nothing(
 ) -> None:
     rng = random.Random(3)
     source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "whole.jsonl"))
-    # Passages of every form, and a line that is left out before every tenth row.
+    # Passages in every form, and a malformed line after every tenth row.
     forms: list[tuple[str, Callable[[str], Any]]] = [
         ("passages", lambda text: text),
         ("documents", lambda text: {"id": 7, "text": text}),
@@ -404,7 +404,7 @@ def test_killing_a_job_loses_and_repeats_nothing(
     while kills < num_kills and not output.exists():
         process = subprocess.Popen(command(source, model or checkpoint, *job), stderr=subprocess.DEVNULL)
         size = partial.stat().st_size if partial.exists() else 0
-        # At any time: while it loads, just after a batch, or in the middle of one.
+        # Kill at different times: while the model loads, just after a batch, or in the middle of a batch.
         while (
             kills % 3 and process.poll() is None and not (partial.exists() and partial.stat().st_size > size)
         ):
@@ -420,7 +420,8 @@ def test_killing_a_job_loses_and_repeats_nothing(
     assert output.read_text() == undisturbed.read_text()
 
 
-# Runs the command with a SIGINT after each batch of rows, whatever SIGINT did when the tests were started.
+# Runs the command and raises SIGINT after each batch of rows. It sets the SIGINT handler itself, because the tests
+# may have been started with SIGINT ignored.
 INTERRUPT = """
 import importlib, signal
 from bge_rerank_integrations.cli.app import main
@@ -445,9 +446,7 @@ def interrupt(command_line: list[str], handler: str) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
-def test_an_interrupted_job_says_that_it_can_be_gone_on_with(
-    checkpoint: Path, tmp_path: Path, texts: list[str]
-) -> None:
+def test_an_interrupted_job_says_how_to_resume_it(checkpoint: Path, tmp_path: Path, texts: list[str]) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"".join(lines(*({"query": texts[0], "passages": texts[:8]} for _ in range(150)))))
     stopped = interrupt(command(source, checkpoint, "-o", str(output)), "signal.default_int_handler")
@@ -467,7 +466,7 @@ def test_an_interrupted_job_says_that_it_can_be_gone_on_with(
 def test_a_job_in_the_background_ignores_interrupts(
     checkpoint: Path, tmp_path: Path, texts: list[str]
 ) -> None:
-    """A shell starts a background job with SIGINT ignored, so that Ctrl-C stops the foreground job only."""
+    """A shell starts background jobs with SIGINT ignored, so that Ctrl-C only stops the foreground job."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"".join(lines(*({"query": texts[0], "passages": texts[:8]} for _ in range(150)))))
     finished = interrupt(command(source, checkpoint, "-o", str(output)), "signal.SIG_IGN")
@@ -478,7 +477,7 @@ def test_a_job_in_the_background_ignores_interrupts(
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(checkpoint: Path, tmp_path: Path, texts: list[str]) -> None:
-    """100,000 pairs, fifty a row, take at most 300 MB more at their peak than a hundred do."""
+    """The peak memory for 100,000 pairs, fifty per row, is at most 300 MB above that for a hundred pairs."""
     rng = random.Random(4)
     english = " ".join(texts)
     peaks = []

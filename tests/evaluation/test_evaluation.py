@@ -1,4 +1,4 @@
-"""Measures, datasets and runs, against numbers worked out by hand."""
+"""Measures, datasets and runs, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -58,17 +58,19 @@ def test_reranking_to_a_depth_leaves_the_rest_below() -> None:
 def test_the_bootstrap_is_paired_and_repeatable() -> None:
     before = [index / 100 for index in range(100)]
     constant = bootstrap(before, [value + 0.5 for value in before])
-    assert constant == pytest.approx((0.5, 0.5, 0.5))  # no spread of the differences, however wide the values
+    assert constant == pytest.approx(
+        (0.5, 0.5, 0.5)
+    )  # all differences are equal, although the values are not
     noisy = bootstrap(before, before[::-1])
     assert noisy == bootstrap(before, before[::-1])
     assert noisy.low < 0 < noisy.high
     assert noisy.mean == pytest.approx(0)
-    assert noisy.high == pytest.approx(1.96 * 0.577 / 10, rel=0.1)  # differences are uniform on -1..1
+    assert noisy.high == pytest.approx(1.96 * 0.577 / 10, rel=0.1)  # differences are uniform from -1 to 1
 
 
 @pytest.fixture
 def folder(tmp_path: Path, texts: list[str]) -> Path:
-    """Return a BEIR folder of the example passages; each one's beginning is a query for it."""
+    """Return a BEIR folder of example passages. The beginning of a passage is the query for it."""
     (tmp_path / "qrels").mkdir()
     english = [text for text in texts if text.isascii()][:30]
     corpus = [{"_id": f"p{i}", "title": "" if i % 2 else "T", "text": text} for i, text in enumerate(english)]
@@ -231,7 +233,7 @@ def test_an_evaluation_adds_up(scorer: Scorer, folder: Path, tmp_path: Path) -> 
     dataset = read_beir(folder)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), 20)
     report = evaluate(scorer, dataset, first, 10, progress=False)
-    assert report.before["nDCG@10"] == pytest.approx(1)  # its own beginning finds each passage
+    assert report.before["nDCG@10"] == pytest.approx(1)  # each query is the beginning of its passage
     changes = [change.after - change.before for change in report.changes]
     assert sum(changes) / 10 == pytest.approx(report.intervals["nDCG@10"].mean)
     assert report.after["nDCG@10"] - report.before["nDCG@10"] == pytest.approx(sum(changes) / 10)
@@ -272,8 +274,8 @@ def test_a_model_compared_with_itself_reaches_all_of_it(scorer: Scorer, folder: 
 
 def test_a_comparison_is_over_the_passages_that_are_reranked(scorer: Scorer, folder: Path) -> None:
     dataset = read_beir(folder)
-    first = {f"q{i}": {f"p{i}": 2.0, "p20": 1.0, "p21": 0.5} for i in range(9)}  # nothing for q9
-    # Always right, if what was not to be reranked is left out; best of all what is beyond the depth.
+    first = {f"q{i}": {f"p{i}": 2.0, "p20": 1.0, "p21": 0.5} for i in range(9)}  # no passage for q9
+    # This run ranks the relevant passage first among those that are reranked, but others rank even higher.
     other = {f"q{i}": {"p21": 9.0, "p29": 8.0, f"p{i}": 7.0, "p20": 6.0} for i in range(9)}
     report = evaluate(scorer, dataset, first, 2, compared=("other", other), progress=False)
     assert report.compared is not None
@@ -284,7 +286,7 @@ def test_a_comparison_is_over_the_passages_that_are_reranked(scorer: Scorer, fol
     first = {query_id: {"p20": 1.0} for query_id in first}
     report = evaluate(scorer, dataset, first, 2, compared=("never", never), progress=False)
     assert report.compared is not None
-    assert set(report.compared.shares.values()) == {None}, "no share of nothing"
+    assert set(report.compared.shares.values()) == {None}, "a share of 0 is undefined"
 
 
 @pytest.mark.parametrize(
