@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
     from bge_rerank_integrations.config import ScorerConfig
     from bge_rerank_integrations.errors import (
+        AuthenticationError,
         CheckpointError,
         CheckpointNotFoundError,
         ConfigError,
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
         MissingExtraError,
         NonFiniteScoreError,
         QueueFullError,
+        RemoteError,
         RequestTimeoutError,
         RerankError,
         ScorerClosedError,
+        ServerUnreachableError,
         UnsupportedCheckpointError,
         WorkerDiedError,
     )
@@ -77,10 +80,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "BGERerankPostprocessor": "llama_index",
-    "ServerUnreachableError": "errors",
-    "RemoteError": "errors",
     "AuthenticationError": "errors",
+    "BGERerankPostprocessor": "llama_index",
     "BGEReranker": "langchain",
     "CheckpointError": "errors",
     "CheckpointNotFoundError": "errors",
@@ -98,6 +99,7 @@ _HOME = {
     "QueueFullError": "errors",
     "RankedPassage": "ranking",
     "Ranking": "ranking",
+    "RemoteError": "errors",
     "RemoteScorer": "remote",
     "RequestTimeoutError": "errors",
     "RerankError": "errors",
@@ -106,6 +108,7 @@ _HOME = {
     "ScorerConfig": "config",
     "ScorerHealth": "batching.stats",
     "ScorerStats": "batching.stats",
+    "ServerUnreachableError": "errors",
     "SupportsRank": "scorer",
     "UnsupportedCheckpointError": "errors",
     "WorkerDiedError": "errors",
