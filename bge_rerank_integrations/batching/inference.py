@@ -12,9 +12,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
+from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
     NonFiniteScoreError,
@@ -358,7 +359,7 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
 
 
 def _replica(runner: Runner) -> Replica:
-    return Replica(runner.run, lambda: runner.max_call_tokens)
+    return Replica(runner.launch, lambda: runner.max_batch_tokens, runner.depth)
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.engine.batch_planning import plan_batches
 from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
@@ -38,6 +36,24 @@ logger = logging.getLogger(__name__)
 _BATCHES_TO_GROW = 100
 
 
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A batch that was launched.
+
+    Attributes:
+        read: Waits for the logits of the sequences, in the order of `positions`.
+        positions: For each logit, the position of its sequence in the call of `Runner.launch`.
+    """
+
+    read: Callable[[], list[float]]
+    positions: list[int]
+
+    def wait(self) -> list[float]:
+        """Wait for the batch and return the raw logit of each sequence, in the order of the call."""
+        logits = dict(zip(self.positions, self.read(), strict=True))
+        return [logits[position] for position in range(len(logits))]
+
+
 class Runner:
     """Runs batches of sequences through a model. It may be called from any number of threads.
 
@@ -54,6 +70,7 @@ class Runner:
 
     Attributes:
         device: The device that the batches run on.
+        depth: Number of batches that may be launched before the first of them is waited for.
         max_batch_tokens: Most tokens in one forward pass now. An out-of-memory error lowers it. It grows back
             while batches succeed, since another program may have used the memory only for a while.
         num_splits: Number of batches that ran out of memory.
@@ -83,11 +100,7 @@ class Runner:
         self._transfer = transfer or PlainTransfer(device)
         self._graphs = graphs
         self._lock = threading.Lock()
-
-    @property
-    def max_call_tokens(self) -> int:
-        """Most tokens that one call can keep running at once: the token budget of each concurrent batch."""
-        return self.max_batch_tokens * self._transfer.depth
+        self.depth = self._transfer.depth
 
     def warmup(self) -> None:
         """Capture CUDA graphs where they are supported. Without this call, batches run without graphs."""
@@ -95,82 +108,43 @@ class Runner:
             with self._lock, self._on_device():
                 self._graphs.capture()
 
-    def run(
-        self,
-        sequences: Sequence[npt.NDArray[np.int32]],
-        on_progress: Callable[[int], object] | None = None,
-    ) -> list[float]:
-        """Score sequences. Batches of other threads may run between the batches of this call.
+    def launch(self, sequences: Sequence[npt.NDArray[np.int32]], *, is_alone: bool = True) -> Pending | None:
+        """Start a batch. Where copies to the host do not block, this returns before the batch is done.
+
+        An out-of-memory error lowers the token budget only if no other batch of the caller was running.
+        Otherwise the caller tries the sequences again later: they may fit into memory by themselves.
 
         Args:
             sequences: int32 token ids of each sequence. No sequence is empty or longer than the model's
                 limit.
-            on_progress: Called after each batch with the number of sequences in it.
+            is_alone: Whether the caller has waited for all batches that it launched before.
 
         Returns:
-            The raw logit of each sequence, in input order.
+            The launched batch; None if it ran out of memory.
 
         Raises:
             torch.cuda.OutOfMemoryError: A single sequence does not fit into memory. Any other error of the
                 forward pass is raised unchanged.
         """
-        lengths = [len(sequence) for sequence in sequences]
-        logits = [0.0] * len(sequences)
-        pending = deque(plan_batches(lengths, self.max_batch_tokens))
-        running: deque[tuple[list[int], Callable[[], list[float]]]] = deque()
-        try:
-            while pending or running:
-                # If copies do not block, the next batch is packed and launched while this one computes.
-                if pending and len(running) < self._transfer.depth:
-                    batch = pending.popleft()
-                    read = self._try([sequences[index] for index in batch], is_alone=not running)
-                    if read is not None:
-                        running.append((batch, read))
-                        continue
-                    if not running:
-                        rest = [index for later in (batch, *pending) for index in later]
-                        plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
-                        pending = deque([[rest[position] for position in part] for part in plan])
-                        continue
-                    pending.appendleft(batch)
-                batch, read = running.popleft()
-                for index, value in zip(batch, read(), strict=True):
-                    logits[index] = value
-                if on_progress is not None:
-                    on_progress(len(batch))
-        finally:
-            for _, read in running:  # after an error, wait for the batches that are still running
-                with suppress(Exception):
-                    read()
-        return logits
-
-    def _try(
-        self, sequences: list[npt.NDArray[np.int32]], *, is_alone: bool
-    ) -> Callable[[], list[float]] | None:
-        """Launch one batch.
-
-        An out-of-memory error lowers the token budget only if no other batch of this call was running.
-        Otherwise the caller tries the batch again later, without others: it may fit into memory by itself.
-
-        Args:
-            sequences: int32 token ids of each sequence.
-            is_alone: Whether no other batch of this call is running.
-
-        Returns:
-            A function that waits for the logits and returns them; None if the batch ran out of memory.
-        """
         num_tokens = sum(map(len, sequences))
+        # Sequences of similar length come together. Attention without a kernel for varied lengths calls one
+        # for each run of equal lengths.
+        positions = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         try:
             with self._lock, _cpu_threads(self._num_threads), self._on_device():
-                read = self._launch(sequences)
+                read = self._launch([sequences[index] for index in positions])
                 self._grow()
-            return read
+            return Pending(read, positions)
         except torch.cuda.OutOfMemoryError:
             if len(sequences) == 1 and is_alone:
                 raise
         # This code is outside the handler, because the traceback keeps the tensors of the failed pass alive.
-        if not is_alone:
-            return None
+        if is_alone:
+            self._shrink(num_tokens, len(sequences))
+        return None
+
+    def _shrink(self, num_tokens: int, num_sequences: int) -> None:
+        """Lower the token budget after a batch that ran out of memory."""
         with self._lock:
             self.num_splits += 1
             self._num_batches_since_split = 0
@@ -180,10 +154,9 @@ class Runner:
         logger.warning(
             "out of memory with %d tokens in %d sequences; batches now hold at most %d tokens",
             num_tokens,
-            len(sequences),
+            num_sequences,
             self.max_batch_tokens,
         )
-        return None
 
     def _launch(self, sequences: list[npt.NDArray[np.int32]]) -> Callable[[], list[float]]:
         graphs = self._graphs

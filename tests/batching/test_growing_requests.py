@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.inference import Pipeline
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.engine.packing import PackedBatch
@@ -28,7 +28,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from bge_rerank_integrations.validation import Pair
-from tests.support.queues import PATIENCE_S, Gate, ids, sized, wait_until
+from tests.support.queues import PATIENCE_S, Gate, ids, replica, sized, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
@@ -43,7 +43,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def batcher(gate: Gate) -> Iterator[MicroBatcher]:
-    batcher = MicroBatcher([Replica(gate, lambda: 100)])
+    batcher = MicroBatcher([replica(gate)])
     yield batcher
     gate.let_through()
     batcher.close(timeout=1.0)
@@ -95,7 +95,7 @@ def test_the_batches_of_a_lone_request_do_not_depend_on_timing(
     for part in parts:
         other = Gate()
         other.let_through()
-        single = MicroBatcher([Replica(other, lambda: 100)])
+        single = MicroBatcher([replica(other)])
         single.submit(part).result(PATIENCE_S)
         single.close()
         alone += other.batches

@@ -26,7 +26,7 @@ from bge_rerank_integrations.engine.cuda.transfer import PinnedTransfer
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
-from tests.support.engine import max_difference, plain_logits, random_ids
+from tests.support.engine import max_difference, plain_logits, random_ids, score_all
 from tests.support.fused_ops import check_quantizing, check_values
 from tests.support.rankings import check_rankings_agree
 from tests.support.tolerances import LOGIT_TOLERANCE
@@ -113,9 +113,9 @@ def test_no_kernel_is_compiled_after_loading(checkpoint: Path, dtype: DType) -> 
     assert before > 0
     for seed, count in enumerate([1, 2, 3, 16, 17, 64, 200]):
         lengths = np.random.default_rng(seed).integers(4, 513, count).tolist()
-        runner.run(random_ids(lengths, shape.vocab_size, seed=seed))
+        score_all(runner, random_ids(lengths, shape.vocab_size, seed=seed))
     runner.warmup()
-    runner.run(random_ids([5, 6, 7], shape.vocab_size))
+    score_all(runner, random_ids([5, 6, 7], shape.vocab_size))
     assert compiled_kernels() == before
 
 
@@ -135,7 +135,7 @@ def test_logits_with_graphs_match_logits_without(checkpoint: Path, dtype: DType)
     for seed in range(60):
         lengths = random.integers(4, int(random.choice([8, 60, 513])), int(random.integers(1, 60))).tolist()
         sequences = random_ids(lengths, shape.vocab_size, seed=seed)
-        assert max_difference(graphed.run(sequences), eager.run(sequences)) <= tolerance
+        assert max_difference(score_all(graphed, sequences), score_all(eager, sequences)) <= tolerance
 
 
 def test_a_failed_capture_leaves_the_device_and_the_stream_usable(checkpoint: Path) -> None:
@@ -153,11 +153,11 @@ def test_a_failed_capture_leaves_the_device_and_the_stream_usable(checkpoint: Pa
     )
     runner = Runner(forward, device=CUDA, padding_idx=1, max_batch_tokens=300, graphs=graphs)
     sequences = random_ids([20, 30], read_shape(checkpoint).vocab_size)
-    expected = runner.run(sequences)
+    expected = score_all(runner, sequences)
     runner.warmup()
     assert graphs.num_captured == 0
     assert torch.cuda.current_stream() == stream
-    assert runner.run(sequences) == expected
+    assert score_all(runner, sequences) == expected
 
 
 def test_pinned_copies_give_the_same_logits_as_plain_copies(checkpoint: Path) -> None:
@@ -171,9 +171,9 @@ def test_pinned_copies_give_the_same_logits_as_plain_copies(checkpoint: Path) ->
         model, device=CUDA, padding_idx=1, max_batch_tokens=600, transfer=PinnedTransfer(CUDA, 100)
     )
     sequences = random_ids(np.random.default_rng(0).integers(4, 513, 300).tolist(), vocab_size)
-    expected = plain.run(sequences)
-    assert pinned.run(sequences) == expected
-    assert small.run(sequences) == expected
+    expected = score_all(plain, sequences)
+    assert score_all(pinned, sequences) == expected
+    assert score_all(small, sequences) == expected
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def test_out_of_memory_on_cuda_splits_batches(checkpoint: Path, little_memory: N
     model = cuda_model(checkpoint, torch.float16, None)
     transfer = PinnedTransfer(CUDA, 600)
     sequences = random_ids([500] * 400, vocab_size)
-    expected = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=2000).run(sequences)
+    expected = score_all(Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=2000), sequences)
     runner = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=200_000, transfer=transfer)
-    assert max_difference(runner.run(sequences), expected) <= LOGIT_TOLERANCE[torch.float16]
+    assert max_difference(score_all(runner, sequences), expected) <= LOGIT_TOLERANCE[torch.float16]
     assert runner.num_splits > 0
 
 

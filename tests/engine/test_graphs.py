@@ -28,7 +28,7 @@ from bge_rerank_integrations.engine.cuda.graphs import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner
-from tests.support.engine import CPU, IntArray, max_difference, random_ids
+from tests.support.engine import CPU, IntArray, max_difference, random_ids, score_all
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 BUCKETS = plan_buckets(max_length=512, max_batch_tokens=1000)
@@ -102,7 +102,7 @@ def test_replayed_logits_equal_eager_logits(model: PackedCrossEncoder) -> None:
     for _ in range(num_batches):
         sequences = random_batch(random)
         eager = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
-        assert max_difference(runner.run(sequences), eager) <= LOGIT_TOLERANCE[torch.float32]
+        assert max_difference(score_all(runner, sequences), eager) <= LOGIT_TOLERANCE[torch.float32]
     assert recorded.num_replayed - before > num_batches // 2, "most batches fit a bucket"
 
 
@@ -141,13 +141,13 @@ def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: 
     graphs = graphs_of(model, recorded, plan_buckets(512, 200))
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
     small, large = random_ids([20, 30], 100), random_ids([256], 100)
-    expected = runner.run(small)
+    expected = score_all(runner, small)
     assert recorded.num_captured == recorded.num_replayed == 0, "only a warm-up captures graphs"
     runner.warmup()
     before = recorded.num_replayed
-    assert max_difference(runner.run(small), expected) <= LOGIT_TOLERANCE[torch.float32]
+    assert max_difference(score_all(runner, small), expected) <= LOGIT_TOLERANCE[torch.float32]
     assert recorded.num_replayed == before + 1
-    runner.run(large)
+    score_all(runner, large)
     assert recorded.num_replayed == before + 1
     runner.warmup()
     assert recorded.num_captured == len(plan_buckets(512, 200)), "the second warm-up captures nothing"
@@ -168,14 +168,14 @@ def test_a_failed_capture_discards_all_graphs_and_is_logged_once(
 
     graphs = graphs_of(model, capture)
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
-    expected = runner.run(random_ids([20, 30], 100))
+    expected = score_all(runner, random_ids([20, 30], 100))
     runner.warmup()
     runner.warmup()
     assert graphs.num_captured == 0
     assert caplog.text.count("CUDA graphs are disabled") == 1
     assert str(error) in caplog.text
     replayed = recorded.num_replayed
-    assert runner.run(random_ids([20, 30], 100)) == expected
+    assert score_all(runner, random_ids([20, 30], 100)) == expected
     assert recorded.num_replayed == replayed
 
 

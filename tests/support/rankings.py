@@ -19,6 +19,7 @@ from bge_rerank_integrations.evaluation.measures import measure
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
+from tests.support.engine import score_all
 
 CORPUS: Final = Path(__file__).parents[2] / "examples" / "corpus.jsonl"
 # A query, and the passages of the example corpus that answer it.
@@ -64,7 +65,7 @@ def check_rankings_agree(exact: Runner, rounded: Runner, min_tau: float, max_ndc
     windows = [window for part in prepared.encode(tokenizer, len(pairs)) for window in part]
 
     def rank(runner: Runner) -> dict[str, dict[str, float]]:
-        results = prepared.results(runner.run(windows), normalize=False)
+        results = prepared.results(score_all(runner, windows), normalize=False)
         run: dict[str, dict[str, float]] = {}
         for (query, passage_id), result in zip(pairs, results, strict=True):
             run.setdefault(query, {})[passage_id] = result.score
