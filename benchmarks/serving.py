@@ -350,9 +350,9 @@ def _lone_overhead(scorer: Scorer) -> dict[str, float]:
     query, passage = "what is a panda?", "The giant panda is a bear."
 
     def direct() -> float:
-        prepared = PreparedPairs([(query, passage)])
+        prepared = PreparedPairs([(query, [passage])])
         (windows,) = prepared.encode(pipeline.tokenizer, 1)
-        return prepared.results(pipeline.runners[0].run(windows), normalize=True)[0].score
+        return prepared.scores(pipeline.runners[0].run(windows), normalize=True)[0]
 
     ways: dict[str, Callable[[], object]] = {
         "scorer_us": lambda: scorer.score([(query, passage)]),

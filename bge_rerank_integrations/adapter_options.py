@@ -308,7 +308,7 @@ class RerankOptions(BaseModel):
     def scorer_name(self) -> str:
         """Return the name of the model, or the name of the scorer's type if it has no model name."""
         if self.scorer is None:
-            return self.scorer_config().model
+            return str(self.model)
         if isinstance(self.scorer, MissingScorer):
             return self.scorer.name
         model = self.scorer.config.model if isinstance(self.scorer, Scorer) else None

@@ -23,6 +23,7 @@ ROWS = [
     "config",
     "validation",
     "ranking",
+    "protocols",
     "text.",
     # The modules that the folders of the engine use.
     "engine.packing",

@@ -21,6 +21,7 @@ from bge_rerank_integrations.batching.stats import ScorerStats
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.runner import Pending, Runner, is_device_lost, load_runner, load_runners
 from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerClosedError, WorkerDiedError
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
 from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
@@ -494,7 +495,8 @@ def test_two_replicas_give_the_scores_of_one(checkpoint: Path, scorer: Scorer, t
     cache = TokenCache(100_000)
     tokenizer = PairTokenizer(checkpoint / "tokenizer.json", config, cache)
     pipeline = Pipeline(tokenizer, cache, cast(list[Runner], watched), config, is_device_lost)
-    scores = [result.score for result in pipeline.score([("what is a panda?", text) for text in texts])]
+    pairs = PreparedPairs([("what is a panda?", texts)])
+    scores = pairs.scores(pipeline.run(pairs), normalize=False)
     assert scores == pytest.approx(
         scorer.score([("what is a panda?", text) for text in texts]), abs=TOLERANCE
     )

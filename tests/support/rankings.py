@@ -61,14 +61,14 @@ def check_rankings_agree(exact: Runner, rounded: Runner, min_tau: float, max_ndc
     tokenizer = PairTokenizer(
         EMBEDDED_FOLDER / "tokenizer.json", ScorerConfig(model=EMBEDDED_MODEL), TokenCache(1 << 20)
     )
-    prepared = PreparedPairs([(query, passages[passage_id]) for query, passage_id in pairs])
+    prepared = PreparedPairs([(query, [passages[passage_id]]) for query, passage_id in pairs])
     windows = [window for part in prepared.encode(tokenizer, len(pairs)) for window in part]
 
     def rank(runner: Runner) -> dict[str, dict[str, float]]:
-        results = prepared.results(score_all(runner, windows), normalize=False)
+        scores = prepared.scores(score_all(runner, windows), normalize=False)
         run: dict[str, dict[str, float]] = {}
-        for (query, passage_id), result in zip(pairs, results, strict=True):
-            run.setdefault(query, {})[passage_id] = result.score
+        for (query, passage_id), score in zip(pairs, scores, strict=True):
+            run.setdefault(query, {})[passage_id] = score
         return run
 
     exact_run, rounded_run = rank(exact), rank(rounded)
