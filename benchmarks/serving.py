@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -351,8 +352,10 @@ def _lone_overhead(scorer: Scorer) -> dict[str, float]:
 
     def direct() -> float:
         prepared = PreparedPairs([(query, [passage])])
-        (windows,) = prepared.encode(pipeline.tokenizer, 1)
-        return prepared.scores(pipeline.runners[0].run(windows), normalize=True)[0]
+        (windows,) = prepared.encode(pipeline.tokenizer, repeat(1))
+        pending = pipeline.runners[0].launch(windows)
+        assert pending is not None
+        return prepared.scores(pending.wait(), normalize=True)[0]
 
     ways: dict[str, Callable[[], object]] = {
         "scorer_us": lambda: scorer.score([(query, passage)]),

@@ -382,7 +382,9 @@ def test_the_best_window_gives_the_score(checkpoint: Path, texts: list[str]) -> 
         engine = windowed._require_pipeline()
         (pair,) = engine.tokenizer.encode([QUERY], [passage])
         assert best.windows == len(pair.windows) > 10
-        assert best.score == pytest.approx(max(score_all(engine.runners[0], pair.windows)), abs=TOLERANCE)
+        assert best.score == pytest.approx(
+            max(score_all(engine.runners[0], list(pair.windows))), abs=TOLERANCE
+        )
         assert not best.truncated
     with Scorer(checkpoint, **settings) as cutting:
         (cut,) = cutting.rank(QUERY, [passage])

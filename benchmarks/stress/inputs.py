@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 from benchmarks.stress.common import (
@@ -61,7 +62,7 @@ def _injected_logits(bench: Bench) -> tuple[int, int]:
     """Put logits that are not finite into results. Return how many, and how many were not detected."""
     rng = random.Random(7)
     prepared = PreparedPairs([("query", bench.phrases()[:100])])
-    list(prepared.encode(bench.tokenizer(), 100))
+    list(prepared.encode(bench.tokenizer(), repeat(100)))
     num_missed = 0
     for number in range(bench.count(100)):
         logits = [rng.uniform(-9, 9) for _ in range(100)]

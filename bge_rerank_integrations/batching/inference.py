@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # A longer request is encoded in parts of this many pairs. The device computes a part while the next one is
-# encoded.
+# encoded. The first part is small, so that an idle device starts soon.
+_NUM_FIRST_PAIRS: Final = 64
 _NUM_PAIRS_AT_ONCE: Final = 512
 # Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.
 _NUM_TOKENIZERS: Final = 2
@@ -95,7 +97,7 @@ class Pipeline:
         self._lost_query_part = "end" if config.query_truncation_side == "right" else "beginning"
         # With a limit on the queue, a request is encoded in one part. A request that does not fit is then
         # rejected before any of it is computed.
-        self._num_pairs_at_once = _NUM_PAIRS_AT_ONCE if config.max_queued_tokens is None else sys.maxsize
+        self._is_encoded_in_parts = config.max_queued_tokens is None
         self._batcher = _make_batcher(runners, config, is_device_lost)
         self._executor = ThreadPoolExecutor(_NUM_TOKENIZERS, "bge-rerank-tokenize")
 
@@ -223,6 +225,12 @@ class Pipeline:
             request.future.cancel()  # this also stops the encoding, if it has begun
             raise
 
+    def _part_sizes(self) -> Iterator[int]:
+        """Return the number of pairs in each part in which a request is encoded."""
+        if not self._is_encoded_in_parts:
+            return repeat(sys.maxsize)
+        return chain([_NUM_FIRST_PAIRS], repeat(_NUM_PAIRS_AT_ONCE))
+
     def _feed(
         self,
         request: Request,
@@ -238,7 +246,7 @@ class Pipeline:
         self._batcher.check_open()  # check this before the work of tokenizing
         num_windows = 0
         try:
-            for windows in pairs.encode(self.tokenizer, self._num_pairs_at_once):
+            for windows in pairs.encode(self.tokenizer, self._part_sizes()):
                 num_windows += len(windows)
                 if set_total is not None:
                     set_total(num_windows + pairs.num_left)

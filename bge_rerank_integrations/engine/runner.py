@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -31,6 +32,14 @@ from bge_rerank_integrations.engine.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
+# Most time in seconds that a batch should take on a GPU. A short request may wait for the batches that were
+# launched before it. A longer time would not use the GPU better.
+_BATCH_S: Final = 0.05
+# The speed of a GPU is measured with sequences of this many tokens. They fill every GPU.
+_NUM_MEASURED: Final = 8
+_MEASURED_LENGTH: Final = 512
+# A smaller budget would leave parts of a GPU idle.
+_MIN_BUDGET_TOKENS: Final = 1024
 # Batches without an out-of-memory error after which the token budget doubles. A budget that turns out to be
 # too large costs one failed batch, so it must not be tried often.
 _BATCHES_TO_GROW = 100
@@ -107,6 +116,28 @@ class Runner:
         if self._graphs is not None:
             with self._lock, self._on_device():
                 self._graphs.capture()
+
+    def limit_batch_time(self, max_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Lower the token budget so that a batch takes at most about 50 ms, as far as the device needs that.
+
+        Args:
+            max_length: Longest sequence in tokens that requests can have.
+            clock: Returns the time in seconds.
+        """
+        length = min(max_length, _MEASURED_LENGTH)
+        sequences = [np.zeros(length, np.int32)] * _NUM_MEASURED
+        times: list[float] = []
+        for _ in range(3):  # the first pass loads kernels
+            began = clock()
+            pending = self.launch(sequences)
+            if pending is None:
+                return  # out of memory, which has lowered the budget already
+            pending.wait()
+            times.append(clock() - began)
+        num_tokens = int(_BATCH_S * _NUM_MEASURED * length / max(min(times[1:]), 1e-9))
+        self._full_budget = min(self._full_budget, max(num_tokens, _MIN_BUDGET_TOKENS))
+        self.max_batch_tokens = min(self.max_batch_tokens, self._full_budget)
+        logger.info("batches on %s have at most %d tokens", self.device, self.max_batch_tokens)
 
     def launch(self, sequences: Sequence[npt.NDArray[np.int32]], *, is_alone: bool = True) -> Pending | None:
         """Start a batch. Where copies to the host do not block, this returns before the batch is done.
@@ -247,7 +278,7 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
 def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
     device, max_batch_tokens = key.device, key.max_batch_tokens
     model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
-    return Runner(
+    runner = Runner(
         model.forward,
         device=device,
         padding_idx=shape.padding_idx,
@@ -257,6 +288,9 @@ def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) ->
         transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
         graphs=model.graphs,
     )
+    if config.max_batch_tokens is None and device.type != "cpu":
+        runner.limit_batch_time(config.max_length)
+    return runner
 
 
 class _Key(NamedTuple):

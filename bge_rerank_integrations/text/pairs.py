@@ -91,10 +91,14 @@ class PreparedPairs:
         self._distinct: list[Pair] = []
         self._encoded: dict[Pair, EncodedPair] = {}  # in the order of the distinct pairs
 
-    def encode(self, tokenizer: PairTokenizer, num_pairs: int) -> Iterator[list[IntArray]]:
-        """Encode `num_pairs` distinct pairs at a time, and yield the windows of each such part.
+    def encode(self, tokenizer: PairTokenizer, part_sizes: Iterator[int]) -> Iterator[list[IntArray]]:
+        """Encode the distinct pairs in parts, and yield the windows of each part.
 
         A window is a sequence for the model: int32 token ids, special tokens included.
+
+        Args:
+            tokenizer: Encodes the pairs.
+            part_sizes: Most distinct pairs in each part. It does not end.
 
         Raises:
             InputError: `find_blank` has raised it.
@@ -105,7 +109,7 @@ class PreparedPairs:
         self._distinct = list(dict.fromkeys(with_text))
         self._encoded.clear()  # an earlier attempt may have failed because the queue was full
         distinct = iter(self._distinct)
-        for encoded in tokenizer.stream(self._distinct, num_pairs):
+        for encoded in tokenizer.stream(self._distinct, part_sizes):
             self._encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
             yield [window for each in encoded for window in each.windows]
 

@@ -146,3 +146,41 @@ def test_a_cpu_uses_plain_copies() -> None:
     assert torch.equal(ours.ids, plain.ids)
     assert torch.equal(ours.seqlens.cu_seqlens, plain.seqlens.cu_seqlens)
     assert transfer.download(torch.tensor([1.5, 2.5]))() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s", "budget"),
+    [(2_000_000, 16_384), (100_000, 5000), (4000, 1024)],
+)
+def test_the_token_budget_of_a_gpu_follows_its_speed(tokens_per_s: int, budget: int) -> None:
+    """A batch takes 50 ms at most, unless the device is so slow that such a batch would not fill it."""
+    now = 0.0
+
+    def forward(batch: PackedBatch) -> Tensor:
+        nonlocal now
+        now += len(batch.ids) / tokens_per_s
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    runner = runner_of(forward, PlainTransfer(CPU), budget=16_384)
+    runner.limit_batch_time(512, clock=lambda: now)
+    assert runner.max_batch_tokens == pytest.approx(budget, abs=1)
+
+
+def test_a_measured_budget_is_the_one_to_which_it_grows_back() -> None:
+    now = 0.0
+    memory = LimitedMemory(10**6)
+
+    def forward(batch: PackedBatch) -> Tensor:
+        nonlocal now
+        now += len(batch.ids) / 100_000
+        return memory(batch)
+
+    runner = runner_of(forward, PlainTransfer(CPU), budget=16_384)
+    runner.limit_batch_time(512, clock=lambda: now)
+    memory.max_tokens = 2000
+    score_all(runner, numbered([100] * 60))
+    assert runner.max_batch_tokens <= 2000
+    memory.max_tokens = 10**6
+    for _ in range(400):
+        score_all(runner, numbered([50, 50]))
+    assert runner.max_batch_tokens == pytest.approx(5000, abs=1)
