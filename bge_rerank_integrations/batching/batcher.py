@@ -129,8 +129,8 @@ class MicroBatcher:
             if sequences:
                 mark_process_in_use()
                 self._recorder.requests += is_first
+                self._wake_workers()  # first, because it raises if the interpreter can start no more threads
                 self._queue.add(request, request.grow(sequences))
-                self._wake_workers()
         # The lock must not be held from here on, because a future that is done calls its callbacks at once.
         if not sequences:
             self._finish(request)
@@ -303,10 +303,12 @@ class MicroBatcher:
     def _lose(self, worker: Worker, error: Exception) -> None:
         """Stop using a device, and queue its batches again."""
         with self._changed:
-            if worker.replica in self._replicas:  # it was removed if `close` did not wait for its batches
+            if worker.replica in self._replicas:
                 self._replicas.remove(worker.replica)
                 worker.replica.release()
                 self._recorder.lost_replicas += 1
+            elif not worker.running:
+                return  # an earlier batch has reported the loss
             affected = dict.fromkeys(request for batch in worker.running for request in batch)
             # A request that has lost two devices may be the cause. It must not lose all of them.
             failed = [request for request in affected if request.num_lost_devices or not self._replicas]
@@ -364,6 +366,8 @@ class MicroBatcher:
             if request.started_at is None:
                 request.started_at = now
                 self._recorder.started(now - request.submitted_at)
+        if self._queue:  # others that left the waiting sequences to this worker may take the rest
+            self._changed.notify_all()
         return batch
 
     def _remove_batch(self, worker: Worker, batch: Batch) -> bool:
@@ -384,8 +388,9 @@ class MicroBatcher:
     def _wake_workers(self) -> None:
         for replica in self._replicas:
             if replica not in self._workers:
-                self._workers[replica] = Worker(self, replica)
-                self._workers[replica].start()
+                worker = Worker(self, replica)
+                worker.start()  # its threads wait for the lock
+                self._workers[replica] = worker
         self._changed.notify_all()
 
     def _live_threads(self) -> list[threading.Thread]:

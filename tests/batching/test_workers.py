@@ -141,6 +141,18 @@ def test_a_busy_device_leaves_what_waits_to_an_idle_one(make: Callable[..., Micr
     assert results(futures) == [[float(number)] for number in range(4)]
 
 
+def test_a_busy_device_takes_what_an_idle_one_has_left(make: Callable[..., MicroBatcher]) -> None:
+    devices = [AsyncDevice(), AsyncDevice()]
+    batcher = make(*devices)
+    first = batcher.submit([sized(0, 100)])
+    wait_until(lambda: any(device.launched for device in devices))
+    rest = batcher.submit([sized(number, 100) for number in range(1, 4)])
+    wait_until(lambda: [len(device.launched) for device in devices] == [2, 2])
+    for device in devices:
+        device.finish(2)
+    assert results([first, rest]) == [[0.0], [1.0, 2.0, 3.0]]
+
+
 # --- errors while several batches are on the device --------------------------------------------------
 
 
@@ -174,18 +186,18 @@ def test_a_lost_device_gives_both_its_batches_back(make: Callable[..., MicroBatc
     """A request with sequences in both batches has lost one device, not two."""
     bad, good = AsyncDevice(), AsyncDevice()
     batcher = make(bad, good)
-    occupying = [batcher.submit([sized(number, 100)]) for number in range(2)]
-    wait_until(lambda: bad.launched and good.launched)
-    bad.finish(1)  # only this device becomes free, and launches two batches of the next request
-    occupying[0].result(PATIENCE_S) if bad.launched == [[0.0]] else occupying[1].result(PATIENCE_S)
+    occupying = [batcher.submit([sized(number, 100)]) for number in range(4)]
+    wait_until(lambda: len(bad.launched) == len(good.launched) == 2)
+    bad.finish(2)  # only this device becomes free, and launches two batches of the next request
+    for (number,) in list(bad.launched):
+        assert occupying[int(number)].result(PATIENCE_S) == [number]
     long = batcher.submit([sized(number, 100) for number in range(10, 12)])
-    wait_until(lambda: len(bad.launched) == 3)
-    assert len(good.launched) == 1
+    wait_until(lambda: len(bad.launched) == 4)
     bad.error = lost()
     bad.finish(10)
     good.finish(10)
     assert long.result(PATIENCE_S) == [10.0, 11.0]
-    assert sorted(results(occupying)) == [[0.0], [1.0]]
+    assert results(occupying) == [[0.0], [1.0], [2.0], [3.0]]
     assert batcher.health().replicas_alive == 1
 
 
