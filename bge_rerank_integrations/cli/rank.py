@@ -20,6 +20,7 @@ from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
     config_options,
+    name_options,
     output_option,
     quiet_option,
     shows_progress,
@@ -243,7 +244,7 @@ class _MalformedLines:
     def __call__(self, error: MalformedLineError) -> None:
         self._count += 1
         if self._count <= _MAX_NAMED_LINES:
-            tqdm.write(wrap(f"{error}; skipped"), file=sys.stderr)
+            tqdm.write(wrap(name_options(f"{error}; skipped")), file=sys.stderr)
         elif self._count == _MAX_NAMED_LINES + 1:
             tqdm.write("Further malformed lines are counted but not listed.", file=sys.stderr)
 

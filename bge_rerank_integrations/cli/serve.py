@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import click
 
+from bge_rerank_integrations.cli.logs import log_with_time
 from bge_rerank_integrations.cli.options import EXISTING_FILE, config_options
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.scorer import Scorer
@@ -100,8 +100,7 @@ def serve(
         model_name=model_name,
     )
     check_exposure(host, settings.api_key, no_auth=no_auth)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("bge_rerank_integrations").setLevel(logging.INFO)
+    log_with_time()
 
     def load() -> Scorer:
         scorer = Scorer.from_config(config)

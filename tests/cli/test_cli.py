@@ -14,11 +14,13 @@ from click.testing import CliRunner, Result
 
 from bge_rerank_integrations import Scorer, __version__
 from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.console import WIDTH
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.config import DEFAULT_MODEL
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
+from bge_rerank_integrations.runtime import warn_once
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
 COMMANDS = ("demo", "rank", "rerank-run", "eval", "serve", "info", "check")
@@ -133,13 +135,28 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
     assert [found.get("blank") for found in results] == [None, None, True, True]
     refused = run("rank", "--blank-passages", "refuse", *on, stdin=json.dumps(request))
     assert refused.exit_code == 3
-    assert "line 1: passage 0 has nothing to read" in flat(refused.stderr)
+    assert "line 1: passage 0 has nothing to read; leave it out, or set --blank-passages last" in flat(
+        refused.stderr
+    )
     trec = folder / "first.trec"
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "empty", "text": ""}) + "\n")
     trec.write_text("q1 Q0 empty 1 3.0 x\nq1 Q0 a 2 2.0 x\n")
     rows = [line.split() for line in run("rerank-run", trec, folder, *on).stdout.splitlines()]
     assert [row[2] for row in rows] == ["a", "empty"]
+
+
+def test_warnings_and_errors_name_options(on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warn_once, "_logged", set())
+    request = {"query": "panda " * 600, "passages": ["", "A bear."]}
+    warned = run("rank", *on, stdin=json.dumps(request)).stderr
+    assert max(map(len, warned.splitlines())) <= WIDTH
+    assert "1 of the 2 passages of a request have nothing to read." in flat(warned)
+    assert "Set --blank-passages refuse to get an error instead." in flat(warned)
+    assert "A query has more than --query-max-length 384 tokens" in flat(warned)
+    assert "or set --query-truncation-side to choose which end" in flat(warned)
+    outside = run("rank", "--threshold", 2, "--normalize", *on, stdin=json.dumps(request)).stderr
+    assert "with --normalize scores lie between 0 and 1; without --normalize they are raw" in flat(outside)
 
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
@@ -249,7 +266,7 @@ def test_rank_to_a_file_is_done_once(on: list[str], tmp_path: Path) -> None:
     assert "already complete" in flat(again.stderr)
     other = run("rank", source, "-o", output, "--top-n", 1, *on)
     assert other.exit_code == 1
-    assert "other settings (top_n)" in flat(other.stderr)
+    assert "other settings (--top-n)" in flat(other.stderr)
     assert output.read_text() == written
     anew = run("rank", source, "-o", output, "--top-n", 1, "--overwrite", *on)
     assert anew.exit_code == 0

@@ -167,12 +167,12 @@ def test_a_port_that_is_taken() -> None:
         (["--host", "::"], "can be reached from other machines"),
         (["--host", "example.org"], "can be reached from other machines"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
-        (["--timeout-s", "0"], "timeout_s must be a positive number"),
-        (["--timeout-s", "nan"], "timeout_s must be a positive number"),
-        (["--grace-s", "-1"], "grace_s must be a positive number"),
-        (["--max-body-mb", "0"], "max_body_mb must be a positive number"),
+        (["--timeout-s", "0"], "--timeout-s must be a positive number"),
+        (["--timeout-s", "nan"], "--timeout-s must be a positive number"),
+        (["--grace-s", "-1"], "--grace-s must be a positive number"),
+        (["--max-body-mb", "0"], "--max-body-mb must be a positive number"),
         (["--max-queued-tokens", "0"], "max-queued-tokens"),
-        (["--max-wait-ms", "-1"], "max_wait_ms"),
+        (["--max-wait-ms", "-1"], "--max-wait-ms"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
