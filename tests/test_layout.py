@@ -44,6 +44,7 @@ ROWS = [
     "telemetry",
     "splitting",
     "remote_wire",
+    "remote_transport",
     "remote",
     "server.",
     "evaluation.",
@@ -66,7 +67,7 @@ ALLOWED_IN = {
     "ir_measures": ["evaluation.measures"],
     "matplotlib": ["evaluation.plots"],
     "click": ["cli."],
-    "httpx": ["remote_wire", "remote"],
+    "httpx": ["remote_wire", "remote_transport", "remote"],
     "starlette": ["server.app", "server.probes"],
     "uvicorn": ["server.run"],
 }

@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from typing import Final
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
-from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
+from bge_rerank_integrations.errors import InputError, NonFiniteScoreError, QueueFullError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
-from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
+from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
 
 # A part is encoded by one thread at a time, so a long request cannot keep the tokenizer from the others. Two
 # parts of a request are under way at once, so that the device has work while the next part is encoded.
@@ -155,6 +155,8 @@ class Service:
                 raise NonFiniteScoreError(
                     f"the model's score of pair {index} is not finite", index=index
                 ) from None
+            except InputError as error:
+                raise error_of_call(error, part, names_request=len(requests) > 1) from None
             running.popleft()
             ranked.extend(zip(part, rankings, strict=True))
 

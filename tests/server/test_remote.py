@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import pickle
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -181,11 +182,11 @@ def test_the_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "begin with http"),
         ("localhost:8000", "begin with http"),
         ("ftp://host", "begin with http"),
-        ("http://", "name a host"),
-        ("http://user:CANARY@host", "must not hold credentials"),
-        ("http://CANARY@host", "must not hold credentials"),
-        ("http://host?key=CANARY", "no query"),
-        ("http://host#CANARY", "no fragment"),
+        ("http://", "contain a host"),
+        ("http://user:CANARY@host", "must not contain credentials"),
+        ("http://CANARY@host", "must not contain credentials"),
+        ("http://host?key=CANARY", "must not contain a query"),
+        ("http://host#CANARY", "or a fragment"),
         ("http://host/v1/rerank", "not one of its endpoints"),
         ("http://host:port", "not a URL"),
         (5, "not a URL"),
@@ -479,6 +480,53 @@ def test_a_stream_is_read_as_it_is_scored() -> None:
     assert caught.value.index == 1500
 
 
+async def test_a_refused_passage_is_named_as_by_the_local_scorer(checkpoint: Path) -> None:
+    """The client splits requests at 1024 passages, and the server at 512."""
+    blank_late = [*(f"passage {number}" for number in range(1600)), " "]
+    with (
+        Scorer(checkpoint, device="cpu", blank_passages="refuse") as own,
+        running(create_app(own)) as url,
+        RemoteScorer(url) as scorer,
+    ):
+        requests: list[Any] = [("a", ["b"]), ("c", blank_late), ("d", [""])]
+        for whole in (requests, requests[:2], requests[1:], requests[2:], [*requests[:1], *requests[2:]]):
+            with pytest.raises(InputError) as expected:
+                own.rank_many(whole)
+            with pytest.raises(InputError) as caught:
+                scorer.rank_many(whole)
+            with pytest.raises(InputError) as acaught:
+                await scorer.arank_many(whole)
+            passage = re.search(r"passage \d+ .*", str(expected.value))
+            assert passage is not None
+            for error in (caught.value, acaught.value):
+                assert error.index == expected.value.index is not None
+                assert f"request {error.index}:" in str(error)
+                assert str(error).endswith(passage[0])
+        with pytest.raises(InputError, match="passage 1600 has nothing to read") as caught:
+            scorer.rank("q", blank_late)
+        assert caught.value.index == 1600
+        await scorer.aclose()
+
+
+def test_an_error_of_a_lone_request_names_it() -> None:
+    requests = [("a", ["b"]), ("c", ["d"] * 1024)]  # the second does not fit into the first's HTTP request
+    answers = Answers(
+        ranked(httpx.Request("POST", "http://x", json={"requests": [["a", ["b"]], ["c", ["d"] * 1023]]})),
+        refused(400, "InputTypeError"),  # such as for a query that only the server's tokenizer finds blank
+    )
+    with pytest.raises(InputTypeError, match="request 1: ") as caught:
+        stub(answers).rank_many(requests)
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize("index", [None, True, "1", -1, 2.0, 7])
+def test_an_index_of_the_server_that_cannot_be_is_left_out(index: object) -> None:
+    scorer = stub(Answers(refused(400, "InputError", index=index)))
+    with pytest.raises(InputError) as caught:
+        scorer.rank("q", ["a", "b"])
+    assert caught.value.index is None
+
+
 def test_the_index_of_a_score_that_is_not_finite_counts_through_all_pieces() -> None:
     pairs = [("q", str(number)) for number in range(2000)]
     calls: list[Callable[[RemoteScorer], object]] = [
@@ -502,14 +550,14 @@ def test_one_pool_for_a_process_and_one_for_a_loop(scorer: RemoteScorer) -> None
     for thread in threads:
         thread.join()
     assert len(results) == 8
-    client = scorer._sync_client()
-    assert client is scorer._sync_client()
+    client = scorer._transport._sync_client()
+    assert client is scorer._transport._sync_client()
 
     async def twice() -> httpx.AsyncClient:
         await asyncio.gather(scorer.arank("a", ["b"]), scorer.arank("a", ["c"]))
-        client = scorer._async_client()
-        assert client is scorer._async_client()
-        await scorer._async_clients.pop(asyncio.get_running_loop()).aclose()
+        client = scorer._transport._async_client()
+        assert client is scorer._transport._async_client()
+        await scorer._transport._async_clients.pop(asyncio.get_running_loop()).aclose()
         return client
 
     assert asyncio.run(twice()) is not asyncio.run(twice())
@@ -519,7 +567,7 @@ async def test_a_closed_scorer(keyed_url: str) -> None:
     scorer = RemoteScorer(keyed_url, api_key=KEY)
     scorer.rank("a", ["b"])
     await scorer.arank("a", ["b"])
-    client, async_client = scorer._sync_client(), scorer._async_client()
+    client, async_client = scorer._transport._sync_client(), scorer._transport._async_client()
     await scorer.aclose()
     scorer.close()
     assert client.is_closed
@@ -533,7 +581,7 @@ async def test_a_closed_scorer(keyed_url: str) -> None:
 def test_a_client_of_ones_own_stays_open_and_is_not_pickled() -> None:
     scorer = stub(ranked)
     scorer.close()
-    assert scorer._given_client is not None
-    assert not scorer._given_client.is_closed
+    assert scorer._transport._given_client is not None
+    assert not scorer._transport._given_client.is_closed
     with pytest.raises(ConfigError, match="cannot be pickled"):
         pickle.dumps(scorer)
