@@ -415,7 +415,9 @@ def check_parity_with_transformers(folder: Path, passages: list[str], max_length
     """Compare the ids of pairs with those of transformers, for a query in two languages."""
     from transformers import PreTrainedTokenizerFast
 
-    plain = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    plain = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(folder / "tokenizer.json")
+    )
     ours = PairTokenizer(folder / "tokenizer.json", ScorerConfig(max_length=max_length))
     query = "熊猫吃什么? What do pandas eat?"
     encoded = ours.encode([query] * len(passages), passages)
