@@ -22,7 +22,7 @@ class Fragment(NamedTuple):
     Attributes:
         request: Position of the request.
         start: Position of the first passage in the request.
-        query: The request's query.
+        query: The query of the request.
         passages: The passages.
     """
 

@@ -41,7 +41,7 @@ _MAX_NAMED_LINES = 20
 @click.command()
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
 @output_option("-o", "--output", text="Output file.  [default: stdout]")
-@click.option("--top-n", type=click.IntRange(min=0), help="Most passages to return per request.")
+@click.option("--top-n", type=click.IntRange(min=0), help="Maximum number of passages to return per request.")
 @click.option("--threshold", type=float, help="Return only passages with at least this score.")
 @click.option("--normalize", is_flag=True, help="Return scores from 0 to 1 instead of raw logits.")
 @click.option("--return-texts", is_flag=True, help="Return each passage's text with its score.")

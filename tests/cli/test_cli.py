@@ -111,7 +111,7 @@ def test_rank_normalizes_on_demand(on: list[str]) -> None:
     assert raw["results"][0]["score"] != normalized["results"][0]["score"]
 
 
-def test_rank_ends_with_what_was_cut_and_which_precision_ran(on: list[str]) -> None:
+def test_rank_ends_with_the_truncations_and_the_precision(on: list[str]) -> None:
     request = {"query": "panda", "passages": ["bear " * 600, "A car."]}
     result = run("rank", *on, stdin=json.dumps(request))
     assert "1 passage(s) were cut to fit --max-length 512" in flat(result.stderr)
@@ -361,7 +361,7 @@ def test_eval_counts_repeated_judgements_on_one_line(on: list[str], folder: Path
     assert "line 4: passage judged twice" in flat(strict.stderr)
 
 
-def test_eval_ends_with_what_was_cut_and_which_precision_ran(on: list[str], folder: Path) -> None:
+def test_eval_ends_with_the_truncations_and_the_precision(on: list[str], folder: Path) -> None:
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "d", "text": "pandas eat " + "bamboo " * 600}) + "\n")
     result = run("eval", folder, *on)
@@ -430,7 +430,7 @@ def test_a_run_that_cannot_be_compared_is_refused(
     assert result.stdout == ""
 
 
-def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
+def test_info_shows_device_and_precision_with_reasons(on: list[str], checkpoint: Path) -> None:
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
     assert "float32 (default on cpu)" in text
@@ -446,7 +446,7 @@ def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> N
     assert record["versions"]["torch"]
 
 
-def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
+def test_info_shows_the_limits_of_the_model(on: list[str]) -> None:
     result = run("info", *on, "--max-length", 600)
     assert "--max-length 600 is more than the 512 tokens" in flat(result.stdout)
     assert result.exit_code == 1
@@ -472,7 +472,7 @@ def test_info_of_a_model_that_cannot_be_used_fails(as_json: list[str]) -> None:
     assert "not usable: not on this machine" in flat(offline.stdout)
 
 
-def test_check_compares_with_what_is_published(
+def test_check_compares_with_published_scores(
     on: list[str], scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = run("check", "--as", "BAAI/bge-reranker-large", *on)
