@@ -45,11 +45,11 @@ def _copy_value(value: Any) -> Any:
 
 def marks_of(passage: RankedPassage) -> dict[str, bool]:
     """Return the metadata that `mark_unread` adds. It is empty if a foreign scorer does not set the flags."""
-    told = {
+    flags = {
         TRUNCATED_KEY: getattr(passage, "truncated", False),
         BLANK_KEY: getattr(passage, "blank", False),
     }
-    return {key: True for key, value in told.items() if value}
+    return {key: True for key, value in flags.items() if value}
 
 
 def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:

@@ -129,25 +129,25 @@ def error_of(outcome: Answer | httpx.TransportError | None) -> RerankError:
         return RequestTimeoutError("the server did not answer within the timeout")
     if not isinstance(outcome, Answer):
         return ServerUnreachableError(f"the server cannot be reached ({type(outcome).__name__})")
-    told = _told(outcome.content)
-    kind = _BY_TYPE.get(str(told.get("type"))) or _BY_STATUS.get(outcome.status, RemoteError)
+    fields = _error_fields(outcome.content)
+    kind = _BY_TYPE.get(str(fields.get("type"))) or _BY_STATUS.get(outcome.status, RemoteError)
     message = f"the server answered with status {outcome.status}"
     # Messages of other servers may contain texts of the user.
-    if "type" in told and isinstance(told.get("message"), str):
-        message = f"{message}: {told['message'][:_MAX_MESSAGE_CHARACTERS]}"
+    if "type" in fields and isinstance(fields.get("message"), str):
+        message = f"{message}: {fields['message'][:_MAX_MESSAGE_CHARACTERS]}"
     error = kind(message)
-    index = told.get("index")
+    index = fields.get("index")
     if isinstance(error, InputError | NonFiniteScoreError) and type(index) is int and index >= 0:
         error.index = index
     return error
 
 
-def _told(content: bytes) -> dict[str, Any]:
+def _error_fields(content: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(content)
+        fields = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def retry_delay(
@@ -160,14 +160,14 @@ def retry_delay(
     if isinstance(outcome, Answer):
         if outcome.status not in _RETRIED_STATUSES:
             return None
-        told = _retry_after(outcome.headers.get("retry-after", ""))
+        asked = _retry_after(outcome.headers.get("retry-after", ""))
         # The random part spreads the attempts of clients that were refused at the same time.
-        return own if told is None else told + own * 0.5
+        return own if asked is None else asked + own * 0.5
     return own
 
 
 def _was_ours(outcome: Answer | httpx.TransportError | None) -> bool:
-    return not isinstance(outcome, Answer) or "type" in _told(outcome.content)
+    return not isinstance(outcome, Answer) or "type" in _error_fields(outcome.content)
 
 
 def _retry_after(value: str) -> float | None:

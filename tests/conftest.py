@@ -49,5 +49,7 @@ def texts() -> list[str]:
 def assets() -> Path:
     """Return the folder of real data, or skip."""
     if not ASSETS.is_dir():
-        pytest.skip("needs the original XLM-RoBERTa tokenizer and public data sets, which are not in the repository")
+        pytest.skip(
+            "needs the original XLM-RoBERTa tokenizer and public data sets, which are not in the repository"
+        )
     return ASSETS
