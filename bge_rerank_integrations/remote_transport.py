@@ -18,6 +18,7 @@ except ImportError as error:
     raise missing_extra("remote", "httpx") from error
 
 from bge_rerank_integrations.remote_wire import Answer, ApiKey, raise_unusable
+from bge_rerank_integrations.runtime.steps import arun_steps, run_steps
 
 T = TypeVar("T")
 
@@ -39,10 +40,7 @@ Outcome = Answer | httpx.TransportError | None
 """The result of a step: a response, or the error of the connection. It is None after `Sleep`."""
 
 Steps = Generator[Send | Sleep, Outcome, T]
-"""A call as a generator of steps. It gets the outcome of each step and returns the result of the call.
-
-Sync and async calls take the same steps, so what a call does is written once.
-"""
+"""A call as a generator of steps; see `runtime.steps`."""
 
 
 class Transport:
@@ -75,25 +73,11 @@ class Transport:
 
     def run(self, steps: Steps[T]) -> T:
         """Take the steps of a call, and return its result."""
-        outcome: Outcome = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-            outcome = self._take(step)
+        return run_steps(steps, self._take)
 
     async def arun(self, steps: Steps[T]) -> T:
         """Do the same as `run` without blocking the event loop."""
-        outcome: Outcome = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-            outcome = await self._atake(step)
+        return await arun_steps(steps, self._atake)
 
     def close(self) -> None:
         """Close the connections of sync calls."""
