@@ -21,12 +21,18 @@ MODULES = [
     "adapter_options",
     "batching.batcher",
     "batching.stats",
+    "cli.options",
     "config",
     "errors",
     "langchain",
     "llama_index",
+    "protocols",
     "ranking",
+    "runtime.shared_objects",
     "scorer",
+    "server.app",
+    "server.settings",
+    "splitting",
     "telemetry",
 ]
 

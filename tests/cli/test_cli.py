@@ -14,11 +14,13 @@ from click.testing import CliRunner, Result
 
 from bge_rerank_integrations import Scorer, __version__
 from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.console import WIDTH
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.config import DEFAULT_MODEL
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
+from bge_rerank_integrations.runtime import warn_once
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
 COMMANDS = ("demo", "rank", "rerank-run", "eval", "serve", "info", "check")
@@ -109,7 +111,7 @@ def test_rank_normalizes_on_demand(on: list[str]) -> None:
     assert raw["results"][0]["score"] != normalized["results"][0]["score"]
 
 
-def test_rank_ends_with_what_was_cut_and_which_precision_ran(on: list[str]) -> None:
+def test_rank_ends_with_the_truncations_and_the_precision(on: list[str]) -> None:
     request = {"query": "panda", "passages": ["bear " * 600, "A car."]}
     result = run("rank", *on, stdin=json.dumps(request))
     assert "1 passage(s) were cut to fit --max-length 512" in flat(result.stderr)
@@ -133,13 +135,28 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
     assert [found.get("blank") for found in results] == [None, None, True, True]
     refused = run("rank", "--blank-passages", "refuse", *on, stdin=json.dumps(request))
     assert refused.exit_code == 3
-    assert "line 1: passage 0 has nothing to read" in flat(refused.stderr)
+    assert "line 1: passage 0 has nothing to read; leave it out, or set --blank-passages last" in flat(
+        refused.stderr
+    )
     trec = folder / "first.trec"
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "empty", "text": ""}) + "\n")
     trec.write_text("q1 Q0 empty 1 3.0 x\nq1 Q0 a 2 2.0 x\n")
     rows = [line.split() for line in run("rerank-run", trec, folder, *on).stdout.splitlines()]
     assert [row[2] for row in rows] == ["a", "empty"]
+
+
+def test_warnings_and_errors_name_options(on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warn_once, "_logged", set())
+    request = {"query": "panda " * 600, "passages": ["", "A bear."]}
+    warned = run("rank", *on, stdin=json.dumps(request)).stderr
+    assert max(map(len, warned.splitlines())) <= WIDTH
+    assert "1 of the 2 passages of a request have nothing to read." in flat(warned)
+    assert "Set --blank-passages refuse to get an error instead." in flat(warned)
+    assert "A query has more than --query-max-length 384 tokens" in flat(warned)
+    assert "or set --query-truncation-side to choose which end" in flat(warned)
+    outside = run("rank", "--threshold", 2, "--normalize", *on, stdin=json.dumps(request)).stderr
+    assert "with --normalize scores lie between 0 and 1; without --normalize they are raw" in flat(outside)
 
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
@@ -249,7 +266,7 @@ def test_rank_to_a_file_is_done_once(on: list[str], tmp_path: Path) -> None:
     assert "already complete" in flat(again.stderr)
     other = run("rank", source, "-o", output, "--top-n", 1, *on)
     assert other.exit_code == 1
-    assert "other settings (top_n)" in flat(other.stderr)
+    assert "other settings (--top-n)" in flat(other.stderr)
     assert output.read_text() == written
     anew = run("rank", source, "-o", output, "--top-n", 1, "--overwrite", *on)
     assert anew.exit_code == 0
@@ -344,7 +361,7 @@ def test_eval_counts_repeated_judgements_on_one_line(on: list[str], folder: Path
     assert "line 4: passage judged twice" in flat(strict.stderr)
 
 
-def test_eval_ends_with_what_was_cut_and_which_precision_ran(on: list[str], folder: Path) -> None:
+def test_eval_ends_with_the_truncations_and_the_precision(on: list[str], folder: Path) -> None:
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "d", "text": "pandas eat " + "bamboo " * 600}) + "\n")
     result = run("eval", folder, *on)
@@ -413,7 +430,7 @@ def test_a_run_that_cannot_be_compared_is_refused(
     assert result.stdout == ""
 
 
-def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
+def test_info_shows_device_and_precision_with_reasons(on: list[str], checkpoint: Path) -> None:
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
     assert "float32 (default on cpu)" in text
@@ -429,7 +446,7 @@ def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> N
     assert record["versions"]["torch"]
 
 
-def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
+def test_info_shows_the_limits_of_the_model(on: list[str]) -> None:
     result = run("info", *on, "--max-length", 600)
     assert "--max-length 600 is more than the 512 tokens" in flat(result.stdout)
     assert result.exit_code == 1
@@ -455,7 +472,7 @@ def test_info_of_a_model_that_cannot_be_used_fails(as_json: list[str]) -> None:
     assert "not usable: not on this machine" in flat(offline.stdout)
 
 
-def test_check_compares_with_what_is_published(
+def test_check_compares_with_published_scores(
     on: list[str], scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = run("check", "--as", "BAAI/bge-reranker-large", *on)

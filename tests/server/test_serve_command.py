@@ -96,9 +96,9 @@ def test_it_serves_and_ends_at_a_signal(checkpoint: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("grace_s", [30.0, 0.2])
-def test_what_was_accepted_is_finished_or_told(grace_s: float, checkpoint: Path) -> None:
-    """Requests under way at SIGTERM get their scores, or 503 once the grace is over; then the status is 0."""
-    # A batch of one sequence at a time, so that the requests take a while.
+def test_accepted_requests_are_finished_or_get_status_503(grace_s: float, checkpoint: Path) -> None:
+    """Requests that run at SIGTERM get their scores, or status 503 after the grace period. The exit status is 0."""
+    # A batch has one sequence, so that the requests take long.
     slow = ["--model", str(checkpoint), "--device", "cpu", "--max-batch-tokens", "1", "--num-threads", "1"]
     body = {"query": "q", "documents": [f"word{number} " * 400 for number in range(60)]}
     answers: list[httpx.Response] = []
@@ -124,7 +124,7 @@ def test_what_was_accepted_is_finished_or_told(grace_s: float, checkpoint: Path)
         assert server.end() == 0
     assert len(answers) == 4
     if grace_s > 1:
-        # A request that came after the signal is refused; one that was accepted before it is always finished.
+        # A request after the signal is refused. A request that was accepted before it is always finished.
         finished = [answer for answer in answers if answer.status_code == 200]
         refused_late = [answer for answer in answers if answer.status_code != 200]
         assert finished
@@ -167,12 +167,12 @@ def test_a_port_that_is_taken() -> None:
         (["--host", "::"], "can be reached from other machines"),
         (["--host", "example.org"], "can be reached from other machines"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
-        (["--timeout-s", "0"], "timeout_s must be a positive number"),
-        (["--timeout-s", "nan"], "timeout_s must be a positive number"),
-        (["--grace-s", "-1"], "grace_s must be a positive number"),
-        (["--max-body-mb", "0"], "max_body_mb must be a positive number"),
+        (["--timeout-s", "0"], "--timeout-s must be a positive number"),
+        (["--timeout-s", "nan"], "--timeout-s must be a positive number"),
+        (["--grace-s", "-1"], "--grace-s must be a positive number"),
+        (["--max-body-mb", "0"], "--max-body-mb must be a positive number"),
         (["--max-queued-tokens", "0"], "max-queued-tokens"),
-        (["--max-wait-ms", "-1"], "max_wait_ms"),
+        (["--max-wait-ms", "-1"], "--max-wait-ms"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
