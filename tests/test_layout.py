@@ -25,6 +25,8 @@ ROWS = [
     "ranking",
     "text.",
     # The modules that the folders of the engine use.
+    "engine.cpu.amx",
+    "engine.cpu.cores",
     "engine.packing",
     "engine.device",
     "engine.linear",

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from bge_rerank_integrations import Scorer, __version__
 from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
-from bge_rerank_integrations.config import DEFAULT_MODEL
+from bge_rerank_integrations.config import DEFAULT_MODEL, ScorerConfig
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
+from bge_rerank_integrations.engine.describe import describe_precision
 from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
 
@@ -143,10 +146,36 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
 
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
-    stderr = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
-    assert ("--dtype int8 is faster on this machine" in stderr) == (int8_obstacle() is None)
-    rounded = flat(run("rank", *on, "--dtype", "float32", stdin=json.dumps(REQUEST)).stderr)
-    assert rounded == stderr
+    stderr = flat(run("rank", *on, "--dtype", "float32", stdin=json.dumps(REQUEST)).stderr)
+    last = stderr.rpartition("ranked. ")[2]
+    assert last.startswith("Ran on cpu in float32")
+    assert ("--dtype int8 is faster on this machine" in last) == (int8_obstacle() is None)
+    dtype = describe_precision(ScorerConfig(device="cpu")).dtype
+    default = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
+    assert default == stderr.replace("in float32", f"in {dtype}")
+
+
+@pytest.mark.parametrize("command", ["rank", "eval"])
+def test_without_the_extra_int8_the_last_line_says_how_to_install_it(
+    checkpoint: Path, folder: Path, command: str
+) -> None:
+    code = (
+        "import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
+        "from bge_rerank_integrations.cli.app import main; main(sys.argv[1:])"
+    )
+    source = [str(folder)] if command == "eval" else []
+    arguments = [command, *source, "--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input=json.dumps(REQUEST),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    text = flat(ran.stdout + ran.stderr)
+    command_to_install = 'needs `pip install "bge-rerank-integrations[int8]"`'
+    assert (command_to_install in text) == torch.cpu._is_vnni_supported()
 
 
 @pytest.mark.parametrize("setting", ["query", "passage"])
@@ -416,9 +445,9 @@ def test_a_run_that_cannot_be_compared_is_refused(
 def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
-    assert "float32 (default on cpu)" in text
+    assert re.search(r"float32 \(default on a CPU without AMX\)|bfloat16 \(default on a CPU with AMX\)", text)
     assert "sdpa_attention (Run scaled_dot_product_attention on each run" in text
-    assert "cores (torch's choice)" in text
+    assert re.search(r"cores \((torch's choice|the CPU (quota|affinity) of .*)\)", text)
     assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
     assert "cores (chosen)" in threads
     record = json.loads(run("info", "--json", *on).stdout)
