@@ -39,7 +39,7 @@ def flat(text: str) -> str:
 @pytest.fixture
 def on(checkpoint: Path) -> list[str]:
     """Return the options that choose the small checkpoint."""
-    return ["--model", str(checkpoint), "--device", "cpu"]
+    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
 
 
 def test_help_shows_every_command_with_an_example() -> None:
@@ -146,13 +146,13 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
 
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
-    stderr = flat(run("rank", *on, "--dtype", "float32", stdin=json.dumps(REQUEST)).stderr)
+    stderr = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
     last = stderr.rpartition("ranked. ")[2]
     assert last.startswith("Ran on cpu in float32")
     assert ("--dtype int8 is faster on this machine" in last) == (int8_obstacle() is None)
-    dtype = describe_precision(ScorerConfig(device="cpu")).dtype
-    default = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
-    assert default == stderr.replace("in float32", f"in {dtype}")
+    dtype = describe_precision(ScorerConfig(device="cpu", dtype="float32")).dtype
+    default = flat(run("rank", *on, "--dtype", "auto", stdin=json.dumps(REQUEST)).stderr)
+    assert f"Ran on cpu in {dtype}" in default
 
 
 @pytest.mark.parametrize("command", ["rank", "eval"])
@@ -184,7 +184,7 @@ def test_instructions_reach_the_model(on: list[str], checkpoint: Path, setting: 
     request = {"query": "what is a panda?", "passages": ["A bear."]}
     result = run("rank", f"--{setting}-instruction", "find this: ", *on, stdin=json.dumps(request))
     [row] = json.loads(result.stdout)["results"]
-    with Scorer(checkpoint, device="cpu", **instruction) as scorer:  # type: ignore[arg-type]
+    with Scorer(checkpoint, device="cpu", dtype="float32", **instruction) as scorer:  # type: ignore[arg-type]
         assert row["score"] == pytest.approx(scorer.score([("what is a panda?", "A bear.")])[0], abs=1e-5)
     plain = json.loads(run("rank", *on, stdin=json.dumps(request)).stdout)["results"][0]
     assert plain["score"] != row["score"]
@@ -443,9 +443,11 @@ def test_a_run_that_cannot_be_compared_is_refused(
 
 
 def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
+    auto = flat(run("info", *on, "--dtype", "auto").stdout)
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
-    assert re.search(r"float32 \(default on a CPU without AMX\)|bfloat16 \(default on a CPU with AMX\)", text)
+    assert re.search(r"float32 \(default on a CPU without AMX\)|bfloat16 \(default on a CPU with AMX\)", auto)
+    assert "float32 (chosen)" in text
     assert "sdpa_attention (Run scaled_dot_product_attention on each run" in text
     assert re.search(r"cores \((torch's choice|the CPU (quota|affinity) of .*)\)", text)
     assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
