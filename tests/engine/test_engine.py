@@ -280,7 +280,7 @@ def test_equal_configs_share_a_runner_until_the_last_one_is_freed(checkpoint: Pa
         {"max_batch_tokens": budget, "dtype": "bfloat16"},
         {"max_batch_tokens": budget, "num_threads": 1},
     ):
-        config = ScorerConfig(device="cpu", **{"dtype": "float32", **other})
+        config = ScorerConfig.from_dict({"device": "cpu", "dtype": "float32", **other})
         assert load_runner(config, checkpoint, shape) is not first
     gone = weakref.ref(first)
     del first, second
