@@ -25,6 +25,8 @@ from examples.random_checkpoint import TOKENIZER_CONFIG, build_random_checkpoint
 
 SHAPES: Final[dict[str, dict[str, int]]] = {
     "tiny": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128},
+    # Small enough for a CPU to serve, and large enough that the model takes most of the time.
+    "small": {"num_layers": 6, "hidden_size": 384, "num_heads": 12, "intermediate_size": 1536},
     "base": {
         "num_layers": 12,
         "hidden_size": 768,

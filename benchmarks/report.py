@@ -19,6 +19,8 @@ DISTRIBUTIONS: Final = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "starlette",
+    "uvicorn",
     "langchain-classic",
     "langchain-community",
     "llama-index-core",

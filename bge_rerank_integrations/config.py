@@ -84,9 +84,9 @@ def sequence_to_tuple(value: Any) -> Any:
 class ScorerConfig:
     """All settings that decide which model a `Scorer` loads and how it scores.
 
-    Two scorers with equal configs give equal scores. `Scorer.shared` therefore keeps one loaded model per
-    config and process. The config never contains a hub token. The hub library takes the token from its own
-    login or from the environment variable `HF_TOKEN`.
+    On one machine, two scorers with equal configs give equal scores. `Scorer.shared` therefore keeps one
+    loaded model per config and process. The config never contains a hub token. The hub library takes the
+    token from its own login or from the environment variable `HF_TOKEN`.
 
     Attributes:
         model: Hub id or local folder of a one-label `XLMRobertaForSequenceClassification`, or `embedded`. The
@@ -101,11 +101,14 @@ class ScorerConfig:
         devices: Several devices of one kind to use instead of `device`, such as cuda:0 and cuda:1. Each
             device holds a copy of the model, and all devices take batches from one queue. Any sequence of
             names is accepted and stored as a tuple.
-        dtype: Precision of the computation; `auto` is float16 on CUDA and float32 on other devices. float16
-            is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8 needs a CUDA device of
-            compute capability 8.9 or later. It computes matrix products in e4m3 with one scale per row, and
-            everything else in bfloat16 or float32. int8 needs a CPU with VNNI instructions and the extra
-            `int8`. It computes matrix products in int8 and everything else in float32.
+        dtype: Precision of the computation; `auto` is float16 on CUDA, bfloat16 on a CPU with AMX, and
+            float32 elsewhere. float32 is the reference. The other precisions round, so their scores differ a
+            little. With `auto` the scores depend on the machine. Name a precision to get the same scores on
+            every machine. float16 is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8
+            needs a CUDA device of compute capability 8.9 or later. It computes matrix products in e4m3 with
+            one scale per row, and everything else in bfloat16 or float32. int8 needs a CPU with VNNI
+            instructions and the extra `int8`. It computes matrix products in int8 and everything else in
+            float32.
         max_length: Maximum length of a pair in tokens, including its four special tokens. The default is 512
             for every model, as in FlagReranker. `bge-reranker-v2-m3` accepts up to 8192.
         query_max_length: Maximum length of a query in tokens; None is three quarters of `max_length`. A
@@ -116,9 +119,10 @@ class ScorerConfig:
             a chat history and end with the question. The query instruction is kept in both cases.
         max_batch_tokens: Maximum number of tokens in one forward pass; None is a value that suits the device.
             A longer pair is a batch of its own.
-        num_threads: Number of CPU threads for the forward pass; None is as many as torch uses. A web server
-            with several worker processes needs fewer threads per process. The torch settings of other threads
-            do not change.
+        num_threads: Number of CPU threads for the forward pass; None is torch's number, or fewer if the CPU
+            affinity of the process or the CPU quota of its cgroup allows fewer. A fractional quota is rounded
+            up. A web server with several worker processes needs fewer threads per process. The torch settings
+            of other threads do not change.
         max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch. With 0,
             the default, an idle device starts at once with everything that is queued.
         max_queued_tokens: Maximum number of tokens in the queue; None is no limit. A request that exceeds it

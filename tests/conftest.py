@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scorer(checkpoint: Path) -> Iterator[Scorer]:
     """Return a float32 scorer on the CPU."""
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         yield scorer
 
 

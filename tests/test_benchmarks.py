@@ -255,7 +255,10 @@ def test_importing_the_command_imports_no_peer() -> None:
 def test_a_plain_copy_scores_the_same(tmp_path: Path) -> None:
     write_plain(EMBEDDED_FOLDER, tmp_path / "plain")
     pairs = [("what is a panda?", "A bear that eats bamboo."), ("what is a panda?", "The stock market fell.")]
-    with Scorer("embedded", device="cpu") as ours, Scorer(tmp_path / "plain", device="cpu") as plain:
+    with (
+        Scorer("embedded", device="cpu", dtype="float32") as ours,
+        Scorer(tmp_path / "plain", device="cpu", dtype="float32") as plain,
+    ):
         assert plain.score(pairs) == pytest.approx(ours.score(pairs), abs=1e-5)
 
 

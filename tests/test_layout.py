@@ -26,6 +26,8 @@ ROWS = [
     "protocols",
     "text.",
     # The modules that the folders of the engine use.
+    "engine.cpu.amx",
+    "engine.cpu.cores",
     "engine.packing",
     "engine.device",
     "engine.linear",

@@ -121,8 +121,8 @@ def test_a_packed_student_scores_nearly_as_the_plain_one(bert: Any, tmp_path: Pa
     pack(tmp_path / "plain", tmp_path / "packed")
     pairs = [("a bed", "cab"), ("fade", "a cab faced a bed"), ("bed", "dead")]
     with (
-        Scorer(tmp_path / "plain", device="cpu") as plain,
-        Scorer(tmp_path / "packed", device="cpu") as packed,
+        Scorer(tmp_path / "plain", device="cpu", dtype="float32") as plain,
+        Scorer(tmp_path / "packed", device="cpu", dtype="float32") as packed,
     ):
         exact = plain.score(pairs)
         assert packed.score(pairs) == pytest.approx(exact, abs=0.1)

@@ -82,7 +82,7 @@ def info(context: click.Context, config: ScorerConfig, as_json: bool) -> None:
 
 
 def _machine_rows(machine: MachineReport) -> dict[str, str]:
-    fast = {True: "yes", False: "no", None: "unknown"}[machine.bfloat16]
+    fast = {True: "yes", False: "no", None: "measure it"}[machine.bfloat16]
     limit = machine.max_graph_tokens
     return {
         "device": f"{machine.device} ({machine.device_reason}): {machine.device_name}",

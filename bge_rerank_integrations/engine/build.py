@@ -14,6 +14,7 @@ To add a precision:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -33,10 +34,12 @@ from bge_rerank_integrations.engine.cuda.selection import (
     resolve_fused_blocks,
     resolve_graphs,
 )
-from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
+from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads, resolve_precision
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
+
+logger = logging.getLogger(__name__)
 
 # Every checkpoint has this many positions, and a pass over so few tokens takes almost no time.
 _FIRST_PASS_TOKENS: Final = 4
@@ -85,6 +88,8 @@ def build_model(spec: ModelSpec) -> Model:
         DeviceError: The device does not support the precision.
         MissingExtraError: The precision is int8 and numba is not installed.
     """
+    reason = resolve_precision(spec.config, spec.device).reason
+    logger.info("precision on %s: %s (%s)", spec.device, spec.dtype, reason)
     model = _BUILDERS[spec.dtype](spec)
     if spec.device.type != "cpu":
         return model

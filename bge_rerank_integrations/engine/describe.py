@@ -18,6 +18,7 @@ from bge_rerank_integrations.engine.checkpoint.files import fingerprint
 from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
 from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
+from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle, require_int8
 from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
@@ -27,7 +28,8 @@ from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
-    resolve_num_threads,
+    resolve_precision,
+    resolve_threads,
 )
 from bge_rerank_integrations.engine.linear import resolve_linear
 
@@ -58,7 +60,7 @@ class MachineReport:
         threads_reason: Why this number is used.
         cores: Number of CPU cores of the machine.
         max_batch_tokens: Most tokens in one forward pass.
-        bfloat16: Whether bfloat16 is faster than float32 on the device; None if unknown.
+        bfloat16: Whether bfloat16 is faster than float32 on the device; None if it depends on the CPU.
         python: Version of Python.
         torch: Version of torch.
     """
@@ -154,7 +156,8 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     """
     devices = [resolve_device(each) for each in config.per_device()]
     device = devices[0]
-    dtype = resolve_dtype(config, device)
+    dtype, dtype_reason = resolve_precision(config, device)
+    threads, threads_reason = resolve_threads(config)
     is_float8 = dtype is torch.float8_e4m3fn
     if is_float8:
         check_float8(device, _BGE_WIDTHS)
@@ -170,15 +173,15 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         device_name=_device_name(device),
         device_reason=_why_device(device) if config.device == "auto" and not config.devices else chosen,
         dtype=str(dtype).removeprefix("torch."),
-        dtype_reason=f"default on {device.type}" if config.dtype == "auto" else chosen,
+        dtype_reason=dtype_reason,
         attention=_name(attention),
         attention_reason=_summary(attention),
         linear=_name(linear),
         linear_reason=_summary(linear),
         between_products=ops.name,
         max_graph_tokens=max_graph_tokens,
-        threads=resolve_num_threads(config),
-        threads_reason=chosen if config.num_threads else "torch's choice",
+        threads=threads,
+        threads_reason=threads_reason,
         cores=os.cpu_count() or 1,
         max_batch_tokens=max_batch_tokens,
         bfloat16=_has_fast_bfloat16(device),
@@ -215,7 +218,7 @@ def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         if int8_obstacle() is None:
             return "int8"
-        return "bfloat16" if dtype is torch.float32 and _has_fast_bfloat16(device) else None
+        return "bfloat16" if dtype is torch.float32 and has_amx() else None
     return "float16" if device.type == "cuda" and dtype is torch.float32 else None
 
 
@@ -252,9 +255,13 @@ def _why_device(device: torch.device) -> str:
 def _has_fast_bfloat16(device: torch.device) -> bool | None:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return None
+    if device.type != "cpu":
+        return None
+    if has_amx():
+        return True
+    # Processors with bfloat16 instructions, but without AMX, multiply bfloat16 faster than float32 or slower.
+    has_instructions = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if has_instructions else False
 
 
 def _summary(function: Callable[..., object]) -> str:

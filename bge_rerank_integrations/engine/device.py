@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import torch
 
 from bge_rerank_integrations.config import FLOAT8_NEEDS, FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
+from bge_rerank_integrations.engine.cpu.amx import has_amx
+from bge_rerank_integrations.engine.cpu.cores import UsableCores, usable_cores
 from bge_rerank_integrations.errors import ConfigError, DeviceError
 
 # On a CPU, small batches stay in the cache. A GPU needs enough rows to keep all of it busy. On CUDA, two
@@ -16,6 +19,30 @@ _MAX_BATCH_TOKENS: Final = {"cpu": 2048, "mps": 8192, "cuda": 16384}
 _MIN_THREAD_TOKENS: Final = 512
 # Ada and later: both Ada and Hopper have float8 arithmetic, and torch has kernels for both.
 _FLOAT8_CAPABILITY: Final = (8, 9)
+
+
+class Choice(NamedTuple):
+    """The precision that a config selects on a device.
+
+    Attributes:
+        dtype: Precision of the encoder's products.
+        reason: Why this precision is used.
+    """
+
+    dtype: torch.dtype
+    reason: str
+
+
+class Threads(NamedTuple):
+    """The number of CPU threads that compute.
+
+    Attributes:
+        num_threads: Number of threads, at least 1.
+        reason: Why this number is used.
+    """
+
+    num_threads: int
+    reason: str
 
 
 def resolve_device(config: ScorerConfig) -> torch.device:
@@ -43,8 +70,16 @@ def resolve_device(config: ScorerConfig) -> torch.device:
     return torch.device(device.type)
 
 
-def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
-    """Return the precision of the encoder's products on a device.
+def resolve_precision(
+    config: ScorerConfig, device: torch.device, *, has_amx: Callable[[], bool] = has_amx
+) -> Choice:
+    """Return the precision of the encoder's products on a device, and why it is used.
+
+    Args:
+        config: The settings.
+        device: The device that the model runs on.
+        has_amx: Returns whether a CPU multiplies bfloat16 matrices with AMX. It is called only if the answer
+            matters.
 
     Raises:
         ConfigError: The precision is float16 on a CPU, float8 on a device other than CUDA, or int8 on a
@@ -52,16 +87,20 @@ def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
         DeviceError: The precision is float8 and the CUDA device does not support it.
     """
     if config.dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return _default_precision(device, has_amx)
     if config.dtype == "float16" and device.type == "cpu":
         raise ConfigError(FLOAT16_ON_CPU)
     if config.dtype == "int8" and device.type != "cpu":
         raise ConfigError(INT8_OFF_CPU)
     if config.dtype == "float8":
         _check_float8(device)
-        return torch.float8_e4m3fn
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
+        return Choice(torch.float8_e4m3fn, "chosen")
+    return Choice(getattr(torch, config.dtype), "chosen")
+
+
+def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
+    """Return the precision of the encoder's products on a device. It raises what `resolve_precision` does."""
+    return resolve_precision(config, device).dtype
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +118,34 @@ def resolve_max_batch_tokens(config: ScorerConfig, device: torch.device) -> int:
 
 def resolve_num_threads(config: ScorerConfig) -> int:
     """Return the number of CPU threads that compute."""
-    return config.num_threads or torch.get_num_threads()
+    return resolve_threads(config).num_threads
+
+
+def resolve_threads(config: ScorerConfig) -> Threads:
+    """Return the number of CPU threads that compute, and why this number is used."""
+    if config.num_threads is not None:
+        return Threads(config.num_threads, "chosen")
+    return default_threads(torch.get_num_threads(), usable_cores())
+
+
+def default_threads(torch_threads: int, cores: UsableCores) -> Threads:
+    """Return the number of threads for a config that does not set it.
+
+    Args:
+        torch_threads: Number of threads that torch would use.
+        cores: The cores that the process may use.
+    """
+    if cores.num_cores < torch_threads and cores.limited_by is not None:
+        return Threads(cores.num_cores, cores.limited_by)
+    return Threads(torch_threads, "torch's choice")
+
+
+def _default_precision(device: torch.device, has_amx: Callable[[], bool]) -> Choice:
+    if device.type == "cuda":
+        return Choice(torch.float16, "default on cuda")
+    if device.type == "cpu" and has_amx():
+        return Choice(torch.bfloat16, "default on a CPU with AMX")
+    return Choice(torch.float32, "default on a CPU without AMX" if device.type == "cpu" else "default on mps")
 
 
 def _check_float8(device: torch.device) -> None:

@@ -26,6 +26,7 @@ from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
+    resolve_num_threads,
 )
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
@@ -266,7 +267,7 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
             device,
             resolve_dtype(config, device),
             resolve_max_batch_tokens(config, device),
-            config.num_threads,
+            resolve_num_threads(config),
             config.max_length if device.type == "cuda" else None,  # CUDA graphs depend on it
         )
         runner = _loaded.get(key)
@@ -277,14 +278,15 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
 
 def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
     device, max_batch_tokens = key.device, key.max_batch_tokens
-    model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
+    with _cpu_threads(key.num_threads):  # loading computes too
+        model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
     runner = Runner(
         model.forward,
         device=device,
         padding_idx=shape.padding_idx,
         max_batch_tokens=max_batch_tokens,
         num_rows=model.num_rows,
-        num_threads=config.num_threads,
+        num_threads=key.num_threads,
         transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
         graphs=model.graphs,
     )
@@ -300,7 +302,7 @@ class _Key(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     max_batch_tokens: int
-    num_threads: int | None
+    num_threads: int
     max_length: int | None
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from types import FrameType
 from typing import Final
 
@@ -28,6 +29,8 @@ logger = logging.getLogger("bge_rerank_integrations.server")
 _BACKLOG: Final = 2048
 # Time in seconds that clients have to read their responses after the drain.
 _LAST_RESPONSES_S: Final = 2
+# More open files than any number of connections that one process serves.
+_MAX_OPEN_FILES: Final = 1 << 16
 
 
 def run_server(
@@ -57,6 +60,7 @@ def run_server(
         RerankError: The model cannot be loaded; see `Scorer`.
     """
     check_seconds("grace_s", grace_s)
+    _allow_many_connections()
     loading: Future[Scorer] = Future()
     app = create_app(loading, settings)
     config = uvicorn.Config(
@@ -138,6 +142,22 @@ def _load(load: Callable[[], Scorer], loading: Future[Scorer], server: _Server) 
     else:
         loading.set_result(scorer)
         logger.info("ready")
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files as far as the system allows: each connection is an open file.
+
+    The usual limit is 1,024. So many idle clients would keep all others out.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -169,7 +169,7 @@ class Device:
     """A pipeline with a watched tokenizer and a model whose score is the number of tokens."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
-        config = ScorerConfig(model=str(checkpoint), device="cpu", **settings)
+        config = ScorerConfig(model=str(checkpoint), device="cpu", dtype="float32", **settings)
         self.cache = TokenCache(1_000_000)
         self.tokenizer = WatchedTokenizer(checkpoint / "tokenizer.json", config, self.cache)
         self.begun = threading.Event()

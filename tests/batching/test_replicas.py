@@ -488,7 +488,7 @@ class Watched:
 
 
 def test_two_replicas_give_the_scores_of_one(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:
-    config = ScorerConfig(model=str(checkpoint), device="cpu", max_batch_tokens=512)
+    config = ScorerConfig(model=str(checkpoint), device="cpu", dtype="float32", max_batch_tokens=512)
     shape = read_shape(checkpoint)
     together = threading.Barrier(2)
     watched = [Watched(load_runner(config, checkpoint, shape), together) for _ in range(2)]

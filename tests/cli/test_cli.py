@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from bge_rerank_integrations import Scorer, __version__
 from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.console import WIDTH
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
-from bge_rerank_integrations.config import DEFAULT_MODEL
+from bge_rerank_integrations.config import DEFAULT_MODEL, ScorerConfig
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
+from bge_rerank_integrations.engine.describe import describe_precision
 from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
 from bge_rerank_integrations.runtime import warn_once
@@ -38,7 +41,7 @@ def flat(text: str) -> str:
 @pytest.fixture
 def on(checkpoint: Path) -> list[str]:
     """Return the options that choose the small checkpoint."""
-    return ["--model", str(checkpoint), "--device", "cpu"]
+    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
 
 
 def test_help_shows_every_command_with_an_example() -> None:
@@ -161,9 +164,35 @@ def test_warnings_and_errors_name_options(on: list[str], monkeypatch: pytest.Mon
 
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
     stderr = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
-    assert ("--dtype int8 is faster on this machine" in stderr) == (int8_obstacle() is None)
-    rounded = flat(run("rank", *on, "--dtype", "float32", stdin=json.dumps(REQUEST)).stderr)
-    assert rounded == stderr
+    last = stderr.rpartition("ranked. ")[2]
+    assert last.startswith("Ran on cpu in float32")
+    assert ("--dtype int8 is faster on this machine" in last) == (int8_obstacle() is None)
+    dtype = describe_precision(ScorerConfig(device="cpu", dtype="float32")).dtype
+    default = flat(run("rank", *on, "--dtype", "auto", stdin=json.dumps(REQUEST)).stderr)
+    assert f"Ran on cpu in {dtype}" in default
+
+
+@pytest.mark.parametrize("command", ["rank", "eval"])
+def test_without_the_extra_int8_the_last_line_says_how_to_install_it(
+    checkpoint: Path, folder: Path, command: str
+) -> None:
+    code = (
+        "import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
+        "from bge_rerank_integrations.cli.app import main; main(sys.argv[1:])"
+    )
+    source = [str(folder)] if command == "eval" else []
+    arguments = [command, *source, "--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input=json.dumps(REQUEST),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    text = flat(ran.stdout + ran.stderr)
+    command_to_install = 'needs `pip install "bge-rerank-integrations[int8]"`'
+    assert (command_to_install in text) == torch.cpu._is_vnni_supported()
 
 
 @pytest.mark.parametrize("setting", ["query", "passage"])
@@ -172,7 +201,7 @@ def test_instructions_reach_the_model(on: list[str], checkpoint: Path, setting: 
     request = {"query": "what is a panda?", "passages": ["A bear."]}
     result = run("rank", f"--{setting}-instruction", "find this: ", *on, stdin=json.dumps(request))
     [row] = json.loads(result.stdout)["results"]
-    with Scorer(checkpoint, device="cpu", **instruction) as scorer:  # type: ignore[arg-type]
+    with Scorer(checkpoint, device="cpu", dtype="float32", **instruction) as scorer:  # type: ignore[arg-type]
         assert row["score"] == pytest.approx(scorer.score([("what is a panda?", "A bear.")])[0], abs=1e-5)
     plain = json.loads(run("rank", *on, stdin=json.dumps(request)).stdout)["results"][0]
     assert plain["score"] != row["score"]
@@ -431,11 +460,13 @@ def test_a_run_that_cannot_be_compared_is_refused(
 
 
 def test_info_shows_device_and_precision_with_reasons(on: list[str], checkpoint: Path) -> None:
+    auto = flat(run("info", *on, "--dtype", "auto").stdout)
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
-    assert "float32 (default on cpu)" in text
+    assert re.search(r"float32 \(default on a CPU without AMX\)|bfloat16 \(default on a CPU with AMX\)", auto)
+    assert "float32 (chosen)" in text
     assert "sdpa_attention (Run scaled_dot_product_attention on each run" in text
-    assert "cores (torch's choice)" in text
+    assert re.search(r"cores \((torch's choice|the CPU (quota|affinity) of .*)\)", text)
     assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
     assert "cores (chosen)" in threads
     record = json.loads(run("info", "--json", *on).stdout)

@@ -136,7 +136,7 @@ def test_a_blank_query_is_left_out_and_a_blank_passage_comes_last(scorer: Scorer
 
 def test_a_query_that_only_the_tokenizer_finds_blank_is_left_out_too() -> None:
     blank = {"query": "\ufffd", "passages": ["a"]}
-    with Scorer("embedded", device="cpu") as scorer:
+    with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         results, malformed, progress = rank_all(scorer, lines(REQUEST, blank, REQUEST, blank))
         assert ([row["line"] for row in results], malformed) == ([1, 3], [2, 4])
         assert (progress.rows, progress.pairs, progress.malformed) == (2, 4, 2)

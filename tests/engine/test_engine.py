@@ -57,7 +57,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module")
 def runner(checkpoint: Path) -> Runner:
-    return load_runner(ScorerConfig(device="cpu"), checkpoint, read_shape(checkpoint))
+    return load_runner(ScorerConfig(device="cpu", dtype="float32"), checkpoint, read_shape(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_bfloat16_logits_match_transformers(checkpoint: Path, plain_model: Any, 
 def test_logits_in_a_batch_equal_logits_alone(
     checkpoint: Path, runner: Runner, vocab_size: int, max_batch_tokens: int
 ) -> None:
-    config = ScorerConfig(device="cpu", max_batch_tokens=max_batch_tokens)
+    config = ScorerConfig(device="cpu", dtype="float32", max_batch_tokens=max_batch_tokens)
     batched = load_runner(config, checkpoint, read_shape(checkpoint))
     sequences = random_ids([*range(1, 300, 7)], vocab_size, seed=3)
     alone = [logit for sequence in sequences for logit in score_all(runner, [sequence])]
@@ -267,9 +267,13 @@ def test_num_threads_applies_only_during_the_forward_pass(fails: bool) -> None:
 def test_equal_configs_share_a_runner_until_the_last_one_is_freed(checkpoint: Path) -> None:
     shape = read_shape(checkpoint)
     budget = 777  # a budget that no other test uses
-    first = load_runner(ScorerConfig(device="cpu", max_batch_tokens=budget), checkpoint, shape)
+    first = load_runner(
+        ScorerConfig(device="cpu", dtype="float32", max_batch_tokens=budget), checkpoint, shape
+    )
     second = load_runner(
-        ScorerConfig(device="cpu", max_batch_tokens=budget, max_length=100, normalize=True), checkpoint, shape
+        ScorerConfig(device="cpu", dtype="float32", max_batch_tokens=budget, max_length=100, normalize=True),
+        checkpoint,
+        shape,
     )
     assert first is second
     for other in (
@@ -277,7 +281,7 @@ def test_equal_configs_share_a_runner_until_the_last_one_is_freed(checkpoint: Pa
         {"max_batch_tokens": budget, "dtype": "bfloat16"},
         {"max_batch_tokens": budget, "num_threads": 1},
     ):
-        config = ScorerConfig(device="cpu", **other)
+        config = ScorerConfig.from_dict({"device": "cpu", "dtype": "float32", **other})
         assert load_runner(config, checkpoint, shape) is not first
     gone = weakref.ref(first)
     del first, second
@@ -286,9 +290,12 @@ def test_equal_configs_share_a_runner_until_the_last_one_is_freed(checkpoint: Pa
 
 
 def test_the_token_budget_of_a_cpu_grows_with_its_threads() -> None:
-    few, many = ScorerConfig(device="cpu", num_threads=2), ScorerConfig(device="cpu", num_threads=64)
+    few, many = (
+        ScorerConfig(device="cpu", dtype="float32", num_threads=2),
+        ScorerConfig(device="cpu", dtype="float32", num_threads=64),
+    )
     assert resolve_max_batch_tokens(few, CPU) < resolve_max_batch_tokens(many, CPU)
-    config = ScorerConfig(device="cpu", num_threads=64, max_batch_tokens=100)
+    config = ScorerConfig(device="cpu", dtype="float32", num_threads=64, max_batch_tokens=100)
     assert resolve_max_batch_tokens(config, CPU) == 100
 
 

@@ -201,7 +201,7 @@ def int8_runner(checkpoint: Path) -> Runner:
 @needs_int8
 def test_int8_logits_are_near_float32(checkpoint: Path, int8_runner: Runner) -> None:
     shape = read_shape(checkpoint)
-    exact = load_runner(ScorerConfig(device="cpu"), checkpoint, shape)
+    exact = load_runner(ScorerConfig(device="cpu", dtype="float32"), checkpoint, shape)
     sequences = random_ids([*range(1, 513, 5)], shape.vocab_size, seed=5)
     theirs = score_all(exact, sequences)
     ours = score_all(int8_runner, sequences)
@@ -229,7 +229,7 @@ def test_batches_and_threads_do_not_change_int8_logits(
 @needs_int8
 def test_int8_keeps_the_ranking_of_the_embedded_model() -> None:
     shape = read_shape(EMBEDDED_FOLDER)
-    exact = load_runner(ScorerConfig(device="cpu"), EMBEDDED_FOLDER, shape)
+    exact = load_runner(ScorerConfig(device="cpu", dtype="float32"), EMBEDDED_FOLDER, shape)
     rounded = load_runner(ScorerConfig(device="cpu", dtype="int8"), EMBEDDED_FOLDER, shape)
     check_rankings_agree(exact, rounded, min_tau=0.975, max_ndcg_difference=0.005)
 

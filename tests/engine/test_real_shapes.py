@@ -44,6 +44,6 @@ def test_real_shapes_match_transformers(name: str, tmp_path: Path) -> None:
     theirs = plain_logits(model, sequences)
     del model
     gc.collect()
-    runner = load_runner(ScorerConfig(device="cpu", max_length=max(lengths)), folder, shape)
+    runner = load_runner(ScorerConfig(device="cpu", dtype="float32", max_length=max(lengths)), folder, shape)
     # Rounding errors grow with layers and width. The bound for these shapes is 1e-4.
     assert max_difference(score_all(runner, sequences), theirs) <= 10 * LOGIT_TOLERANCE[torch.float32]

@@ -419,7 +419,7 @@ def test_spans(local: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scorer_that_normalizes_is_refused(checkpoint: Path) -> None:
     with (
-        Scorer(checkpoint, device="cpu", normalize=True) as normalizing,
+        Scorer(checkpoint, device="cpu", dtype="float32", normalize=True) as normalizing,
         pytest.raises(ConfigError, match="normalize=False"),
     ):
         create_app(normalizing)

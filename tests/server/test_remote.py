@@ -67,7 +67,7 @@ def test_it_has_the_methods_that_adapters_call(scorer: RemoteScorer) -> None:
 async def test_rank_equals_the_local_scorer(
     normalize: bool, top_n: int | None, threshold: float | None, keyed_url: str, checkpoint: Path
 ) -> None:
-    with Scorer(checkpoint, device="cpu", normalize=normalize) as own:
+    with Scorer(checkpoint, device="cpu", dtype="float32", normalize=normalize) as own:
         expected = own.rank(QUERY, PASSAGES, top_n, threshold)
     async with (
         RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer,
@@ -97,7 +97,7 @@ async def test_rank_many_and_score_equal_the_local_scorer(scorer: RemoteScorer, 
 
 def test_the_number_of_windows_is_returned(checkpoint: Path) -> None:
     with (
-        Scorer(checkpoint, device="cpu", long_passages="windows") as own,
+        Scorer(checkpoint, device="cpu", dtype="float32", long_passages="windows") as own,
         running(create_app(own)) as url,
         RemoteScorer(url) as scorer,
     ):

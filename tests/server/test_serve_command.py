@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,58 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from bge_rerank_integrations.cli.app import main
+from tests.support.serve_command import serving
 from tests.support.servers import wait_until
-
-PATIENCE_S = 60.0  # a process that imports torch on a busy machine
 
 KEY = "KEY-CANARY-5678"
 BODY = {"query": "TEXT-CANARY", "documents": ["TEXT-CANARY one", "two"]}
-
-
-class Server:
-    """A running command, what it printed so far, and a client of it."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        wait_until(lambda: "Listening on" in self.output or process.poll() is not None, PATIENCE_S)
-        found = re.search(r"Listening on (http://\S+),", self.output)
-        self.url = found[1] if found else ""
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def wait_until_ready(self) -> None:
-        wait_until(lambda: httpx.get(self.url + "/health/ready").status_code == 200, PATIENCE_S)
-
-    def end(self) -> int:
-        status = self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        return status
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-
-@contextmanager
-def serving(*arguments: str, key: str | None = None) -> Iterator[Server]:
-    environment = {name: value for name, value in os.environ.items() if name != "BGE_RERANK_API_KEY"}
-    command = [sys.executable, "-m", "bge_rerank_integrations.cli", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(
-        command,
-        env=environment if key is None else {**environment, "BGE_RERANK_API_KEY": key},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Server(process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_it_serves_and_ends_at_a_signal(checkpoint: Path, tmp_path: Path) -> None:
