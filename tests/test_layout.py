@@ -26,9 +26,11 @@ ROWS = [
     "text.",
     # The modules that the folders of the engine use.
     "engine.packing",
-    "engine.device",
     "engine.linear",
+    "engine.attention_trial",
     "engine.attention",
+    "engine.cuda.support",
+    "engine.device",
     "engine.blocks",
     "engine.model",
     "engine.checkpoint.",

@@ -48,7 +48,8 @@ class ModelSpec(NamedTuple):
     Attributes:
         folder: The folder of a verified checkpoint.
         shape: The shape of the checkpoint.
-        config: The scorer's settings. Builders read the longest pair and the number of CPU threads from it.
+        config: The scorer's settings. Builders read from it the longest pair, the number of CPU threads and
+            whether to capture CUDA graphs.
         device: The device that the model runs on.
         dtype: The precision of the encoder's matrix products.
         max_batch_tokens: Most tokens in one batch.
@@ -77,7 +78,7 @@ class Model(NamedTuple):
 
 
 def build_model(spec: ModelSpec) -> Model:
-    """Load a checkpoint and build its forward pass.
+    """Load a checkpoint, build its forward pass, and do all one-time work of the device.
 
     Raises:
         CheckpointError: The weights cannot be used.
@@ -86,6 +87,9 @@ def build_model(spec: ModelSpec) -> Model:
         MissingExtraError: The precision is int8 and numba is not installed.
     """
     model = _BUILDERS[spec.dtype](spec)
+    if model.graphs is not None:
+        with torch.cuda.device(spec.device):  # graphs are captured on the current device
+            model.graphs.capture()
     if spec.device.type != "cpu":
         return model
     # Run one pass on this thread alone. In their first call, libraries initialize themselves, and compile and
@@ -137,6 +141,8 @@ def _build_packed(spec: ModelSpec, blocks: Blocks, num_rows: Callable[[int], int
     attention = resolve_attention(spec.device, activations, spec.shape.head_dim)
     weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=activations)
     encoder = PackedCrossEncoder(spec.shape, weights, attention=attention, blocks=blocks, num_rows=num_rows)
+    if not spec.config.capture_graphs:
+        return Model(encoder, num_rows)
     graphs = resolve_graphs(
         encoder, spec.device, attention, spec.shape, spec.config.max_length, spec.max_batch_tokens
     )
