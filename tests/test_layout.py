@@ -26,6 +26,7 @@ ROWS = [
     "text.",
     # The modules that the folders of the engine use.
     "engine.packing",
+    "engine.current_device",
     "engine.linear",
     "engine.attention_trial",
     "engine.attention",

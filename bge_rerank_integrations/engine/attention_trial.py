@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.packing import Seqlens
 
 # One sequence is longer than a block of 128 rows, and three neighbours have the same length.
@@ -58,7 +58,7 @@ def try_attention(
         rows = torch.randn(num_rows, num_parts, _NUM_HEADS, head_dim, generator=generator)
         return rows.to(device, dtype).unbind(1)
 
-    with _on_device(device):
+    with on_device(device):
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
         seqlens = Seqlens(lengths, cu_seqlens, _MAX_SEQLEN_IN_GRAPHS if in_graphs else max(lengths))
         q, k, v = random(bounds[-1], 3)
@@ -90,8 +90,3 @@ def _compare(
         difference = max(difference, np.nan_to_num(np.abs(ours[rows] - exact), nan=math.inf).max())
     tolerance = _TOLERANCE[result.dtype]
     assert difference <= tolerance, f"results differ by {difference:.2g}, more than {tolerance:.2g}"
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device current, because kernels that are written in Python use the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -88,8 +88,7 @@ def build_model(spec: ModelSpec) -> Model:
     """
     model = _BUILDERS[spec.dtype](spec)
     if model.graphs is not None:
-        with torch.cuda.device(spec.device):  # graphs are captured on the current device
-            model.graphs.capture()
+        model.graphs.capture()
     if spec.device.type != "cpu":
         return model
     # Run one pass on this thread alone. In their first call, libraries initialize themselves, and compile and

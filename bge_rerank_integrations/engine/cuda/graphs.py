@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.attention import reads_tensors_only
+from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,10 @@ class Graphs:
         self._was_tried = True
         captured: dict[tuple[int, int], _Captured] = {}
         try:
-            # Capture the largest bucket first, so that the others reuse its memory.
-            for bucket in reversed(self._buckets):
-                captured[bucket[:2]] = self._capture_bucket(bucket)
+            with on_device(self._device):
+                # Capture the largest bucket first, so that the others reuse its memory.
+                for bucket in reversed(self._buckets):
+                    captured[bucket[:2]] = self._capture_bucket(bucket)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except Exception as error:  # out of memory, an operator that cannot be captured, or a wrong result
