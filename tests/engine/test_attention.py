@@ -125,7 +125,8 @@ def test_kernels_for_whole_batches_get_what_they_need(
 def test_the_installed_torch_accepts_the_arguments(attention: VarlenAttention) -> None:
     rows = torch.empty(9, 3, 2, 64, dtype=torch.float16, device="meta")
     seqlens = Seqlens((9,), torch.empty(2, dtype=torch.int32, device="meta"), 9)
-    attended = attention(*rows.unbind(1), seqlens, seqlens)
+    q, k, v = rows.unbind(1)
+    attended = attention(q, k, v, seqlens, seqlens)
     assert (attended.shape, attended.is_contiguous()) == ((9, 2, 64), True)
 
 

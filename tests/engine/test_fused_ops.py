@@ -202,11 +202,10 @@ def test_a_wrong_or_failing_up_projection_is_not_used(caplog: pytest.LogCaptureF
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     fast = slow_or_fast({512: 0.1, 2048: 0.1, 8192: 0.1})
-    arguments: Any = separate, CPU, torch.float32, (16, 32)
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
-        assert choose_linear_gelu(wrong, *arguments, fast) == (separate, None)
-        assert choose_linear_gelu(failing, *arguments, fast) == (separate, None)
-        assert choose_linear_gelu(plain_linear_gelu, *arguments, out_of_memory) == (separate, None)
+        for fused, seconds in ((wrong, fast), (failing, fast), (plain_linear_gelu, out_of_memory)):
+            chosen = choose_linear_gelu(fused, separate, CPU, torch.float32, (16, 32), seconds)
+            assert chosen == (separate, None)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
     for line, reason in zip(lines, ["AssertionError", "shared memory", "out of memory"], strict=True):

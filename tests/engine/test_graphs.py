@@ -37,19 +37,13 @@ from bge_rerank_integrations.engine.cuda.graphs import (
     plan_buckets,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
-from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner
-from tests.support.attention import attend_bounds, cuda_operators_on_cpu
+from tests.support.attention import bounds_attention, cuda_operators_on_cpu
 from tests.support.engine import CPU, IntArray, max_difference, random_ids
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 BUCKETS = plan_buckets(max_length=512, max_batch_tokens=1000)
-
-
-def bounds_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Attention that reads only tensors and `max_seqlen`. Empty sequences give NaN."""
-    bounds = q_seqlens.cu_seqlens, kv_seqlens.cu_seqlens
-    return attend_bounds(q, k, v, *bounds, q_seqlens.max_seqlen, kv_seqlens.max_seqlen)
 
 
 class Recorded:

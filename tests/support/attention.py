@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bge_rerank_integrations.engine.packing import Seqlens
+
 # Kept before any test replaces it.
 _exact_sdpa = F.scaled_dot_product_attention
 
@@ -31,6 +33,12 @@ def attend_bounds(
             query, key, value = (part.transpose(0, 1) for part in (q[rows], k[columns], v[columns]))
             output[rows] = _exact_sdpa(query, key, value).transpose(0, 1)
     return output
+
+
+def bounds_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Attention that reads only tensors and `max_seqlen`. Empty sequences give NaN."""
+    bounds = q_seqlens.cu_seqlens, kv_seqlens.cu_seqlens
+    return attend_bounds(q, k, v, *bounds, q_seqlens.max_seqlen, kv_seqlens.max_seqlen)
 
 
 @contextmanager
