@@ -97,7 +97,7 @@ class ScorerConfig:
             The command `cat model*.safetensors | sha256sum`, run in the folder of the checkpoint, prints it.
         cache_folder: Folder for downloads from the hub; None is the hub library's own cache.
         local_files_only: Use only files that are already on disk, without any network access.
-        device: `auto` (the first available of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: `auto` (the first of CUDA, MPS and CPU that works), `cpu`, `cuda`, `cuda:N` or `mps`.
         devices: Several devices of one kind to use instead of `device`, such as cuda:0 and cuda:1. Each
             device holds a copy of the model, and all devices take batches from one queue. Any sequence of
             names is accepted and stored as a tuple.
@@ -119,9 +119,9 @@ class ScorerConfig:
         num_threads: Number of CPU threads for the forward pass; None is as many as torch uses. A web server
             with several worker processes needs fewer threads per process. The torch settings of other threads
             do not change.
-        capture_graphs: Capture CUDA graphs for small batches while the model loads. They make small requests
-            faster. Capturing takes one or two seconds and some memory of the device. False leaves this out.
-            Other devices ignore this setting.
+        capture_graphs: Capture CUDA graphs for small batches while the model loads. A graph launches all
+            kernels of a small batch at once. Loading takes longer and the graphs need memory on the device.
+            Devices other than CUDA ignore this setting.
         max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch. With 0,
             the default, an idle device starts at once with everything that is queued.
         max_queued_tokens: Maximum number of tokens in the queue; None is no limit. A request that exceeds it
