@@ -55,6 +55,7 @@ ROWS = [
 ALLOWED_IN = {
     "torch": ["engine."],
     "triton": ["engine.cuda.triton_kernels"],
+    "flash_attn_interface": ["engine.attention"],
     "langchain_core": ["langchain", "cli.demo"],
     "llama_index": ["llama_index", "cli.demo"],
     "pydantic": ["adapter_options", "langchain", "llama_index"],

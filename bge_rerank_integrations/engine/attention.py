@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ _FLASH_CAPABILITY: Final = (8, 0)
 _FLASH_MULTIPLE: Final = 8
 _MAX_FLASH_HEAD_DIM: Final = 256
 _EFFICIENT_CAPABILITY: Final = (5, 0)
+_EFFICIENT_BFLOAT16_CAPABILITY: Final = (8, 0)
 # Most attention scores in one matrix product. 16 MB of scores stay in a processor's cache, and only sequences
 # of thousands of tokens have more.
 _MAX_SCORES = 1 << 23
@@ -323,8 +325,17 @@ def _fits_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     )
 
 
+def _fits_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    if not _fits_flash(device, dtype, head_dim):
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "num_splits" in inspect.signature(varlen_attn).parameters  # torch 2.10 does not have it
+
+
 def _fits_efficient(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
-    return _has_cuda(device) and torch.cuda.get_device_capability(device) >= _EFFICIENT_CAPABILITY
+    least = _EFFICIENT_BFLOAT16_CAPABILITY if dtype is torch.bfloat16 else _EFFICIENT_CAPABILITY
+    return _has_cuda(device) and torch.cuda.get_device_capability(device) >= least
 
 
 def _fits_matmul(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
@@ -359,7 +370,7 @@ CANDIDATES: Final = (
     # which takes longer to call and launches one more kernel. It is the way that stays if torch changes the
     # arguments of its internal operator.
     Candidate(flash_attention, _fits_flash, reads_tensors_only=True),
-    Candidate(varlen_attention, _fits_flash, reads_tensors_only=True),
+    Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
     Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
     Candidate(matmul_attention, _fits_matmul),
     Candidate(sdpa_attention, _fits_others),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from bge_rerank_integrations.engine import attention as attention_module
 from bge_rerank_integrations.engine.attention import (
@@ -35,7 +37,12 @@ from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
 from bge_rerank_integrations.errors import DeviceError
-from tests.support.attention import attend_bounds, cuda_operators_on_cpu, metal_sdpa
+from tests.support.attention import (
+    WHOLE_BATCH,
+    attend_bounds,
+    cuda_operators_on_cpu,
+    metal_sdpa,
+)
 from tests.support.engine import CPU, max_difference, random_ids
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -109,19 +116,15 @@ def test_right_candidates_pass_the_trial(
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize(
-    ("attention", "operator"),
-    [(flash_attention, "flash"), (varlen_attention, "flash"), (efficient_attention, "efficient")],
-)
-def test_kernels_for_whole_batches_get_what_they_need(
-    attention: VarlenAttention, operator: str, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
+def test_kernels_for_whole_batches_get_what_they_need(attention: VarlenAttention, dtype: torch.dtype) -> None:
+    operator = "efficient" if attention is efficient_attention else "flash"
     with cuda_operators_on_cpu() as called:
         try_attention(attention, CPU, dtype, 64, in_graphs=True)
     assert called == [operator, operator], "one call for all sequences"
 
 
-@pytest.mark.parametrize("attention", [flash_attention, varlen_attention, efficient_attention])
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
 def test_the_installed_torch_accepts_the_arguments(attention: VarlenAttention) -> None:
     rows = torch.empty(9, 3, 2, 64, dtype=torch.float16, device="meta")
     seqlens = Seqlens((9,), torch.empty(2, dtype=torch.int32, device="meta"), 9)
@@ -144,7 +147,7 @@ def test_flash_attention_3_of_every_release_is_understood(
     try_attention(flash_attention_3, CPU, torch.bfloat16, 64, in_graphs=True)
 
 
-@pytest.mark.parametrize("attention", [flash_attention, varlen_attention, efficient_attention])
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
 def test_a_model_with_kernels_for_whole_batches_gives_the_same_logits(
     checkpoint: Path, attention: VarlenAttention
 ) -> None:
@@ -179,6 +182,7 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CUDA, torch.float32, 64, {"capability": (9, 0), "flash_3": True}, OLDER),
         (CUDA, torch.float16, 64, {"capability": (7, 5)}, OLDER),
         (CUDA, torch.float32, 64, {"capability": (6, 1)}, OLDER),
+        (CUDA, torch.bfloat16, 64, {"capability": (7, 5)}, [sdpa_attention, product_attention]),
         (CUDA, torch.float16, 64, {"capability": (9, 0), "hip": "6.4"}, [sdpa_attention, product_attention]),
         (MPS, torch.float32, 64, {}, [contiguous_sdpa_attention, product_attention]),
         (MPS, torch.float16, 64, {}, [contiguous_sdpa_attention, product_attention]),
@@ -197,6 +201,8 @@ def test_candidates_of_each_device(
         torch.backends.cuda, "is_flash_attention_available", lambda: machine.get("flash", True)
     )
     monkeypatch.setattr(torch.version, "hip", machine.get("hip"))
+    if "num_splits" not in inspect.signature(varlen_attn).parameters:
+        expected = [attention for attention in expected if attention is not varlen_attention]
     found = {"flash_attn_interface": machine.get("flash_3")}
     monkeypatch.setattr(attention_module, "find_spec", found.get)
     fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]

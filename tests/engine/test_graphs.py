@@ -39,7 +39,7 @@ from bge_rerank_integrations.engine.cuda.graphs import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner
-from tests.support.attention import bounds_attention, cuda_operators_on_cpu
+from tests.support.attention import WHOLE_BATCH, bounds_attention, cuda_operators_on_cpu
 from tests.support.engine import CPU, IntArray, max_difference, random_ids
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -224,7 +224,7 @@ def test_attention_that_reads_only_tensors_can_be_captured_on_cuda(attention: Va
     assert not can_capture(CPU, attention)
 
 
-@pytest.mark.parametrize("attention", [flash_attention, varlen_attention, efficient_attention])
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
 def test_graphs_with_kernels_for_whole_batches(checkpoint: Path, attention: VarlenAttention) -> None:
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)

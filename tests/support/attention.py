@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from bge_rerank_integrations.engine.attention import (
+    efficient_attention,
+    flash_attention,
+    varlen_attention,
+)
 from bge_rerank_integrations.engine.packing import Seqlens
+
+needs_num_splits = pytest.mark.skipif(
+    "num_splits" not in inspect.signature(varlen_attn).parameters,
+    reason="needs a torch whose varlen_attn has num_splits",
+)
+WHOLE_BATCH = [
+    flash_attention,
+    pytest.param(varlen_attention, marks=needs_num_splits),
+    efficient_attention,
+]
+"""Attention in one call for a whole batch, of torch itself."""
 
 # Kept before any test replaces it.
 _exact_sdpa = F.scaled_dot_product_attention
