@@ -20,8 +20,10 @@ _LENGTHS_IN_GRAPHS: Final = (200, 5, 33, 33, 33, 0, 1)
 _MAX_SEQLEN_IN_GRAPHS: Final = 512
 _NUM_HEADS: Final = 2
 # Largest absolute difference of an output. Outputs are weighted means of values with a standard deviation of
-# 1, and the rounding of inputs does not count, because the exact result is computed from rounded inputs.
-_TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# 1, so a kernel that reads a wrong row is off by far more. The rounding of inputs does not count, because the
+# exact result is computed from rounded inputs. For float32, a user may permit products in TF32, which has as
+# many bits of mantissa as float16.
+_TOLERANCE: Final = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @torch.inference_mode()
@@ -71,8 +73,8 @@ def try_attention(
 def _compare(
     result: Tensor, q: Tensor, k: Tensor, v: Tensor, q_bounds: list[int], kv_bounds: list[int]
 ) -> None:
-    assert result.shape == q.shape, f"the result has shape {tuple(result.shape)}"
-    assert result.dtype is q.dtype, f"the result is {result.dtype}"
+    if (result.shape, result.dtype) != (q.shape, q.dtype):
+        raise AssertionError(f"the result has shape {tuple(result.shape)} and type {result.dtype}")
     # NumPy computes the exact result. On the device, a setting of torch may reduce the precision of products,
     # and torch would share these small products between all cores of a CPU that may be busy.
     ours, q64, k64, v64 = (tensor.cpu().double().numpy() for tensor in (result, q, k, v))
@@ -89,4 +91,5 @@ def _compare(
         # Count NaN as an infinite difference, since no comparison with NaN is true.
         difference = max(difference, np.nan_to_num(np.abs(ours[rows] - exact), nan=math.inf).max())
     tolerance = _TOLERANCE[result.dtype]
-    assert difference <= tolerance, f"results differ by {difference:.2g}, more than {tolerance:.2g}"
+    if difference > tolerance:
+        raise AssertionError(f"results differ by {difference:.2g}, more than {tolerance:.2g}")

@@ -110,13 +110,15 @@ def test_fused_layers_match_plain_layers_on_cuda(
 @pytest.mark.parametrize("dtype", [*HALF, pytest.param("float8", marks=needs_float8)])
 def test_no_kernel_is_compiled_after_loading(checkpoint: Path, dtype: DType) -> None:
     shape = read_shape(checkpoint)
-    runner = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
+    config = ScorerConfig(device="cuda", dtype=dtype, capture_graphs=False)
+    runner = load_runner(config, checkpoint, shape)
     before = compiled_kernels()
     assert before > 0
     for seed, count in enumerate([1, 2, 3, 16, 17, 64, 200]):
         lengths = np.random.default_rng(seed).integers(4, 513, count).tolist()
         runner.run(random_ids(lengths, shape.vocab_size, seed=seed))
-    runner.run(random_ids([5, 6, 7], shape.vocab_size))
+    graphed = load_runner(replace(config, capture_graphs=True), checkpoint, shape)
+    graphed.run(random_ids([5, 6, 7], shape.vocab_size))
     assert compiled_kernels() == before
 
 
