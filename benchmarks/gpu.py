@@ -72,7 +72,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def run(args: argparse.Namespace) -> int:
     """Run the command. The exit status is 1 if contenders do not agree."""
     document = report.begin(args, "repeats", "seed", "tokenizer")
-    document["settings"]["tokenizer"] = str(args.tokenizer)
+    document["settings"]["tokenizer"] = None if args.tokenizer is None else str(args.tokenizer)
     missing: dict[str, str] = {}
     found: list[str] = []
     document["latency"], document["graphs"] = {}, {}
