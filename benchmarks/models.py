@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from benchmarks.common import Pairs, spread
 from bge_rerank_integrations import ScorerConfig
@@ -84,19 +85,22 @@ class Setup:
 
 
 @contextmanager
-def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Setup]:
+def prepared_model(
+    *, shape: str, model: str | None, device: str, tokenizer: Path | None = None
+) -> Iterator[Setup]:
     """Create a model with random weights, or copy a model, in a temporary folder.
 
     Args:
         shape: Name of the shape of a model with random weights.
         model: The model to copy, as `Scorer` accepts it. None means random weights.
         device: Device that contenders run on.
+        tokenizer: A `tokenizer.json` to use with random weights instead of the small one of the examples.
     """
     with tempfile.TemporaryDirectory() as folder:
         plain, exports = Path(folder) / "model", Path(folder) / "exports"
         exports.mkdir()
         if model is None:
-            build_random_checkpoint(plain, **SHAPES[shape])
+            _build_random(plain, SHAPES[shape], tokenizer)
         else:
             write_plain(find_checkpoint(ScorerConfig(model=model)), plain)
         yield Setup(model or str(plain), plain, device, exports, [])
@@ -105,6 +109,19 @@ def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Se
 def chosen_model(args: argparse.Namespace) -> AbstractContextManager[Setup]:
     """Return `prepared_model` for the options of a command."""
     return prepared_model(shape=args.shape, model=args.model, device=args.device)
+
+
+def _build_random(folder: Path, sizes: dict[str, int], tokenizer: Path | None) -> None:
+    if tokenizer is None:
+        build_random_checkpoint(folder, **sizes)
+        return
+    parsed = Tokenizer.from_file(str(tokenizer))
+    # Files on the hub often contain settings for padding and truncation, which are not part of the model.
+    parsed.no_padding()
+    parsed.no_truncation()
+    vocab_size = max(sizes.get("vocab_size", 0), parsed.get_vocab_size())
+    build_random_checkpoint(folder, **{**sizes, "vocab_size": vocab_size})
+    parsed.save(str(folder / "tokenizer.json"))
 
 
 def write_plain(source: Path, folder: Path) -> None:

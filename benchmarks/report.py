@@ -12,6 +12,7 @@ from benchmarks.common import describe_hardware, version
 
 DISTRIBUTIONS: Final = (
     "torch",
+    "triton",
     "transformers",
     "tokenizers",
     "sentence-transformers",

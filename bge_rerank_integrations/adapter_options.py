@@ -160,6 +160,7 @@ class RerankOptions(BaseModel):
     query_truncation_side: TruncationSide = "right"
     max_batch_tokens: int | None = None
     num_threads: int | None = None
+    capture_graphs: bool = True
     max_wait_ms: float = 0.0
     max_queued_tokens: int | None = None
     query_instruction: str | None = None

@@ -97,7 +97,7 @@ class ScorerConfig:
             The command `cat model*.safetensors | sha256sum`, run in the folder of the checkpoint, prints it.
         cache_folder: Folder for downloads from the hub; None is the hub library's own cache.
         local_files_only: Use only files that are already on disk, without any network access.
-        device: `auto` (the first available of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: `auto` (the first of CUDA, MPS and CPU that works), `cpu`, `cuda`, `cuda:N` or `mps`.
         devices: Several devices of one kind to use instead of `device`, such as cuda:0 and cuda:1. Each
             device holds a copy of the model, and all devices take batches from one queue. Any sequence of
             names is accepted and stored as a tuple.
@@ -123,6 +123,9 @@ class ScorerConfig:
             affinity of the process or the CPU quota of its cgroup allows fewer. A fractional quota is rounded
             up. A web server with several worker processes needs fewer threads per process. The torch settings
             of other threads do not change.
+        capture_graphs: Capture CUDA graphs for small batches while the model loads. A graph launches all
+            kernels of a small batch at once. Loading takes longer and the graphs need memory on the device.
+            Devices other than CUDA ignore this setting.
         max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch. With 0,
             the default, an idle device starts at once with everything that is queued.
         max_queued_tokens: Maximum number of tokens in the queue; None is no limit. A request that exceeds it
@@ -164,6 +167,7 @@ class ScorerConfig:
     query_truncation_side: TruncationSide = "right"
     max_batch_tokens: int | None = None
     num_threads: int | None = None
+    capture_graphs: bool = True
     max_wait_ms: float = 0.0
     max_queued_tokens: int | None = None
     normalize: bool = False
@@ -229,7 +233,7 @@ class ScorerConfig:
                 raise ConfigError(f"{name} must be a string or None")
         if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
-        for name in ("local_files_only", "normalize"):
+        for name in ("local_files_only", "capture_graphs", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
         for name, choices in (

@@ -89,6 +89,7 @@ class Scorer(OwnScorer):
         query_truncation_side: TruncationSide = "right",
         max_batch_tokens: int | None = None,
         num_threads: int | None = None,
+        capture_graphs: bool = True,
         max_wait_ms: float = 0.0,
         max_queued_tokens: int | None = None,
         normalize: bool = False,
@@ -112,6 +113,7 @@ class Scorer(OwnScorer):
             query_truncation_side=query_truncation_side,
             max_batch_tokens=max_batch_tokens,
             num_threads=num_threads,
+            capture_graphs=capture_graphs,
             max_wait_ms=max_wait_ms,
             max_queued_tokens=max_queued_tokens,
             normalize=normalize,
@@ -400,7 +402,8 @@ class Scorer(OwnScorer):
     def warmup(self) -> None:
         """Do all one-time work now, so that no later request waits for it.
 
-        On CUDA this captures the graphs for small batches. Without this call they are never captured.
+        While the model loads, kernels are chosen and CUDA graphs are captured. This call scores one short and
+        one long pair, for everything that libraries do only once.
 
         Raises:
             RerankError: For the same reasons as `score`.

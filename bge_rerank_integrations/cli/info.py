@@ -90,7 +90,7 @@ def _machine_rows(machine: MachineReport) -> dict[str, str]:
         "attention": f"{machine.attention} ({machine.attention_reason})",
         "linear layers": f"{machine.linear} ({machine.linear_reason})",
         "other operations": machine.between_products,
-        "CUDA graphs": f"for batches of up to {limit} tokens, after the warm-up" if limit else "none",
+        "CUDA graphs": f"for batches of up to {limit} tokens" if limit else "none",
         "batches": f"up to {machine.max_batch_tokens} tokens",
         "CPU threads": f"{machine.threads} of {machine.cores} cores ({machine.threads_reason})",
         "Python": machine.python,

@@ -51,7 +51,8 @@ class ModelSpec(NamedTuple):
     Attributes:
         folder: The folder of a verified checkpoint.
         shape: The shape of the checkpoint.
-        config: The scorer's settings. Builders read the longest pair and the number of CPU threads from it.
+        config: The scorer's settings. Builders read from it the longest pair, the number of CPU threads and
+            whether to capture CUDA graphs.
         device: The device that the model runs on.
         dtype: The precision of the encoder's matrix products.
         max_batch_tokens: Most tokens in one batch.
@@ -80,7 +81,7 @@ class Model(NamedTuple):
 
 
 def build_model(spec: ModelSpec) -> Model:
-    """Load a checkpoint and build its forward pass.
+    """Load a checkpoint, build its forward pass, and do all one-time work of the device.
 
     Raises:
         CheckpointError: The weights cannot be used.
@@ -91,6 +92,8 @@ def build_model(spec: ModelSpec) -> Model:
     reason = resolve_precision(spec.config, spec.device).reason
     logger.info("precision on %s: %s (%s)", spec.device, spec.dtype, reason)
     model = _BUILDERS[spec.dtype](spec)
+    if model.graphs is not None:
+        model.graphs.capture()
     if spec.device.type != "cpu":
         return model
     # Run one pass on this thread alone. In their first call, libraries initialize themselves, and compile and
@@ -142,6 +145,8 @@ def _build_packed(spec: ModelSpec, blocks: Blocks, num_rows: Callable[[int], int
     attention = resolve_attention(spec.device, activations, spec.shape.head_dim)
     weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=activations)
     encoder = PackedCrossEncoder(spec.shape, weights, attention=attention, blocks=blocks, num_rows=num_rows)
+    if not spec.config.capture_graphs:
+        return Model(encoder, num_rows)
     graphs = resolve_graphs(
         encoder, spec.device, attention, spec.shape, spec.config.max_length, spec.max_batch_tokens
     )

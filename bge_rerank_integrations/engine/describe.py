@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.engine.attention import resolve_attention
+from bge_rerank_integrations.engine.attention import name_of, resolve_attention
 from bge_rerank_integrations.engine.checkpoint.files import fingerprint
 from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
@@ -25,6 +25,7 @@ from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.device import (
     activation_dtype,
+    choose_device,
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
@@ -55,7 +56,7 @@ class MachineReport:
         linear_reason: What that implementation does.
         between_products: Name of the operators for bias, GELU, residual and norm, which run between matrix
             products. For a fallback it includes the reason.
-        max_graph_tokens: Most tokens in a batch that runs as a CUDA graph after a warm-up; 0 without graphs.
+        max_graph_tokens: Most tokens in a batch that runs as a CUDA graph; 0 without graphs.
         threads: Number of CPU threads that compute.
         threads_reason: Why this number is used.
         cores: Number of CPU cores of the machine.
@@ -165,18 +166,18 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     ops = resolve_fused(device, activation_dtype(dtype), _BGE_WIDTHS, quantizing=is_float8)
     max_batch_tokens = resolve_max_batch_tokens(config, device)
     max_graph_tokens = 0
-    if can_capture(device, attention):
+    if config.capture_graphs and can_capture(device, attention):
         max_graph_tokens = plan_buckets(config.max_length, max_batch_tokens)[-1].num_rows - 1
     chosen = "chosen"
     return MachineReport(
         device=", ".join(map(str, devices)),
         device_name=_device_name(device),
-        device_reason=_why_device(device) if config.device == "auto" and not config.devices else chosen,
+        device_reason=choose_device().reason if config.device == "auto" and not config.devices else chosen,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=dtype_reason,
-        attention=_name(attention),
+        attention=name_of(attention),
         attention_reason=_summary(attention),
-        linear=_name(linear),
+        linear=name_of(linear),
         linear_reason=_summary(linear),
         between_products=ops.name,
         max_graph_tokens=max_graph_tokens,
@@ -244,14 +245,6 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _why_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "the current CUDA device"
-    if device.type == "mps":
-        return "no CUDA device is available, but MPS is"
-    return "neither CUDA nor MPS is available"
-
-
 def _has_fast_bfloat16(device: torch.device) -> bool | None:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -266,7 +259,3 @@ def _has_fast_bfloat16(device: torch.device) -> bool | None:
 
 def _summary(function: Callable[..., object]) -> str:
     return (function.__doc__ or "").partition("\n")[0].rstrip(".").replace("`", "")
-
-
-def _name(function: Callable[..., object]) -> str:
-    return getattr(function, "__name__", repr(function))

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Final, NamedTuple
 
 import torch
 
 from bge_rerank_integrations.config import FLOAT8_NEEDS, FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
+from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.cores import UsableCores, usable_cores
+from bge_rerank_integrations.engine.cuda.support import kernel_obstacle
 from bge_rerank_integrations.errors import ConfigError, DeviceError
+from bge_rerank_integrations.runtime.warn_once import warn_once
+
+logger = logging.getLogger(__name__)
+
+# The width of a head in all BGE rerankers.
+_BGE_HEAD_DIM: Final = 64
 
 # On a CPU, small batches stay in the cache. A GPU needs enough rows to keep all of it busy. On CUDA, two
 # batches of this size run at once.
@@ -49,12 +59,10 @@ def resolve_device(config: ScorerConfig) -> torch.device:
     """Return the device that a config selects.
 
     Raises:
-        DeviceError: This machine does not have that device.
+        DeviceError: This machine does not have that device, or the installed torch cannot use it.
     """
     if config.device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return choose_device().device
     device = torch.device(config.device)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -64,10 +72,50 @@ def resolve_device(config: ScorerConfig) -> torch.device:
                 f"device {config.device!r} is not available: torch {torch.__version__} sees {count} CUDA "
                 "device(s); use device='auto', or install a CUDA build of torch"
             )
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device 'mps' is not available on this machine; use device='auto'")
-    return torch.device(device.type)
+        device = torch.device("cuda", index)
+        obstacle = kernel_obstacle(device)
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError("device 'mps' is not available on this machine; use device='auto'")
+        obstacle = _mps_obstacle()
+    else:
+        return torch.device(device.type)
+    if obstacle is not None:
+        raise DeviceError(f"device {config.device!r} cannot be used: {obstacle}")
+    return device
+
+
+class DeviceChoice(NamedTuple):
+    """The device that `auto` selects, and why."""
+
+    device: torch.device
+    reason: str
+
+
+def choose_device() -> DeviceChoice:
+    """Return the first of CUDA, MPS and CPU that works. Log a warning about a device that does not work."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        obstacle, reason = kernel_obstacle(device), "the current CUDA device"
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+        obstacle, reason = _mps_obstacle(), "no CUDA device is available, but MPS is"
+    else:
+        return DeviceChoice(torch.device("cpu"), "neither CUDA nor MPS is available")
+    if obstacle is None:
+        return DeviceChoice(device, reason)
+    warn_once(logger, "device 'auto' selects the CPU instead of %s: %s", device, obstacle)
+    return DeviceChoice(torch.device("cpu"), f"{device} cannot be used: {obstacle}")
+
+
+@cache
+def _mps_obstacle() -> str | None:
+    """Return why the scores of an MPS device would be wrong; None if attention is right there."""
+    try:
+        resolve_attention(torch.device("mps"), torch.float32, _BGE_HEAD_DIM)
+    except DeviceError as error:
+        return str(error)
+    return None
 
 
 def resolve_precision(

@@ -268,7 +268,8 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
             resolve_dtype(config, device),
             resolve_max_batch_tokens(config, device),
             resolve_num_threads(config),
-            config.max_length if device.type == "cuda" else None,  # CUDA graphs depend on it
+            # CUDA graphs depend on it.
+            config.max_length if device.type == "cuda" and config.capture_graphs else None,
         )
         runner = _loaded.get(key)
         if runner is None:

@@ -208,6 +208,7 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
         "query_truncation_side": "left",
         "max_batch_tokens": 1024,
         "num_threads": 1,
+        "capture_graphs": False,
         "max_wait_ms": 2.5,
         "max_queued_tokens": 100_000,
         "normalize": False,

@@ -656,6 +656,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "query_truncation_side": "left",
     "max_batch_tokens": 4096,
     "num_threads": 1,
+    "capture_graphs": False,
     "max_wait_ms": 2.5,
     "max_queued_tokens": 100_000,
     "query_instruction": "query: ",

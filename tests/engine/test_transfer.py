@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
+from bge_rerank_integrations.engine.cuda.transfer import (
+    PinnedTransfer,
+    PlainTransfer,
+    Transfer,
+    resolve_transfer,
+)
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner
 from tests.support.engine import CPU, LimitedMemory, numbered, score_all
@@ -184,3 +192,64 @@ def test_a_measured_budget_is_the_one_to_which_it_grows_back() -> None:
     for _ in range(400):
         score_all(runner, numbered([50, 50]))
     assert runner.max_batch_tokens == pytest.approx(5000, abs=1)
+
+
+class FakeEvent:
+    """An event of a stand-in device on which all work is complete at once."""
+
+    made: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, *, blocking: bool = False) -> None:
+        self.blocking = blocking
+        self.num_records = self.num_waits = 0
+        FakeEvent.made.append(self)
+
+    def record(self, stream: object = None) -> None:
+        self.num_records += 1
+
+    def synchronize(self) -> None:
+        self.num_waits += 1
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> PinnedTransfer:
+    """Pinned copies to a stand-in for a CUDA device, whose memory is that of the CPU."""
+    FakeEvent.made.clear()
+    real_empty = torch.empty
+
+    def empty(size: int, *, pin_memory: bool = False, device: object = None, **options: Any) -> Tensor:
+        return real_empty(size, **options)
+
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    for name, value in {
+        "Event": FakeEvent,
+        "Stream": lambda: stream,
+        "current_stream": lambda _: stream,
+        "stream": lambda _: nullcontext(),
+        "device": lambda _: nullcontext(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", empty)
+    return PinnedTransfer(CPU, 100)
+
+
+def test_pinned_copies_wait_without_using_a_core(pinned: PinnedTransfer) -> None:
+    sequences = [np.array([0, 7, 2], dtype=np.int32), np.array([0, 2], dtype=np.int32)]
+    for _ in range(3):
+        plain = pack(sequences, padding_idx=1, device=CPU)
+        ours = pack(sequences, padding_idx=1, device=CPU, upload=pinned.upload)
+        assert torch.equal(ours.ids, plain.ids)
+        assert torch.equal(ours.seqlens.cu_seqlens, plain.seqlens.cu_seqlens)
+        assert pinned.download(torch.tensor([1.5, 2.5]))() == [1.5, 2.5]
+    waited = [event for event in FakeEvent.made if event.num_waits]
+    assert len(waited) == 5, "both slots, and each download"
+    assert all(event.blocking for event in FakeEvent.made)
+
+
+def test_an_upload_leaves_the_previous_one_as_it_is(pinned: PinnedTransfer) -> None:
+    first = pinned.upload([np.array([1, 2], dtype=np.int32)])
+    second = pinned.upload([np.array([3], dtype=np.int32), np.array([4], dtype=np.int32)])
+    assert (first.tolist(), second.tolist()) == ([1, 2], [3, 4])
+    third = pinned.upload([np.array([5, 6], dtype=np.int32)])
+    assert (second.tolist(), third.tolist()) == ([3, 4], [5, 6])
