@@ -66,7 +66,7 @@ ALLOWED_IN = {
     "matplotlib": ["evaluation.plots"],
     "click": ["cli."],
     "httpx": ["remote_wire", "remote"],
-    "starlette": ["server.app", "server.probes"],
+    "starlette": ["server.app", "server.pages", "server.probes"],
     "uvicorn": ["server.run"],
 }
 MODULES = sorted(
