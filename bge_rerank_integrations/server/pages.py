@@ -20,8 +20,8 @@ _CONTENT_TYPES: Final[Mapping[str, str]] = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 }
-# The pages load only their own files and talk only to their own server. Trusted Types forbid every way to turn
-# a string into markup or code, so a text of the user's stays a text.
+# The pages load only their own files and talk only to their own server. Trusted Types forbid the browser to
+# turn any string into markup or code, so a text of the user's stays a text.
 _CONTENT_SECURITY_POLICY: Final = "; ".join(
     [
         "default-src 'none'",
@@ -37,8 +37,8 @@ _CONTENT_SECURITY_POLICY: Final = "; ".join(
     ]
 )
 _HEADERS: Final[Mapping[str, str]] = {
-    # A browser asks again each time, and gets an answer without a body while the file is the same. So the files
-    # of two versions never mix.
+    # The browser checks each file with its ETag before it uses a stored copy. So the files of two versions
+    # never mix.
     "cache-control": "no-cache",
     "content-security-policy": _CONTENT_SECURITY_POLICY,
     "cross-origin-opener-policy": "same-origin",
@@ -65,8 +65,8 @@ def _route(url: str, path: Path) -> Route:
     headers = {**_HEADERS, "etag": etag}
 
     async def respond(request: Request) -> Response:
-        known = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
-        if known & {etag, "*"}:
+        stored = request.headers.get("if-none-match", "").split(",")
+        if {each.strip().removeprefix("W/") for each in stored} & {etag, "*"}:
             return Response(status_code=304, headers=headers)
         return Response(content, headers={**headers, "content-type": _CONTENT_TYPES[path.suffix]})
 

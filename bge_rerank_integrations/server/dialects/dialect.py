@@ -108,6 +108,7 @@ class Dialect:
         render: Makes the response.
         error: Makes the value of `error` in a refused request's response.
         fields: JSON schema of each request field.
+        example: A request that works, for the OpenAPI document.
         required: Names of the fields that a request must have.
         matches: Whether a request is in this dialect, where several share a path.
         invalid_status: HTTP status of a malformed request.
@@ -118,6 +119,7 @@ class Dialect:
     render: Callable[[Reply], Any]
     error: Callable[[Refusal], Any]
     fields: Mapping[str, Any]
+    example: Mapping[str, Any]
     required: Sequence[str] = field(default=())
     matches: Callable[[Body], bool] = lambda _: True
     invalid_status: int = 400

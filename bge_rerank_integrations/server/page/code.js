@@ -52,19 +52,26 @@ function llamaIndex({ query, texts, ...server }) {
   ];
 }
 
-function curl({ query, texts, base, hasKey }) {
+function curlLines(path, lines, { base, hasKey }) {
   const key = hasKey ? ['  -H "Authorization: Bearer $BGE_RERANK_API_KEY" \\'] : [];
   // The body comes from standard input, because a single argument is limited to 128 KiB on Linux.
   return [
-    `curl '${base.replaceAll("'", "%27")}/v1/rerank' \\`,
+    `curl '${base.replaceAll("'", "%27")}${path}' \\`,
     ...key,
     "  -H 'Content-Type: application/json' --data-binary @- <<'JSON'",
-    `{"query": ${literal(query)},`,
-    ' "documents": [',
-    ...texts.map((text, at) => `  ${literal(text)}${at < texts.length - 1 ? "," : ""}`),
-    "]}",
+    ...lines,
     "JSON",
   ];
+}
+
+function curl({ query, texts, ...server }) {
+  const documents = texts.map((text, at) => `  ${literal(text)}${at < texts.length - 1 ? "," : ""}`);
+  return curlLines("/v1/rerank", [`{"query": ${literal(query)},`, ' "documents": [', ...documents, "]}"], server);
+}
+
+/** Return a curl command that posts a JSON body. */
+export function curlFor(path, body, server) {
+  return `${curlLines(path, [JSON.stringify(body)], server).join("\n")}\n`;
 }
 
 /** Names of the languages and functions that write the code. */
