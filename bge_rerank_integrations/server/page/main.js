@@ -5,16 +5,15 @@
 //   { query, text }                typed passages
 //   { query, source, passages }    passages of a file, and its name
 
-import { baseUrl, get, rank, RequestError } from "./api.js";
-import { codeFor, LANGUAGES } from "./code.js";
+import { get, rank, RequestError } from "./api.js";
 import { comparison, labelOf, toRows } from "./compare.js";
 import { byId, counted, element } from "./dom.js";
 import { keepKey, readKey } from "./key.js";
-import { LinkError, readLink, writeLink } from "./link.js";
+import { LinkError, readLink } from "./link.js";
 import { FileError, joinText, readFile, splitText } from "./passages.js";
+import { sharing } from "./share.js";
 
 const LOADING_POLL_MS = 1000;
-const LONG_LINK_CHARACTERS = 8000;
 
 const form = byId("form");
 const queryField = byId("query");
@@ -26,7 +25,6 @@ const runButton = byId("run");
 let examples = [];
 let loaded = null; // { source, passages } of a file or { example, source, passages }; null while text is typed
 let running = null; // the AbortController of the request under way
-let language = Object.keys(LANGUAGES)[0];
 
 // ---- Input
 
@@ -60,8 +58,10 @@ function showPassages() {
   byId("passages-count").textContent = loaded || !found.length ? "" : counted(found.length, "passage");
 }
 
-async function drop(file) {
+async function drop(files) {
   hideError();
+  if (files.length > 1) return showError("Drop one file at a time.");
+  const [file] = files;
   try {
     const { text, passages: read } = await readFile(file);
     exampleField.value = "";
@@ -172,83 +172,11 @@ function showResults(input, ranked, answer) {
     ),
     ...(cutQueries ? [element("p", { class: "notice" }, "The question is too long. The model did not read its end.")] : []),
     element("div", { class: "card" }, comparison(rows, loaded?.example ? "BM25 order" : "input order")),
-    element("div", { class: "card" }, ...sharing(input, ranked)),
+    element("div", { class: "card" }, ...sharing(input, ranked, keyField.value !== "")),
   );
   byId("summary").textContent =
     `${headline}. ${counted(rows.length, "passage")}, ${counted(tokens, "token")}, ${counted(milliseconds, "millisecond")}, ` +
     `${truncated.toLocaleString("en")} truncated.`;
-}
-
-function sharing(input, ranked) {
-  const request = {
-    query: input.query,
-    texts: ranked.map(({ text }) => text),
-    base: baseUrl(),
-    hasKey: keyField.value !== "",
-  };
-  const pre = element("pre", { tabindex: "0", "aria-label": "Code" }, element("code", { dir: "ltr" }));
-  const said = element("span", { class: "hint", role: "status" });
-
-  function choose(name) {
-    language = name;
-    const code = codeFor(name, request);
-    pre.firstChild.textContent = code.length > 6000 ? `${code.slice(0, 6000)}\n… copied whole` : code;
-    said.textContent = "";
-  }
-
-  async function copyLink() {
-    try {
-      const fragment = await writeLink(input);
-      history.replaceState(null, "", fragment);
-      const isLong = fragment.length > LONG_LINK_CHARACTERS;
-      const length = isLong ? `, ${counted(fragment.length, "character")}: some programs cut long links` : "";
-      said.textContent = (await copy(location.href)) ? `Link copied${length}` : "The link is in the address bar";
-    } catch (error) {
-      if (!(error instanceof LinkError)) throw error;
-      said.textContent = error.message;
-    }
-  }
-
-  async function copyCode() {
-    said.textContent = (await copy(codeFor(language, request))) ? "Code copied" : "Copying is not allowed here; select the code";
-  }
-
-  const choices = Object.keys(LANGUAGES).map((name) => {
-    const radio = element("input", { type: "radio", name: "language", value: name, checked: name === language, onchange: () => choose(name) });
-    return element("label", {}, radio, element("span", {}, name));
-  });
-  choose(language);
-  return [
-    element(
-      "div",
-      { class: "share" },
-      element("fieldset", { class: "segments" }, element("legend", { class: "visually-hidden" }, "Code for"), ...choices),
-      element("button", { type: "button", class: "button", onclick: copyCode }, "Copy code"),
-      element("button", { type: "button", class: "button", onclick: copyLink }, "Copy link"),
-      said,
-    ),
-    pre,
-  ];
-}
-
-/** Copy a text; false if the browser does not allow it. */
-async function copy(text) {
-  if (navigator.clipboard) {
-    return navigator.clipboard.writeText(text).then(
-      () => true,
-      () => false,
-    );
-  }
-  // Without TLS there is no clipboard API, except on this machine.
-  const field = element("textarea", { class: "visually-hidden", "aria-hidden": "true" });
-  const focused = document.activeElement;
-  document.body.append(field);
-  field.value = text;
-  field.select();
-  const isCopied = document.execCommand("copy");
-  field.remove();
-  focused?.focus();
-  return isCopied;
 }
 
 // ---- Server
@@ -334,9 +262,9 @@ async function start() {
     textField.focus();
   });
   byId("file").addEventListener("change", (event) => {
-    const [file] = event.target.files;
-    event.target.value = "";
-    if (file) drop(file);
+    const files = [...event.target.files];
+    event.target.value = ""; // so that the same file can be chosen again
+    if (files.length) drop(files);
   });
   const target = byId("drop");
   // The whole page takes files, since a browser would open one that misses the field.
@@ -349,11 +277,11 @@ async function start() {
     if (!event.relatedTarget) target.classList.remove("over");
   });
   document.addEventListener("drop", (event) => {
-    const [file] = event.dataTransfer.files;
+    const files = [...event.dataTransfer.files];
     target.classList.remove("over");
-    if (!file) return;
+    if (!files.length) return;
     event.preventDefault();
-    drop(file);
+    drop(files);
   });
   addEventListener("hashchange", async () => {
     hideError();
