@@ -1,5 +1,8 @@
 // The same request as code.
 
+const NUM_SHOWN = 4;
+const MAX_SHOWN_CHARACTERS = 160;
+
 // Characters that are invisible or change the direction of the text around them are written as escapes, so that
 // what is shown is what runs.
 const UNSEEN = /[\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
@@ -9,8 +12,20 @@ function literal(text) {
   return JSON.stringify(text).replace(UNSEEN, (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
 
-function pythonInput(query, texts) {
-  return [`query = ${literal(query)}`, "passages = [", ...texts.map((text) => `    ${literal(text)},`), "]"];
+/** Return the lines of a list of texts. A short one has the beginnings of the first texts only. */
+function listed(texts, isShort, { indent, lastComma, comment }) {
+  const shown = isShort ? texts.slice(0, NUM_SHOWN).map(beginning) : texts;
+  const lines = shown.map((text, at) => `${indent}${literal(text)}${lastComma || at < texts.length - 1 ? "," : ""}`);
+  return shown.length < texts.length ? [...lines, `${indent}${comment}… and ${texts.length - shown.length} more`] : lines;
+}
+
+function beginning(text) {
+  return text.length > MAX_SHOWN_CHARACTERS ? `${text.slice(0, MAX_SHOWN_CHARACTERS)}…` : text;
+}
+
+function pythonInput({ query, texts, isShort }) {
+  const list = listed(texts, isShort, { indent: "    ", lastComma: true, comment: "# " });
+  return [`query = ${literal(isShort ? beginning(query) : query)}`, "passages = [", ...list, "]"];
 }
 
 function remoteScorer({ base, hasKey }) {
@@ -18,16 +33,16 @@ function remoteScorer({ base, hasKey }) {
   return [...note, `scorer = RemoteScorer(${literal(base)})`];
 }
 
-function langchain({ query, texts, ...server }) {
+function langchain(request) {
   return [
     '# pip install "bge-rerank-integrations[langchain,remote]"',
     "from langchain_core.documents import Document",
     "",
     "from bge_rerank_integrations import BGEReranker, RemoteScorer",
     "",
-    ...pythonInput(query, texts),
+    ...pythonInput(request),
     "",
-    ...remoteScorer(server),
+    ...remoteScorer(request),
     "reranker = BGEReranker(scorer=scorer)",
     "documents = [Document(page_content=passage) for passage in passages]",
     "for document in reranker.compress_documents(documents, query):",
@@ -35,16 +50,16 @@ function langchain({ query, texts, ...server }) {
   ];
 }
 
-function llamaIndex({ query, texts, ...server }) {
+function llamaIndex(request) {
   return [
     '# pip install "bge-rerank-integrations[llama-index,remote]"',
     "from llama_index.core.schema import NodeWithScore, TextNode",
     "",
     "from bge_rerank_integrations import BGERerankPostprocessor, RemoteScorer",
     "",
-    ...pythonInput(query, texts),
+    ...pythonInput(request),
     "",
-    ...remoteScorer(server),
+    ...remoteScorer(request),
     "reranker = BGERerankPostprocessor(scorer=scorer)",
     "nodes = [NodeWithScore(node=TextNode(text=passage)) for passage in passages]",
     "for node in reranker.postprocess_nodes(nodes, query_str=query):",
@@ -64,9 +79,10 @@ function curlLines(path, lines, { base, hasKey }) {
   ];
 }
 
-function curl({ query, texts, ...server }) {
-  const documents = texts.map((text, at) => `  ${literal(text)}${at < texts.length - 1 ? "," : ""}`);
-  return curlLines("/v1/rerank", [`{"query": ${literal(query)},`, ' "documents": [', ...documents, "]}"], server);
+function curl({ query, texts, isShort, ...server }) {
+  const documents = listed(texts, isShort, { indent: "  ", lastComma: false, comment: "" });
+  const first = `{"query": ${literal(isShort ? beginning(query) : query)},`;
+  return curlLines("/v1/rerank", [first, ' "documents": [', ...documents, "]}"], server);
 }
 
 /** Return a curl command that posts a JSON body. */
@@ -80,8 +96,9 @@ export const LANGUAGES = { LangChain: langchain, LlamaIndex: llamaIndex, curl };
 /**
  * Return code that ranks the same passages.
  *
- * `base` is the server's URL and `hasKey` says whether it needs a key. The key itself is never in the code.
+ * `base` is the server's URL and `hasKey` says whether it needs a key. The key itself is never in the code. With
+ * `isShort` the texts are cut, so that the code can be read but not run.
  */
-export function codeFor(language, { query, texts, base, hasKey }) {
-  return `${LANGUAGES[language]({ query, texts, base, hasKey }).join("\n")}\n`;
+export function codeFor(language, { query, texts, base, hasKey, isShort = false }) {
+  return `${LANGUAGES[language]({ query, texts, base, hasKey, isShort }).join("\n")}\n`;
 }

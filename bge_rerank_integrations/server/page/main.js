@@ -54,7 +54,7 @@ function showPassages() {
   byId("text-hint").hidden = loaded !== null;
   byId("loaded").hidden = byId("loaded-hint").hidden = loaded === null;
   const found = passages();
-  if (loaded) byId("loaded-source").textContent = `${counted(found.length, "passage")} from ${loaded.source}`;
+  byId("loaded-source").textContent = loaded ? `${counted(found.length, "passage")} from ${loaded.source}` : "";
   byId("passages-count").textContent = loaded || !found.length ? "" : counted(found.length, "passage");
 }
 
@@ -113,7 +113,7 @@ async function run() {
   if (!ranked.length) return missing(textField, "Add at least one passage.");
   const own = (running = new AbortController());
   runButton.textContent = "Stop";
-  byId("results").setAttribute("aria-busy", "true");
+  setBusy(true);
   try {
     const texts = ranked.map(({ text }) => text);
     const answer = await rank(input.query, texts, { key: keyField.value, signal: own.signal });
@@ -126,9 +126,14 @@ async function run() {
     if (running === own) {
       running = null;
       runButton.textContent = "Rerank";
-      byId("results").removeAttribute("aria-busy");
+      setBusy(false);
     }
   }
+}
+
+function setBusy(isBusy) {
+  if (isBusy) byId("results").setAttribute("aria-busy", "true");
+  else byId("results").removeAttribute("aria-busy");
 }
 
 /** Run again with another input. */
@@ -295,13 +300,17 @@ async function start() {
     if (!(error instanceof RequestError)) throw error;
     showServer("", "gone");
     showError(error.message);
+    setBusy(false);
     return;
   }
   examples = content.examples;
   exampleField.append(...examples.map(({ query }) => element("option", { value: query }, query)));
   byId("examples-source").textContent = `Examples: ${content.source}. ${content.license}.`;
   const canRun = await openAddress();
-  if ((await connect()) && canRun) run();
+  const isReady = await connect();
+  if (running) return; // the user was faster
+  if (isReady && canRun) await run();
+  else setBusy(false);
 }
 
 start();

@@ -6,7 +6,6 @@ import { counted, element } from "./dom.js";
 import { LinkError, writeLink } from "./link.js";
 
 const LONG_LINK_CHARACTERS = 8000;
-const MAX_SHOWN_CHARACTERS = 6000;
 
 let language = Object.keys(LANGUAGES)[0]; // the choice outlives the results
 
@@ -48,8 +47,7 @@ export function sharing(input, ranked, hasKey) {
 
   function choose(name) {
     language = name;
-    const code = codeFor(name, request);
-    pre.firstChild.textContent = code.length > MAX_SHOWN_CHARACTERS ? `${code.slice(0, MAX_SHOWN_CHARACTERS)}\n… copied whole` : code;
+    pre.firstChild.textContent = codeFor(name, { ...request, isShort: true });
     said.textContent = "";
   }
 
@@ -70,7 +68,7 @@ export function sharing(input, ranked, hasKey) {
     const code = codeFor(language, request);
     const isCopied = await copy(code);
     if (!isCopied) pre.firstChild.textContent = code; // whole, to be selected
-    said.textContent = isCopied ? "Code copied" : "Copying is not allowed here; select the code";
+    said.textContent = isCopied ? "Whole code copied" : "Copying is not allowed here; select the code";
   }
 
   const choices = Object.keys(LANGUAGES).map((name) => {
