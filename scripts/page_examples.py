@@ -38,7 +38,7 @@ def main() -> None:
     version = ".".join(platform.python_version_tuple()[:2])
     content = {
         "source": f"Documentation of Python {version}'s standard library, first {DEPTH} passages by BM25",
-        "license": "Copyright Python Software Foundation, PSF License Version 2, see python-license.txt",
+        "copyright": "Copyright Python Software Foundation, PSF License Version 2",
         "examples": examples,
     }
     text = json.dumps(content, ensure_ascii=False, indent=1)

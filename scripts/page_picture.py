@@ -14,7 +14,7 @@ from bge_rerank_integrations.server import ServerSettings, create_app
 from tests.support.browsers import launched
 from tests.support.servers import running
 
-VIEWPORTS = {"desktop": (1280, 860), "phone": (375, 812)}
+VIEWPORTS = {"desktop": (1280, 720), "phone": (375, 812)}
 PAGES = {"rerank": ("/", ".compare"), "api": ("/docs", ".operation")}
 
 

@@ -327,6 +327,9 @@ def test_it_opens_with_an_example_that_is_ranked(url: str, open_page: Open, embe
     example = EXAMPLES[0]
     assert page.get_by_label("Question").input_value() == example["query"]
     assert page.locator(".winner").inner_text() == "secrets.token_bytes"
+    source = page.locator("#examples-source")
+    assert "Python Software Foundation" in source.inner_text()
+    assert source.get_by_role("link").get_attribute("href") == "page/python-license.txt"
     assert order(page) == expected(embedded, example["query"], [each["text"] for each in example["passages"]])
 
 

@@ -237,6 +237,8 @@ async function start() {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     run();
+    // On a narrow screen the results are below the form.
+    if (byId("results").getBoundingClientRect().top > innerHeight) byId("results").scrollIntoView();
   });
   form.addEventListener("keydown", (event) => {
     const isAsked = event.ctrlKey || event.metaKey || (event.target === queryField && !event.shiftKey);
@@ -305,7 +307,8 @@ async function start() {
   }
   examples = content.examples;
   exampleField.append(...examples.map(({ query }) => element("option", { value: query }, query)));
-  byId("examples-source").textContent = `Examples: ${content.source}. ${content.license}.`;
+  const license = element("a", { href: "page/python-license.txt" }, "license");
+  byId("examples-source").append(`Examples: ${content.source}. ${content.copyright}, `, license, ".");
   const canRun = await openAddress();
   const isReady = await connect();
   if (running) return; // the user was faster
