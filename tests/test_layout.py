@@ -76,7 +76,7 @@ ALLOWED_IN = {
     "matplotlib": ["evaluation.plots"],
     "click": ["cli."],
     "httpx": ["remote_wire", "remote_transport", "remote"],
-    "starlette": ["server.app", "server.probes"],
+    "starlette": ["server.app", "server.pages", "server.probes"],
     "uvicorn": ["server.run"],
 }
 MODULES = sorted(
