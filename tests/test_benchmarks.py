@@ -239,7 +239,11 @@ def test_pairs_come_back_in_their_order() -> None:
 
 
 def test_names_select_contenders() -> None:
-    assert select(["cross-encoder"]) == ["cross-encoder-default", "cross-encoder-best"]
+    assert select(["cross-encoder"]) == [
+        "cross-encoder-default",
+        "cross-encoder-best",
+        "cross-encoder-best-float32",
+    ]
     assert select(["ours-float32", "onnx-int8"]) == ["ours-float32", "onnx-int8"]
     assert set(ENTRIES) > set(select(["ours"]))
     with pytest.raises(ValueError, match="no contender 'nobody'"):
