@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import io
 import logging
@@ -109,14 +108,6 @@ def reworded(pairs: Pairs, seed: str) -> Pairs:
         rng.shuffle(words)
         shuffled.append((query, " ".join(words)))
     return shuffled
-
-
-def import_optional(module: str) -> tuple[Any, str]:
-    """Import a module. Return the module and "", or None and the reason if the import failed."""
-    try:
-        return importlib.import_module(module), ""
-    except ImportError as error:
-        return None, str(error)
 
 
 def describe_hardware(device: str) -> dict[str, Any]:
