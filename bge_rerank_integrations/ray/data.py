@@ -37,8 +37,8 @@ OnError = Literal["column", "raise"]
 ScoreTable = Callable[[Scorer, pa.Table], pa.Table]
 """Returns a table with one row for each row of the given table."""
 
-# A row of `rerank_dataset` holds dozens of passages, and a row of `score_dataset` holds one.
-_ROWS_OF_REQUESTS: Final = 256
+ROWS_OF_REQUESTS: Final = 256
+"""Default number of rows in a block of requests. A request has dozens of passages."""
 _ROWS_OF_PAIRS: Final = 4096
 # CPUs that Ray's own tasks need so that a job makes progress: one for the tasks that read, divide and write
 # blocks, and with checkpoints another one for the actor that leaves out the rows that are done.
@@ -53,8 +53,8 @@ class ActorOptions:
 
     Attributes:
         num_actors: Number of actors. Each of them loads the model once.
-        num_cpus: Logical CPUs that each actor reserves; None is 1, or less where the cluster has too few CPUs to
-            read and write beside the actors. Unless the config sets `num_threads`, an actor uses as many
+        num_cpus: Logical CPUs that each actor reserves; None is 1, or less where the cluster has too few CPUs
+            to read and write beside the actors. Unless the config sets `num_threads`, an actor uses as many
             threads as it reserves whole CPUs, and at least one.
         num_gpus: GPUs that each actor reserves. 1 gives each actor a GPU of its own.
         rows_per_block: Maximum number of rows that an actor scores in one call; None is 256 for
@@ -147,7 +147,7 @@ def rerank_dataset(
         on_error=_check_on_error(on_error),
     )
     _check_known_columns(ds, (query_column, passages_column), _RANKING_COLUMNS)
-    return map_with_scorer(ds, config, rank, actors or ActorOptions(), rows_per_block=_ROWS_OF_REQUESTS)
+    return map_with_scorer(ds, config, rank, actors or ActorOptions(), rows_per_block=ROWS_OF_REQUESTS)
 
 
 def score_dataset(
@@ -183,9 +183,7 @@ def score_dataset(
         >>> [row["score"] for row in score_dataset(ds, ScorerConfig(model="embedded")).take_all()]
         [...]
     """
-    score = partial(
-        _score_table, columns=(query_column, passage_column), on_error=_check_on_error(on_error)
-    )
+    score = partial(_score_table, columns=(query_column, passage_column), on_error=_check_on_error(on_error))
     _check_known_columns(ds, (query_column, passage_column), _SCORE_COLUMNS)
     return map_with_scorer(ds, config, score, actors or ActorOptions(), rows_per_block=_ROWS_OF_PAIRS)
 
@@ -271,9 +269,7 @@ def _rank_table(
     )
 
 
-def _score_table(
-    scorer: Scorer, table: pa.Table, *, columns: tuple[str, str], on_error: OnError
-) -> pa.Table:
+def _score_table(scorer: Scorer, table: pa.Table, *, columns: tuple[str, str], on_error: OnError) -> pa.Table:
     scores = score_rows(scorer, _rows(table, columns, _SCORE_COLUMNS))
     errors = _errors(scores, on_error)
     kept = [None if isinstance(score, RerankError) else score for score in scores]
@@ -340,8 +336,8 @@ def _num_cpus(actors: ActorOptions, *, has_checkpoints: bool) -> float | None:
         return None if share >= 1 else math.floor(100 * share) / 100
     if actors.num_cpus * actors.num_actors > left:
         logger.warning(
-            "%d actor(s) reserve %g CPU(s) each, and the cluster has %g. Ray needs %g for other tasks, so the "
-            "job may wait forever. Reserve at most %g for each actor, or add CPUs.",
+            "%d actor(s) reserve %g CPU(s) each, and the cluster has %g. Ray needs %g for other tasks, so "
+            "the job may wait forever. Reserve at most %g for each actor, or add CPUs.",
             actors.num_actors,
             actors.num_cpus,
             available,

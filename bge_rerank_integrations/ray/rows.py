@@ -82,7 +82,7 @@ def _score_one(scorer: Scorer, pair: tuple[str, str]) -> float:
 
 def _score_checked(
     checked: Sequence[ItemT | RerankError],
-    score_all: Callable[[list[ItemT]], list[ResultT]],
+    score_all: Callable[[list[ItemT]], Sequence[ResultT]],
     score_one: Callable[[ItemT], ResultT],
 ) -> list[ResultT | RerankError]:
     """Score the valid items together, and keep the errors of the others in their places."""
@@ -93,7 +93,7 @@ def _score_checked(
 
 def _score_valid(
     items: list[ItemT],
-    score_all: Callable[[list[ItemT]], list[ResultT]],
+    score_all: Callable[[list[ItemT]], Sequence[ResultT]],
     score_one: Callable[[ItemT], ResultT],
 ) -> list[ResultT | RerankError]:
     """Score items together. If one of them fails, halve the list until the error has its own item."""
