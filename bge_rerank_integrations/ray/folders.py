@@ -161,7 +161,7 @@ class _FolderSource(Datasource):
     def __init__(
         self, files: Sequence[Path], read: Callable[[Path, int], Iterator[pa.Table]], rows_per_block: int
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._files = list(files)
         self._read = read
         self._rows_per_block = rows_per_block
