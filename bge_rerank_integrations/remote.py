@@ -99,9 +99,9 @@ class RemoteScorer(OwnScorer):
     Arguments, results and errors are those of `Scorer`. One instance may be used by any number of threads
     and tasks. Its connections are pooled: one pool for sync calls, and one for each event loop.
 
-    A failed attempt is repeated if the connection failed or the server answered 429, 502, 503 or 504: after
-    what `Retry-After` says or a growing, random delay, and only while the call's time is not over. Long
-    lists go in several requests, one after the other.
+    A failed attempt is repeated if the connection failed, the server answered 429, 502, 503 or 504, or a
+    proxy answered 500: after what `Retry-After` says or a growing, random delay, and only while the call's
+    time is not over. Long lists go in several requests, one after the other.
 
     Copies are the same object. A pickle holds the settings but not the key, which is then read from the
     environment.

@@ -148,7 +148,10 @@ def retry_delay(
     if isinstance(error, RequestTimeoutError) and _was_ours(outcome):
         return None  # the time was over, here or there, and would be again
     if isinstance(outcome, Answer):
-        if outcome.status not in _RETRIED_STATUSES:
+        # The server gives every error a type. A proxy that loses its server in the middle of a request, such
+        # as that of Ray Serve, answers 500 without one.
+        is_lost = outcome.status == 500 and "type" not in _told(outcome.content)
+        if outcome.status not in _RETRIED_STATUSES and not is_lost:
             return None
         told = _retry_after(outcome.headers.get("retry-after", ""))
         # The random part keeps clients that were refused together from coming back together.

@@ -2,25 +2,35 @@
 
 # This module has no `from __future__ import annotations`, because Ray Serve reads the annotation of `app`.
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
 
-from bge_rerank_integrations.errors import ConfigError, missing_extra
+from bge_rerank_integrations.errors import missing_extra
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
     from ray import serve
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
-from bge_rerank_integrations.config import ScorerConfig, Setting
+from bge_rerank_integrations.config import (
+    DEFAULT_MODEL,
+    DEFAULT_WINDOW_OVERLAP,
+    BlankPassages,
+    DType,
+    LongPassages,
+    ScorerConfig,
+    TruncationSide,
+)
 from bge_rerank_integrations.ray.replica import RerankReplica
 from bge_rerank_integrations.server.settings import ServerSettings
 
 _NAME: Final = "Reranker"
-# Each request chooses its scale, so the scorer returns raw logits.
-_NOT_SETTINGS: Final = frozenset({"normalize"})
-_MAX_QUEUED_TOKENS: Final = 1_000_000
+_SETTINGS: Final = tuple(
+    field.name for field in dataclasses.fields(ScorerConfig) if field.name != "normalize"
+)
 # Ray Serve lets this many times the replica's own limit through, so that the replica refuses the rest with a
 # JSON response. Ray Serve itself would answer in plain text.
 _HEADROOM: Final = 2
@@ -31,9 +41,10 @@ _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ServeArguments(BaseModel):
-    """Arguments of `app`. Every setting of `ScorerConfig` except `normalize` is an argument too.
+    """Arguments of `app`: how to run the replicas, and the settings of `ScorerConfig` except `normalize`.
 
-    `serve run` passes all values as strings, and they are converted to the type of the setting.
+    Each request chooses its scale, so there is no `normalize`. The settings that are not described here are
+    those of `ScorerConfig`. Strings, as `serve run` passes them, are converted.
 
     Attributes:
         num_replicas: Number of replicas. It cannot be combined with `max_replicas`.
@@ -51,13 +62,19 @@ class ServeArguments(BaseModel):
         max_body_mb: Largest request body in MiB, counted after decompression.
         timeout_s: Maximum time in seconds to receive a request, and again to score it.
         grace_s: Maximum time in seconds to finish accepted requests when a replica is stopped.
+        max_queued_tokens: Maximum number of tokens in the queue of a replica. It refuses requests beyond it
+            with status 429.
+        num_threads: Number of CPU threads of a replica; None follows from `num_cpus`.
+
+    Raises:
+        pydantic.ValidationError: An argument is unknown, has the wrong type or is out of range.
 
     Example:
         >>> ServeArguments(model="embedded", num_replicas=2).num_replicas
         2
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     num_replicas: _Count | None = None
     min_replicas: _Count = 1
@@ -71,6 +88,27 @@ class ServeArguments(BaseModel):
     max_body_mb: _Seconds = 32
     timeout_s: _Seconds = 60
     grace_s: _Seconds = 30
+
+    model: str | os.PathLike[str] = DEFAULT_MODEL
+    revision: str | None = None
+    sha256: str | None = None
+    cache_folder: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    device: str = "auto"
+    devices: Sequence[str] | None = None
+    dtype: DType = "auto"
+    max_length: int = 512
+    query_max_length: int | None = None
+    query_truncation_side: TruncationSide = "right"
+    max_batch_tokens: int | None = None
+    num_threads: int | None = None
+    max_wait_ms: float = 0.0
+    max_queued_tokens: int = 1_000_000
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    long_passages: LongPassages = "truncate"
+    window_overlap_tokens: int = DEFAULT_WINDOW_OVERLAP
+    blank_passages: BlankPassages = "last"
 
     @model_validator(mode="after")
     def _check(self) -> "ServeArguments":
@@ -86,15 +124,12 @@ class ServeArguments(BaseModel):
         """Return the settings of the scorers.
 
         Raises:
-            ConfigError: A setting is unknown or invalid.
+            ConfigError: A setting is invalid.
         """
-        given = _converted(self.model_extra or {})
-        settings = {
-            "max_queued_tokens": _MAX_QUEUED_TOKENS,
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        if self.num_threads is None:
             # Ray limits OpenMP to the whole CPUs that a replica reserves, and to 1 for a fraction of a CPU.
-            "num_threads": max(int(self.num_cpus), 1),
-            **{name: value for name, value in given.items() if value is not None},
-        }
+            settings["num_threads"] = max(int(self.num_cpus), 1)
         return ScorerConfig.from_dict(settings)
 
 
@@ -135,25 +170,3 @@ def app(args: ServeArguments) -> serve.Application:
         args.scorer_config(), args.api_key_file, settings, args.max_ongoing_requests
     )
     return application
-
-
-def _converted(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of `ScorerConfig` with strings converted to the types of the settings."""
-    hints = get_type_hints(ScorerConfig)
-    known = sorted(set(hints) - _NOT_SETTINGS)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"unknown argument(s) {unknown}; the arguments are {sorted(ServeArguments.model_fields)} and the "
-            f"settings of ScorerConfig, {known}"
-        )
-    values = {}
-    for name, value in given.items():
-        hint = hints[name]
-        try:
-            values[name] = TypeAdapter(
-                get_args(hint)[1] if get_origin(hint) is Setting else hint
-            ).validate_python(value)
-        except ValidationError:
-            raise ConfigError(f"{name} has the wrong type") from None
-    return values

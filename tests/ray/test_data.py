@@ -51,7 +51,7 @@ def fail_once(scorer: Scorer, table: pa.Table, *, folder: Path) -> pa.Table:
 def test_each_row_is_scored_once_although_actors_die(
     cluster: None, config: ScorerConfig, scorer: Scorer, tmp_path: Path
 ) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"query": QUERY, "passage": f"The panda {at} is a bear.", "number": at} for at in range(NUM_PAIRS)
     ]
     scored = data.map_with_scorer(

@@ -323,6 +323,7 @@ RETRIED = [
     httpx.ReadError("no"),
     httpx.RemoteProtocolError("no"),
     refused(429, "QueueFullError"),
+    httpx.Response(500),  # from a proxy that lost its server
     httpx.Response(502),
     refused(503, "ServerDraining"),
     httpx.Response(504),
@@ -386,6 +387,7 @@ async def test_what_will_not_pass_is_an_error_at_once(answer: Any, kind: type[Re
         (refused(503, "DeviceLostError"), DeviceLostError),
         (refused(503, "ModelNotLoaded"), ServerUnreachableError),
         (httpx.Response(502), ServerUnreachableError),
+        (httpx.Response(500), RemoteError),
         (httpx.ConnectError("no"), ServerUnreachableError),
     ],
 )
