@@ -1,6 +1,6 @@
 """Compare this package's speed and memory with its peers, and faster precisions with float32.
 
-    python -m benchmarks {speed,length,linear,memory,fidelity,gpu} ...
+    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,ray} ...
 
 `benchmarks/README.md` explains what is compared and how to read the output.
 """
@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from benchmarks import fidelity, gpu, length, linear, memory, speed
+from benchmarks import fidelity, gpu, length, linear, memory, ray_cluster, speed
 from benchmarks.models import SHAPES
 from benchmarks.peers.registry import ENTRIES, OURS, select
 from benchmarks.plots import check_plots
@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, ModuleType]] = {
     "memory": memory,
     "fidelity": fidelity,
     "gpu": gpu,
+    "ray": ray_cluster,
 }
 DEFAULT_CONTENDERS: Final = {
     "linear": OURS,
