@@ -1,6 +1,6 @@
 """Compare this package's speed and memory with its peers, and faster precisions with float32.
 
-    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,device,serve} ...
+    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,device,ray,serve} ...
 
 `benchmarks/README.md` explains what is compared and how to read the output.
 """
@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from benchmarks import fidelity, gpu, length, linear, memory, serve, simulated_device, speed
+from benchmarks import fidelity, gpu, length, linear, memory, ray_cluster, serve, simulated_device, speed
 from benchmarks.models import SHAPES
 from benchmarks.peers.registry import ENTRIES, OURS, select
 from benchmarks.plots import check_plots
@@ -30,6 +30,7 @@ COMMANDS: Final[dict[str, ModuleType]] = {
     "gpu": gpu,
     "device": simulated_device,
     "serve": serve,
+    "ray": ray_cluster,
 }
 # Contenders of commands that do not compare those of `benchmarks.peers`.
 CONTENDERS: Final[dict[str, Collection[str]]] = {"serve": serve.CONTENDERS}

@@ -59,10 +59,10 @@ class RemoteScorer(OwnScorer):
     The methods have the arguments, results and errors of `Scorer`. Any number of threads and asyncio tasks
     can use one instance. It has one pool of connections for sync calls, and one for each event loop.
 
-    An HTTP request is repeated if the connection fails, or if the server answers with status 429, 502, 503 or
-    504. The delay before the next attempt is the one in the header `Retry-After`, or a random delay that
-    grows with each attempt. No attempt starts after the timeout of the call. A long list of passages is sent
-    in several HTTP requests, one after the other.
+    An HTTP request is repeated if the connection fails, if the server answers with status 429, 502, 503 or
+    504, or if a proxy answers 500. The delay before the next attempt is the one in the header `Retry-After`,
+    or a random delay that grows with each attempt. No attempt starts after the timeout of the call. A long
+    list of passages is sent in several HTTP requests, one after the other.
 
     A copy is the same object. A pickle contains the settings but not the API key. The unpickled scorer reads
     the key from the environment.

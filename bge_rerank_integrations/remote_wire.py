@@ -158,7 +158,10 @@ def retry_delay(
     if isinstance(error, RequestTimeoutError) and _was_ours(outcome):
         return None  # another attempt would take as long
     if isinstance(outcome, Answer):
-        if outcome.status not in _RETRIED_STATUSES:
+        # The server gives every error a type. A proxy that loses its server in the middle of a request, such
+        # as that of Ray Serve, answers 500 without one.
+        is_lost = outcome.status == 500 and "type" not in _error_fields(outcome.content)
+        if outcome.status not in _RETRIED_STATUSES and not is_lost:
             return None
         asked = _retry_after(outcome.headers.get("retry-after", ""))
         # The random part spreads the attempts of clients that were refused at the same time.

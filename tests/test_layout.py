@@ -54,6 +54,7 @@ ROWS = [
     "remote_transport",
     "remote",
     "server.",
+    "ray.",
     "evaluation.",
     "cli.",
 ]
@@ -64,7 +65,7 @@ ALLOWED_IN = {
     "langchain_core": ["document_texts", "langchain", "cli.demo"],
     "flash_attn_interface": ["engine.attention"],
     "llama_index": ["llama_index", "cli.demo"],
-    "pydantic": ["adapter_options", "adapter_results", "langchain", "llama_index"],
+    "pydantic": ["adapter_options", "adapter_results", "langchain", "llama_index", "ray.serve"],
     "numba": ["engine.cpu.vector_intrinsics", "engine.cpu.int8_kernels"],
     "llvmlite": ["engine.cpu.vector_intrinsics", "engine.cpu.int8_support"],
     "transformers": ["engine.checkpoint.model_config"],
@@ -76,8 +77,10 @@ ALLOWED_IN = {
     "matplotlib": ["evaluation.plots"],
     "click": ["cli."],
     "httpx": ["remote_wire", "remote_transport", "remote"],
-    "starlette": ["server.app", "server.pages", "server.probes"],
+    "starlette": ["server.app", "server.pages", "server.probes", "ray.replica"],
     "uvicorn": ["server.run"],
+    "ray": ["ray.", "cli.rank_on_ray"],
+    "pyarrow": ["ray."],
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -143,7 +146,10 @@ def test_libraries_stay_in_their_places(module: str) -> None:
     ],
 )
 def test_importing_loads_neither_torch_nor_a_framework(statement: str) -> None:
-    heavy = ["torch", "transformers", "langchain_core", "llama_index", "pydantic", "httpx", "starlette"]
+    heavy = [
+        *("torch", "transformers", "langchain_core", "llama_index", "pydantic", "httpx", "starlette"),
+        *("ray", "pyarrow"),
+    ]
     code = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
@@ -154,14 +160,19 @@ def test_importing_loads_neither_torch_nor_a_framework(statement: str) -> None:
     [
         ("BGEReranker", "langchain_core", "langchain"),
         ("BGERerankPostprocessor", "llama_index.core", "llama-index"),
+        ("ray.rerank_dataset", "ray", "ray"),
+        ("ray.score_dataset", "ray.data", "ray"),
+        ("ray.app", "ray", "ray"),
+        ("ray.ServeScorer", "ray", "ray"),
     ],
 )
 def test_a_missing_framework_is_named_with_its_command(name: str, library: str, extra: str) -> None:
     # A module that is None in sys.modules cannot be imported. Only the frameworks install pydantic, so it is
     # missing too.
+    module, _, attribute = f"bge_rerank_integrations.{name}".rpartition(".")
     code = (
         f"import sys; sys.modules[{library!r}] = sys.modules['pydantic'] = None\n"
-        f"from bge_rerank_integrations import {name}"
+        f"from {module} import {attribute}"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1

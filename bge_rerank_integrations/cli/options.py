@@ -51,14 +51,15 @@ _SCALARS: Final[dict[type, click.ParamType[Any]]] = {
 }
 
 
-def output_option(*names: str, text: str) -> _Decorator:
+def output_option(*names: str, text: str, may_be_folder: bool = False) -> _Decorator:
     """Add an option that names an output file.
 
     Args:
         names: The option's names as users type them.
         text: The option's help text.
+        may_be_folder: Accept an existing folder too.
     """
-    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
+    kind = click.Path(dir_okay=may_be_folder, writable=True, path_type=Path)
     return click.option(*names, type=kind, callback=_in_a_folder, help=text)
 
 

@@ -25,6 +25,7 @@ from bge_rerank_integrations.cli.options import (
     quiet_option,
     shows_progress,
 )
+from bge_rerank_integrations.cli.rank_on_ray import RankCommand, RayOptions, rank_on_ray, ray_options
 from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.evaluation.datasets import format_run, read_corpus, read_queries, read_run
@@ -38,9 +39,9 @@ _NOT_DECISIVE = ("cache_folder", "local_files_only", "devices", "max_wait_ms", "
 _MAX_NAMED_LINES = 20
 
 
-@click.command()
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
-@output_option("-o", "--output", text="Output file.  [default: stdout]")
+@click.command(cls=RankCommand)
+@click.argument("source", type=click.Path(exists=True, allow_dash=True), default="-")
+@output_option("-o", "--output", text="Output file.  [default: stdout]", may_be_folder=True)
 @click.option("--top-n", type=click.IntRange(min=0), help="Maximum number of passages to return per request.")
 @click.option("--threshold", type=float, help="Return only passages with at least this score.")
 @click.option("--normalize", is_flag=True, help="Return scores from 0 to 1 instead of raw logits.")
@@ -48,11 +49,13 @@ _MAX_NAMED_LINES = 20
 @click.option("--strict", is_flag=True, help="Stop at the first malformed line with exit status 3.")
 @click.option("--overwrite", is_flag=True, help="Start from the first line and replace the output file.")
 @quiet_option
+@ray_options
 @config_options()
 def rank(
     config: ScorerConfig,
     source: str,
     output: Path | None,
+    on_ray: RayOptions | None,
     top_n: int | None,
     threshold: float | None,
     normalize: bool,
@@ -91,10 +94,34 @@ def rank(
     \b
     bge-rerank rank requests.jsonl -o ranked.jsonl --top-n 10
     bge-rerank rank --model embedded < requests.jsonl | jq .results[0]
+
+    With --ray, SOURCE and OUTPUT are folders of JSONL or Parquet files, and a Ray
+    cluster ranks them. Rows come in any order, and a malformed row is written with
+    its `error`. Every machine of the cluster must see both folders.
+
+    \b
+    bge-rerank rank --ray requests/ -o ranked/ --num-actors 2
     """
     config = ScorerConfig.from_dict({**config.to_dict(), "normalize": normalize})
     check_top_n(top_n)
     check_threshold(threshold, normalize=normalize)
+    if on_ray is not None:
+        rank_on_ray(
+            config,
+            source,
+            output,
+            on_ray,
+            top_n=top_n,
+            threshold=threshold,
+            return_texts=return_texts,
+            strict=strict,
+            overwrite=overwrite,
+            progress=shows_progress(quiet),
+        )
+        return
+    for path in (Path(source), *([] if output is None else [output])):
+        if path.is_dir():
+            raise click.UsageError(f"{str(path)!r} is a folder; folders need --ray")
     if output is None:
         require_stdout()
     # A pipe can only be read once, like stdin, so its job cannot be resumed.

@@ -324,6 +324,7 @@ RETRIED = [
     httpx.ReadError("no"),
     httpx.RemoteProtocolError("no"),
     refused(429, "QueueFullError"),
+    httpx.Response(500),  # from a proxy that lost its server
     httpx.Response(502),
     refused(503, "ServerDraining"),
     httpx.Response(504),
@@ -387,6 +388,7 @@ async def test_permanent_failures_are_not_retried(answer: Any, kind: type[Rerank
         (refused(503, "DeviceLostError"), DeviceLostError),
         (refused(503, "ModelNotLoaded"), ServerUnreachableError),
         (httpx.Response(502), ServerUnreachableError),
+        (httpx.Response(500), RemoteError),
         (httpx.ConnectError("no"), ServerUnreachableError),
     ],
 )

@@ -115,7 +115,10 @@ def rank_lines(
         # give bit-identical scores.
         for ranked in _rank_chunk(scorer, chunk, top_n, threshold, leave_out):
             new = [(request, ranking) for request, ranking in ranked if request.line > skip]
-            yield [_format(request, ranking, return_texts=return_texts) for request, ranking in new]
+            yield [
+                json.dumps(format_row(request, ranking, return_texts=return_texts)) + "\n"
+                for request, ranking in new
+            ]
             progress.add(ranking for _, ranking in new)
     if not progress.rows and not skip:
         raise no_requests(first_line, first_error)
@@ -179,7 +182,8 @@ def _rank_chunk(
             return
 
 
-def _format(request: Request, ranking: Ranking, *, return_texts: bool) -> str:
+def format_row(request: Request, ranking: Ranking, *, return_texts: bool) -> dict[str, Any]:
+    """Return the row of a ranked request, as `rank_lines` describes it."""
     row: dict[str, Any] = {"line": request.line}
     if request.id is not None:
         row["id"] = request.id
@@ -195,7 +199,7 @@ def _format(request: Request, ranking: Ranking, *, return_texts: bool) -> str:
             "text": passage.text if return_texts else None,
         }
         row["results"].append({name: value for name, value in result.items() if value is not None})
-    return json.dumps(row) + "\n"
+    return row
 
 
 def _of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScoreError:

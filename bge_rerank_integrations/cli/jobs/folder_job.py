@@ -1,0 +1,132 @@
+"""The output folder of a ranking job on Ray, and resuming the job after it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from bge_rerank_integrations.errors import DatasetError
+
+# Spark, Hadoop and their readers use this name for a complete folder.
+_COMPLETE: Final = "_SUCCESS"
+
+
+class FolderJob:
+    """The output folder of a ranking job that can be stopped and resumed.
+
+    `OUTPUT.job.json` records the job's settings and inputs, and the folder `OUTPUT.checkpoint` records which
+    rows are written. When the job is complete, `OUTPUT/_SUCCESS` exists and the checkpoint is deleted.
+    `OUTPUT.lock` keeps a second process on this machine from writing the same output.
+
+    Args:
+        output: Path of the output folder.
+        settings: All settings that decide what is written. They must be JSON-safe. A job with other
+            settings cannot resume this one.
+        files: The input files. Their names, sizes and times of change are part of the job's identity.
+        overwrite: Start from the beginning, even if an output exists.
+
+    Raises:
+        DatasetError: The output lies inside the input, or it is a file.
+
+    Example:
+        >>> with FolderJob(Path("ranked"), {"model": "embedded"}, files) as job:
+        ...     if job.begin():
+        ...         ...  # write rows to the folder, and their numbers to job.checkpoint
+        ...         job.finish()
+    """
+
+    def __init__(
+        self, output: Path, settings: dict[str, Any], files: Sequence[Path], *, overwrite: bool = False
+    ) -> None:
+        output = output.resolve()
+        if output.exists() and not output.is_dir():
+            raise DatasetError(f"{output} is a file; choose another output folder")
+        if any(output in file.resolve().parents for file in files):
+            raise DatasetError(f"{output} contains the input; choose another output folder")
+        self.checkpoint = output.with_name(output.name + ".checkpoint")
+        self._output = output
+        self._record = output.with_name(output.name + ".job.json")
+        self._lock = FileLock(output.with_name(output.name + ".lock"), timeout=0)
+        self._overwrite = overwrite
+        inputs = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        self._settings = json.loads(json.dumps({**settings, "inputs": inputs}))
+
+    def __enter__(self) -> FolderJob:
+        """Lock the output folder.
+
+        Raises:
+            DatasetError: Another process has locked it.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise DatasetError(f"another process is writing {self._output}") from error
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Unlock the output folder."""
+        self._lock.release()
+
+    def begin(self) -> bool:
+        """Start or resume the job.
+
+        Returns:
+            Whether there is anything to do. False means that the job is complete.
+
+        Raises:
+            DatasetError: The folder contains files of a job with other settings or inputs, or of no job.
+        """
+        if self._overwrite:
+            self._delete()
+        elif self._record.exists():
+            self._check()
+            if (self._output / _COMPLETE).exists():
+                return False
+        elif self._output.exists() and any(self._output.iterdir()):
+            raise DatasetError(f"{self._output} is not empty; choose another output folder")
+        # The record comes first, so that a folder with results always has one.
+        temporary = self._record.with_name(self._record.name + ".tmp")
+        temporary.write_text(json.dumps(self._settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(self._record)
+        return True
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier run of the job has written rows."""
+        return self.checkpoint.is_dir() and any(self.checkpoint.iterdir())
+
+    def finish(self) -> None:
+        """Mark the output as complete, and delete the checkpoint."""
+        self._output.mkdir(exist_ok=True)
+        (self._output / _COMPLETE).touch()
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    def _delete(self) -> None:
+        if self._output.exists() and any(self._output.iterdir()):
+            if not self._record.exists():
+                raise DatasetError(
+                    f"{self._output} is not empty and was not written by a ranking job; choose another "
+                    "output folder"
+                )
+            shutil.rmtree(self._output)
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    def _check(self) -> None:
+        try:
+            recorded = json.loads(self._record.read_text(encoding="utf-8"))
+        except ValueError:
+            recorded = None
+        if not isinstance(recorded, dict):
+            raise DatasetError(f"{self._record} is damaged; use --overwrite to start from the beginning")
+        names = {*recorded, *self._settings}
+        differing = sorted(name for name in names if recorded.get(name) != self._settings.get(name))
+        if differing:
+            raise DatasetError(
+                f"{self._output} was started with other settings ({', '.join(differing)}); use the same "
+                "settings and inputs, another output folder, or --overwrite"
+            )

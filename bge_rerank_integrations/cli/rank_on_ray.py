@@ -1,0 +1,346 @@
+"""`bge-rerank rank --ray` ranks the requests in a folder of files on a Ray cluster."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from bge_rerank_integrations import __version__
+from bge_rerank_integrations.cli.console import wrap
+from bge_rerank_integrations.cli.jobs.folder_job import FolderJob
+from bge_rerank_integrations.cli.jobs.ranking_job import format_row
+from bge_rerank_integrations.cli.jobs.requests import (
+    REQUEST_FORM,
+    MalformedInputError,
+    MalformedLineError,
+    Request,
+    parse_request,
+)
+from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.errors import RerankError
+
+if TYPE_CHECKING:
+    from bge_rerank_integrations.ray.folders import Line, ResultLine, Written
+    from bge_rerank_integrations.scorer import Scorer
+
+_Command = Callable[..., None]
+
+_JSONL: Final = frozenset({".jsonl", ".ndjson"})
+_PARQUET: Final = frozenset({".parquet"})
+# What `--ray` can be followed by. Anything else is the command's SOURCE.
+_ADDRESS: Final = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
+_ANY_CLUSTER: Final = ""
+# A job can be resumed with other values of these settings, because they do not change the scores.
+_NOT_DECISIVE: Final = frozenset(
+    {"cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens", "num_threads"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """The options of `rank` that only have a meaning on Ray.
+
+    Attributes:
+        address: Address of the cluster, or an empty string for the cluster in `RAY_ADDRESS` or a local one.
+        num_actors: Number of actors.
+        cpus_per_actor: Logical CPUs that each actor reserves; None leaves it to the package.
+        gpus_per_actor: GPUs that each actor reserves.
+        rows_per_block: Maximum number of rows in a block and in an output file; None is the default.
+        query_column: Column of a Parquet file with the query.
+        passages_column: Column of a Parquet file with the passages.
+    """
+
+    address: str
+    num_actors: int
+    cpus_per_actor: float | None
+    gpus_per_actor: float
+    rows_per_block: int | None
+    query_column: str
+    passages_column: str
+
+
+class RankCommand(click.Command):
+    """Lets the address after `--ray` be left out, although SOURCE may follow."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give `--ray` an empty address if the next argument is not one."""
+        args = list(args)
+        for index, arg in enumerate(args):
+            if arg == "--ray" and not _ADDRESS.fullmatch("".join(args[index + 1 : index + 2])):
+                args[index] = f"--ray={_ANY_CLUSTER}"
+        return super().parse_args(ctx, args)
+
+
+def ray_options(command: _Command) -> _Command:
+    """Add the options of a job on Ray. The command receives them as `on_ray`, or None without `--ray`."""
+    defaults: dict[str, Any] = {
+        "num_actors": 1,
+        "cpus_per_actor": None,
+        "gpus_per_actor": 0.0,
+        "rows_per_block": None,
+        "query_column": "query",
+        "passages_column": "passages",
+    }
+
+    @functools.wraps(command)
+    def with_ray(ray_address: str | None, **values: Any) -> None:
+        given = {name: values.pop(name) for name in defaults}
+        unused = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        if ray_address is None and unused:
+            raise click.UsageError(f"{', '.join(unused)} can only be used with --ray")
+        chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
+        on_ray = None if ray_address is None else RayOptions(address=ray_address, **chosen)
+        command(on_ray=on_ray, **values)
+
+    decorated: _Command = with_ray
+    for option in (
+        click.option("--passages-column", help="Parquet column with the passages.  [default: passages]"),
+        click.option("--query-column", help="Parquet column with the query.  [default: query]"),
+        click.option(
+            "--rows-per-block",
+            type=click.IntRange(min=1),
+            help="Most requests in an output file, and most to rank again after a failure.  [default: 256]",
+        ),
+        click.option(
+            "--gpus-per-actor",
+            type=click.FloatRange(min=0),
+            help="GPUs that each actor reserves.  [default: 0]",
+        ),
+        click.option(
+            "--cpus-per-actor",
+            type=click.FloatRange(min=0),
+            help="Logical CPUs that each actor reserves.  [default: 1, or less on a small machine]",
+        ),
+        click.option(
+            "--num-actors",
+            type=click.IntRange(min=1),
+            help="Processes that load the model and rank.  [default: 1]",
+        ),
+        click.option(
+            "--ray",
+            "ray_address",
+            metavar="[ADDRESS]",
+            help="Rank a folder on the Ray cluster at ADDRESS.  [default: RAY_ADDRESS, or this machine]",
+        ),
+    ):
+        decorated = option(decorated)
+    return decorated
+
+
+def rank_on_ray(
+    config: ScorerConfig,
+    source: str,
+    output: Path | None,
+    on_ray: RayOptions,
+    *,
+    top_n: int | None,
+    threshold: float | None,
+    return_texts: bool,
+    strict: bool,
+    overwrite: bool,
+    progress: bool,
+) -> None:
+    """Rank the requests in the files of a folder, and write a folder.
+
+    Args:
+        config: The settings of the scorers.
+        source: The folder with the input files.
+        output: The folder to write to.
+        on_ray: The options of the job on Ray.
+        top_n: As in `Scorer.rank`, for each request.
+        threshold: As in `Scorer.rank`, for each request.
+        return_texts: Include each passage's text in its result. Parquet files always contain the passages.
+        strict: Stop at the first malformed request.
+        overwrite: Start from the beginning and replace the output folder.
+        progress: Show Ray's progress bars.
+
+    Raises:
+        click.UsageError: The input is not a folder, or there is no output folder.
+        MalformedInputError: The folder has no request, or `strict` is true and a request is malformed.
+        RerankError: The job cannot run.
+    """
+    from bge_rerank_integrations.ray.data import ActorOptions
+    from bge_rerank_integrations.ray.folders import rank_jsonl_folder, rank_parquet_folder
+
+    if not Path(source).is_dir():
+        raise click.UsageError("--ray reads a folder; give the folder as SOURCE")
+    if output is None:
+        raise click.UsageError("--ray writes a folder; give its name with -o")
+    folder = Path(source).resolve()
+    files, is_parquet = _find_files(folder)
+    settings = {
+        **_decisive(config),
+        "top_n": top_n,
+        "threshold": threshold,
+        "return_texts": return_texts,
+        "columns": [on_ray.query_column, on_ray.passages_column] if is_parquet else None,
+    }
+    actors = ActorOptions(
+        num_actors=on_ray.num_actors,
+        num_cpus=on_ray.cpus_per_actor,
+        num_gpus=on_ray.gpus_per_actor,
+        rows_per_block=on_ray.rows_per_block,
+    )
+    with FolderJob(output, settings, files, overwrite=overwrite) as job:
+        if not job.begin():
+            click.echo(wrap(f"{output} is already complete."), err=True)
+            return
+        is_resumed = job.is_resumed
+        if is_resumed:
+            click.echo("Resuming. Requests that are already ranked are skipped.", err=True)
+        _connect(on_ray.address, progress=progress)
+        if is_parquet:
+            written = rank_parquet_folder(
+                files,
+                output.resolve(),
+                config,
+                query_column=on_ray.query_column,
+                passages_column=on_ray.passages_column,
+                top_n=top_n,
+                threshold=threshold,
+                strict=strict,
+                actors=actors,
+                checkpoint=job.checkpoint,
+            )
+        else:
+            written = rank_jsonl_folder(
+                files,
+                folder,
+                output.resolve(),
+                config,
+                partial(
+                    rank_raw_lines, top_n=top_n, threshold=threshold, return_texts=return_texts, strict=strict
+                ),
+                actors=actors,
+                checkpoint=job.checkpoint,
+            )
+        job.finish()
+    _report(written, is_resumed=is_resumed)
+
+
+def rank_raw_lines(
+    scorer: Scorer,
+    lines: Sequence[Line],
+    *,
+    top_n: int | None,
+    threshold: float | None,
+    return_texts: bool,
+    strict: bool,
+) -> list[ResultLine]:
+    """Rank JSONL lines. A malformed line gives a row with an error.
+
+    Args:
+        scorer: The reranker.
+        lines: The lines.
+        top_n: As in `Scorer.rank`.
+        threshold: As in `Scorer.rank`.
+        return_texts: Include each passage's text in its result.
+        strict: Raise at the first malformed line.
+
+    Returns:
+        For each line, in order, `{"file": ..., "line": 1, "id": ..., "results": [...]}` as in `rank_lines`,
+        or `{"file": ..., "line": 1, "error": ...}`.
+
+    Raises:
+        MalformedInputError: A line is malformed and `strict` is true.
+    """
+    from bge_rerank_integrations.ray.folders import ResultLine
+    from bge_rerank_integrations.ray.rows import rank_rows
+
+    parsed = [_parse(line) for line in lines]
+    requests = [each for each in parsed if isinstance(each, Request)]
+    rankings = iter(
+        rank_rows(scorer, [(request.query, request.texts) for request in requests], top_n, threshold)
+    )
+    results = []
+    for line, request in zip(lines, parsed, strict=True):
+        outcome = next(rankings) if isinstance(request, Request) else request
+        if isinstance(outcome, MalformedLineError):
+            outcome = RerankError(outcome.reason)
+        row: dict[str, Any] = {"file": line.file}
+        if isinstance(outcome, RerankError):
+            if strict:
+                raise MalformedInputError(f"{line.file}, line {line.number}: {outcome}")
+            row |= {"line": line.number, "error": str(outcome)}
+        else:
+            assert isinstance(request, Request)
+            row |= format_row(request, outcome, return_texts=return_texts)
+        results.append(ResultLine(json.dumps(row), "error" in row))
+    return results
+
+
+def _parse(line: Line) -> Request | MalformedLineError:
+    try:
+        return parse_request(line.number, line.raw)
+    except MalformedLineError as error:
+        return error
+
+
+def _find_files(folder: Path) -> tuple[list[Path], bool]:
+    """Return the files of a folder in a fixed order, and whether they are Parquet files."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix in _JSONL | _PARQUET
+        # Other programs put files with these names beside their output, such as `_SUCCESS`.
+        and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
+    )
+    kinds = {path.suffix in _PARQUET for path in files}
+    if not kinds:
+        raise MalformedInputError(f"{folder} contains no file that ends with .jsonl, .ndjson or .parquet")
+    if len(kinds) > 1:
+        raise click.UsageError(f"{folder} contains both JSONL and Parquet files; put them into two folders")
+    return files, kinds.pop()
+
+
+def _decisive(config: ScorerConfig) -> dict[str, Any]:
+    """Return the settings that decide a job's scores.
+
+    The devices of the actors are unknown here, so `auto` stays as it is.
+    """
+    from bge_rerank_integrations.engine.describe import describe_checkpoint
+
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_DECISIVE}
+    return {
+        **settings,
+        "version": __version__,
+        "checkpoint": describe_checkpoint(config).fingerprint,
+    }
+
+
+def _connect(address: str, *, progress: bool) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address=address or None,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = progress
+
+
+def _report(written: Written, *, is_resumed: bool) -> None:
+    num_ranked = written.num_rows - written.num_errors
+    malformed = f"; {written.num_errors} malformed" if written.num_errors else ""
+    click.echo(wrap(f"{num_ranked} request(s) ranked{malformed}."), err=True)
+    if num_ranked or is_resumed:
+        return
+    if not written.num_rows:
+        raise MalformedInputError("the input is empty")
+    raise MalformedInputError(
+        "no row of the input is a request; the column or field `error` of the output says why. A request is "
+        f"one line of JSON: `{REQUEST_FORM}`"
+    )

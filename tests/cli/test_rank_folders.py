@@ -1,0 +1,143 @@
+"""The options and the output folder of `bge-rerank rank --ray`. Nothing here needs Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bge_rerank_integrations.cli import rank as rank_module
+from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.jobs.folder_job import FolderJob
+from bge_rerank_integrations.errors import DatasetError
+
+SETTINGS = {"model": "embedded", "top_n": None}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that receives (address, source, output) of each job."""
+    jobs: list[Any] = []
+
+    def record(_: Any, source: str, output: Path, on_ray: Any, **__: Any) -> None:
+        jobs.append((on_ray.address, source, output.name))
+
+    monkeypatch.setattr(rank_module, "rank_on_ray", record)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        (["--ray", "in", "-o", "out"], ""),
+        (["--ray", "-o", "out", "in"], ""),
+        (["in", "-o", "out", "--ray"], ""),
+        (["--ray", "auto", "in", "-o", "out"], "auto"),
+        (["--ray", "10.0.0.1:6379", "in", "-o", "out"], "10.0.0.1:6379"),
+        (["in", "--ray", "ray://head:10001", "-o", "out"], "ray://head:10001"),
+        (["--ray=head:6379", "in", "-o", "out"], "head:6379"),
+    ],
+)
+def test_the_address_can_be_left_out(
+    arguments: list[str], address: str, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    result = run("rank", *arguments)
+    assert result.exit_code == 0, result.output
+    assert asked == [(address, "in", "out")]
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["rank", tmp_path / "in"], "folders need --ray"),
+        (["rank", tmp_path / "file", "-o", tmp_path / "in"], "folders need --ray"),
+        (["rank", "--num-actors", 2, tmp_path / "file"], "--num-actors can only be used with --ray"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+
+
+def test_folders_are_checked_before_ray_starts(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    (tmp_path / "file").touch()
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "a.jsonl").touch()
+    (tmp_path / "both" / "b.parquet").touch()
+    for arguments, message in (
+        (["--ray", tmp_path / "file", "-o", tmp_path / "out"], "--ray reads a folder"),
+        (["--ray", tmp_path / "both"], "--ray writes a folder"),
+        (["--ray", tmp_path / "both", "-o", tmp_path / "out"], "both JSONL and Parquet files"),
+    ):
+        result = run("rank", *arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+
+
+def test_a_job_is_complete_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}")
+    output = tmp_path / "out"
+    with FolderJob(output, SETTINGS, [file]) as job:
+        assert job.begin()
+        assert not job.is_resumed
+        job.checkpoint.mkdir()
+        (job.checkpoint / "rows.parquet").touch()
+    with FolderJob(output, SETTINGS, [file]) as job:
+        assert job.begin()
+        assert job.is_resumed
+        with pytest.raises(DatasetError, match="another process"), FolderJob(output, SETTINGS, [file]):
+            pass
+        job.finish()
+    assert not job.checkpoint.exists()
+    with FolderJob(output, SETTINGS, [file]) as job:
+        assert not job.begin()
+    with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
+        assert job.begin()
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("change", ["settings", "input"])
+def test_a_job_with_other_settings_is_refused(change: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}")
+    with FolderJob(tmp_path / "out", SETTINGS, [file]) as job:
+        job.begin()
+    settings = {**SETTINGS, "top_n": 3} if change == "settings" else SETTINGS
+    if change == "input":
+        file.write_text("{} ")
+    name = "top_n" if change == "settings" else "inputs"
+    with FolderJob(tmp_path / "out", settings, [file]) as job, pytest.raises(DatasetError, match=name):
+        job.begin()
+
+
+def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
+    file = tmp_path / "in" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}")
+    with pytest.raises(DatasetError, match="contains the input"):
+        FolderJob(tmp_path / "in", SETTINGS, [file])
+    with pytest.raises(DatasetError, match="is a file"):
+        FolderJob(file, SETTINGS, [])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").touch()
+    for overwrite in (False, True):
+        with (
+            FolderJob(other, SETTINGS, [file], overwrite=overwrite) as job,
+            pytest.raises(DatasetError, match="is not empty"),
+        ):
+            job.begin()
+    assert (other / "precious").exists()
+    (tmp_path / "out.job.json").write_text("damaged")
+    with FolderJob(tmp_path / "out", SETTINGS, [file]) as job, pytest.raises(DatasetError, match="damaged"):
+        job.begin()

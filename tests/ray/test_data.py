@@ -1,0 +1,180 @@
+"""Ray datasets that are scored by actors."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra `ray`")
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
+from bge_rerank_integrations import DeviceLostError, Scorer, ScorerConfig, WorkerDiedError
+from bge_rerank_integrations.errors import ConfigError, InputError
+from bge_rerank_integrations.ray import ActorOptions, data, rerank_dataset, score_dataset
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+torch = pytest.importorskip("torch")
+TOLERANCE = LOGIT_TOLERANCE[torch.float32]
+QUERY = "what is a panda?"
+CANARY = "CANARY-TEXT"
+NUM_PAIRS = 320
+
+
+@pytest.fixture
+def config(checkpoint: Path) -> ScorerConfig:
+    return ScorerConfig(model=checkpoint, device="cpu")
+
+
+def fail_once(scorer: Scorer, table: pa.Table, *, folder: Path) -> pa.Table:
+    """Score a table. Three blocks fail the first time, each in another way."""
+    failures: dict[int, Any] = {
+        10: partial(os._exit, 1),
+        150: lambda: (_ for _ in ()).throw(DeviceLostError("the device is gone")),
+        300: lambda: (_ for _ in ()).throw(WorkerDiedError("the worker is gone")),
+    }
+    for number in table.column("number").to_pylist():
+        marker = folder / str(number)
+        if number in failures and not marker.exists():
+            marker.touch()
+            next(iter(failures[number]() or ()), None)
+    columns = ("query", "passage")
+    return data._score_table(scorer, table, columns=columns, on_error="column")
+
+
+def test_each_row_is_scored_once_although_actors_die(
+    cluster: None, config: ScorerConfig, scorer: Scorer, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"query": QUERY, "passage": f"The panda {at} is a bear.", "number": at} for at in range(NUM_PAIRS)
+    ]
+    scored = data.map_with_scorer(
+        ray.data.from_items(rows),
+        config,
+        partial(fail_once, folder=tmp_path),
+        ActorOptions(num_actors=2),
+        rows_per_block=32,
+    ).take_all()
+    assert {path.name for path in tmp_path.iterdir()} == {"10", "150", "300"}
+    found = {row["number"]: row["score"] for row in scored}
+    assert len(scored) == len(found) == NUM_PAIRS
+    expected = scorer.score([(QUERY, row["passage"]) for row in rows])
+    assert [found[at] for at in range(NUM_PAIRS)] == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_rerank_dataset(cluster: None, config: ScorerConfig, scorer: Scorer) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": QUERY, "candidates": ["hi", f"The panda {at} is a bear.", CANARY], "number": at}
+        for at in range(40)
+    ]
+    rows[7]["text"] = None
+    rows[8]["candidates"] = ["good", None, CANARY]
+    rows[9]["candidates"] = []
+    ds = ray.data.from_items(rows)
+    ranked = rerank_dataset(
+        ds,
+        config,
+        query_column="text",
+        passages_column="candidates",
+        top_n=2,
+        actors=ActorOptions(rows_per_block=16),
+    ).take_all()
+    assert ds.columns() == ["text", "candidates", "number"]
+    assert sorted(row["number"] for row in ranked) == list(range(40))
+    for row in ranked:
+        given = rows[row["number"]]
+        assert {name: row[name] for name in given} == given
+        if row["number"] in (7, 8):
+            assert row["indices"] is row["scores"] is None
+            assert CANARY not in row["error"]
+        else:
+            assert row["error"] is None
+            expected = scorer.rank(given["text"], given["candidates"], 2)
+            assert row["indices"] == [each.index for each in expected]
+            assert row["scores"] == pytest.approx([each.score for each in expected], abs=TOLERANCE)
+    by_number = {row["number"]: row["error"] for row in ranked}
+    assert by_number[7] == "the query must be a string, not NoneType"
+    assert by_number[8] == "passage 1 must be a string, not NoneType"
+
+
+def test_a_malformed_row_can_stop_the_job(
+    cluster: None, config: ScorerConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": CANARY, "passage": "a"}, {"query": CANARY, "passage": None}]
+    scored = score_dataset(ray.data.from_items(rows), config, on_error="raise")
+    with pytest.raises(RayError, match="row 1 of a block: the passage must be a string") as caught:
+        scored.take_all()
+    assert CANARY not in str(caught.value)
+    assert CANARY not in "".join(capfd.readouterr())
+
+
+def test_settings_are_checked_before_the_job(cluster: None, config: ScorerConfig) -> None:
+    ds = ray.data.from_items([{"query": "q", "passages": ["p"], "passage": "p"}])
+    with pytest.raises(ConfigError, match=r"no column \['texts'\]"):
+        rerank_dataset(ds, config, passages_column="texts")
+    with pytest.raises(ConfigError, match=r"already has the column \['error'\]"):
+        score_dataset(ray.data.from_items([{"query": "q", "passage": "p", "error": ""}]), config)
+    with pytest.raises(ConfigError, match="on_error must be one of"):
+        score_dataset(ds, config, on_error="ignore")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="top_n"):
+        rerank_dataset(ds, config, top_n=-1)
+    with pytest.raises(InputError, match="threshold"):
+        rerank_dataset(ds, ScorerConfig(model="embedded", normalize=True), threshold=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_actors": 0}, "num_actors"),
+        ({"num_actors": True}, "num_actors"),
+        ({"concurrent_calls": 1.5}, "concurrent_calls"),
+        ({"rows_per_block": 0}, "rows_per_block"),
+        ({"num_cpus": -1}, "num_cpus"),
+        ({"num_gpus": float("nan")}, "num_gpus"),
+        ({"num_gpus": "1"}, "num_gpus"),
+    ],
+)
+def test_wrong_actor_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ActorOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("num_actors", "has_checkpoints", "available", "expected"),
+    [
+        (1, False, 16, None),
+        (15, False, 16, None),
+        (16, False, 16, 0.93),
+        (1, True, 2, 0),
+        (2, True, 3, 0.5),
+        (3, True, 3, 0.33),
+        (4, False, 0, 0),
+    ],
+)
+def test_actors_leave_cpus_to_other_tasks(
+    num_actors: int,
+    has_checkpoints: bool,
+    available: float,
+    expected: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": available})
+    actors = ActorOptions(num_actors=num_actors)
+    assert data._num_cpus(actors, has_checkpoints=has_checkpoints) == expected
+
+
+def test_a_job_that_may_stall_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2})
+    assert data._num_cpus(ActorOptions(num_cpus=1), has_checkpoints=True) == 1
+    assert "may wait forever. Reserve at most 0 for each actor" in caplog.text
+    caplog.clear()
+    assert data._num_cpus(ActorOptions(num_cpus=0.5), has_checkpoints=False) == 0.5
+    assert not caplog.text

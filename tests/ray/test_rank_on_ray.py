@@ -1,0 +1,187 @@
+"""`bge-rerank rank --ray` on folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+pytest.importorskip("ray", reason="needs the extra `ray`")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.exceptions import RayError
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.rank_on_ray import rank_raw_lines
+from bge_rerank_integrations.ray.data import ActorOptions
+from bge_rerank_integrations.ray.folders import Line, ResultLine, rank_jsonl_folder
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+torch = pytest.importorskip("torch")
+TOLERANCE = LOGIT_TOLERANCE[torch.float32]
+QUERY = "what is a panda?"
+CANARY = "CANARY-TEXT"
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def request(number: int) -> dict[str, Any]:
+    return {
+        "id": number,
+        "query": QUERY,
+        "passages": ["hi", {"id": f"p{number}", "title": "Panda", "text": f"a bear {number}"}],
+    }
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+@pytest.fixture
+def on(checkpoint: Path) -> list[str]:
+    return ["--model", str(checkpoint), "--device", "cpu"]
+
+
+def test_a_folder_of_jsonl_files(on: list[str], tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    (source / "_ignored.jsonl").write_text("not a request")
+    first = [json.dumps(request(number)) for number in range(20)]
+    (source / "a.jsonl").write_text("\ufeff" + "\n".join([*first, "", f"{{{CANARY}", ""]), encoding="utf-8")
+    second = json.dumps({"query": QUERY, "passages": [5]}).encode()
+    (source / "sub" / "b.ndjson").write_bytes(b"\xff\n" + second + b"\n" + first[0].encode())
+    result = run("rank", "--ray", source, "-o", output, "--rows-per-block", 8, "--return-texts", *on)
+    assert result.exit_code == 0, result.output
+    assert "21 request(s) ranked; 3 malformed." in result.output
+    rows = {(row.pop("file"), row["line"]): row for row in read_rows(output)}
+    assert sorted(rows) == [
+        *(("a.jsonl", line) for line in [*range(1, 21), 22]),
+        *(("sub/b.ndjson", line) for line in (1, 2, 3)),
+    ]
+    assert rows["a.jsonl", 22]["error"] == "not valid JSON"
+    assert rows["sub/b.ndjson", 1]["error"] == "not UTF-8"
+    assert "`passages[0]` is neither" in rows["sub/b.ndjson", 2]["error"]
+
+    single = tmp_path / "single.jsonl"
+    (tmp_path / "requests.jsonl").write_text("\n".join(first), encoding="utf-8")
+    assert run("rank", tmp_path / "requests.jsonl", "-o", single, "--return-texts", *on).exit_code == 0
+    for line in single.read_text(encoding="utf-8").splitlines():
+        expected = json.loads(line)
+        found = rows["a.jsonl", expected["line"]]
+        assert [found["results"][at].pop("score") for at in range(len(found["results"]))] == pytest.approx(
+            [expected["results"][at].pop("score") for at in range(len(expected["results"]))], abs=TOLERANCE
+        )
+        assert found == expected
+
+    assert (output / "_SUCCESS").exists()
+    assert not (tmp_path / "out.checkpoint").exists()
+    again = run("rank", "--ray", source, "-o", output, "--return-texts", *on)
+    assert again.exit_code == 0
+    assert "is already complete" in flat(again.output)
+    other = run("rank", "--ray", source, "-o", output, "--top-n", 1, *on)
+    assert other.exit_code == 1
+    assert "other settings (return_texts, top_n)" in flat(other.output)
+
+
+def test_a_folder_of_parquet_files(on: list[str], checkpoint: Path, scorer: Scorer, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    rows = [{"q": QUERY, "texts": ["hi", f"a bear {at}"], "number": at} for at in range(30)]
+    rows[3]["q"] = None
+    for at in (0, 15):
+        pq.write_table(pa.Table.from_pylist(rows[at : at + 15]), source / f"{at}.parquet")
+    arguments = ["rank", "--ray", source, "-o", output, "--query-column", "q", "--passages-column", "texts"]
+    result = run(*arguments, "--rows-per-block", 10, *on)
+    assert result.exit_code == 0, result.output
+    assert "29 request(s) ranked; 1 malformed." in result.output
+    found = pq.read_table(output).to_pylist()
+    assert sorted(row["number"] for row in found) == list(range(30))
+    assert len({row["row_id"] for row in found}) == 30
+    for row in found:
+        if row["number"] == 3:
+            assert (row["indices"], row["error"]) == (None, "the query must be a string, not NoneType")
+            continue
+        expected = scorer.rank(QUERY, rows[row["number"]]["texts"])
+        assert row["indices"] == [each.index for each in expected]
+        assert row["scores"] == pytest.approx([each.score for each in expected], abs=TOLERANCE)
+    missing = run(*arguments[:-1], "nonsense", "--overwrite", *on)
+    assert missing.exit_code == 2
+    assert "no column ['nonsense']" in flat(missing.output)
+    strict = run(*arguments, "--overwrite", "--strict", *on)
+    assert strict.exit_code == 2
+    assert "the query must be a string" in flat(strict.output)
+
+
+def stop_once(scorer: Scorer, lines: Sequence[Line], *, folder: Path, last: int) -> list[ResultLine]:
+    """Rank lines, and record which ones. The block with the last line fails the first time."""
+    numbers = [line.number for line in lines]
+    if last in numbers and not (folder / "stopped").exists():
+        (folder / "stopped").touch()
+        raise RuntimeError("stopped")
+    with (folder / "scored").open("a") as file:
+        file.writelines(f"{number}\n" for number in numbers)
+    return rank_raw_lines(scorer, lines, top_n=None, threshold=None, return_texts=False, strict=False)
+
+
+def test_a_job_that_was_stopped_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
+    source, output, state = tmp_path / "in", tmp_path / "out", tmp_path / "state"
+    source.mkdir()
+    state.mkdir()
+    file = source / "a.jsonl"
+    file.write_text("\n".join(json.dumps(request(number)) for number in range(400)))
+
+    def rank() -> Any:
+        return rank_jsonl_folder(
+            [file],
+            source,
+            output,
+            ScorerConfig(model=checkpoint, device="cpu"),
+            partial(stop_once, folder=state, last=400),
+            actors=ActorOptions(rows_per_block=10, concurrent_calls=1),
+            checkpoint=tmp_path / "out.checkpoint",
+        )
+
+    with pytest.raises(RayError):
+        rank()
+    num_saved = len(read_rows(output))
+    assert 0 < num_saved < 400
+    (state / "scored").unlink()
+    written = rank()
+    assert sorted(row["line"] for row in read_rows(output)) == list(range(1, 401))
+    scored = [int(line) for line in (state / "scored").read_text().splitlines()]
+    # A block that was written but not yet recorded when the job stopped is deleted and scored again.
+    assert len(scored) == written.num_rows <= 400 - num_saved + 10
+    assert len(set(scored)) == len(scored)
+
+
+def test_strict_and_empty_input(on: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    assert run("rank", "--ray", source, "-o", tmp_path / "out", *on).exit_code == 3
+    (source / "a.jsonl").write_text(json.dumps(request(1)) + f"\n{{{CANARY}\n")
+    strict = run("rank", "--ray", source, "-o", tmp_path / "out", "--strict", *on)
+    assert strict.exit_code == 3
+    assert "Error: a.jsonl, line 2: not valid JSON" in strict.output
+    assert CANARY not in strict.output
+    (source / "a.jsonl").write_text("nonsense\n")
+    useless = run("rank", "--ray", source, "-o", tmp_path / "out2", *on)
+    assert useless.exit_code == 3
+    assert "no row of the input is a request" in flat(useless.output)

@@ -1,0 +1,170 @@
+"""The errors and repetitions of `ServeScorer`, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra `ray`")
+
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from bge_rerank_integrations.errors import (
+    ConfigError,
+    InputError,
+    NonFiniteScoreError,
+    QueueFullError,
+    RemoteError,
+    RequestTimeoutError,
+    RerankError,
+    ServerUnreachableError,
+    WorkerDiedError,
+)
+from bge_rerank_integrations.ranking import RankedPassage, Ranking
+from bge_rerank_integrations.ray import ServeScorer
+from bge_rerank_integrations.ray import scorer as module
+
+CANARY = "CANARY"
+
+
+class Response:
+    """A response that gives an outcome."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self.is_cancelled = False
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self.outcome == "never":
+            yield from asyncio.sleep(60).__await__()
+        return self.result()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Stub(ServeScorer):
+    """Answers calls with given outcomes, and then with rankings whose scores are all 0."""
+
+    def __init__(self, *outcomes: Any, **options: Any) -> None:
+        super().__init__(DeploymentHandle("Reranker", "rerank"), **options)
+        self.outcomes = list(outcomes)
+        self.responses: list[Response] = []
+
+    def _send(self, call: Any) -> Any:
+        ranked = [
+            Ranking([RankedPassage(index, 0.0) for index in range(len(passages))])
+            for _, passages in call.requests
+        ]
+        self.responses.append(Response(self.outcomes.pop(0) if self.outcomes else ranked))
+        return self.responses[-1]
+
+
+@pytest.fixture
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.001)
+
+
+def raised_by_replica(error: Exception) -> RayTaskError:
+    return RayTaskError("rank", CANARY, error)
+
+
+@pytest.mark.usefixtures("_short_delays")
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ActorDiedError(),
+        BackPressureError(1, 1),
+        RayServeException(CANARY),
+        raised_by_replica(QueueFullError("full")),
+        raised_by_replica(ServerUnreachableError("shutting down")),
+        raised_by_replica(WorkerDiedError("dead")),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_what_may_pass_is_tried_again(failure: Exception) -> None:
+    stub = Stub(failure, failure, max_retries=2)
+    assert stub.rank("a", ["b"]) == [RankedPassage(0, 0.0)]
+    assert len(stub.responses) == 3
+    stub = Stub(failure, failure, max_retries=2)
+    assert asyncio.run(stub.arank("a", ["b"])) == [RankedPassage(0, 0.0)]
+    stub = Stub(failure, failure, failure, max_retries=1)
+    with pytest.raises(RerankError) as caught:
+        stub.rank("a", ["b"])
+    assert len(stub.responses) == 2
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (raised_by_replica(InputError("wrong", index=3)), InputError),
+        (raised_by_replica(RequestTimeoutError("late")), RequestTimeoutError),
+        (raised_by_replica(ValueError(CANARY)), RemoteError),
+        (RayError(CANARY), RemoteError),
+        (TimeoutError(CANARY), RequestTimeoutError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_what_will_not_pass_is_an_error_at_once(failure: Exception, kind: type[RerankError]) -> None:
+    stub = Stub(failure)
+    with pytest.raises(kind) as caught:
+        stub.rank("a", ["b"])
+    assert type(caught.value) is kind
+    assert CANARY not in str(caught.value)
+    assert len(stub.responses) == 1
+
+
+def test_an_index_counts_over_all_calls() -> None:
+    good = [Ranking([RankedPassage(index, 0.0) for index in range(1024)])]
+    failure = raised_by_replica(NonFiniteScoreError("not finite", index=3))
+    with pytest.raises(NonFiniteScoreError, match="pair 1027") as caught:
+        Stub(good, failure).score([("q", "p")] * 2000)
+    assert caught.value.index == 1027
+
+
+def test_a_cancelled_call_is_cancelled_on_the_replica() -> None:
+    async def cancel() -> Stub:
+        stub = Stub("never")
+        task = asyncio.ensure_future(stub.arank("a", ["b"]))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return stub
+
+    assert asyncio.run(cancel()).responses[0].is_cancelled
+    stub = Stub("never")
+    with pytest.raises(RequestTimeoutError):
+        asyncio.run(stub.arank("a", ["b"], timeout=0.01))
+    assert stub.responses[0].is_cancelled
+    stub = Stub(TimeoutError())
+    with pytest.raises(RequestTimeoutError):
+        stub.rank("a", ["b"])
+    assert stub.responses[0].is_cancelled
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": True}, "timeout"),
+        ({"max_retries": -1}, "max_retries"),
+        ({"normalize": 1}, "normalize"),
+    ],
+)
+def test_wrong_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Stub(**options)
+    with pytest.raises(ConfigError, match="handle must be a DeploymentHandle, not str"):
+        ServeScorer("rerank")  # type: ignore[arg-type]
