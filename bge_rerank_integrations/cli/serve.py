@@ -74,7 +74,8 @@ def serve(
 
     Answers clients of Cohere, Jina, Text Embeddings Inference, vLLM, Infinity,
     Voyage and NVIDIA, and `RemoteScorer`. Scores are from 0 to 1 unless a
-    request asks for raw ones.
+    request asks for raw ones. Open the server's address in a browser to see what
+    reranking changes.
 
     Other machines are let in with an API key only, which is taken from
     BGE_RERANK_API_KEY or a file. At SIGTERM no new requests are taken, the
