@@ -617,6 +617,24 @@ def test_answers_of_others(status: int, body: str, message: str, url: str, open_
     assert error_of(page).startswith(message)
 
 
+def test_input_that_changes_while_it_is_ranked(open_page: Open) -> None:
+    """The results are those of the input that was sent."""
+    held = HeldScorer(is_held=False)
+    with running(create_app(held)) as url:  # type: ignore[arg-type]
+        page = open_page(url)
+        settled(page)
+        held.is_held = True
+        rerank(page)
+        wait_until(lambda: held.num_calls == 2)
+        page.get_by_role("button", name="Remove").click()
+        page.get_by_role("textbox", name="Passages").fill("something else")
+        held.is_held = False
+        settled(page)
+        assert len(order(page)) == 30
+        assert "BM25 order" in page.locator(".before-head").inner_text()
+        assert "something else" not in page.locator("pre").inner_text()
+
+
 def test_stopping(open_page: Open) -> None:
     held = HeldScorer(is_held=False)
     with running(create_app(held)) as url:  # type: ignore[arg-type]
