@@ -160,7 +160,7 @@ def retry_delay(
     if isinstance(outcome, Answer):
         # The server gives every error a type. A proxy that loses its server in the middle of a request, such
         # as that of Ray Serve, answers 500 without one.
-        is_lost = outcome.status == 500 and "type" not in _error_fields(outcome.content)
+        is_lost = outcome.status == 500 and not _was_ours(outcome)
         if outcome.status not in _RETRIED_STATUSES and not is_lost:
             return None
         asked = _retry_after(outcome.headers.get("retry-after", ""))
