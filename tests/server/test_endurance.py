@@ -119,8 +119,8 @@ class Clients:
                 assert self.is_restarting
                 await asyncio.sleep(0.05)  # nobody has seen this request, so it is sent again
                 continue
-            except httpx.TransportError:
-                assert self.is_restarting, "a connection closed without a response"
+            except httpx.TransportError as error:
+                assert self.is_restarting, f"no response: {error!r}"
                 self.ends.unanswered.add(name)
                 self.ends.counts["connection closed by the restart"] += 1
                 return
