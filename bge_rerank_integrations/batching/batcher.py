@@ -219,7 +219,7 @@ class MicroBatcher:
         with self._changed:
             while not self._abandoned and self._serves(worker):
                 timeout_s = None  # until something changes
-                if not (self._queue or worker.running):
+                if not (self._queue or worker.batches):
                     if self._closed or not (self._changed.wait(self._idle_s) or self._queue):
                         break
                     continue
@@ -242,8 +242,10 @@ class MicroBatcher:
     def complete(self, worker: Worker, batch: Batch, logits: list[float], compute_s: float) -> None:
         """See `Work`."""
         with self._changed:
-            if batch not in worker.running:
+            if not _remove(worker.running, batch):
                 return  # the worker has died, or its device was lost, and the sequences are queued again
+            # The loss of the device does not affect this batch any more. The death of the worker does.
+            worker.answering.append(batch)
             self._recorder.computed(
                 num_requests=len(batch),
                 num_pairs=len(logits),
@@ -256,15 +258,16 @@ class MicroBatcher:
         values = iter(logits)
         for request, indices in batch.items():
             self._report(request, {index: next(values) for index in indices})
-        # Remove the batch only now. If the worker dies before this, its requests fail.
-        self._remove_batch(worker, batch)
+        with self._changed:
+            _remove(worker.answering, batch)
+            self._changed.notify_all()
 
     def put_back(self, worker: Worker, batch: Batch) -> None:
         """See `Work`."""
         with self._changed:
             worker.num_computing -= 1
             worker.needs_memory = len(worker.running) > 1
-            if self._remove_batch(worker, batch):
+            if _remove(worker.running, batch):
                 self._queue_again(batch)
 
     def recover(self, worker: Worker, batch: Batch, error: Exception) -> None:
@@ -276,23 +279,28 @@ class MicroBatcher:
             return
         with self._changed:
             worker.num_computing -= 1
-            if not self._remove_batch(worker, batch):
+            if not _remove(worker.running, batch):
                 return
             if len(batch) > 1:
                 for request in batch:
                     request.runs_alone = True
                 self._queue_again(batch)
                 return
+            worker.answering.append(batch)
         for request in batch:
             self._fail(request, error)
+        with self._changed:
+            _remove(worker.answering, batch)
+            self._changed.notify_all()
 
     def remove(self, worker: Worker) -> None:
         """See `Work`."""
         with self._changed:
             if self._workers.get(worker.replica) is worker:
                 del self._workers[worker.replica]
-            orphans = [request for batch in worker.running for request in batch]
+            orphans = [request for batch in worker.batches for request in batch]
             worker.running.clear()
+            worker.answering.clear()
             if not self._workers:  # other workers serve waiting requests
                 orphans += self._queue
             self._changed.notify_all()
@@ -349,7 +357,7 @@ class MicroBatcher:
         return self._queue.oldest.submitted_at + self._max_wait_s - time.monotonic()
 
     def _num_others_idle(self, replica: Replica) -> int:
-        busy = [worker.replica for worker in self._workers.values() if worker.running]
+        busy = [worker.replica for worker in self._workers.values() if worker.batches]
         return sum(other not in busy for other in self._replicas if other is not replica)
 
     def _take(self, worker: Worker) -> Batch:
@@ -369,15 +377,6 @@ class MicroBatcher:
         if self._queue:  # others that left the waiting sequences to this worker may take the rest
             self._changed.notify_all()
         return batch
-
-    def _remove_batch(self, worker: Worker, batch: Batch) -> bool:
-        """Remove a batch from the running ones. Return False if it has been removed already."""
-        with self._changed:
-            self._changed.notify_all()
-            if batch in worker.running:
-                worker.running.remove(batch)
-                return True
-            return False
 
     def _queue_again(self, batch: Batch) -> None:
         if not self._abandoned:
@@ -450,7 +449,7 @@ class MicroBatcher:
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
-            running = [r for worker in self._workers.values() for batch in worker.running for r in batch]
+            running = [r for worker in self._workers.values() for batch in worker.batches for r in batch]
             requests = dict.fromkeys([*running, *self._queue])
         for request in requests:
             self._fail(request, error)
@@ -466,6 +465,14 @@ class MicroBatcher:
             self._queue.drop(request)
             self._changed.notify_all()
             self._recorder.cancelled += 1
+
+
+def _remove(batches: list[Batch], batch: Batch) -> bool:
+    """Remove a batch from a list. Return False if it is not in the list."""
+    if batch in batches:
+        batches.remove(batch)
+        return True
+    return False
 
 
 def _device_lost(cause: BaseException) -> DeviceLostError:

@@ -115,7 +115,8 @@ class Worker:
 
     Attributes:
         replica: The replica that this worker serves.
-        running: The batches that were launched and whose requests have not all been answered.
+        running: The batches that were launched and have no result yet.
+        answering: The batches whose results are being given to their requests.
         num_computing: Number of batches that the device has not finished.
         needs_memory: Whether the last launch did not fit into memory beside other batches. The next batch is
             launched only when the device is empty.
@@ -124,6 +125,7 @@ class Worker:
     def __init__(self, work: Work, replica: Replica) -> None:
         self.replica = replica
         self.running: list[Batch] = []
+        self.answering: list[Batch] = []
         self.num_computing = 0
         self.needs_memory = False
         self._work = work
@@ -139,9 +141,14 @@ class Worker:
         return [thread for thread in self._threads if thread.is_alive()]
 
     @property
+    def batches(self) -> list[Batch]:
+        """All batches that have unanswered requests."""
+        return self.running + self.answering
+
+    @property
     def has_room(self) -> bool:
         """Whether the device can hold another batch."""
-        return not self.running if self.needs_memory else len(self.running) < self.replica.depth
+        return not self.batches if self.needs_memory else len(self.batches) < self.replica.depth
 
     def start(self) -> None:
         """Start the threads."""

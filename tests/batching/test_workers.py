@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.engine.runner import is_device_lost
 from bge_rerank_integrations.errors import DeviceLostError, ScorerClosedError, WorkerDiedError
@@ -199,6 +200,38 @@ def test_a_lost_device_gives_both_its_batches_back(make: Callable[..., MicroBatc
     assert long.result(PATIENCE_S) == [10.0, 11.0]
     assert results(occupying) == [[0.0], [1.0], [2.0], [3.0]]
     assert batcher.health().replicas_alive == 1
+
+
+def test_a_loss_while_answers_are_given_does_not_score_a_sequence_twice(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    """Otherwise the second score of the first sequence would count as that of the sequence that is missing."""
+    bad, good = AsyncDevice(), AsyncDevice()
+    batcher = make(bad, good)
+    filling = [batcher.submit([sized(number, 100)]) for number in range(10, 14)]
+    wait_until(lambda: len(bad.launched) == len(good.launched) == 2)
+    bad.finish(2)  # only this device has room now
+    for (number,) in list(bad.launched):
+        filling[int(number) - 10].result(PATIENCE_S)
+    reporting, may_go_on = threading.Event(), threading.Event()
+
+    def on_progress(_: int) -> None:
+        reporting.set()
+        assert may_go_on.wait(PATIENCE_S)
+
+    request = Request(on_progress)
+    batcher.add(request, [sized(1, 100)], is_last=False)
+    wait_until(lambda: len(bad.launched) == 3)
+    bad.launch_error = lost()
+    bad.finish(1)
+    assert reporting.wait(PATIENCE_S)
+    batcher.add(request, [sized(2, 100)])
+    wait_until(lambda: batcher.health().replicas_alive == 1)
+    may_go_on.set()
+    good.finish(10)
+    assert request.future.result(PATIENCE_S) == [1.0, 2.0]
+    assert results(filling) == [[10.0], [11.0], [12.0], [13.0]]
+    assert (bad.launched + good.launched).count([1.0]) == 1
 
 
 def test_the_loss_of_the_only_device_fails_both_its_batches(make: Callable[..., MicroBatcher]) -> None:

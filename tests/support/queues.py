@@ -56,6 +56,7 @@ class AsyncDevice:
         launched: The scores of each launched batch.
         errors: For a score, the error of a batch that contains it.
         error: The error of every batch that is waited for.
+        launch_error: The error of every launch.
         num_refused: Number of launches that did not fit into memory.
         num_waiting: Number of batches that are waited for now.
         num_read: Number of batches that were waited for.
@@ -67,6 +68,7 @@ class AsyncDevice:
         self.launched: list[list[float]] = []
         self.errors: dict[float, Exception] = {}
         self.error: BaseException | None = None
+        self.launch_error: Exception | None = None
         self.num_refused = self.num_waiting = self.num_read = 0
         self._max_tokens = max_tokens
         self._num_tokens = 0
@@ -77,6 +79,8 @@ class AsyncDevice:
         self._done.release(num_batches)
 
     def launch(self, sequences: list[IntArray], *, is_alone: bool) -> Pending | None:
+        if self.launch_error is not None:
+            raise self.launch_error
         num_tokens = sum(map(len, sequences))
         if self._max_tokens is not None and self._num_tokens + num_tokens > self._max_tokens:
             assert not is_alone, "the batch fits into memory by itself"
