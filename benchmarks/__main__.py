@@ -1,6 +1,6 @@
 """Compare this package's speed and memory with its peers, and faster precisions with float32.
 
-    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,ray} ...
+    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,device,serve,ray} ...
 
 `benchmarks/README.md` explains what is compared and how to read the output.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Final
 
 import torch
 
-from benchmarks import fidelity, gpu, length, linear, memory, ray_cluster, speed
+from benchmarks import fidelity, gpu, length, linear, memory, ray_cluster, serve, simulated_device, speed
 from benchmarks.models import SHAPES
 from benchmarks.peers.registry import ENTRIES, OURS, select
 from benchmarks.plots import check_plots
@@ -28,12 +28,17 @@ COMMANDS: Final[dict[str, ModuleType]] = {
     "memory": memory,
     "fidelity": fidelity,
     "gpu": gpu,
+    "device": simulated_device,
+    "serve": serve,
     "ray": ray_cluster,
 }
+# Contenders of commands that do not compare those of `benchmarks.peers`.
+CONTENDERS: Final[dict[str, Collection[str]]] = {"serve": serve.CONTENDERS}
 DEFAULT_CONTENDERS: Final = {
     "linear": OURS,
     "fidelity": fidelity.DEFAULT_CONTENDERS,
     "gpu": gpu.DEFAULT_CONTENDERS,
+    "serve": ["http"],
 }
 
 
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.repeats < 1:
         chosen.error("--repeats must be positive")
     try:
-        args.contenders = select(args.contenders)
+        args.contenders = select(args.contenders, CONTENDERS.get(args.command, ENTRIES))
     except ValueError as error:
         chosen.error(str(error))
     module.check_arguments(chosen, args)
@@ -85,7 +90,7 @@ def _add_command(
         nargs="+",
         default=DEFAULT_CONTENDERS.get(name, list(ENTRIES)),
         metavar="NAME",
-        help=f"contenders to run, or prefixes of their names: {', '.join(ENTRIES)}",
+        help=f"contenders to run, or prefixes of their names: {', '.join(CONTENDERS.get(name, ENTRIES))}",
     )
     module.add_arguments(parser)
     return parser

@@ -52,6 +52,7 @@ class PairMaker:
 
     def __init__(self, tokenizer_path: Path) -> None:
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        tokenizer.no_padding()
         words = [word for text in read_texts() for word in text.split() if "<" not in word]
         encodings = tokenizer.encode_batch(words, add_special_tokens=False)
         self._counted = [

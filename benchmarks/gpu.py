@@ -1,29 +1,41 @@
-"""`gpu`: measure one GPU in a few minutes: peak TFLOP/s, throughput as a share of the peak, and latency."""
+"""`gpu`: measure one GPU in a few minutes: kernels, share of the peak, latency, CUDA graphs and a profile."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import logging
 import statistics
+import sys
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
-from typing import Any, Final
-
-import torch
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast, get_args
 
 from benchmarks import report
-from benchmarks.common import MAX_LENGTH, quiet, reworded
+from benchmarks.common import MAX_LENGTH, reworded
+from benchmarks.device_only import device_seconds, load_model, measure_ceiling, prepare, profile_kernels
 from benchmarks.measure import Run, interleave, problems, reference
 from benchmarks.models import SHAPES, Setup, prepared_model
-from benchmarks.peers.registry import REFERENCE, is_ours, load_all
+from benchmarks.peers.contender import NotAvailableError
+from benchmarks.peers.ours import require_dtype
+from benchmarks.peers.registry import load_all
 from benchmarks.speed import compare, print_workload
-from benchmarks.workloads import WorkloadMaker
+from benchmarks.workloads import Workload, WorkloadMaker
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.config import DType
+from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS
+from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.model import EncoderShape
 
 DEFAULT_CONTENDERS: Final = ["ours", "cross-encoder-best"]
-NUM_PRODUCTS: Final = 20
 # Number of pairs in the trial run that estimates how many pairs fit into `--seconds`.
 NUM_TRIAL_PAIRS: Final = 512
+# Number of pairs that the profile covers.
+NUM_PROFILED_PAIRS: Final = 64
+# The largest batch that has a CUDA graph.
+MAX_GRAPH_TOKENS: Final = MAX_ROWS - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-pairs", type=int, default=10_000, help="most pairs when measuring throughput")
     parser.add_argument(
-        "--seconds", type=float, default=40.0, help="seconds per precision when measuring throughput"
+        "--seconds", type=float, default=20.0, help="seconds per precision when measuring throughput"
     )
     parser.add_argument(
         "--matrix-size", type=int, default=8192, help="size of the matrices that measure the peak"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.json of a real model, such as XLM-RoBERTa's with 250,002 pieces; "
+        "default: the small tokenizer of the examples",
     )
 
 
@@ -47,38 +65,37 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("gpu measures shapes with random weights; leave --model out")
     if args.num_pairs < 2 or args.seconds <= 0 or args.matrix_size < 1:
         parser.error("--num-pairs must be at least 2, and --seconds and --matrix-size must be positive")
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        parser.error(f"--tokenizer {args.tokenizer} is not a file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. The exit status is 1 if contenders do not agree."""
-    document = report.begin(args, "repeats", "seed")
-    ceiling = measure_ceiling(args.device, args.matrix_size)
-    document["ceiling_tflops"] = ceiling
-    print(f"bfloat16 product of {args.matrix_size} x {args.matrix_size}: {ceiling:.1f} TFLOP/s\n", flush=True)
+    document = report.begin(args, "repeats", "seed", "tokenizer")
+    document["settings"]["tokenizer"] = None if args.tokenizer is None else str(args.tokenizer)
     missing: dict[str, str] = {}
     found: list[str] = []
-    document["latency"] = {}
-    for shape in dict.fromkeys([args.shape, *args.also]):
-        with ExitStack() as stack:
-            with quiet():
-                setup = stack.enter_context(prepared_model(shape=shape, model=None, device=args.device))
-            if shape == args.shape:
-                document["throughput"], missing = _throughput(args, setup, ceiling)
-            document["latency"][shape] = _latency(args, shape, setup, missing, found)
+    document["latency"], document["graphs"] = {}, {}
+    with _logs_on_stdout():
+        for shape in dict.fromkeys([args.shape, *args.also]):
+            with prepared_model(
+                shape=shape, model=None, device=args.device, tokenizer=args.tokenizer
+            ) as setup:
+                maker = WorkloadMaker(setup.tokenizer_path, args.seed)
+                if shape == args.shape:
+                    dtypes = _usable_dtypes(setup, missing)
+                    main = "float16" if "float16" in dtypes else dtypes[0]
+                    document["machine"] = _describe(dtypes, setup)
+                    document["ceiling_tflops"] = _ceilings(args, dtypes)
+                    ceilings = document["ceiling_tflops"]
+                    document["throughput"] = _throughput(args, dtypes, setup, maker, missing, ceilings)
+                    document["profile"] = _profile(setup, maker, main)
+                    compared = [dtype for dtype in dtypes if not (setup.on_cuda and dtype == "float32")]
+                else:
+                    compared = [main]
+                document["graphs"][shape] = _graphs(args, shape, compared, setup, maker)
+                document["latency"][shape] = _latency(args, shape, setup, maker, missing, found)
     return report.end(document, missing=missing, problems=found)
-
-
-def measure_ceiling(device: str, size: int) -> float:
-    """Return the TFLOP/s of a large bfloat16 matrix product in torch, as the median of several runs."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(NUM_PRODUCTS + 3):
-        _synchronize(device)
-        began = time.perf_counter()
-        a @ b
-        _synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds[3:]) / 1e12
 
 
 def count_flops(shape: EncoderShape, lengths: Iterable[int], *, all_rows: bool = False) -> int:
@@ -102,18 +119,142 @@ def count_flops(shape: EncoderShape, lengths: Iterable[int], *, all_rows: bool =
     return total
 
 
+@contextmanager
+def _logs_on_stdout() -> Iterator[None]:
+    """Print what this package logs, such as which kernels it chose and why it left others out.
+
+    A line that comes again, because the same model is loaded again, is printed once.
+    """
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        return line not in seen and not seen.add(line)  # type: ignore[func-returns-value]
+
+    logger = logging.getLogger("bge_rerank_integrations")
+    handler, level = logging.StreamHandler(sys.stdout), logger.level
+    handler.setFormatter(logging.Formatter("log: %(message)s"))
+    handler.addFilter(is_new)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _usable_dtypes(setup: Setup, missing: dict[str, str]) -> list[str]:
+    """Return the precisions that the device computes in. Precisions that it would emulate are missing."""
+    usable = []
+    for dtype in get_args(DType):
+        if dtype == "auto":
+            continue
+        try:
+            require_dtype(dtype, setup)
+        except NotAvailableError as error:
+            missing[f"ours-{dtype}"] = str(error)
+        else:
+            usable.append(dtype)
+    return usable
+
+
+def _describe(dtypes: list[str], setup: Setup) -> dict[str, Any]:
+    """Print what `bge-rerank info` says about the machine, for each precision."""
+    machines = {}
+    for dtype in dtypes:
+        config = ScorerConfig(device=setup.device, dtype=cast(DType, dtype))
+        machines[dtype] = dataclasses.asdict(describe_machine(config))
+        print(f"\n{dtype}:")
+        for name, value in machines[dtype].items():
+            print(f"  {name:18} {value}")
+    print(flush=True)
+    return machines
+
+
+def _ceilings(args: argparse.Namespace, dtypes: list[str]) -> dict[str, float | None]:
+    ceilings = {dtype: measure_ceiling(args.device, dtype, args.matrix_size) for dtype in dtypes}
+    rows = [(dtype, [report.figure(speed, ".4g")]) for dtype, speed in ceilings.items()]
+    report.print_table(f"product of {args.matrix_size} x {args.matrix_size}", ["TFLOP/s"], rows)
+    return ceilings
+
+
 def _throughput(
-    args: argparse.Namespace, setup: Setup, ceiling: float
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Measure throughput from text to scores on pairs of 512 tokens. On CUDA, float32 is left out."""
-    maker = WorkloadMaker(setup.tokenizer_path, args.seed)
-    keys = [key for key in args.contenders if is_ours(key) and (key != REFERENCE or not setup.on_cuda)]
-    with ExitStack() as stack, quiet():
-        contenders, missing = load_all(keys, setup, stack)
-        workload = maker.make("E", num_pairs=args.num_pairs, length=MAX_LENGTH)
-        runs = []
+    args: argparse.Namespace,
+    dtypes: list[str],
+    setup: Setup,
+    maker: WorkloadMaker,
+    missing: dict[str, str],
+    ceilings: dict[str, float | None],
+) -> dict[str, Any]:
+    """Measure pairs of 512 tokens on the device alone, and from text to scores except for float32 on CUDA."""
+    workload = maker.make("E", num_pairs=args.num_pairs, length=MAX_LENGTH)
+    results = {
+        dtype: {"dtype": dtype, **_device_throughput(args, dtype, setup, maker, workload)} for dtype in dtypes
+    }
+    wanted = [f"ours-{dtype}" for dtype in dtypes if not (setup.on_cuda and dtype == "float32")]
+    keys = [key for key in args.contenders if key in wanted]
+    for run in _timed_runs(args, keys, setup, workload, missing):
+        summary = run.summary()
+        lengths, wall_s = run.workload.num_tokens, summary["wall_s"]
+        results[summary["dtype"]] |= {
+            **summary,
+            "num_pairs": len(lengths),
+            "tflops": count_flops(setup.shape(), lengths) / wall_s / 1e12,
+            "tflops_all_rows": count_flops(setup.shape(), lengths, all_rows=True) / wall_s / 1e12,
+        }
+    rows = []
+    for dtype, result in results.items():
+        for place in ("", "device_"):
+            ceiling, speed = ceilings[dtype], result.get(f"{place}tflops")
+            share = None if ceiling is None or speed is None else speed / ceiling
+            result[f"{place}share_of_ceiling"] = share
+        cells = [
+            report.figure(result.get(name), spec)
+            for name, spec in (
+                ("device_graphs", "d"),
+                ("device_pairs_per_s", ".1f"),
+                ("device_tflops", ".3g"),
+                ("device_share_of_ceiling", ".1%"),
+                ("num_pairs", "d"),
+                ("pairs_per_s", ".1f"),
+                ("tflops", ".3g"),
+                ("share_of_ceiling", ".1%"),
+            )
+        ]
+        rows.append((dtype, cells))
+    print(
+        f"workload E with pairs of {MAX_LENGTH} tokens, {args.shape}: ids on the device, then text to scores"
+    )
+    columns = ["graphs", "dev pairs/s", "dev TFLOP/s", "of peak", "pairs", "pairs/s", "TFLOP/s", "of peak"]
+    report.print_table("medians", columns, rows, width=13)
+    return {"shape": args.shape, "results": list(results.values())}
+
+
+def _device_throughput(
+    args: argparse.Namespace, dtype: str, setup: Setup, maker: WorkloadMaker, workload: Workload
+) -> dict[str, Any]:
+    ids = maker.ids(workload.pairs[:NUM_TRIAL_PAIRS])
+    loaded = load_model(setup, dtype)
+    seconds = device_seconds(loaded, ids, args.repeats)
+    flops = count_flops(setup.shape(), [len(each) // 4 for each in ids])
+    return {
+        "device_graphs": loaded.num_graphs,
+        "device_pairs_per_s": len(ids) / seconds,
+        "device_tflops": flops / seconds / 1e12,
+    }
+
+
+def _timed_runs(
+    args: argparse.Namespace, keys: list[str], setup: Setup, workload: Workload, missing: dict[str, str]
+) -> list[Run]:
+    """Time contenders for about `--seconds` each."""
+    trial = workload.pairs[:NUM_TRIAL_PAIRS]
+    runs = []
+    with ExitStack() as stack:
+        contenders, not_there = load_all(keys, setup, stack)
+        missing |= not_there
         for key, contender in contenders.items():
-            trial = workload.pairs[:NUM_TRIAL_PAIRS]
             contender.score(reworded(trial, "warm-up"))
             began = time.perf_counter()
             contender.score(reworded(trial, "trial"))
@@ -122,50 +263,130 @@ def _throughput(
             runs.append(Run(key, contender, workload.first(num_pairs)))
         if runs:
             interleave(runs, args.repeats)
-    shape = setup.shape()
-    results = []
-    for run in runs:
-        summary = {**run.summary(), "num_pairs": len(run.workload.pairs)}
-        summary["tflops"] = count_flops(shape, run.workload.num_tokens) / summary["wall_s"] / 1e12
-        summary["tflops_all_rows"] = (
-            count_flops(shape, run.workload.num_tokens, all_rows=True) / summary["wall_s"] / 1e12
-        )
-        summary["share_of_ceiling"] = summary["tflops"] / ceiling
-        results.append(summary)
+    return runs
+
+
+def _profile(setup: Setup, maker: WorkloadMaker, dtype: str) -> dict[str, Any]:
+    """Print the kernels that take most of the time."""
+    workload = maker.make("E", num_pairs=NUM_PROFILED_PAIRS, length=MAX_LENGTH)
+    kernels = profile_kernels(
+        load_model(setup, dtype, capture_graphs=False, num_threads=1), maker.ids(workload.pairs)
+    )
     rows = [
         (
-            report.label(each),
-            [
-                f"{each['num_pairs']}",
-                f"{each['wall_s']:.3f}",
-                f"{each['pairs_per_s']:.1f}",
-                f"{each['tokens_per_s']:.0f}",
-                f"{each['tflops']:.3g}",
-                f"{100 * each['share_of_ceiling']:.1f} %",
-            ],
+            each["name"][:90],
+            [f"{each['calls']}", f"{each['microseconds']:.0f}", f"{each['share']:.1%}"],
         )
-        for each in results
+        for each in kernels
     ]
-    print(f"workload E with pairs of {MAX_LENGTH} tokens, {args.shape}: from text to scores")
-    report.print_table("medians", ["pairs", "wall s", "pairs/s", "tokens/s", "TFLOP/s", "of peak"], rows)
-    return {"shape": args.shape, "results": results}, missing
+    print(f"{len(workload.pairs)} pairs of {MAX_LENGTH} tokens in {dtype}, without graphs")
+    report.print_table("kernel", ["calls", "microseconds", "share"], rows, width=14)
+    return {"dtype": dtype, "num_pairs": len(workload.pairs), "kernels": kernels}
+
+
+class Variant(NamedTuple):
+    """A workload with CUDA graphs or without, and the most tokens in one batch."""
+
+    workload: Workload
+    capture_graphs: bool
+    max_batch_tokens: int | None
+
+    def label(self, dtype: str) -> str:
+        """Return a name for a table."""
+        graphs = "graphs" if self.capture_graphs else "no graphs"
+        limit = "" if self.max_batch_tokens is None else f", up to {self.max_batch_tokens} tokens"
+        return f"{self.workload.name}, {dtype}, {graphs}{limit}"
+
+
+def _graphs(
+    args: argparse.Namespace, shape: str, dtypes: Iterable[str], setup: Setup, maker: WorkloadMaker
+) -> list[dict[str, Any]]:
+    """Measure workloads D and A with CUDA graphs and without, on the device alone and from text to scores.
+
+    Workload A has more tokens than the largest graph. It is measured in batches that have graphs, and in one
+    large batch.
+    """
+    num_pairs = min(args.num_pairs, 100)
+    few, many = maker.make("D", num_pairs=min(num_pairs, 8)), maker.make("A", num_pairs=num_pairs)
+    variants = [
+        Variant(few, True, MAX_GRAPH_TOKENS),
+        Variant(many, True, MAX_GRAPH_TOKENS),
+        Variant(few, False, MAX_GRAPH_TOKENS),
+        Variant(many, False, MAX_GRAPH_TOKENS),
+        Variant(many, False, None),
+    ]
+    rows, results = [], []
+    for dtype in dtypes:
+        for variant in variants:
+            result = _variant(args, dtype, variant, setup, maker)
+            results.append(result)
+            cells = [
+                f"{result['graphs']}",
+                f"{result['replayed']} of {result['batches']}",
+                f"{1e3 * result['device_s']:.3f}",
+                f"{1e3 * result['wall_s']:.3f}",
+            ]
+            rows.append((variant.label(dtype), cells))
+    print(f"{shape}: CUDA graphs; ids on the device, then text to scores")
+    report.print_table("medians", ["graphs", "replayed", "device ms", "wall ms"], rows)
+    return results
+
+
+def _variant(
+    args: argparse.Namespace, dtype: str, variant: Variant, setup: Setup, maker: WorkloadMaker
+) -> dict[str, Any]:
+    workload, capture_graphs, max_batch_tokens = variant
+    ids = maker.ids(workload.pairs)
+    loaded = load_model(setup, dtype, capture_graphs=capture_graphs, max_batch_tokens=max_batch_tokens)
+    prepared = prepare(loaded, ids)
+    return {
+        "workload": workload.name,
+        "dtype": dtype,
+        "graphs": loaded.num_graphs,
+        "batches": len(prepared.batches),
+        "replayed": prepared.num_replayed,
+        "device_s": device_seconds(loaded, ids, args.repeats * workload.num_calls),
+        "wall_s": _text_to_scores(args, setup, dtype, variant),
+    }
+
+
+def _text_to_scores(args: argparse.Namespace, setup: Setup, dtype: str, variant: Variant) -> float:
+    """Return the median seconds of one call."""
+    with Scorer(
+        setup.model,
+        device=setup.device,
+        dtype=cast(DType, dtype),
+        capture_graphs=variant.capture_graphs,
+        max_batch_tokens=variant.max_batch_tokens,
+    ) as scorer:
+        scorer.score(reworded(variant.workload.pairs, "warm-up"))
+        seconds = []
+        for repeat in range(args.repeats):
+            for pairs in variant.workload.texts(repeat):
+                began = time.perf_counter()
+                scorer.score(pairs)
+                seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def _latency(
-    args: argparse.Namespace, shape: str, setup: Setup, missing: dict[str, str], found: list[str]
+    args: argparse.Namespace,
+    shape: str,
+    setup: Setup,
+    maker: WorkloadMaker,
+    missing: dict[str, str],
+    found: list[str],
 ) -> list[dict[str, Any]]:
-    """Measure the latency of workloads A and C for all contenders."""
-    maker = WorkloadMaker(setup.tokenizer_path, args.seed)
+    """Measure the latency of workloads D, A and C for all contenders."""
     workloads = [maker.make(letter, num_pairs=min(args.num_pairs, 100)) for letter in "AC"]
+    workloads.insert(0, maker.make("D", num_pairs=min(args.num_pairs, 8)))
     measured = []
     with ExitStack() as stack:
-        with quiet():
-            references = reference(setup, maker, workloads)
-            contenders, not_there = load_all(args.contenders, setup, stack)
+        references = reference(setup, maker, workloads)
+        contenders, not_there = load_all(args.contenders, setup, stack)
         missing |= not_there
         for workload in workloads:
-            with quiet():
-                results = compare(contenders, workload, references[workload.name], setup, args.repeats)
+            results = compare(contenders, workload, references[workload.name], setup, args.repeats)
             found += [
                 f"{shape}, {workload.name}: {line}" for line in problems(results, references[workload.name])
             ]
@@ -173,8 +394,3 @@ def _latency(
             print_workload(workload, results)
             measured.append({**workload.describe(), "results": results})
     return measured
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from benchmarks.common import Pairs, spread
 from bge_rerank_integrations import ScorerConfig
@@ -25,6 +26,8 @@ from examples.random_checkpoint import TOKENIZER_CONFIG, build_random_checkpoint
 
 SHAPES: Final[dict[str, dict[str, int]]] = {
     "tiny": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128},
+    # Small enough for a CPU to serve, and large enough that the model takes most of the time.
+    "small": {"num_layers": 6, "hidden_size": 384, "num_heads": 12, "intermediate_size": 1536},
     "base": {
         "num_layers": 12,
         "hidden_size": 768,
@@ -82,19 +85,22 @@ class Setup:
 
 
 @contextmanager
-def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Setup]:
+def prepared_model(
+    *, shape: str, model: str | None, device: str, tokenizer: Path | None = None
+) -> Iterator[Setup]:
     """Create a model with random weights, or copy a model, in a temporary folder.
 
     Args:
         shape: Name of the shape of a model with random weights.
         model: The model to copy, as `Scorer` accepts it. None means random weights.
         device: Device that contenders run on.
+        tokenizer: A `tokenizer.json` to use with random weights instead of the small one of the examples.
     """
     with tempfile.TemporaryDirectory() as folder:
         plain, exports = Path(folder) / "model", Path(folder) / "exports"
         exports.mkdir()
         if model is None:
-            build_random_checkpoint(plain, **SHAPES[shape])
+            _build_random(plain, SHAPES[shape], tokenizer)
         else:
             write_plain(find_checkpoint(ScorerConfig(model=model)), plain)
         yield Setup(model or str(plain), plain, device, exports, [])
@@ -103,6 +109,19 @@ def prepared_model(*, shape: str, model: str | None, device: str) -> Iterator[Se
 def chosen_model(args: argparse.Namespace) -> AbstractContextManager[Setup]:
     """Return `prepared_model` for the options of a command."""
     return prepared_model(shape=args.shape, model=args.model, device=args.device)
+
+
+def _build_random(folder: Path, sizes: dict[str, int], tokenizer: Path | None) -> None:
+    if tokenizer is None:
+        build_random_checkpoint(folder, **sizes)
+        return
+    parsed = Tokenizer.from_file(str(tokenizer))
+    # Files on the hub often contain settings for padding and truncation, which are not part of the model.
+    parsed.no_padding()
+    parsed.no_truncation()
+    vocab_size = max(sizes.get("vocab_size", 0), parsed.get_vocab_size())
+    build_random_checkpoint(folder, **{**sizes, "vocab_size": vocab_size})
+    parsed.save(str(folder / "tokenizer.json"))
 
 
 def write_plain(source: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from benchmarks.common import describe_hardware, version
 
 DISTRIBUTIONS: Final = (
     "torch",
+    "triton",
     "transformers",
     "tokenizers",
     "sentence-transformers",
@@ -19,6 +20,8 @@ DISTRIBUTIONS: Final = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "starlette",
+    "uvicorn",
     "langchain-classic",
     "langchain-community",
     "llama-index-core",

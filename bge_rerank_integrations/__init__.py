@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     )
     from bge_rerank_integrations.langchain import BGEReranker
     from bge_rerank_integrations.llama_index import BGERerankPostprocessor
+    from bge_rerank_integrations.protocols import SupportsRank
     from bge_rerank_integrations.ranking import RankedPassage, Ranking
     from bge_rerank_integrations.remote import RemoteScorer
-    from bge_rerank_integrations.scorer import Scorer, SupportsRank
+    from bge_rerank_integrations.scorer import Scorer
 
 __version__ = "0.1.0"
 
@@ -109,7 +110,7 @@ _HOME = {
     "ScorerHealth": "batching.stats",
     "ScorerStats": "batching.stats",
     "ServerUnreachableError": "errors",
-    "SupportsRank": "scorer",
+    "SupportsRank": "protocols",
     "UnsupportedCheckpointError": "errors",
     "WorkerDiedError": "errors",
 }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 from pydantic import (
     AfterValidator,
@@ -34,16 +33,10 @@ from bge_rerank_integrations.config import (
     path_to_str,
 )
 from bge_rerank_integrations.errors import ConfigError, InputError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, check_threshold
-from bge_rerank_integrations.scorer import OwnScorer, Scorer, SupportsRank
+from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
+from bge_rerank_integrations.ranking import RankedPassage, check_threshold
+from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S
-
-Model = TypeVar("Model", bound=BaseModel)
-
-TRUNCATED_KEY: Final = "rerank_truncated"
-BLANK_KEY: Final = "rerank_blank"
-MARKS: Final = (TRUNCATED_KEY, BLANK_KEY)
-"""Metadata keys that mark a document that the model did not read completely."""
 
 _SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
 # In a dump, the key of the name of a scorer. The dump does not contain the scorer itself.
@@ -167,6 +160,7 @@ class RerankOptions(BaseModel):
     query_truncation_side: TruncationSide = "right"
     max_batch_tokens: int | None = None
     num_threads: int | None = None
+    capture_graphs: bool = True
     max_wait_ms: float = 0.0
     max_queued_tokens: int | None = None
     query_instruction: str | None = None
@@ -308,7 +302,7 @@ class RerankOptions(BaseModel):
     def scorer_name(self) -> str:
         """Return the name of the model, or the name of the scorer's type if it has no model name."""
         if self.scorer is None:
-            return self.scorer_config().model
+            return str(self.model)
         if isinstance(self.scorer, MissingScorer):
             return self.scorer.name
         model = self.scorer.config.model if isinstance(self.scorer, Scorer) else None
@@ -355,62 +349,3 @@ class _Unquoted(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
-    """Return a deep copy of a pydantic model. Values that cannot be copied are shared with the original.
-
-    Args:
-        model: The model to copy.
-        shared: Names of fields whose values are shared instead of copied.
-
-    Returns:
-        The copy.
-    """
-    copied = model.model_copy()
-    for name in copied.__dict__.keys() - set(shared):
-        copied.__dict__[name] = _copy_value(copied.__dict__[name])
-    return copied
-
-
-def _copy_value(value: Any) -> Any:
-    if type(value) is list and set(map(type, value)) <= {int, float, str}:
-        return value.copy()  # for an embedding, `deepcopy` is a hundred times slower
-    try:
-        return copy.deepcopy(value)
-    except Exception:
-        return {key: _copy_value(each) for key, each in value.items()} if type(value) is dict else value
-
-
-def marks_of(passage: RankedPassage) -> dict[str, bool]:
-    """Return the metadata that `mark_unread` adds. It is empty if a foreign scorer does not set the flags."""
-    told = {
-        TRUNCATED_KEY: getattr(passage, "truncated", False),
-        BLANK_KEY: getattr(passage, "blank", False),
-    }
-    return {key: True for key, value in told.items() if value}
-
-
-def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:
-    """Return the figures of a ranking for traces. Figures that a foreign scorer does not give are None."""
-    own = ranked if isinstance(ranked, Ranking) else None
-    return {
-        "num_pairs": num_pairs,
-        "num_tokens": None if own is None else own.num_tokens,
-        "num_truncated": None if own is None else own.num_truncated,
-        "num_truncated_queries": None if own is None else own.num_truncated_queries,
-        "num_blank": None if own is None else own.num_blank,
-        "num_returned": len(ranked),
-    }
-
-
-def summarize_all(
-    rankings: Sequence[Sequence[RankedPassage]], num_pairs: Sequence[int]
-) -> dict[str, int | None]:
-    """Return the summed figures of several rankings. A sum is None if a ranking does not give that figure."""
-    figures = [summarize(ranked, number) for ranked, number in zip(rankings, num_pairs, strict=True)]
-    totals: dict[str, int | None] = {}
-    for name in summarize((), 0):
-        values = [each[name] for each in figures]
-        totals[name] = None if None in values else sum(filter(None, values))
-    return totals

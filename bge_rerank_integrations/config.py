@@ -84,9 +84,9 @@ def sequence_to_tuple(value: Any) -> Any:
 class ScorerConfig:
     """All settings that decide which model a `Scorer` loads and how it scores.
 
-    Two scorers with equal configs give equal scores. `Scorer.shared` therefore keeps one loaded model per
-    config and process. The config never contains a hub token. The hub library takes the token from its own
-    login or from the environment variable `HF_TOKEN`.
+    On one machine, two scorers with equal configs give equal scores. `Scorer.shared` therefore keeps one
+    loaded model per config and process. The config never contains a hub token. The hub library takes the
+    token from its own login or from the environment variable `HF_TOKEN`.
 
     Attributes:
         model: Hub id or local folder of a one-label `XLMRobertaForSequenceClassification`, or `embedded`. The
@@ -97,15 +97,18 @@ class ScorerConfig:
             The command `cat model*.safetensors | sha256sum`, run in the folder of the checkpoint, prints it.
         cache_folder: Folder for downloads from the hub; None is the hub library's own cache.
         local_files_only: Use only files that are already on disk, without any network access.
-        device: `auto` (the first available of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: `auto` (the first of CUDA, MPS and CPU that works), `cpu`, `cuda`, `cuda:N` or `mps`.
         devices: Several devices of one kind to use instead of `device`, such as cuda:0 and cuda:1. Each
             device holds a copy of the model, and all devices take batches from one queue. Any sequence of
             names is accepted and stored as a tuple.
-        dtype: Precision of the computation; `auto` is float16 on CUDA and float32 on other devices. float16
-            is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8 needs a CUDA device of
-            compute capability 8.9 or later. It computes matrix products in e4m3 with one scale per row, and
-            everything else in bfloat16 or float32. int8 needs a CPU with VNNI instructions and the extra
-            `int8`. It computes matrix products in int8 and everything else in float32.
+        dtype: Precision of the computation; `auto` is float16 on CUDA, bfloat16 on a CPU with AMX, and
+            float32 elsewhere. float32 is the reference. The other precisions round, so their scores differ a
+            little. With `auto` the scores depend on the machine. Name a precision to get the same scores on
+            every machine. float16 is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8
+            needs a CUDA device of compute capability 8.9 or later. It computes matrix products in e4m3 with
+            one scale per row, and everything else in bfloat16 or float32. int8 needs a CPU with VNNI
+            instructions and the extra `int8`. It computes matrix products in int8 and everything else in
+            float32.
         max_length: Maximum length of a pair in tokens, including its four special tokens. The default is 512
             for every model, as in FlagReranker. `bge-reranker-v2-m3` accepts up to 8192.
         query_max_length: Maximum length of a query in tokens; None is three quarters of `max_length`. A
@@ -116,9 +119,13 @@ class ScorerConfig:
             a chat history and end with the question. The query instruction is kept in both cases.
         max_batch_tokens: Maximum number of tokens in one forward pass; None is a value that suits the device.
             A longer pair is a batch of its own.
-        num_threads: Number of CPU threads for the forward pass; None is as many as torch uses. A web server
-            with several worker processes needs fewer threads per process. The torch settings of other threads
-            do not change.
+        num_threads: Number of CPU threads for the forward pass; None is torch's number, or fewer if the CPU
+            affinity of the process or the CPU quota of its cgroup allows fewer. A fractional quota is rounded
+            up. A web server with several worker processes needs fewer threads per process. The torch settings
+            of other threads do not change.
+        capture_graphs: Capture CUDA graphs for small batches while the model loads. A graph launches all
+            kernels of a small batch at once. Loading takes longer and the graphs need memory on the device.
+            Devices other than CUDA ignore this setting.
         max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch. With 0,
             the default, an idle device starts at once with everything that is queued.
         max_queued_tokens: Maximum number of tokens in the queue; None is no limit. A request that exceeds it
@@ -160,6 +167,7 @@ class ScorerConfig:
     query_truncation_side: TruncationSide = "right"
     max_batch_tokens: int | None = None
     num_threads: int | None = None
+    capture_graphs: bool = True
     max_wait_ms: float = 0.0
     max_queued_tokens: int | None = None
     normalize: bool = False
@@ -225,7 +233,7 @@ class ScorerConfig:
                 raise ConfigError(f"{name} must be a string or None")
         if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ConfigError("sha256 must be 64 lower-case hexadecimal digits or None")
-        for name in ("local_files_only", "normalize"):
+        for name in ("local_files_only", "capture_graphs", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
         for name, choices in (

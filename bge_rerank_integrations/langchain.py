@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from string import Formatter
 from types import EllipsisType
 from typing import Any, Final
 
@@ -22,23 +20,21 @@ except ImportError as error:
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from typing_extensions import Self
 
-from bge_rerank_integrations.adapter_options import (
+from bge_rerank_integrations.adapter_options import Names, RerankOptions
+from bge_rerank_integrations.adapter_results import (
     MARKS,
-    Names,
-    RerankOptions,
     independent_copy,
     marks_of,
     summarize,
     summarize_all,
 )
+from bge_rerank_integrations.document_texts import TextSource, check_template, texts_of
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
+from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
-from bge_rerank_integrations.scorer import OwnScorer, SupportsRank
 from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
 
 _RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
-
-TextSource = str | Mapping[str, Any] | Document
 
 
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
@@ -78,12 +74,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     @classmethod
     def _check_template(cls, template: str | None) -> str | None:
         if template is not None:
-            try:
-                fields = _template_fields(template)
-            except ValueError as error:
-                raise ConfigError(f"document_template is not a valid format string: {error}") from None
-            if "page_content" not in fields:
-                raise ConfigError("document_template must contain {page_content}")
+            check_template(template)
         return template
 
     @model_validator(mode="after")
@@ -351,26 +342,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         return copied
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
-        if isinstance(documents, str | Mapping | Document) or not isinstance(documents, Iterable):
-            raise InputTypeError("documents must be a sequence of strings, mappings or Documents")
-        if isinstance(rank_fields, str):
-            raise InputTypeError("rank_fields must be a sequence of names, not one string")
-        return [self._text(index, document, rank_fields) for index, document in enumerate(documents)]
-
-    def _text(self, index: int, document: TextSource, rank_fields: Sequence[str] | None) -> str:
-        if isinstance(document, str):
-            return document
-        if isinstance(document, Document):
-            _check_document(document, index)
-            if self.document_template is not None and rank_fields is None:
-                return _fill(self.document_template, document, index)
-            return "\n".join([*_lines(document.metadata, rank_fields or ()), document.page_content])
-        if isinstance(document, Mapping):
-            return "\n".join(_lines(document, document if rank_fields is None else rank_fields))
-        raise InputTypeError(
-            f"document {index} must be a string, a mapping or a Document, not {type(document).__name__}",
-            index=index,
-        )
+        return texts_of(documents, rank_fields, self.document_template if rank_fields is None else None)
 
 
 class _CrossEncoderView(BaseCrossEncoder):
@@ -414,68 +386,6 @@ def _check_documents(documents: Sequence[Document]) -> list[Document]:
                 f"document {index} must be a Document, not {type(document).__name__}", index=index
             )
     return checked
-
-
-def _check_document(document: Document, index: int) -> None:
-    """Raise unless the fields of a document have the right types. Pydantic does not check assignments."""
-    if not isinstance(document.page_content, str):
-        raise InputTypeError(
-            f"the page_content of document {index} must be a string, not "
-            f"{type(document.page_content).__name__}",
-            index=index,
-        )
-    if not isinstance(document.metadata, dict):
-        raise InputTypeError(
-            f"the metadata of document {index} must be a dict, not {type(document.metadata).__name__}",
-            index=index,
-        )
-
-
-def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {values[name]}" for name in names if name in values and not _is_missing(values[name])]
-
-
-def _is_missing(value: Any) -> bool:
-    # pandas represents an empty cell as NaN.
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-class _Empty:
-    """Formats as an empty string, with every conversion and format specification."""
-
-    def __format__(self, spec: str) -> str:
-        return ""
-
-    def __repr__(self) -> str:
-        return ""
-
-
-def _template_fields(template: str) -> set[str]:
-    """Return the names of the fields of a format string. Fields must be plain names."""
-    fields = set()
-    for _, name, spec, _ in Formatter().parse(template):
-        if name is not None:
-            # Attributes, items and nested fields would give a template access to the inside of objects.
-            if not name.isidentifier() or "{" in (spec or ""):
-                raise ValueError(f"{name!r} is not the name of a metadata field")
-            fields.add(name)
-    return fields
-
-
-def _fill(template: str, document: Document, index: int) -> str:
-    metadata = {name: _Empty() if _is_missing(value) else value for name, value in document.metadata.items()}
-    values = {**metadata, "page_content": document.page_content}
-    missing = sorted(_template_fields(template) - set(values))
-    if missing:
-        raise InputError(
-            f"document {index} lacks the metadata field(s) {missing} of document_template", index=index
-        )
-    try:
-        return template.format_map(values)
-    except (TypeError, ValueError):  # the message may contain the value
-        raise InputError(
-            f"a metadata field of document {index} does not fit its format in document_template", index=index
-        ) from None
 
 
 def _as_dicts(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:

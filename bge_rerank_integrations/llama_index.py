@@ -28,13 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-from bge_rerank_integrations.adapter_options import (
-    MARKS,
-    RerankOptions,
-    independent_copy,
-    marks_of,
-    summarize,
-)
+from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapter_results import MARKS, independent_copy, marks_of, summarize
 from bge_rerank_integrations.errors import InputError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage
 from bge_rerank_integrations.validation import check_query

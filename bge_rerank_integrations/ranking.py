@@ -48,26 +48,18 @@ class RankedPassage:
     blank: bool = False
 
 
-class PairResult(NamedTuple):
-    """The score of a (query, passage) pair.
+class Selection(NamedTuple):
+    """The passages that a ranking keeps, and the scale of its scores.
 
     Attributes:
-        score: The raw logit or its sigmoid.
-        logit: The raw logit.
-        truncated: Whether the passage lost tokens.
-        query_truncated: Whether the query lost tokens.
-        windows: Number of windows of the passage that were scored.
-        num_tokens: Number of tokens that the model read.
-        blank: Whether the passage has nothing to read. Such a pair is not scored.
+        top_n: Maximum number of passages. None keeps all.
+        threshold: Minimum score, inclusive and on the scale of the scores. None keeps every passage.
+        normalize: Whether the scores are sigmoids of the logits.
     """
 
-    score: float
-    logit: float
-    truncated: bool
-    query_truncated: bool
-    windows: int
-    num_tokens: int
-    blank: bool = False
+    top_n: int | None
+    threshold: float | None
+    normalize: bool
 
 
 class Ranking(list[RankedPassage]):
@@ -138,6 +130,13 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
         )
 
 
+def check_selection(top_n: int | None, threshold: float | None, *, normalize: bool) -> Selection:
+    """Check the arguments of a ranking with `check_top_n` and `check_threshold`, and return them."""
+    check_top_n(top_n)
+    check_threshold(threshold, normalize=normalize)
+    return Selection(top_n, threshold, normalize)
+
+
 def select(
     passages: Sequence[RankedPassage], logits: Sequence[float], top_n: int | None, threshold: float | None
 ) -> list[RankedPassage]:
@@ -161,53 +160,6 @@ def select(
     if threshold is not None:
         ranked = [passage for passage in ranked if not passage.blank and passage.score >= threshold]
     return ranked[:top_n]
-
-
-def rank_results(results: Sequence[PairResult], top_n: int | None, threshold: float | None) -> Ranking:
-    """Rank the passages of one query.
-
-    Args:
-        results: One result for each passage, in input order.
-        top_n: As in `select`.
-        threshold: As in `select`.
-
-    Returns:
-        The ranking.
-    """
-    passages = [
-        RankedPassage(index, each.score, each.truncated, each.windows, each.blank)
-        for index, each in enumerate(results)
-    ]
-    num_blank = sum(result.blank for result in results)
-    return Ranking(
-        select(passages, [result.logit for result in results], top_n, threshold),
-        num_pairs=len(results) - num_blank,
-        num_tokens=sum(result.num_tokens for result in results),
-        num_truncated=sum(result.truncated for result in results),
-        num_truncated_queries=int(any(result.query_truncated for result in results)),
-        num_blank=num_blank,
-    )
-
-
-def rank_each(
-    requests: Sequence[tuple[str, Sequence[str]]],
-    results: Sequence[PairResult],
-    top_n: int | None,
-    threshold: float | None,
-) -> list[Ranking]:
-    """Rank the passages of each request.
-
-    Args:
-        requests: (query, passages) of each request.
-        results: One result for each passage: those of the first request, then those of the second, and so on.
-        top_n: As in `rank_results`, for each request.
-        threshold: As in `rank_results`, for each request.
-
-    Returns:
-        One ranking for each request, in order.
-    """
-    remaining = iter(results)
-    return [rank_results([next(remaining) for _ in texts], top_n, threshold) for _, texts in requests]
 
 
 def sigmoid(logit: float) -> float:

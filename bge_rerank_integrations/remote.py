@@ -1,41 +1,25 @@
-"""`RemoteScorer`: the scores of a `bge-rerank serve` process, through the methods of a `Scorer`."""
+"""`RemoteScorer`: the methods of `Scorer`, with scores from a server that `bge-rerank serve` runs."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
-import threading
 import time
-import weakref
-from collections.abc import (
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from itertools import count, groupby
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
 
 from bge_rerank_integrations.errors import (
     ConfigError,
+    InputError,
     NonFiniteScoreError,
     RequestTimeoutError,
     ScorerClosedError,
-    missing_extra,
 )
-
-try:
-    import httpx
-except ImportError as error:
-    raise missing_extra("remote", "httpx") from error
-
-from bge_rerank_integrations.ranking import Ranking, check_threshold, check_top_n
+from bge_rerank_integrations.protocols import OwnScorer
+from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
+from bge_rerank_integrations.remote_transport import Send, Sleep, Steps, Transport
 from bge_rerank_integrations.remote_wire import (
     Answer,
     ApiKey,
@@ -46,8 +30,7 @@ from bge_rerank_integrations.remote_wire import (
     raise_unusable,
     retry_delay,
 )
-from bge_rerank_integrations.scorer import OwnScorer
-from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
+from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
 from bge_rerank_integrations.validation import (
     acheck_stream,
     check_pairs,
@@ -56,73 +39,52 @@ from bge_rerank_integrations.validation import (
     check_requests,
     check_stream,
     check_timeout,
+    group_pairs,
 )
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    import httpx
 
 _API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
 _PATH: Final = "/v1/rank"
 
-# Limits of one HTTP request; a longer list of pairs takes several, one after the other.
+# Limits of one HTTP request. A longer list of pairs is sent in several requests, one after the other.
 _MAX_PAIRS: Final = 1024
 _MAX_CHARACTERS: Final = 1_000_000
 
 
-class _Send(NamedTuple):
-    """A step: post this content, and give the response or the error of the transport."""
-
-    content: bytes
-    timeout_s: float | None
-
-
-class _Sleep(NamedTuple):
-    """A step: wait so many seconds."""
-
-    seconds: float
-
-
-class _Cut(NamedTuple):
-    """What to keep of a ranking: arguments of `rank`, with the scale decided."""
-
-    top_n: int | None
-    threshold: float | None
-    normalize: bool
-
-
-# What a call does, step by step; the same steps are taken with a sync and with an async client.
-_Steps = Generator[_Send | _Sleep, Answer | httpx.TransportError | None, T]
-
-
 class RemoteScorer(OwnScorer):
-    """Scores by asking a server that `bge-rerank serve` started; takes the place of a `Scorer`.
+    """Scores pairs on a server that `bge-rerank serve` runs. It can replace a `Scorer`.
 
-    Arguments, results and errors are those of `Scorer`. One instance may be used by any number of threads
-    and tasks. Its connections are pooled: one pool for sync calls, and one for each event loop.
+    The methods have the arguments, results and errors of `Scorer`. Any number of threads and asyncio tasks
+    can use one instance. It has one pool of connections for sync calls, and one for each event loop.
 
-    A failed attempt is repeated if the connection failed, the server answered 429, 502, 503 or 504, or a
-    proxy answered 500: after what `Retry-After` says or a growing, random delay, and only while the call's
-    time is not over. Long lists go in several requests, one after the other.
+    An HTTP request is repeated if the connection fails, if the server answers with status 429, 502, 503 or
+    504, or if a proxy answers with status 500. The delay before the next attempt is the one in the header
+    `Retry-After`, or a random delay that grows with each attempt. No attempt starts after the timeout of the
+    call. A long list of passages is sent in several HTTP requests, one after the other.
 
-    Copies are the same object. A pickle holds the settings but not the key, which is then read from the
-    environment.
+    A copy is the same object. A pickle contains the settings but not the API key. The unpickled scorer reads
+    the key from the environment.
 
     Args:
-        base_url: Address of the server, such as `https://host:8000` or one with a proxy's prefix.
-        api_key: The server's key, as a string or a `SecretStr`; None takes `BGE_RERANK_API_KEY` from the
-            environment, if it is set.
-        timeout: Most seconds for each HTTP request, its repetitions included; None is no limit.
-        max_retries: Most repetitions of one HTTP request.
-        normalize: Scores from 0 to 1 instead of raw logits; False as in `Scorer`.
-        client: A client for the sync methods instead of one of its own. It stays open.
+        base_url: Address of the server, such as `https://host:8000`. It may contain a path, for a server
+            behind a proxy.
+        api_key: The API key of the server, as a string or a `SecretStr`. None uses the environment variable
+            `BGE_RERANK_API_KEY`, if it is set.
+        timeout: Maximum duration of each HTTP request in seconds, repetitions included. None is no limit.
+        max_retries: Maximum number of repetitions of one HTTP request.
+        normalize: Whether to apply a sigmoid to the scores. The default is False, as in `Scorer`.
+        client: A client for the sync methods. It stays open. None creates a client at first use.
         async_client: The same for the async methods.
 
     Raises:
-        ConfigError: A setting cannot work.
+        ConfigError: A setting is invalid.
 
     Example:
         >>> with RemoteScorer("http://127.0.0.1:8000") as scorer:
         ...     scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."], top_n=1)
-        [RankedPassage(index=1, score=..., truncated=False, windows=1)]
+        [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
     def __init__(
@@ -147,33 +109,33 @@ class RemoteScorer(OwnScorer):
         self._timeout = timeout
         self._max_retries = max_retries
         self._normalize = normalize
-        self._given_client = client
-        self._given_async_client = async_client
-        self._lock = threading.Lock()
-        self._client: tuple[int, httpx.Client] | None = None  # with the process that made it
-        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._transport = Transport(self._base_url + _PATH, self._key, client, async_client)
         self._is_closed = False
 
     def score(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
-        """Do what `Scorer.score` does; an iterator is read as it is scored.
+        """Score (query, passage) pairs, as `Scorer.score` does.
+
+        An iterator is read while its pairs are scored.
 
         Args:
             pairs: (query, passage) pairs.
-            timeout: Most seconds for the whole call; None is no limit but that of each HTTP request.
+            timeout: Maximum duration of the whole call in seconds. With None, only each HTTP request has a
+                limit.
 
         Returns:
-            One float a pair, in order.
+            One float for each pair, in order.
 
         Raises:
-            InputTypeError: A pair is not two strings; `.index` says which.
-            AuthenticationError: The server does not accept the key.
-            ServerUnreachableError: The server does not answer, or cannot take requests now.
-            RequestTimeoutError: The time is over.
-            RerankError: Otherwise, as `Scorer.score` does.
+            InputTypeError: A pair is not two strings; `.index` says which one.
+            AuthenticationError: The server does not accept the API key.
+            ServerUnreachableError: The server does not answer, or it accepts no requests at the moment.
+            RequestTimeoutError: The call, or an HTTP request, did not finish within its timeout.
+            RerankError: For the same reasons as `Scorer.score`.
+
+        Example:
+            >>> scores = scorer.score([("what is a panda?", "The giant panda is a bear."), ("hi", "bye")])
         """
-        return self._run(self._score(pairs, _deadline(timeout)))
+        return self._transport.run(self._score(pairs, _deadline(timeout)))
 
     async def ascore(
         self,
@@ -181,16 +143,16 @@ class RemoteScorer(OwnScorer):
         *,
         timeout: float | None = None,
     ) -> list[float]:
-        """Do what `score` does without blocking the event loop.
+        """Do the same as `score` without blocking the event loop.
 
-        An iterator is read in the caller's task, so one that blocks should be asynchronous.
+        An iterator is read in the caller's task. An iterator that waits should therefore be asynchronous.
         """
         deadline = _deadline(timeout)
         if not isinstance(pairs, AsyncIterable):
-            return await self._arun(self._score(pairs, deadline))
+            return await self._transport.arun(self._score(pairs, deadline))
         scores: list[float] = []
         async for chunk in acheck_stream(pairs, _MAX_PAIRS):
-            scores += await self._arun(self._score_chunk(chunk, deadline, len(scores)))
+            scores += await self._transport.arun(self._score_chunk(chunk, deadline, len(scores)))
         return scores
 
     def rank(
@@ -203,24 +165,29 @@ class RemoteScorer(OwnScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> Ranking:
-        """Do what `Scorer.rank` does.
+        """Rank passages by their relevance to a query, as `Scorer.rank` does.
 
         Args:
             query: The query.
-            passages: Texts to rank.
-            top_n: Most passages to return; None is all, 0 is none.
-            threshold: Least score to return, inclusive; None returns every score.
-            timeout: Most seconds for the whole call; None is no limit but that of each HTTP request.
-            normalize: Scores from 0 to 1 or raw logits; None is as this scorer was made.
+            passages: The texts to rank.
+            top_n: Maximum number of passages to return. None returns all, 0 returns none.
+            threshold: Minimum score to return, inclusive. None returns every passage.
+            timeout: As in `score`.
+            normalize: Whether to apply a sigmoid to the scores. None uses the setting of this scorer.
 
         Returns:
-            A list of `RankedPassage`, best first, equal scores in input order.
+            A list of `RankedPassage`, best first. Passages with equal logits stay in input order.
 
         Raises:
-            InputError: An argument is of the wrong type or out of range; `.index` says which passage.
-            RerankError: Otherwise, as `score` does.
+            InputError: An argument has the wrong type or is out of range, or the server refuses a passage;
+                `.index` says which passage.
+            RerankError: For the same reasons as `score`.
+
+        Example:
+            >>> scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])[0].index
+            1
         """
-        return self._run(self._rank_one(query, passages, top_n, threshold, timeout, normalize))
+        return self._transport.run(self._rank_one(query, passages, top_n, threshold, timeout, normalize))
 
     async def arank(
         self,
@@ -232,8 +199,10 @@ class RemoteScorer(OwnScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> Ranking:
-        """Do what `rank` does without blocking the event loop."""
-        return await self._arun(self._rank_one(query, passages, top_n, threshold, timeout, normalize))
+        """Do the same as `rank` without blocking the event loop."""
+        return await self._transport.arun(
+            self._rank_one(query, passages, top_n, threshold, timeout, normalize)
+        )
 
     def rank_many(
         self,
@@ -244,23 +213,26 @@ class RemoteScorer(OwnScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do what `Scorer.rank_many` does.
+        """Rank the passages of several queries, as `Scorer.rank_many` does.
 
         Args:
             requests: (query, passages) of each request.
             top_n: As in `rank`, for each request.
             threshold: As in `rank`, for each request.
-            timeout: As in `rank`, for all requests together.
+            timeout: As in `score`, for all requests together.
             normalize: As in `rank`.
 
         Returns:
-            One ranking a request, in order.
+            One ranking for each request, in order.
 
         Raises:
-            InputError: As `rank` does; `.index` says which request.
-            RerankError: Otherwise, as `score` does.
+            InputError: For the same reasons as `rank`; `.index` says which request.
+            RerankError: For the same reasons as `score`.
+
+        Example:
+            >>> rankings = scorer.rank_many([("panda", ["a bear", "tea"]), ("tea", ["a cup of tea"])])
         """
-        return self._run(self._rank_many(requests, top_n, threshold, timeout, normalize))
+        return self._transport.run(self._rank_many(requests, top_n, threshold, timeout, normalize))
 
     async def arank_many(
         self,
@@ -271,11 +243,11 @@ class RemoteScorer(OwnScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do what `rank_many` does without blocking the event loop."""
-        return await self._arun(self._rank_many(requests, top_n, threshold, timeout, normalize))
+        """Do the same as `rank_many` without blocking the event loop."""
+        return await self._transport.arun(self._rank_many(requests, top_n, threshold, timeout, normalize))
 
     def to_dict(self) -> dict[str, str | float | bool | None]:
-        """Return the settings as a dict that JSON can hold, without the key; `from_dict` takes it back."""
+        """Return the settings, without the API key, as a JSON-serializable dict for `from_dict`."""
         return {
             "base_url": self._base_url,
             "timeout": self._timeout,
@@ -285,10 +257,10 @@ class RemoteScorer(OwnScorer):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RemoteScorer:
-        """Build a scorer from what `to_dict` returned; the key comes from the environment.
+        """Create a scorer from the result of `to_dict`. It reads the API key from the environment.
 
         Raises:
-            ConfigError: A setting is unknown, missing or not valid.
+            ConfigError: A setting is unknown, missing or invalid.
         """
         known = {"base_url", "timeout", "max_retries", "normalize"}
         unknown = sorted(set(data) - known)
@@ -297,22 +269,17 @@ class RemoteScorer(OwnScorer):
         return cls(**data)
 
     def close(self) -> None:
-        """Refuse further calls and close the sync connections; may be called twice.
+        """Reject new calls and close the connections of sync calls. It is safe to call this twice.
 
-        Async connections belong to their event loop: `aclose` closes them.
+        Connections of async calls belong to their event loop. `aclose` closes them.
         """
         self._is_closed = True
-        with self._lock:
-            client, self._client = self._client, None
-        if client is not None and client[0] == os.getpid():
-            client[1].close()
+        self._transport.close()
 
     async def aclose(self) -> None:
-        """Do what `close` does, and close the connections of the running event loop."""
+        """Do the same as `close`, and close the connections of the running event loop."""
         self.close()
-        client = self._async_clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        await self._transport.aclose()
 
     def __enter__(self) -> RemoteScorer:
         return self
@@ -329,7 +296,7 @@ class RemoteScorer(OwnScorer):
     def __repr__(self) -> str:
         return f"RemoteScorer({self._base_url!r})"
 
-    # Connections cannot be copied, and there is no need to.
+    # Connections cannot be copied. A copy is therefore the same scorer.
     def __copy__(self) -> RemoteScorer:
         return self
 
@@ -337,13 +304,13 @@ class RemoteScorer(OwnScorer):
         return self
 
     def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], RemoteScorer], tuple[dict[str, Any]]]:
-        if self._given_client is not None or self._given_async_client is not None:
-            raise ConfigError("a RemoteScorer with a client of yours cannot be pickled")
+        if self._transport.has_given_client:
+            raise ConfigError("a RemoteScorer that was created with a client cannot be pickled")
         return RemoteScorer.from_dict, (self.to_dict(),)
 
-    def _score(self, pairs: Iterable[tuple[str, str]], deadline: float | None) -> _Steps[list[float]]:
+    def _score(self, pairs: Iterable[tuple[str, str]], deadline: float | None) -> Steps[list[float]]:
         chunks: Iterable[list[tuple[str, str]]]
-        # A list is checked before any of it is sent; an iterator can only be checked as it is read.
+        # A list is checked before any of it is sent. An iterator can only be checked while it is read.
         chunks = check_stream(pairs, _MAX_PAIRS) if isinstance(pairs, Iterator) else [check_pairs(pairs)]
         scores: list[float] = []
         for chunk in chunks:
@@ -352,11 +319,10 @@ class RemoteScorer(OwnScorer):
 
     def _score_chunk(
         self, pairs: list[tuple[str, str]], deadline: float | None, start: int
-    ) -> _Steps[list[float]]:
-        grouped = groupby(pairs, key=lambda pair: pair[0])
-        requests = [(query, [passage for _, passage in group]) for query, group in grouped]
-        cut = _Cut(None, None, self._normalize)
-        rankings = yield from self._rank_checked(requests, cut, deadline, only_scores=True, start=start)
+    ) -> Steps[list[float]]:
+        requests = group_pairs(pairs)
+        selection = Selection(None, None, self._normalize)
+        rankings = yield from self._rank_checked(requests, selection, deadline, only_scores=True, start=start)
         in_order = [sorted(ranking, key=lambda passage: passage.index) for ranking in rankings]
         return [passage.score for ranking in in_order for passage in ranking]
 
@@ -368,10 +334,10 @@ class RemoteScorer(OwnScorer):
         threshold: float | None,
         timeout: float | None,
         normalize: bool | None,
-    ) -> _Steps[Ranking]:
-        cut = self._cut(top_n, threshold, normalize)
+    ) -> Steps[Ranking]:
+        selection = self._select(top_n, threshold, normalize)
         texts = check_passages(passages)
-        rankings = yield from self._rank_checked([(check_query(query), texts)], cut, _deadline(timeout))
+        rankings = yield from self._rank_checked([(check_query(query), texts)], selection, _deadline(timeout))
         return rankings[0]
 
     def _rank_many(
@@ -381,41 +347,43 @@ class RemoteScorer(OwnScorer):
         threshold: float | None,
         timeout: float | None,
         normalize: bool | None,
-    ) -> _Steps[list[Ranking]]:
-        cut = self._cut(top_n, threshold, normalize)
-        return (yield from self._rank_checked(check_requests(requests), cut, _deadline(timeout)))
+    ) -> Steps[list[Ranking]]:
+        selection = self._select(top_n, threshold, normalize)
+        checked = check_requests(requests)
+        return (yield from self._rank_checked(checked, selection, _deadline(timeout), names_request=True))
 
-    def _cut(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> _Cut:
-        check_top_n(top_n)
+    def _select(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> Selection:
         scale = self._normalize if normalize is None else normalize
-        check_threshold(threshold, normalize=scale)
-        return _Cut(top_n, threshold, scale)
+        return check_selection(top_n, threshold, normalize=scale)
 
     def _rank_checked(
         self,
         requests: Sequence[tuple[str, list[str]]],
-        cut: _Cut,
+        selection: Selection,
         deadline: float | None,
         *,
+        names_request: bool = False,
         only_scores: bool = False,
         start: int = 0,
-    ) -> _Steps[list[Ranking]]:
-        """Rank requests, in as many HTTP requests as it takes.
+    ) -> Steps[list[Ranking]]:
+        """Rank requests with as many HTTP requests as necessary.
 
         Args:
-            requests: (query, passages) of each request, checked.
-            cut: What to keep of each ranking, and on which scale.
-            deadline: When the call's time is over, on the monotonic clock.
-            only_scores: Score every pair as `score` does.
-            start: Index of the first pair, for errors.
+            requests: The checked (query, passages) requests.
+            selection: The passages to keep of each ranking, and the scale of the scores.
+            deadline: The end of the call, by `time.monotonic`. None is no limit.
+            names_request: Whether the index of an `InputError` is the position of the request. Otherwise it
+                is the position of the passage.
+            only_scores: Whether to score all pairs as `score` does, including those with a blank passage.
+            start: Index of the first pair, for error messages.
         """
         if self._is_closed:
-            raise ScorerClosedError("this scorer was closed; make a new one")
+            raise ScorerClosedError("this scorer is closed; create a new one")
         ranked: list[tuple[Fragment, Ranking]] = []
         for part in split_requests(requests, max_pairs=_MAX_PAIRS, max_characters=_MAX_CHARACTERS):
             body = {
                 "requests": [(fragment.query, fragment.passages) for fragment in part],
-                "top_n": cut.top_n,
+                "top_n": selection.top_n,
                 "only_scores": only_scores,
             }
             try:
@@ -425,17 +393,23 @@ class RemoteScorer(OwnScorer):
                 raise NonFiniteScoreError(
                     f"the model's score of pair {index} is not finite", index=index
                 ) from None
+            except InputError as error:
+                raise error_of_call(error, part, names_request=names_request) from None
             if len(rankings) != len(part):
                 raise_unusable()
             ranked.extend(zip(part, rankings, strict=True))
             start += sum(len(fragment.passages) for fragment in part)
-        # Logits come over the wire, since the order is theirs; the scale is applied here.
+        # The server returns logits, because they decide the order. The sigmoid is applied here.
         return merge_rankings(
-            len(requests), ranked, top_n=cut.top_n, threshold=cut.threshold, normalize=cut.normalize
+            len(requests),
+            ranked,
+            top_n=selection.top_n,
+            threshold=selection.threshold,
+            normalize=selection.normalize,
         )
 
-    def _exchange(self, body: Mapping[str, Any], deadline: float | None) -> _Steps[list[Ranking]]:
-        """Post a body, several times if need be, and return the rankings of the answer."""
+    def _exchange(self, body: Mapping[str, Any], deadline: float | None) -> Steps[list[Ranking]]:
+        """Post a body, repeat it after failures, and return the rankings of the response."""
         own_deadline = _deadline(self._timeout)
         deadlines = [each for each in (deadline, own_deadline) if each is not None]
         for attempt in count():
@@ -443,8 +417,8 @@ class RemoteScorer(OwnScorer):
             if left_s == 0:
                 raise RequestTimeoutError("the server did not answer within the timeout")
             content = json.dumps({**body, "timeout_s": left_s}, ensure_ascii=False)
-            # A lone surrogate goes as it is; the server's scorer treats it as a local one would.
-            outcome = yield _Send(content.encode("utf-8", "surrogatepass"), left_s)
+            # A lone surrogate is sent unchanged. The server treats it like a local scorer does.
+            outcome = yield Send(content.encode("utf-8", "surrogatepass"), left_s)
             if isinstance(outcome, Answer) and outcome.status == 200:
                 return parse_rankings(outcome.content)
             error = error_of(outcome)
@@ -452,98 +426,8 @@ class RemoteScorer(OwnScorer):
             left_s = min(deadlines) - time.monotonic() if deadlines else math.inf
             if delay_s is None or attempt >= self._max_retries or delay_s >= left_s:
                 raise error from (outcome if isinstance(outcome, Exception) else None)
-            yield _Sleep(delay_s)
+            yield Sleep(delay_s)
         raise AssertionError("unreachable")
-
-    def _run(self, steps: _Steps[T]) -> T:
-        return _drive(steps, self._do)
-
-    async def _arun(self, steps: _Steps[T]) -> T:
-        return await _adrive(steps, self._ado)
-
-    def _do(self, step: _Send | _Sleep) -> Answer | httpx.TransportError | None:
-        if isinstance(step, _Sleep):
-            time.sleep(step.seconds)
-            return None
-        deadline = _deadline(step.timeout_s)
-        try:
-            with self._sync_client().stream(
-                "POST", self._base_url + _PATH, **self._request(step)
-            ) as response:
-                content = bytearray()
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    # The client's own limit is for each read.
-                    if deadline is not None and time.monotonic() > deadline:
-                        return httpx.ReadTimeout("the response took too long")
-                return Answer(response.status_code, response.headers, bytes(content))
-        except httpx.DecodingError:
-            raise_unusable()
-        except httpx.TransportError as error:
-            return error
-
-    async def _ado(self, step: _Send | _Sleep) -> Answer | httpx.TransportError | None:
-        if isinstance(step, _Sleep):
-            await asyncio.sleep(step.seconds)
-            return None
-        post = self._async_client().post(self._base_url + _PATH, **self._request(step))
-        try:
-            response = await asyncio.wait_for(post, step.timeout_s)
-            return Answer(response.status_code, response.headers, response.content)
-        except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
-            return httpx.ReadTimeout("the response took too long")
-        except httpx.DecodingError:
-            raise_unusable()
-        except httpx.TransportError as error:
-            return error
-
-    def _request(self, step: _Send) -> dict[str, Any]:
-        headers = {"content-type": "application/json", **self._key.headers()}
-        return {"content": step.content, "headers": headers, "timeout": step.timeout_s}
-
-    def _sync_client(self) -> httpx.Client:
-        if self._given_client is not None:
-            return self._given_client
-        with self._lock:
-            # A forked child must not write into the connections of its parent.
-            if self._client is None or self._client[0] != os.getpid():
-                self._client = os.getpid(), httpx.Client()
-            return self._client[1]
-
-    def _async_client(self) -> httpx.AsyncClient:
-        if self._given_async_client is not None:
-            return self._given_async_client
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            client = self._async_clients.get(loop)
-            if client is None:
-                client = self._async_clients[loop] = httpx.AsyncClient()
-            return client
-
-
-def _drive(steps: _Steps[T], do: Callable[[_Send | _Sleep], Answer | httpx.TransportError | None]) -> T:
-    outcome: Answer | httpx.TransportError | None = None
-    while True:
-        try:
-            step = steps.send(outcome)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        outcome = do(step)
-
-
-async def _adrive(
-    steps: _Steps[T],
-    do: Callable[[_Send | _Sleep], Awaitable[Answer | httpx.TransportError | None]],
-) -> T:
-    outcome: Answer | httpx.TransportError | None = None
-    while True:
-        try:
-            step = steps.send(outcome)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        outcome = await do(step)
 
 
 def _is_number(value: object) -> bool:

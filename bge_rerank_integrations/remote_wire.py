@@ -1,4 +1,4 @@
-"""The wire of `RemoteScorer`: which URL, which error, whether to try again, what the answer holds."""
+"""The HTTP format of `RemoteScorer`: its URL, errors, retries and the content of responses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bge_rerank_integrations.errors import (
     ConfigError,
     DeviceLostError,
     InputError,
+    InputTypeError,
     NonFiniteScoreError,
     QueueFullError,
     RemoteError,
@@ -33,17 +34,25 @@ except ImportError as error:
 
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
 
-# Last parts of paths that are endpoints, which is not what a base URL ends with.
+# A URL that ends with one of these names is an endpoint and not a base URL.
 _ENDPOINTS: Final = frozenset({"rank", "rerank", "ranking", "score", "models"})
 _RETRIED_STATUSES: Final = frozenset({429, 502, 503, 504})
 _FIRST_DELAY_S: Final = 0.25
 _MAX_DELAY_S: Final = 8.0
 _MAX_MESSAGE_CHARACTERS: Final = 500
 
-# The server's names of errors that mean here what they mean there.
+# The errors of the server that are raised here as errors of the same class.
 _BY_TYPE: Final[Mapping[str, type[RerankError]]] = {
     kind.__name__: kind
-    for kind in (DeviceLostError, NonFiniteScoreError, QueueFullError, RequestTimeoutError, WorkerDiedError)
+    for kind in (
+        DeviceLostError,
+        InputError,
+        InputTypeError,
+        NonFiniteScoreError,
+        QueueFullError,
+        RequestTimeoutError,
+        WorkerDiedError,
+    )
 }
 _BY_STATUS: Final[Mapping[int, type[RerankError]]] = {
     400: InputError,
@@ -69,7 +78,7 @@ class SupportsSecretValue(Protocol):
 
 
 class Answer(NamedTuple):
-    """An HTTP response that was read to its end."""
+    """A complete HTTP response."""
 
     status: int
     headers: Mapping[str, str]
@@ -77,7 +86,7 @@ class Answer(NamedTuple):
 
 
 class ApiKey:
-    """An API key that no representation and no pickle shows."""
+    """An API key that neither `repr` nor a pickle contains."""
 
     def __init__(self, key: str | SupportsSecretValue | None) -> None:
         value = key if key is None or isinstance(key, str) else key.get_secret_value()
@@ -86,7 +95,7 @@ class ApiKey:
         self._value = value
 
     def headers(self) -> dict[str, str]:
-        """Return the header that carries the key."""
+        """Return the header that contains the key."""
         return {} if self._value is None else {"authorization": f"Bearer {self._value}"}
 
     def __repr__(self) -> str:
@@ -97,20 +106,20 @@ class ApiKey:
 
 
 def check_base_url(base_url: str) -> str:
-    """Return a base URL without the slash at its end and without `/v1`."""
+    """Return a base URL without `/v1` and without a final slash. Raise `ConfigError` if it is invalid."""
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, TypeError):
         raise ConfigError("base_url is not a URL") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError("base_url must begin with http:// or https:// and name a host")
+        raise ConfigError("base_url must begin with http:// or https:// and contain a host")
     if url.userinfo:
-        raise ConfigError("base_url must not hold credentials; give the key as api_key")
+        raise ConfigError("base_url must not contain credentials; pass the key as api_key")
     if url.query or url.fragment:
-        raise ConfigError("base_url must have no query and no fragment")
+        raise ConfigError("base_url must not contain a query or a fragment")
     path = url.path.rstrip("/")
     if path.rpartition("/")[2] in _ENDPOINTS:
-        raise ConfigError("base_url must be the server's root, not one of its endpoints")
+        raise ConfigError("base_url must be the root of the server, not one of its endpoints")
     return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
 
 
@@ -120,51 +129,52 @@ def error_of(outcome: Answer | httpx.TransportError | None) -> RerankError:
         return RequestTimeoutError("the server did not answer within the timeout")
     if not isinstance(outcome, Answer):
         return ServerUnreachableError(f"the server cannot be reached ({type(outcome).__name__})")
-    told = _told(outcome.content)
-    kind = _BY_TYPE.get(str(told.get("type"))) or _BY_STATUS.get(outcome.status, RemoteError)
+    fields = _error_fields(outcome.content)
+    kind = _BY_TYPE.get(str(fields.get("type"))) or _BY_STATUS.get(outcome.status, RemoteError)
     message = f"the server answered with status {outcome.status}"
-    # Only this package's server is known to leave texts out of its messages.
-    if "type" in told and isinstance(told.get("message"), str):
-        message = f"{message}: {told['message'][:_MAX_MESSAGE_CHARACTERS]}"
+    # Messages of other servers may contain texts of the user.
+    if "type" in fields and isinstance(fields.get("message"), str):
+        message = f"{message}: {fields['message'][:_MAX_MESSAGE_CHARACTERS]}"
     error = kind(message)
-    if isinstance(error, NonFiniteScoreError) and isinstance(told.get("index"), int):
-        error.index = told["index"]
+    index = fields.get("index")
+    if isinstance(error, InputError | NonFiniteScoreError) and type(index) is int and index >= 0:
+        error.index = index
     return error
 
 
-def _told(content: bytes) -> dict[str, Any]:
+def _error_fields(content: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(content)
+        fields = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def retry_delay(
     outcome: Answer | httpx.TransportError | None, error: RerankError, attempt: int
 ) -> float | None:
-    """Return the seconds to wait before the next attempt; None means that there should be none."""
+    """Return the delay in seconds before the next attempt, or None if the error is final."""
     own: float = min(_FIRST_DELAY_S * 2.0**attempt, _MAX_DELAY_S) * random.uniform(0.5, 1.0)
     if isinstance(error, RequestTimeoutError) and _was_ours(outcome):
-        return None  # the time was over, here or there, and would be again
+        return None  # another attempt would take as long
     if isinstance(outcome, Answer):
         # The server gives every error a type. A proxy that loses its server in the middle of a request, such
         # as that of Ray Serve, answers 500 without one.
-        is_lost = outcome.status == 500 and "type" not in _told(outcome.content)
+        is_lost = outcome.status == 500 and not _was_ours(outcome)
         if outcome.status not in _RETRIED_STATUSES and not is_lost:
             return None
-        told = _retry_after(outcome.headers.get("retry-after", ""))
-        # The random part keeps clients that were refused together from coming back together.
-        return own if told is None else told + own * 0.5
+        asked = _retry_after(outcome.headers.get("retry-after", ""))
+        # The random part spreads the attempts of clients that were refused at the same time.
+        return own if asked is None else asked + own * 0.5
     return own
 
 
 def _was_ours(outcome: Answer | httpx.TransportError | None) -> bool:
-    return not isinstance(outcome, Answer) or "type" in _told(outcome.content)
+    return not isinstance(outcome, Answer) or "type" in _error_fields(outcome.content)
 
 
 def _retry_after(value: str) -> float | None:
-    """Return the seconds of a `Retry-After` header, which is a number or a date."""
+    """Return the delay in seconds of a `Retry-After` header, which contains a number or a date."""
     try:
         seconds = float(value)
     except ValueError:
@@ -176,7 +186,7 @@ def _retry_after(value: str) -> float | None:
 
 
 def parse_rankings(content: bytes) -> list[Ranking]:
-    """Read the server's answer; what a newer server tells beyond what is known here is left out."""
+    """Read the rankings of a response. Unknown fields, which a newer server may send, are ignored."""
     try:
         return [
             Ranking(
@@ -193,7 +203,7 @@ def parse_rankings(content: bytes) -> list[Ranking]:
 
 
 def raise_unusable() -> NoReturn:
-    """Raise the error for an answer that is not this package's."""
+    """Raise the exception for a response that is not from a server of this package."""
     raise RemoteError(
-        "the server's answer is not a ranking; is base_url that of a `bge-rerank serve`?"
+        "the response is not a ranking; check that base_url is the address of a `bge-rerank serve` process"
     ) from None

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, closing
 from functools import partial
-from typing import ClassVar, Final, Protocol, runtime_checkable
-from weakref import WeakValueDictionary
+from typing import ClassVar, Final
 
-from bge_rerank_integrations.batching.inference import (
-    FindBlank,
-    Pipeline,
-    load_pipeline,
-    read_in_thread,
-    run_in_thread,
-)
+from bge_rerank_integrations.batching.inference import Pipeline, load_pipeline
 from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
@@ -31,15 +22,12 @@ from bge_rerank_integrations.config import (
     TruncationSide,
 )
 from bge_rerank_integrations.errors import ScorerClosedError
-from bge_rerank_integrations.ranking import (
-    RankedPassage,
-    Ranking,
-    check_threshold,
-    check_top_n,
-    rank_each,
-    rank_results,
-)
-from bge_rerank_integrations.text.pairs import find_blank, find_blank_in_each
+from bge_rerank_integrations.protocols import OwnScorer as OwnScorer
+from bge_rerank_integrations.protocols import SupportsRank as SupportsRank
+from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
+from bge_rerank_integrations.runtime.reader_threads import read_in_thread, run_in_thread
+from bge_rerank_integrations.runtime.shared_objects import SharedObjects
+from bge_rerank_integrations.text.pairs import PreparedPairs, find_blank, find_blank_in_each
 from bge_rerank_integrations.validation import (
     Pair,
     acheck_stream,
@@ -48,127 +36,13 @@ from bge_rerank_integrations.validation import (
     check_query,
     check_requests,
     check_stream,
+    group_pairs,
     is_single_pair,
 )
 
 # Pairs that are read from an iterator at a time. They are enough to fill batches with pairs of similar
 # length, and few enough to keep two such lists in memory.
 _NUM_STREAMED_PAIRS: Final = 4096
-
-
-@runtime_checkable
-class SupportsRank(Protocol):
-    """The methods of a scorer that the framework adapters call.
-
-    `Scorer` implements them. An object of your own that implements them can be given to an adapter as
-    `scorer=`.
-
-    Example:
-        >>> isinstance(Scorer("embedded"), SupportsRank)
-        True
-    """
-
-    def rank(
-        self,
-        query: str,
-        passages: Sequence[str],
-        top_n: int | None = None,
-        threshold: float | None = None,
-    ) -> Sequence[RankedPassage]:
-        """Return passages ranked best first; see `Scorer.rank`.
-
-        An implementation decides how it treats passages that have nothing to read. The adapters copy
-        `RankedPassage.blank` and `RankedPassage.truncated` into the metadata of the document or node.
-        """
-
-    async def arank(
-        self,
-        query: str,
-        passages: Sequence[str],
-        top_n: int | None = None,
-        threshold: float | None = None,
-    ) -> Sequence[RankedPassage]:
-        """Do the same as `rank` without blocking the event loop; see `Scorer.arank`."""
-
-
-class OwnScorer(ABC):
-    """Base class of `Scorer` and `RemoteScorer`, whose methods accept `timeout` and `normalize`.
-
-    The adapters pass their `normalize` and `timeout` to such a scorer, and rank several requests in one call.
-    """
-
-    @abstractmethod
-    def rank(
-        self,
-        query: str,
-        passages: Sequence[str],
-        top_n: int | None = None,
-        threshold: float | None = None,
-        *,
-        timeout: float | None = None,
-        normalize: bool | None = None,
-    ) -> Ranking:
-        """Return passages ranked best first; see `Scorer.rank`."""
-
-    @abstractmethod
-    async def arank(
-        self,
-        query: str,
-        passages: Sequence[str],
-        top_n: int | None = None,
-        threshold: float | None = None,
-        *,
-        timeout: float | None = None,
-        normalize: bool | None = None,
-    ) -> Ranking:
-        """Do the same as `rank` without blocking the event loop."""
-
-    @abstractmethod
-    def rank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        top_n: int | None = None,
-        threshold: float | None = None,
-        *,
-        timeout: float | None = None,
-        normalize: bool | None = None,
-    ) -> list[Ranking]:
-        """Rank the passages of several queries; see `Scorer.rank_many`."""
-
-    @abstractmethod
-    async def arank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        top_n: int | None = None,
-        threshold: float | None = None,
-        *,
-        timeout: float | None = None,
-        normalize: bool | None = None,
-    ) -> list[Ranking]:
-        """Do the same as `rank_many` without blocking the event loop."""
-
-
-@dataclass
-class _Shared:
-    """A shared scorer of this process and the objects that use it.
-
-    Attributes:
-        future: Gives the scorer when it is loaded.
-        holders: The objects that use the scorer, by `id`. The references are weak, so a deleted object no
-            longer counts.
-        is_pinned: Whether `Scorer.shared` was also called without a holder. Only `Scorer.close` closes such a
-            scorer.
-    """
-
-    future: Future[Scorer] = field(default_factory=Future)
-    holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
-    is_pinned: bool = False
-
-    def add(self, holder: object | None) -> None:
-        if holder is None:
-            self.is_pinned = True
-        else:
-            self.holders[id(holder)] = holder
 
 
 class Scorer(OwnScorer):
@@ -195,8 +69,7 @@ class Scorer(OwnScorer):
         [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
-    _shared: ClassVar[dict[ScorerConfig, _Shared]] = {}
-    _shared_lock: ClassVar[threading.Lock] = threading.Lock()
+    _shared: ClassVar[SharedObjects[ScorerConfig, Scorer]] = SharedObjects()
     # Async callers load models in these threads, so that the event loop's default pool stays free.
     _loaders: ClassVar[ThreadPoolExecutor] = ThreadPoolExecutor(2, "bge-rerank-load")
 
@@ -216,6 +89,7 @@ class Scorer(OwnScorer):
         query_truncation_side: TruncationSide = "right",
         max_batch_tokens: int | None = None,
         num_threads: int | None = None,
+        capture_graphs: bool = True,
         max_wait_ms: float = 0.0,
         max_queued_tokens: int | None = None,
         normalize: bool = False,
@@ -239,6 +113,7 @@ class Scorer(OwnScorer):
             query_truncation_side=query_truncation_side,
             max_batch_tokens=max_batch_tokens,
             num_threads=num_threads,
+            capture_graphs=capture_graphs,
             max_wait_ms=max_wait_ms,
             max_queued_tokens=max_queued_tokens,
             normalize=normalize,
@@ -286,35 +161,14 @@ class Scorer(OwnScorer):
             >>> Scorer.shared(ScorerConfig(model="embedded")) is Scorer.shared(ScorerConfig(model="embedded"))
             True
         """
-        with cls._shared_lock:
-            shared = cls._shared.get(config)
-            is_first = shared is None
-            if shared is None:
-                shared = cls._shared[config] = _Shared()
-            shared.add(holder)
-        if is_first:
-            try:
-                shared.future.set_result(cls.from_config(config))
-            except BaseException as error:
-                with cls._shared_lock:
-                    if cls._shared.get(config) is shared:
-                        del cls._shared[config]
-                shared.future.set_exception(error)
-        try:
-            return shared.future.result()
-        finally:
-            # The exception of a failed load refers to this frame. Without the reference from this frame to
-            # the exception there is no cycle, and the memory of the failed load is freed with the exception.
-            del shared
+        return cls._shared.get(config, holder, cls.from_config)
 
     @classmethod
     async def ashared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
         """Do the same as `shared` without blocking the event loop."""
-        with cls._shared_lock:
-            shared = cls._shared.get(config)
-            if shared is not None and shared.future.done():
-                shared.add(holder)
-                return shared.future.result()
+        ready = cls._shared.get_ready(config, holder)
+        if ready is not None:
+            return ready
         return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config, holder)
 
     @classmethod
@@ -324,15 +178,8 @@ class Scorer(OwnScorer):
         Args:
             holder: The object that was given to `shared`. It may call `shared` again later.
         """
-        unused = []
-        with cls._shared_lock:
-            for config, shared in list(cls._shared.items()):
-                is_held = shared.holders.pop(id(holder), None) is not None
-                if is_held and not shared.holders and not shared.is_pinned:
-                    unused.append(cls._shared.pop(config).future)
-        for future in unused:
-            if future.exception() is None:
-                future.result().close()
+        for unused in cls._shared.release(holder):
+            unused.close()
 
     def score(
         self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, progress: bool = False
@@ -367,13 +214,14 @@ class Scorer(OwnScorer):
             2
         """
         pipeline = self._require_pipeline()
-        if isinstance(pairs, Iterator):
-            stream = pipeline.score_stream(
-                check_stream(pairs, _NUM_STREAMED_PAIRS), timeout=timeout, progress=progress
-            )
-            return [result.score for results in stream for result in results]
-        results = pipeline.score(check_pairs(pairs), timeout=timeout, progress=progress)
-        return [result.score for result in results]
+        if not isinstance(pairs, Iterator):
+            return self._score(check_pairs(pairs), timeout, progress, self.config.normalize)
+        scores: list[float] = []
+        chunks = check_stream(pairs, _NUM_STREAMED_PAIRS)
+        with closing(pipeline.stream(chunks, timeout=timeout, progress=progress)) as stream:
+            for prepared, logits in stream:
+                scores += prepared.scores(logits, normalize=self.config.normalize, start=len(scores))
+        return scores
 
     def compute_score(
         self,
@@ -399,9 +247,7 @@ class Scorer(OwnScorer):
             >>> (score,) = scorer.compute_score(("what is a panda?", "The giant panda is a bear."))
         """
         pairs = [sentence_pairs] if is_single_pair(sentence_pairs) else sentence_pairs
-        checked = check_pairs(pairs)
-        results = self._require_pipeline().score(checked, progress=progress, normalize=normalize)
-        return [result.score for result in results]
+        return self._score(check_pairs(pairs), None, progress, self._normalizes(normalize))
 
     def rank(
         self,
@@ -445,18 +291,10 @@ class Scorer(OwnScorer):
             >>> ranking[0].index
             1
         """
-        check_top_n(top_n)
-        check_threshold(threshold, normalize=self._normalizes(normalize))
-        texts = check_passages(passages)
-        check_query(query)
-        results = self._require_pipeline().score(
-            [(query, text) for text in texts],
-            timeout=timeout,
-            progress=progress,
-            normalize=normalize,
-            find_blank=self._find_blank(query, texts),
-        )
-        return rank_results(results, top_n, threshold)
+        selection = self._select(top_n, threshold, normalize)
+        prepared = self._prepare(query, passages)
+        logits = self._require_pipeline().run(prepared, timeout=timeout, progress=progress)
+        return prepared.rankings(logits, selection)[0]
 
     def rank_many(
         self,
@@ -492,17 +330,10 @@ class Scorer(OwnScorer):
             >>> [len(ranking) for ranking in rankings]
             [2, 1]
         """
-        check_top_n(top_n)
-        check_threshold(threshold, normalize=self._normalizes(normalize))
-        checked = check_requests(requests)
-        results = self._require_pipeline().score(
-            _flatten(checked),
-            timeout=timeout,
-            progress=progress,
-            normalize=normalize,
-            find_blank=self._find_blank_in_each(checked),
-        )
-        return rank_each(checked, results, top_n, threshold)
+        selection = self._select(top_n, threshold, normalize)
+        prepared = self._prepare_each(check_requests(requests))
+        logits = self._require_pipeline().run(prepared, timeout=timeout, progress=progress)
+        return prepared.rankings(logits, selection)
 
     async def ascore(
         self,
@@ -521,9 +352,14 @@ class Scorer(OwnScorer):
         elif isinstance(pairs, Iterator):
             chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
         else:
-            return [result.score for result in await pipeline.ascore(check_pairs(pairs), timeout=timeout)]
-        stream = pipeline.ascore_stream(chunks, timeout=timeout)
-        return [result.score async for results in stream for result in results]
+            prepared = PreparedPairs(group_pairs(check_pairs(pairs)))
+            logits = await pipeline.arun(prepared, timeout=timeout)
+            return prepared.scores(logits, normalize=self.config.normalize)
+        scores: list[float] = []
+        async with aclosing(pipeline.astream(chunks, timeout=timeout)) as stream:
+            async for prepared, logits in stream:
+                scores += prepared.scores(logits, normalize=self.config.normalize, start=len(scores))
+        return scores
 
     async def arank(
         self,
@@ -536,17 +372,10 @@ class Scorer(OwnScorer):
         normalize: bool | None = None,
     ) -> Ranking:
         """Do the same as `rank` without blocking the event loop."""
-        check_top_n(top_n)
-        check_threshold(threshold, normalize=self._normalizes(normalize))
-        texts = check_passages(passages)
-        check_query(query)
-        results = await self._require_pipeline().ascore(
-            [(query, text) for text in texts],
-            timeout=timeout,
-            normalize=normalize,
-            find_blank=self._find_blank(query, texts),
-        )
-        return rank_results(results, top_n, threshold)
+        selection = self._select(top_n, threshold, normalize)
+        prepared = self._prepare(query, passages)
+        logits = await self._require_pipeline().arun(prepared, timeout=timeout)
+        return prepared.rankings(logits, selection)[0]
 
     async def arank_many(
         self,
@@ -561,24 +390,20 @@ class Scorer(OwnScorer):
 
         An iterator is read in a separate thread.
         """
-        check_top_n(top_n)
-        check_threshold(threshold, normalize=self._normalizes(normalize))
+        selection = self._select(top_n, threshold, normalize)
         if isinstance(requests, Iterator):
             checked = await run_in_thread(check_requests, requests)
         else:
             checked = check_requests(requests)
-        results = await self._require_pipeline().ascore(
-            _flatten(checked),
-            timeout=timeout,
-            normalize=normalize,
-            find_blank=self._find_blank_in_each(checked),
-        )
-        return rank_each(checked, results, top_n, threshold)
+        prepared = self._prepare_each(checked)
+        logits = await self._require_pipeline().arun(prepared, timeout=timeout)
+        return prepared.rankings(logits, selection)
 
     def warmup(self) -> None:
         """Do all one-time work now, so that no later request waits for it.
 
-        On CUDA this captures the graphs for small batches. Without this call they are never captured.
+        While the model loads, kernels are chosen and CUDA graphs are captured. This call scores one short and
+        one long pair, for everything that libraries do only once.
 
         Raises:
             RerankError: For the same reasons as `score`.
@@ -621,10 +446,7 @@ class Scorer(OwnScorer):
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
                 requests raise `ScorerClosedError`. None is no limit.
         """
-        with Scorer._shared_lock:
-            shared = Scorer._shared.get(self.config)
-            if shared is not None and shared.future.done() and shared.future.result() is self:
-                del Scorer._shared[self.config]
+        Scorer._shared.discard(self.config, self)
         if self._pipeline is not None:
             self._pipeline.close(timeout)
         self._pipeline = None
@@ -653,20 +475,29 @@ class Scorer(OwnScorer):
     def _normalizes(self, normalize: bool | None) -> bool:
         return self._config.normalize if normalize is None else normalize
 
-    def _find_blank(self, query: str, passages: list[str]) -> FindBlank:
-        refuse = self.config.blank_passages == "refuse"
-        return partial(find_blank, query=query, passages=passages, refuse=refuse)
+    def _select(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> Selection:
+        return check_selection(top_n, threshold, normalize=self._normalizes(normalize))
 
-    def _find_blank_in_each(self, requests: list[tuple[str, list[str]]]) -> FindBlank:
+    def _score(
+        self, pairs: list[Pair], timeout: float | None, progress: bool, normalize: bool
+    ) -> list[float]:
+        prepared = PreparedPairs(group_pairs(pairs))
+        logits = self._require_pipeline().run(prepared, timeout=timeout, progress=progress)
+        return prepared.scores(logits, normalize=normalize)
+
+    def _prepare(self, query: str, passages: Sequence[str]) -> PreparedPairs:
+        texts = check_passages(passages)
+        check_query(query)
         refuse = self.config.blank_passages == "refuse"
-        return partial(find_blank_in_each, requests=requests, refuse=refuse)
+        find = partial(find_blank, query=query, passages=texts, refuse=refuse)
+        return PreparedPairs([(query, texts)], find)
+
+    def _prepare_each(self, requests: list[tuple[str, list[str]]]) -> PreparedPairs:
+        refuse = self.config.blank_passages == "refuse"
+        return PreparedPairs(requests, partial(find_blank_in_each, requests=requests, refuse=refuse))
 
     def _require_pipeline(self) -> Pipeline:
         pipeline = self._pipeline
         if pipeline is None:
             raise ScorerClosedError("this scorer is closed; create a new one")
         return pipeline
-
-
-def _flatten(requests: list[tuple[str, list[str]]]) -> list[Pair]:
-    return [(query, text) for query, texts in requests for text in texts]

@@ -1,15 +1,19 @@
-"""Splitting requests into parts of bounded size, and merging the rankings of the parts."""
+"""Splits requests into parts of limited size, and merges the rankings and errors of the parts."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from bge_rerank_integrations.errors import InputError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
 
-# A count that is the same in all fragments of a request, so that it must not be added up.
+# A count that is the same in all fragments of a request. It must not be added up.
 _OF_THE_QUERY: Final = "num_truncated_queries"
+_REQUEST: Final = re.compile(r"\brequest \d+\b")
+_PASSAGE: Final = re.compile(r"\bpassage (\d+)\b")
 
 
 class Fragment(NamedTuple):
@@ -18,7 +22,7 @@ class Fragment(NamedTuple):
     Attributes:
         request: Position of the request.
         start: Position of the first passage in the request.
-        query: The request's query.
+        query: The query of the request.
         passages: The passages.
     """
 
@@ -31,13 +35,13 @@ class Fragment(NamedTuple):
 def split_requests(
     requests: Iterable[tuple[str, Sequence[str]]], *, max_pairs: int, max_characters: int
 ) -> Iterator[list[Fragment]]:
-    """Split requests into parts; a long request is cut, and short ones share a part.
+    """Split requests into parts. A long request is divided, and short requests share a part.
 
     Args:
-        requests: (query, passages) of each request; read as the parts are taken.
-        max_pairs: Most passages in a part.
-        max_characters: Most characters in a part, queries included; a single pair that is longer is a part
-            by itself.
+        requests: (query, passages) of each request. They are read when a part is taken.
+        max_pairs: Maximum number of passages in a part.
+        max_characters: Maximum number of characters in a part, queries included. A longer pair is a part by
+            itself.
 
     Yields:
         The fragments of one part, in order. A request without passages is in no part.
@@ -78,14 +82,14 @@ def merge_rankings(
     """Merge the rankings of fragments, whose scores are raw logits, into one ranking for each request.
 
     Args:
-        num_requests: How many requests there are.
+        num_requests: Number of requests.
         parts: Each fragment and the ranking of its passages.
-        top_n: Most passages to keep of each request; None keeps all.
-        threshold: Least score to keep, inclusive and on the scale of the result; None keeps every passage.
-        normalize: Whether to put the logits through a sigmoid.
+        top_n: Maximum number of passages to keep of each request. None keeps all.
+        threshold: Minimum score to keep, inclusive and on the scale of the result. None keeps every passage.
+        normalize: Whether to apply a sigmoid to the logits.
 
     Returns:
-        One ranking for each request, in order; its counts are the sums over its fragments.
+        One ranking for each request, in order. Its counts are the sums over its fragments.
     """
     passages: list[list[RankedPassage]] = [[] for _ in range(num_requests)]
     counts: list[dict[str, int]] = [{} for _ in range(num_requests)]
@@ -101,6 +105,38 @@ def merge_rankings(
         Ranking(_select(kept, top_n, threshold, normalize=normalize), **total)
         for kept, total in zip(passages, counts, strict=True)
     ]
+
+
+def error_of_call(error: InputError, part: Sequence[Fragment], *, names_request: bool) -> InputError:
+    """Return the error of a part as the undivided call would raise it.
+
+    A scorer names the passage in the error of a call for one request, and the request in the error of a call
+    for several requests.
+
+    Args:
+        error: The error of a call for the fragments of `part`.
+        part: The fragments.
+        names_request: Whether the undivided call has several requests, so that its errors name the request.
+
+    Returns:
+        An error of the same type. Index and message have the numbers of the undivided call.
+
+    Example:
+        >>> error = InputError("passage 1 has nothing to read", index=1)
+        >>> error_of_call(error, [Fragment(0, 10, "panda", ["a bear", ""])], names_request=False).index
+        11
+    """
+    position = 0 if len(part) == 1 else error.index
+    if position is None or not 0 <= position < len(part):
+        return error
+    fragment = part[position]
+    message = _PASSAGE.sub(lambda match: f"passage {fragment.start + int(match[1])}", str(error))
+    if names_request:
+        name = f"request {fragment.request}"
+        message = f"{name}: {message}" if len(part) == 1 else _REQUEST.sub(name, message, count=1)
+        return type(error)(message, index=fragment.request)
+    is_known = error.index is not None and error.index < len(fragment.passages)
+    return type(error)(message, index=fragment.start + (error.index or 0) if is_known else None)
 
 
 def _select(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputError, InputTypeError
@@ -138,6 +138,12 @@ def check_requests(
         except InputError as error:
             raise type(error)(f"request {index}: {error}", index=index) from None
     return checked
+
+
+def group_pairs(pairs: Iterable[Pair]) -> list[tuple[str, list[str]]]:
+    """Return pairs as (query, passages) requests. Neighbours with the same query share a request."""
+    groups = groupby(pairs, key=lambda pair: pair[0])
+    return [(query, [passage for _, passage in group]) for query, group in groups]
 
 
 def check_timeout(timeout: float | None) -> None:

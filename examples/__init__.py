@@ -1,1 +1,1 @@
-"""Small complete applications, and what they share."""
+"""Small complete applications, and the modules that they share."""

@@ -1,4 +1,4 @@
-"""An answer without a language model: the sentence that fits a question best."""
+"""Answers a question without a language model, with the sentence that fits it best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bge_rerank_integrations.scorer import SupportsRank
 
-# What starts a line that stands alone: a heading, an item of a list, a quotation, a row of a table.
+# The start of a line that is no part of a paragraph: a heading, a list item, a quotation or a table row.
 _LINE_START = re.compile(r"^\s*(?:[-*+>|]|\d+[.)]|#{1,6})\s+", re.MULTILINE)
 _FENCE = re.compile(r"^\s*(?:```|~~~).*$", re.MULTILINE)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
@@ -16,7 +16,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n")
 
 
 class Quote(NamedTuple):
-    """A sentence, the number of the passage it stands in, from 1, and its own score."""
+    """A sentence, its score, and the number of its passage, counted from 1."""
 
     sentence: str
     passage_number: int

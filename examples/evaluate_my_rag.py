@@ -41,7 +41,7 @@ from examples.terminal import (
 )
 
 QUESTIONS = Path(__file__).with_name("questions.csv")
-# As ir_measures calls them; Success@5 is the hit rate: whether an answer is among the best 5.
+# The names are those of ir_measures. Success@5 is the share of questions with an answer in the best 5.
 MEASURES = ("Success@1", "Success@5", "MRR@10", "nDCG@10")
 NAMES = {"Success@1": "hit rate@1", "Success@5": "hit rate@5"}
 DEPTHS = (0, 5, 10, 20, 30, 40, NUM_CANDIDATES)
@@ -51,7 +51,7 @@ NUM_SHOWN = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """Where a question is answered.
+    """The place of an answer in the files.
 
     Attributes:
         file: Name of the file, as results have it.
@@ -64,7 +64,7 @@ class Answer:
     line: int
 
     def is_in(self, chunk: FoundChunk) -> bool:
-        """Return whether a chunk holds this answer; white space and case do not matter."""
+        """Return whether a chunk contains this answer. White space and case do not matter."""
         return chunk.file == self.file and _normalize(self.passage) in _normalize(chunk.text)
 
 
@@ -99,7 +99,7 @@ def read_questions(path: Path) -> dict[str, list[Answer]]:
 def check_answers(
     path: Path, questions: Mapping[str, Sequence[Answer]], chunks: Iterable[FoundChunk]
 ) -> None:
-    """Refuse questions that nothing in the index could answer: a typing error would count as a miss.
+    """Raise for questions that no chunk of the index can answer. A typing error would count as a miss.
 
     Raises:
         DatasetError: Says which line, and why.
@@ -120,9 +120,9 @@ def check_answers(
 def evaluate(
     scorer: Scorer, store: ChunkStore, questions: Mapping[str, Sequence[Answer]], *, progress: bool = False
 ) -> Report:
-    """Search for each question, rerank what is found, and measure both.
+    """Search for each question, rerank the results, and measure both orders.
 
-    An answer counts once, at the best chunk that holds it.
+    An answer counts once, at the best chunk that contains it.
     """
     chunks = {chunk.id: chunk for chunk in store.chunks()}
     texts = {chunk.id: f"{chunk.heading}\n\n{chunk.text}" for chunk in chunks.values()}
@@ -170,7 +170,7 @@ def evaluate(
 def _mark_answers(
     scores: Mapping[str, float], answers: Sequence[Answer], chunks: Mapping[str, FoundChunk]
 ) -> dict[str, float]:
-    """Name the first chunk of a ranking that holds an answer after that answer, and drop its others."""
+    """Replace the first chunk with an answer by the name of the answer, and drop later chunks with it."""
     marked: dict[str, float] = {}
     for chunk_id, score in scores.items():
         held = [str(number) for number, answer in enumerate(answers) if answer.is_in(chunks[chunk_id])]

@@ -29,15 +29,15 @@ DEFAULT_PATHS = tuple(_REPOSITORY / name for name in ("README.md", "docs", "exam
 _HEADING = re.compile(r"(#{1,6})\s+(.+?)[\s#]*$")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
-logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns about each oddity of a file
+logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns about every irregularity of a file
 
 
 class FolderError(RerankError):
-    """A folder that holds nothing to read, or that does not exist."""
+    """A folder does not exist, or it contains no document."""
 
 
 class SkippedFileError(Exception):
-    """One file cannot be read; the message says why and does not name it."""
+    """A file cannot be read. The message has the reason but not the name of the file."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Page:
-    """A part of a file that has a title or a page number of its own.
+    """A part of a file with its own title or page number.
 
     Attributes:
         text: Plain text, or Markdown.
@@ -97,7 +97,7 @@ def find_files(paths: Sequence[Path]) -> list[SourceFile]:
 
 
 def read_pages(path: Path) -> list[Page]:
-    """Read a document; pages without text are left out.
+    """Read a document without its empty pages.
 
     Raises:
         SkippedFileError: It holds no text, or cannot be read.
@@ -163,9 +163,9 @@ def _is_left_out(folder: Path) -> bool:
 def _describe(path: Path, base: Path) -> SourceFile | None:
     try:
         status = path.stat()
-    except OSError:  # it has gone since it was found
+    except OSError:  # the file was removed after it was found
         return None
-    # A name need not be valid UTF-8 on every system; the index takes nothing else.
+    # File names are not valid UTF-8 on every system, but the index accepts only UTF-8.
     name = os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "replace")
     return SourceFile(path, name, f"{status.st_mtime_ns}-{status.st_size}")
 
@@ -179,7 +179,7 @@ def _read_markdown(data: bytes) -> list[Page]:
 
 
 def _read_html(data: bytes) -> list[Page]:
-    """Turn HTML to Markdown, so that headings, lists, tables and code keep their meaning.
+    """Convert HTML to Markdown, so that headings, lists, tables and code keep their meaning.
 
     Both frameworks have splitters for HTML. LangChain's take the words of a sentence apart where it holds
     a link or emphasis; LlamaIndex's leaves out text outside of a list of tags, and forgets the headings.
@@ -204,7 +204,7 @@ def _read_pdf(data: bytes) -> list[Page]:
     try:
         pages = PdfReader(io.BytesIO(data)).pages
         return [Page(page.extract_text(), number=number) for number, page in enumerate(pages, start=1)]
-    except Exception as error:  # a broken file raises almost any of Python's errors in pypdf
+    except Exception as error:  # pypdf raises errors of many types for a broken file
         raise SkippedFileError(f"it is no PDF that can be read: {error}") from error
 
 

@@ -41,7 +41,7 @@ from examples.terminal import (
     report_update,
 )
 
-# Characters: about 200 tokens of English or 500 of Chinese, what a reranker reads at once.
+# Number of characters. They are about 200 tokens of English or 500 of Chinese, which fit into a reranker.
 CHUNK_SIZE, CHUNK_OVERLAP = 800, 100
 MARKDOWN_SPLITTER = RecursiveCharacterTextSplitter.from_language(
     Language.MARKDOWN, chunk_size=CHUNK_SIZE, chunk_overlap=CHUNK_OVERLAP
@@ -72,9 +72,9 @@ class FileLoader(BaseLoader):
         self._file = file
 
     def lazy_load(self) -> Iterator[Document]:
-        """Give the documents; raises `SkippedFileError` for a file that cannot be read."""
+        """Yield the documents. Raise `SkippedFileError` if the file cannot be read."""
         for page in read_pages(self._file.path):
-            # LangChain's MarkdownHeaderTextSplitter would take away the indentation of code.
+            # LangChain's MarkdownHeaderTextSplitter would remove the indentation of code.
             sections = split_sections(page.text) if page.is_markdown else [(page.heading, page.text)]
             for heading, text in sections:
                 yield Document(
@@ -110,7 +110,7 @@ class StoreRetriever(BaseRetriever):
 
 
 def split_file(file: SourceFile) -> Iterator[Chunk]:
-    """Load a file and split it; raises `SkippedFileError` if it cannot be read."""
+    """Load a file and split it. Raise `SkippedFileError` if it cannot be read."""
     for document in FileLoader(file).lazy_load():
         splitter = MARKDOWN_SPLITTER if document.metadata["is_markdown"] else TEXT_SPLITTER
         for part in splitter.split_documents([document]):
@@ -133,13 +133,13 @@ def make_retriever(store: ChunkStore, reranker: BGEReranker) -> ContextualCompre
 
 def load_llm(name: str, url: str | None) -> BaseChatModel:
     """Return the chat model called `provider:name`, from a server of your own if there is a URL."""
-    # A local server asks for no key, but its client does.
+    # A local server needs no key, but the client requires one.
     key = os.environ.get("OPENAI_API_KEY", "none")
     return init_chat_model(name) if url is None else init_chat_model(name, base_url=url, api_key=key)
 
 
 def format_passages(documents: list[Document]) -> str:
-    """Return documents as a language model reads them, numbered."""
+    """Return documents as numbered text for a language model."""
     return "\n\n".join(
         f"[{number}] {document.metadata['source']}\n{document.page_content}"
         for number, document in enumerate(documents, start=1)
@@ -147,7 +147,7 @@ def format_passages(documents: list[Document]) -> str:
 
 
 def answer_with_llm(llm: BaseChatModel, question: str, documents: list[Document]) -> str:
-    """Let a chat model answer from documents."""
+    """Return the answer of a chat model that reads documents."""
     chain = PROMPT | llm | StrOutputParser()
     return chain.invoke({"question": question, "passages": format_passages(documents)})
 
@@ -185,7 +185,7 @@ def main() -> None:
             passages = [(d.metadata["heading"], d.page_content) for d in documents]
             return format_quote(find_quote(scorer, args.question, passages))
 
-        # `retriever.invoke(question)` does both stages; here they run one by one, to time each.
+        # `retriever.invoke(question)` runs both stages. Here they run separately, to time each.
         with stages.measure("retrieve"):
             found = retriever.base_retriever.invoke(args.question)
         with stages.measure("rerank"):

@@ -48,15 +48,15 @@ from examples.terminal import (
 HEADING_PARSER = MarkdownNodeParser(header_path_separator="\n")
 SENTENCE_SPLITTER = SentenceSplitter(chunk_size=256, chunk_overlap=32)  # tokens
 
-# Each comes from a package of its own, llama-index-llms-<provider>.
+# Each provider has its own package, llama-index-llms-<provider>.
 LLM_CLASSES = {"anthropic": "Anthropic", "ollama": "Ollama", "openai": "OpenAI"}
 
 
 class PageReader(BaseReader):
-    """Reads a file: one document for each page of a PDF and each line of JSON, else one in all."""
+    """Reads a file: one document for each page of a PDF and each line of JSON, or one for the whole file."""
 
     def load_data(self, file: Path, extra_info: dict[str, Any] | None = None) -> list[Document]:
-        """Return the documents; raises `SkippedFileError` for a file that cannot be read."""
+        """Return the documents. Raise `SkippedFileError` if the file cannot be read."""
         return [
             Document(
                 text=page.text,
@@ -88,11 +88,11 @@ class StoreRetriever(BaseRetriever):
 
 
 class QuoteSynthesizer(BaseSynthesizer):
-    """Answers with the sentence that fits the question best; asks no language model."""
+    """Answers with the sentence that fits the question best, without a language model."""
 
     def __init__(self, scorer: SupportsRank) -> None:
         self._scorer = scorer
-        # Without a language model the base class would look for OpenAI's.
+        # Without this, the base class would load the default language model of OpenAI.
         super().__init__(llm=MockLLM(), empty_response="Nothing found.")
 
     def get_response(
@@ -101,13 +101,13 @@ class QuoteSynthesizer(BaseSynthesizer):
         text_chunks: Sequence[str],
         **response_kwargs: Any,  # noqa: ARG002
     ) -> str:
-        """Return the best sentence of the nodes' texts, and the number of the node it stands in."""
+        """Return the best sentence in the texts of the nodes, and the number of its node."""
         chunks = [chunk.partition("\n\n") for chunk in text_chunks]
         passages = [(source.partition(" > ")[2], text) for source, _, text in chunks]
         return format_quote(find_quote(self._scorer, query_str, passages))
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> str:
-        """Return what `get_response` returns, off the event loop."""
+        """Do the same as `get_response` without blocking the event loop."""
         return await asyncio.to_thread(self.get_response, query_str, text_chunks, **response_kwargs)
 
     def _get_prompts(self) -> PromptDictType:
@@ -118,19 +118,19 @@ class QuoteSynthesizer(BaseSynthesizer):
 
 
 def split_file(file: SourceFile) -> Iterator[Chunk]:
-    """Read a file and split it; raises `SkippedFileError` if it cannot be read."""
+    """Read a file and split it. Raise `SkippedFileError` if it cannot be read."""
     for document in PageReader().load_data(file.path):
         sections: Sequence[BaseNode] = [document]
         if document.metadata["is_markdown"]:
             sections = [move_heading(node) for node in HEADING_PARSER.get_nodes_from_documents([document])]
         for section in sections:
             for text in SENTENCE_SPLITTER.split_text(section.get_content()):
-                if text:  # a heading may have no text of its own
+                if text:  # a heading may have no text below it
                     yield Chunk(text, section.metadata["heading"], section.metadata["page"])
 
 
 def move_heading(section: BaseNode) -> TextNode:
-    """Return a section of Markdown with its own heading after those above it, in its metadata."""
+    """Return a section of Markdown. Its metadata has its heading after the headings above it."""
     above = section.metadata["header_path"].strip("\n").split("\n")
     own = re.match(r"#+\s+(.*)\n?", text := section.get_content())
     path = [heading for heading in [*above, own[1] if own else ""] if heading]
@@ -141,7 +141,7 @@ def move_heading(section: BaseNode) -> TextNode:
 
 
 def make_node(chunk: FoundChunk) -> TextNode:
-    """Return a chunk as a node; rerankers read its heading with its text, language models its source."""
+    """Return a chunk as a node. Rerankers read its heading and text; language models also read its source."""
     return TextNode(
         id_=chunk.id,
         text=chunk.text,
@@ -165,7 +165,7 @@ def make_engine(
 
 
 def make_reranker(model: str, top_n: int) -> BGERerankPostprocessor:
-    """Return a reranker; it reads a node's heading without being told to."""
+    """Return a reranker. It reads the heading of a node by default."""
     return BGERerankPostprocessor(model=model, top_n=top_n, keep_retrieval_score=True)
 
 
@@ -178,11 +178,11 @@ def load_llm(name: str, url: str | None) -> LLM:
     provider, _, model = name.partition(":")
     if provider not in LLM_CLASSES or not model:
         raise ConfigError(f"--llm must be provider:name, with a provider of {', '.join(LLM_CLASSES)}")
-    # LlamaIndex's `OpenAI` knows the names of OpenAI's own models only.
+    # LlamaIndex's `OpenAI` accepts only the names of models of OpenAI.
     module, class_name = (provider, LLM_CLASSES[provider]) if url is None else ("openai_like", "OpenAILike")
     options: dict[str, Any] = {}
     if url is not None:
-        # A local server asks for no key, but its client does.
+        # A local server needs no key, but the client requires one.
         key = os.environ.get("OPENAI_API_KEY", "none")
         options = {"api_base": url, "api_key": key, "is_chat_model": True, "is_function_calling_model": True}
     try:
@@ -220,7 +220,7 @@ def main() -> None:
         synthesizer = QuoteSynthesizer(scorer) if llm is None else get_response_synthesizer(llm=llm)
         engine = make_engine(store, reranker, synthesizer)
 
-        # `engine.query(question)` does all stages; here they run one by one, to time each.
+        # `engine.query(question)` runs all stages. Here they run separately, to time each.
         question = QueryBundle(args.question)
         with stages.measure("retrieve"):
             found = engine.retriever.retrieve(question)

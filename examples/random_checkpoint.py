@@ -24,8 +24,8 @@ from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 TOKENIZER = Path(__file__).with_name("tokenizer.json")
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-# What the published checkpoints say, except for the class. Left to the model's type, transformers 5 would
-# build an XLMRobertaTokenizer around the vocabulary and drop a normalizer that is not SentencePiece's own.
+# The settings of the published checkpoints, except for the class. Without the class, transformers 5 would
+# create an XLMRobertaTokenizer from the vocabulary, and drop a normalizer other than that of SentencePiece.
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": 512,
@@ -86,7 +86,7 @@ def build_random_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = XLMRobertaForSequenceClassification(config)
-        # Attention that picks tokens out instead of averaging, and logits that spread.
+        # Attention then selects tokens instead of averaging them, and the logits differ clearly.
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if name.endswith("self.query.weight"):
@@ -117,7 +117,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def read_texts() -> list[str]:
-    """Return the passages of the example corpus, their titles before them."""
+    """Return the passages of the example corpus, each with its title in front."""
     with CORPUS.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [f"{row['title']}\n{row['text']}" for row in rows]

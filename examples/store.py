@@ -31,7 +31,7 @@ except ImportError as error:
     raise missing_extra("examples", "lancedb") from error
 
 _NUM_CHUNKS_A_COMMIT = 2_000
-_MAX_HEADING_LENGTH = 300  # characters; a page that has all of its text in one heading is still read
+_MAX_HEADING_LENGTH = 300  # characters; some pages have all their text in one heading
 _COLUMNS = [("id", pa.string()), ("file", pa.string()), ("stamp", pa.string()), ("position", pa.int32())]
 _COLUMNS += [("page", pa.int32()), ("heading", pa.string()), ("text", pa.string()), ("words", pa.string())]
 
@@ -42,7 +42,7 @@ _WORD = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+")
 
 
 class Embedder(Protocol):
-    """Turns text to vectors."""
+    """Converts texts to vectors."""
 
     dimension: int
 
@@ -50,12 +50,12 @@ class Embedder(Protocol):
         """Return one vector of length 1 for each text."""
 
     def embed_question(self, text: str) -> list[float]:
-        """Return the vector, of length 1, of a question."""
+        """Return the vector of a question, with length 1."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a document, as an app's splitter makes it.
+    """A piece of a document, from the splitter of an app.
 
     Attributes:
         text: The piece.
@@ -91,7 +91,7 @@ class FoundChunk:
 
 @dataclass
 class Update:
-    """What one update of the index did.
+    """The result of one update of the index.
 
     Attributes:
         num_indexed: Files that were new or had changed.
@@ -128,11 +128,11 @@ class ChunkStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / "update.lock")
             with self._lock:
-                # What another process writes is seen at once.
+                # Changes by another process become visible immediately.
                 database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
                 self._table = database.create_table("chunks", schema=self._schema, exist_ok=True)
                 if not self._table.list_indices():
-                    # `split_words` has split the text. Stop words stay: a question may consist of them.
+                    # `split_words` has split the text. Stop words stay, since a question may consist of them.
                     config = FTS(base_tokenizer="whitespace", remove_stop_words=False)
                     self._table.create_index("words", config=config)
         except (OSError, RuntimeError, ValueError) as error:
@@ -152,7 +152,7 @@ class ChunkStore:
         *,
         progress: bool = False,
     ) -> Update:
-        """Make the index hold these files as they are now; read only those that have changed.
+        """Update the index to these files. Only files that have changed are read.
 
         Args:
             files: All files that the index is to hold.
@@ -166,7 +166,7 @@ class ChunkStore:
             update = Update(num_removed=len(gone))
             names: list[str] = []
             rows: list[dict[str, Any]] = []
-            hidden = None if progress else True  # None hides it where stderr is no terminal
+            hidden = None if progress else True  # with None, tqdm hides the bar if stderr is not a terminal
             for file in tqdm(changed, desc="Indexing", unit="file", leave=False, disable=hidden):
                 try:
                     chunks = [chunk for chunk in split(file) if chunk.text.strip()]
@@ -180,7 +180,7 @@ class ChunkStore:
                     names, rows = [], []
             self._replace(names + gone, rows)
             if changed or gone or self._num_unindexed():
-                # Puts the new chunks into the full-text index; until then they are found by a slower scan.
+                # This adds the new chunks to the full-text index. Before that, a slower scan finds them.
                 self._table.optimize(cleanup_older_than=timedelta(hours=1))
         return update
 
@@ -206,7 +206,7 @@ class ChunkStore:
         return [FoundChunk(score=row[score], **{name: row[name] for name in columns}) for row in rows]
 
     def chunks(self) -> list[FoundChunk]:
-        """Return every chunk; its score is 0."""
+        """Return all chunks, with a score of 0."""
         columns = ["id", "file", "page", "heading", "text"]
         rows = self._table.search().select(columns).limit(len(self)).to_list()
         return [FoundChunk(score=0.0, **row) for row in rows]
@@ -216,12 +216,12 @@ class ChunkStore:
         return {row["file"]: row["stamp"] for row in first.limit(len(self)).to_list()}
 
     def _num_unindexed(self) -> int:
-        """Return the number of chunks that an update which was killed has left out of the full-text index."""
+        """Return the number of chunks that are missing in the full-text index after a killed update."""
         statistics = self._table.index_stats("words_idx")
         return 0 if statistics is None else statistics.num_unindexed_rows
 
     def _replace(self, names: list[str], rows: list[dict[str, Any]]) -> None:
-        """Put rows in the place of all rows of some files, in one commit: both happen, or neither."""
+        """Replace all rows of some files by other rows, in one commit."""
         if not names:
             return
         if self._embedder is not None:
@@ -234,7 +234,7 @@ class ChunkStore:
 
 
 def split_words(text: str) -> str:
-    """Return the words of a text with a space between; of Chinese, Japanese and Korean, pairs of characters.
+    """Return the words of a text, separated by spaces. Chinese, Japanese and Korean give pairs of characters.
 
     Example:
         >>> split_words("os.path_join: 大熊猫")
@@ -264,5 +264,5 @@ def _make_row(file: SourceFile, position: int, chunk: Chunk) -> dict[str, Any]:
 
 
 def _valid_unicode(text: str) -> str:
-    """Replace what is no character: halves of surrogate pairs, from JSON or a broken PDF."""
+    """Replace lone surrogates, which JSON and broken PDF files may contain."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""What the examples have in common on the command line: options, errors, times, results."""
+"""The command line of the examples: options, errors, times and results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from examples.store import ChunkStore, Update
 NUM_CANDIDATES = 50
 DEFAULT_QUESTION = "Which planet is the hottest?"
 
-# Part of the names of index folders: raise it when an app splits documents in another way.
+# Part of the names of index folders. Increase it if an app splits documents in another way.
 _INDEX_VERSION = 1
 
 
 class Source(NamedTuple):
-    """A chunk in a ranking, as it is printed; `was` is its rank before reranking, from 1."""
+    """A chunk in a printed ranking. `was` is its rank before reranking, counted from 1."""
 
     label: str
     score: float
@@ -60,7 +60,7 @@ class Stages:
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of the options that all examples have."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not every terminal has Chinese characters
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal can print Chinese characters
             stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
@@ -90,7 +90,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def make_rag_parser(description: str) -> argparse.ArgumentParser:
-    """Return the parser of an app that answers one question, by a language model if asked to."""
+    """Return the parser of an app that answers one question, optionally with a language model."""
     parser = _make_question_parser(description)
     parser.add_argument("--compare", action="store_true", help="answer without the reranker, too")
     _add_llm(parser, "language model that answers; without it, a quote does", required=False)
@@ -115,7 +115,7 @@ def open_store(args: argparse.Namespace, app: str) -> ChunkStore:
 
 @contextmanager
 def errors_end_the_program() -> Iterator[None]:
-    """Turn this package's own errors inside the block into a line on stderr and exit status 1."""
+    """Print errors of this package inside the block as one line on stderr, and exit with status 1."""
     try:
         yield
     except RerankError as error:
@@ -126,29 +126,29 @@ def errors_end_the_program() -> Iterator[None]:
 
 @contextmanager
 def llm_errors_end_the_program() -> Iterator[None]:
-    """Turn whatever a language model's client raises into a line on stderr and exit status 1."""
+    """Print errors of the client of a language model as one line on stderr, and exit with status 1."""
     try:
         yield
     except RerankError:
         raise
-    except Exception as error:  # each provider has its own errors
+    except Exception as error:  # the errors differ between providers
         sys.exit(f"error: the language model failed: {type(error).__name__}: {error}")
 
 
 def load_scorer(reranker: RerankOptions) -> SupportsRank:
-    """Load the model of a reranker, and make the first call, which pays for what happens once."""
+    """Load the model of a reranker and make a first call, so that later calls do no one-time work."""
     scorer = reranker.resolve_scorer()
     scorer.rank("warm up", ["A passage."])
     return scorer
 
 
 def make_label(file: str, page: int | None, heading: str) -> str:
-    """Return how a chunk's source is called: its file, and its page or heading."""
+    """Return the name of the source of a chunk: its file, and its page or heading."""
     return file + (f", page {page}" if page is not None else "") + (f" > {heading}" if heading else "")
 
 
 def report_update(update: Update, store: ChunkStore) -> None:
-    """Print what an update of the index did, and name what it skipped.
+    """Print the result of an update of the index, with the names of skipped files.
 
     Raises:
         FolderError: The index is empty, since no file could be read.

@@ -1,4 +1,4 @@
-"""What the tests share: a small checkpoint with real tokenizer and random weights, and its plain twin."""
+"""Fixtures of all tests: a small checkpoint with random weights, and the model of transformers for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.support.plain_model import load_plain_model
 
-# Before any hub library is imported: no test may reach the network, nor wait for it.
+# This must be set before a hub library is imported. No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -29,13 +29,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scorer(checkpoint: Path) -> Iterator[Scorer]:
     """Return a float32 scorer on the CPU."""
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         yield scorer
 
 
 @pytest.fixture(scope="session")
 def plain_model(checkpoint: Path) -> Any:
-    """Return transformers' own model of the checkpoint: what every fast path is compared with."""
+    """Return the model of transformers for the checkpoint, which tests compare with every fast path."""
     return load_plain_model(checkpoint)
 
 
@@ -49,5 +49,7 @@ def texts() -> list[str]:
 def assets() -> Path:
     """Return the folder of real data, or skip."""
     if not ASSETS.is_dir():
-        pytest.skip(f"needs the development data at {ASSETS.name}/ beside the repository")
+        pytest.skip(
+            "needs the original XLM-RoBERTa tokenizer and public data sets, which are not in the repository"
+        )
     return ASSETS

@@ -12,22 +12,32 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from benchmarks.common import spread
+from benchmarks.device_only import DeviceModel, device_seconds, prepare
 from benchmarks.gpu import count_flops
 from benchmarks.measure import Reference, check, problems, tune, wrong_way
-from benchmarks.models import write_plain
+from benchmarks.models import prepared_model, write_plain
 from benchmarks.peers.contender import Contender, longest_first, scored_by_query
 from benchmarks.peers.registry import ENTRIES, select
 from benchmarks.workloads import SPECS, WorkloadMaker
 from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.engine.build import Model
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
-from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cuda.graphs import Graphs, plan_buckets
+from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
+from tests.support.attention import bounds_attention
+from tests.support.engine import CPU
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"cross-encoder": "sentence_transformers", "onnx": "onnxruntime", "openvino": "nncf"}
@@ -255,7 +265,10 @@ def test_importing_the_command_imports_no_peer() -> None:
 def test_a_plain_copy_scores_the_same(tmp_path: Path) -> None:
     write_plain(EMBEDDED_FOLDER, tmp_path / "plain")
     pairs = [("what is a panda?", "A bear that eats bamboo."), ("what is a panda?", "The stock market fell.")]
-    with Scorer("embedded", device="cpu") as ours, Scorer(tmp_path / "plain", device="cpu") as plain:
+    with (
+        Scorer("embedded", device="cpu", dtype="float32") as ours,
+        Scorer(tmp_path / "plain", device="cpu", dtype="float32") as plain,
+    ):
         assert plain.score(pairs) == pytest.approx(ours.score(pairs), abs=1e-5)
 
 
@@ -370,10 +383,66 @@ def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
     result = run("sh", "benchmarks/gpu.sh", DEVICE="cpu", SHAPE="tiny", PYTHON=sys.executable)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["ceiling_tflops"] > 0
-    assert {each["key"] for each in report["throughput"]["results"]} >= {"ours-float32"}
-    assert all(each["share_of_ceiling"] > 0 for each in report["throughput"]["results"])
-    assert [workload["name"] for workload in report["latency"]["tiny"]] == ["A", "C"]
+    dtypes = list(report["machine"])
+    assert dtypes[0] == "float32"
+    assert report["machine"]["float32"]["attention"] == "sdpa_attention"
+    assert report["ceiling_tflops"]["float32"] > 0
+    assert "ours-float16" in report["missing"], "a CPU emulates float16"
+    throughput = report["throughput"]["results"]
+    assert [each["dtype"] for each in throughput] == dtypes
+    for each in throughput:
+        assert each["device_graphs"] == 0
+        assert each["device_pairs_per_s"] > 0
+        assert each["pairs_per_s"] > 0
+        if each["dtype"] != "int8":
+            assert each["device_share_of_ceiling"] > 0
+            assert each["share_of_ceiling"] > 0
+    assert 0 < len(report["profile"]["kernels"]) <= 15
+    assert sum(each["share"] for each in report["profile"]["kernels"]) <= 1 + 1e-9
+    graphs = report["graphs"]["tiny"]
+    assert [each["workload"] for each in graphs] == ["D", "A", "D", "A", "A"] * len(dtypes)
+    assert all(each["device_s"] > 0 and each["wall_s"] > 0 and each["replayed"] == 0 for each in graphs)
+    assert [workload["name"] for workload in report["latency"]["tiny"]] == ["D", "A", "C"]
+    assert "log: attention on cpu in torch.float32: sdpa_attention" in result.stdout
+
+
+def test_the_device_only_time_covers_batches_that_graphs_replay() -> None:
+    def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        output = function().clone()
+        return lambda: output.copy_(function())
+
+    with prepared_model(shape="tiny", model=None, device="cpu") as setup:
+        maker, shape = WorkloadMaker(setup.tokenizer_path, seed=0), setup.shape()
+        ids = maker.ids(maker.make("A", num_pairs=20).pairs)
+        weights = load_weights(setup.plain, shape, device=CPU, dtype=torch.float32)
+        forward = PackedCrossEncoder(shape, weights, attention=bounds_attention)
+        graphs = Graphs(forward, device=CPU, padding_idx=1, buckets=plan_buckets(512, 700), capture=capture)
+        graphs.capture()
+        plain = DeviceModel(Model(forward, int), CPU, 1, 1000)
+        graphed = plain._replace(model=Model(forward, int, graphs))
+        assert (plain.num_graphs, graphed.num_graphs) == (0, len(plan_buckets(512, 700)))
+        eager, replayed = prepare(plain, ids), prepare(graphed, ids)
+        assert (eager.num_replayed, len(eager.batches)) == (0, len(replayed.batches))
+        assert 0 < replayed.num_replayed < len(replayed.batches), "some batches are larger than any graph"
+        for (batch, _), (other, _) in zip(eager.batches, replayed.batches, strict=True):
+            expected = torch.as_tensor(eager.run(batch))
+            torch.testing.assert_close(torch.as_tensor(replayed.run(other))[: len(expected)], expected)
+        assert device_seconds(graphed, ids, repeats=2) > 0
+
+
+def test_a_real_tokenizer_replaces_the_small_one(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(EMBEDDED_FOLDER / "tokenizer.json"))
+    tokenizer.enable_padding(length=77)
+    tokenizer.enable_truncation(10)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with prepared_model(
+        shape="tiny", model=None, device="cpu", tokenizer=tmp_path / "tokenizer.json"
+    ) as setup:
+        assert setup.shape().vocab_size == tokenizer.get_vocab_size()
+        maker = WorkloadMaker(setup.tokenizer_path, seed=0)
+        assert set(maker.make("C", num_pairs=3).num_tokens) == {512}
+        with Scorer(setup.model, device="cpu") as scorer:
+            assert len(scorer.score([("what is a panda?", "a bear " * 100)])) == 1
 
 
 @pytest.mark.parametrize(
@@ -389,6 +458,7 @@ def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
         (["memory", "--batch-size", "0"], "--batch-size must be positive"),
         (["fidelity", "--beir", "."], "fidelity needs --model"),
         (["gpu", "--model", "embedded"], "leave --model out"),
+        (["gpu", "--tokenizer", "nowhere.json"], "--tokenizer nowhere.json is not a file"),
     ],
 )
 def test_bad_usage_is_refused_before_any_work(

@@ -105,6 +105,7 @@ def test_unknown_keys_are_named() -> None:
         ({"query_max_length": 508}, "leaves no room for a passage .* at most 507"),
         ({"max_length": 16}, "leaves no room"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be an integer from 1 to"),
+        ({"capture_graphs": 1}, "capture_graphs must be True or False"),
         ({"num_threads": 0}, "num_threads must be an integer from 1 to"),
         ({"num_threads": 100_000}, "num_threads must be an integer from 1 to 1,024"),
         ({"max_length": 65_537}, "max_length must be an integer from 6 to 65,536"),

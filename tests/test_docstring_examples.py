@@ -21,12 +21,18 @@ MODULES = [
     "adapter_options",
     "batching.batcher",
     "batching.stats",
+    "cli.options",
     "config",
     "errors",
     "langchain",
     "llama_index",
+    "protocols",
     "ranking",
+    "runtime.shared_objects",
     "scorer",
+    "server.app",
+    "server.settings",
+    "splitting",
     "telemetry",
 ]
 
@@ -44,7 +50,7 @@ EXAMPLES = sorted(find_examples(), key=lambda example: example.name)
 @pytest.fixture(scope="module")
 def names() -> Iterator[dict[str, Any]]:
     """Return the names that the examples use without defining them."""
-    with Scorer("embedded", device="cpu") as scorer:
+    with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         yield {
             **{name: getattr(bge_rerank_integrations, name) for name in bge_rerank_integrations.__all__},
             "Document": Document,

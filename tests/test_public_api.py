@@ -33,6 +33,7 @@ CORE_OPTIONS = {
     "query_truncation_side": "right",
     "max_batch_tokens": None,
     "num_threads": None,
+    "capture_graphs": True,
     "max_wait_ms": 0.0,
     "max_queued_tokens": None,
     "normalize": False,

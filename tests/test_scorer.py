@@ -33,6 +33,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.runtime import warn_once
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
+from tests.support.engine import score_all
 from tests.support.queues import PATIENCE_S
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -43,7 +44,7 @@ QUERY = "what does a giant panda eat?"
 @pytest.fixture
 def shared_config(checkpoint: Path) -> Iterator[ScorerConfig]:
     """Return a config. Its shared scorer is closed after the test."""
-    config = ScorerConfig(model=str(checkpoint), device="cpu", max_length=128)
+    config = ScorerConfig(model=str(checkpoint), device="cpu", dtype="float32", max_length=128)
     yield config
     Scorer.shared(config).close()
 
@@ -86,7 +87,7 @@ def test_compute_score_takes_a_pair_or_a_list(scorer: Scorer) -> None:
 
 def test_normalize(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:
     pairs = [(QUERY, text) for text in texts[:5]]
-    with Scorer(checkpoint, device="cpu", normalize=True) as normalizing:
+    with Scorer(checkpoint, device="cpu", dtype="float32", normalize=True) as normalizing:
         assert normalizing.score(pairs) == [sigmoid(score) for score in scorer.score(pairs)]
         assert normalizing.compute_score(pairs, normalize=False) == scorer.score(pairs)
 
@@ -182,7 +183,7 @@ def test_a_stream_ends_at_a_malformed_pair_with_its_index(scorer: Scorer) -> Non
 
 def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoint: Path) -> None:
     pairs = [("panda", str(number)) for number in range(9000)]
-    with Scorer(checkpoint, device="cpu", max_queued_tokens=40_000) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=40_000) as scorer:
         assert len(scorer.score(iter(pairs))) == 9000
         with pytest.raises(QueueFullError):
             scorer.score(pairs)
@@ -204,7 +205,7 @@ def test_truncated_queries_are_counted_once_per_request_and_logged_once(
 ) -> None:
     monkeypatch.setattr(warn_once, "_logged", set())
     question = "CANARY which animal eats bamboo? " * 40
-    with Scorer(checkpoint, device="cpu", max_length=64) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_length=64) as scorer:
         scorer.rank(QUERY, ["a", "b"])
         assert (scorer.stats().query_truncations, caplog.messages) == (0, [])
         scorer.rank(question, ["a", "b", "c"])
@@ -220,7 +221,7 @@ def test_truncated_queries_are_counted_once_per_request_and_logged_once(
 
 def test_the_end_of_a_long_query_counts_with_left_truncation(checkpoint: Path, texts: list[str]) -> None:
     history = "tell me about the planet mercury " * 40
-    settings: dict[str, Any] = {"device": "cpu", "max_length": 64}
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_length": 64}
     with Scorer(checkpoint, **settings, query_truncation_side="left") as scorer:
         ranking = scorer.rank(history + QUERY, texts)
         assert [p.index for p in ranking] != [p.index for p in scorer.rank(history + "other end", texts)]
@@ -269,7 +270,7 @@ async def test_async_methods_handle_blank_texts_alike(scorer: Scorer, texts: lis
 
 def test_a_text_that_only_the_tokenizer_finds_blank(checkpoint: Path) -> None:
     """U+FFFD is a visible character, but the tokenizer of the embedded model drops it."""
-    with Scorer("embedded", device="cpu") as scorer:
+    with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         assert [p.blank for p in scorer.rank(QUERY, ["\ufffd", "panda"])] == [False, True]
         with pytest.raises(InputError, match=r"^the query has nothing to read$") as caught:
             scorer.rank("\ufffd\ufffd", ["panda"])
@@ -287,7 +288,7 @@ def test_an_instruction_does_not_make_a_blank_passage_readable(
     checkpoint: Path, texts: list[str], settings: dict[str, Any]
 ) -> None:
     with Scorer(
-        checkpoint, device="cpu", passage_instruction="passage: ", normalize=True, **settings
+        checkpoint, device="cpu", dtype="float32", passage_instruction="passage: ", normalize=True, **settings
     ) as scorer:
         ranking = scorer.rank(QUERY, ["", texts[0], " "])
         assert [(p.index, p.blank) for p in ranking] == [(1, False), (0, True), (2, True)]
@@ -296,7 +297,7 @@ def test_an_instruction_does_not_make_a_blank_passage_readable(
 
 
 async def test_blank_passages_can_be_refused(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu", blank_passages="refuse") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", blank_passages="refuse") as scorer:
         for call in (
             lambda: scorer.rank(QUERY, [texts[0], texts[1], "\n"]),
             lambda: scorer.rank_many([(QUERY, texts), (QUERY, [texts[0]]), (QUERY, ["a", "\u200b"])]),
@@ -321,7 +322,10 @@ def test_blank_passages_are_logged_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warn_once, "_logged", set())
-    with Scorer(checkpoint, device="cpu") as first, Scorer(checkpoint, device="cpu", max_length=64) as second:
+    with (
+        Scorer(checkpoint, device="cpu", dtype="float32") as first,
+        Scorer(checkpoint, device="cpu", dtype="float32", max_length=64) as second,
+    ):
         first.rank(QUERY, ["CANARY", "text"])
         assert caplog.messages == []
         for scorer in (first, second, first):
@@ -348,10 +352,10 @@ def steep_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_logits_decide_where_the_sigmoid_rounds_scores_together(
     steep_checkpoint: Path, texts: list[str], settings: dict[str, Any]
 ) -> None:
-    with Scorer(steep_checkpoint, device="cpu", **settings) as raw:
+    with Scorer(steep_checkpoint, device="cpu", dtype="float32", **settings) as raw:
         logits = {p.index: p.score for p in raw.rank(QUERY, texts)}
         assert max(logits.values()) > 100
-    with Scorer(steep_checkpoint, device="cpu", normalize=True, **settings) as scorer:
+    with Scorer(steep_checkpoint, device="cpu", dtype="float32", normalize=True, **settings) as scorer:
         ranking = scorer.rank(QUERY, texts)
         assert len({p.score for p in ranking}) < len(texts) - 3
         assert [p.index for p in ranking] == list(logits)
@@ -364,7 +368,7 @@ def test_logits_decide_where_the_sigmoid_rounds_scores_together(
 
 @pytest.mark.parametrize("threshold", [0, -2, 1.5, 50])
 async def test_a_threshold_off_the_scale_is_refused(checkpoint: Path, threshold: float) -> None:
-    with Scorer(checkpoint, device="cpu", normalize=True) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", normalize=True) as scorer:
         with pytest.raises(InputError, match=r"above 0 and at most 1.*normalize=False"):
             scorer.rank(QUERY, ["a"], threshold=threshold)
         with pytest.raises(InputError, match="above 0 and at most 1"):
@@ -375,13 +379,20 @@ async def test_a_threshold_off_the_scale_is_refused(checkpoint: Path, threshold:
 
 def test_the_best_window_gives_the_score(checkpoint: Path, texts: list[str]) -> None:
     passage = " ".join(texts)
-    settings: dict[str, Any] = {"device": "cpu", "max_length": 128, "query_max_length": 32}
+    settings: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_length": 128,
+        "query_max_length": 32,
+    }
     with Scorer(checkpoint, **settings, long_passages="windows", window_overlap_tokens=16) as windowed:
         (best,) = windowed.rank(QUERY, [passage])
         engine = windowed._require_pipeline()
         (pair,) = engine.tokenizer.encode([QUERY], [passage])
         assert best.windows == len(pair.windows) > 10
-        assert best.score == pytest.approx(max(engine.runners[0].run(pair.windows)), abs=TOLERANCE)
+        assert best.score == pytest.approx(
+            max(score_all(engine.runners[0], list(pair.windows))), abs=TOLERANCE
+        )
         assert not best.truncated
     with Scorer(checkpoint, **settings) as cutting:
         (cut,) = cutting.rank(QUERY, [passage])
@@ -462,7 +473,7 @@ def test_scores_that_are_not_finite_are_never_returned(checkpoint: Path, tmp_pat
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors["roberta.embeddings.word_embeddings.weight"][word] = 3e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with Scorer(folder, device="cpu") as broken:
+    with Scorer(folder, device="cpu", dtype="float32") as broken:
         assert len(broken.score([("a", "b")])) == 1
         with pytest.raises(NonFiniteScoreError, match="pair 4500 ") as streaming:
             broken.score(("a", "panda" if number == 4500 else "b") for number in range(4600))
@@ -571,7 +582,7 @@ async def test_shared_loads_off_the_loop(shared_config: ScorerConfig) -> None:
 
 
 def test_a_failed_load_reaches_everyone_and_can_be_tried_again(tmp_path: Path, checkpoint: Path) -> None:
-    config = ScorerConfig(model=str(tmp_path / "later"), device="cpu")
+    config = ScorerConfig(model=str(tmp_path / "later"), device="cpu", dtype="float32")
     barrier = threading.Barrier(4)
 
     def ask(_: int) -> type[BaseException] | None:
@@ -616,7 +627,7 @@ def test_close(shared_config: ScorerConfig) -> None:
 
 
 async def test_close_finishes_accepted_requests(checkpoint: Path, texts: list[str]) -> None:
-    scorer = Scorer(checkpoint, device="cpu")
+    scorer = Scorer(checkpoint, device="cpu", dtype="float32")
     expected = scorer.score([(QUERY, text) for text in texts])
     tasks = [asyncio.create_task(scorer.ascore([(QUERY, text) for text in texts])) for _ in range(6)]
     await asyncio.sleep(0)
@@ -692,6 +703,6 @@ def test_the_processs_torch_settings_are_left_as_they_were(checkpoint: Path) -> 
         ]
 
     before = current()
-    with Scorer(checkpoint, device="cpu") as other:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as other:
         other.score([("a", "b")])
     assert current() == before

@@ -17,7 +17,7 @@ from bge_rerank_integrations.telemetry import observe_with_opentelemetry, promet
 def test_prometheus(checkpoint: Path) -> None:
     registry = CollectorRegistry()
     labels = {"model": str(checkpoint)}
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         registry.register(prometheus_collector(scorer))
         scorer.score([("canary", "canary"), ("canary", "other canary")])
         assert registry.get_sample_value("bge_rerank_up", labels) == 1
@@ -51,7 +51,7 @@ def test_opentelemetry(checkpoint: Path) -> None:
         assert all(point.attributes == {"model": str(checkpoint)} for (point,) in points.values())
         return {name: point.value for name, (point,) in points.items()}
 
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         observe_with_opentelemetry(scorer, meter)
         scorer.score([("a", "b"), ("a", "b")])
         values = read()

@@ -121,8 +121,8 @@ def test_a_packed_student_scores_nearly_as_the_plain_one(bert: Any, tmp_path: Pa
     pack(tmp_path / "plain", tmp_path / "packed")
     pairs = [("a bed", "cab"), ("fade", "a cab faced a bed"), ("bed", "dead")]
     with (
-        Scorer(tmp_path / "plain", device="cpu") as plain,
-        Scorer(tmp_path / "packed", device="cpu") as packed,
+        Scorer(tmp_path / "plain", device="cpu", dtype="float32") as plain,
+        Scorer(tmp_path / "packed", device="cpu", dtype="float32") as packed,
     ):
         exact = plain.score(pairs)
         assert packed.score(pairs) == pytest.approx(exact, abs=0.1)
@@ -143,7 +143,7 @@ def test_rows_are_quantized_each_by_its_own_range() -> None:
     )
 
 
-def test_queries_come_with_their_own_passage_and_what_resembles_it(texts: list[str]) -> None:
+def test_a_query_is_paired_with_its_own_passage_and_similar_ones(texts: list[str]) -> None:
     english = [text for text in texts if text.isascii()]
     documents = [Document(text[:30], text) for text in english]
     groups = make_groups(documents, 40, seed=3)
@@ -158,7 +158,7 @@ def test_queries_come_with_their_own_passage_and_what_resembles_it(texts: list[s
     assert np.mean([row[0] for row in overlap]) > np.mean([row[-1] for row in overlap])
 
 
-def test_judged_queries_come_with_their_relevant_passages_and_others_that_are_found() -> None:
+def test_a_judged_query_is_paired_with_its_relevant_passages_and_other_results() -> None:
     corpus = {f"p{n}": f"word{n % 3} word{n} text" for n in range(40)}
     judged = BeirDataset(
         corpus=corpus, queries={"q": "word7 text", "other": "text"}, qrels={"q": {"p7": 1, "p9": 0, "p11": 1}}
@@ -196,7 +196,7 @@ def test_a_student_learns_to_do_what_the_original_does(bert: Any) -> None:
     assert after[1] < 0.7 * before[1]
 
 
-def test_what_is_compared_are_the_same_tokens(bert: Any) -> None:
+def test_compared_hidden_states_belong_to_the_same_tokens(bert: Any) -> None:
     """Without attention, positions and token types, a hidden state depends only on its token."""
     alone = renamed(bert)
     for name in alone:
@@ -233,7 +233,7 @@ def score_by_length(asked: list[str], num_queries: int = 99) -> Any:
     return score
 
 
-def test_a_run_that_is_kept_is_scored_once(tmp_path: Path) -> None:
+def test_a_saved_run_is_not_scored_again(tmp_path: Path) -> None:
     kept = tmp_path / "original.trec"
     asked: list[str] = []
     whole = score_run(score_by_length(asked), TEXTS, RUN, kept)
@@ -254,7 +254,7 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     assert list(read_run(kept)) == list(RUN)
 
 
-def test_half_of_the_last_query_is_dropped_wherever_the_file_ends(tmp_path: Path) -> None:
+def test_an_incomplete_last_query_is_dropped_wherever_the_file_ends(tmp_path: Path) -> None:
     kept = tmp_path / "original.trec"
     whole = score_run(score_by_length([]), TEXTS, RUN, kept)
     text = kept.read_bytes()
@@ -266,7 +266,7 @@ def test_half_of_the_last_query_is_dropped_wherever_the_file_ends(tmp_path: Path
         assert len(asked) == 4 - text[:end].count(b"\n") // 3  # complete queries are not scored again
 
 
-def test_what_other_queries_got_is_kept_and_what_no_longer_fits_is_scored_anew(tmp_path: Path) -> None:
+def test_saved_scores_are_kept_and_scores_of_other_passages_are_computed_again(tmp_path: Path) -> None:
     kept = tmp_path / "original.trec"
     whole = score_run(score_by_length([]), TEXTS, RUN, kept)
     asked: list[str] = []

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import cast
+
+import torch
 
 from benchmarks.common import Pairs, cpu_features
 from benchmarks.models import Setup
 from benchmarks.peers.contender import Contender, NotAvailableError, scored_by_query
-from bge_rerank_integrations import Scorer
+from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import DType
-from bge_rerank_integrations.errors import ConfigError, DeviceError
+from bge_rerank_integrations.engine.cpu.int8_support import require_int8
+from bge_rerank_integrations.engine.cuda.float8 import check_float8
+from bge_rerank_integrations.engine.device import resolve_device, resolve_dtype
+from bge_rerank_integrations.errors import ConfigError, DeviceError, RerankError
 
 
 def load(dtype: str, setup: Setup, stack: ExitStack) -> Contender:
     """Load a scorer. The exit stack closes it."""
-    if dtype == "bfloat16" and not setup.on_cuda and not cpu_features("bf16"):
-        raise NotAvailableError("this CPU has no bfloat16 arithmetic")
+    require_dtype(dtype, setup)
     scorer = _scorer(setup, dtype, stack)
     return Contender(name="Scorer.score", dtype=dtype, run=lambda pairs, _: scorer.score(pairs))
+
+
+def require_dtype(dtype: str, setup: Setup) -> None:
+    """Check that the device computes in a precision itself.
+
+    Raises:
+        NotAvailableError: The device does not support the precision, or only emulates it.
+    """
+    config = ScorerConfig(device=setup.device)
+    try:
+        device, shape = resolve_device(config), setup.shape()
+        resolve_dtype(replace(config, dtype=cast(DType, dtype)), device)
+        if dtype == "int8":
+            require_int8(shape.head_dim)
+        if dtype == "float8":
+            check_float8(device, (shape.hidden_size, shape.intermediate_size))
+    except RerankError as error:
+        raise NotAvailableError(str(error)) from error
+    if dtype != "bfloat16":
+        return
+    if setup.on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise NotAvailableError("this GPU emulates bfloat16")
+    if not setup.on_cuda and not cpu_features("bf16"):
+        raise NotAvailableError("this CPU has no bfloat16 arithmetic")
 
 
 def load_langchain(_: str, setup: Setup, stack: ExitStack) -> Contender:

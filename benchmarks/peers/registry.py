@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import ModuleType
@@ -64,16 +64,16 @@ def is_ours(key: str) -> bool:
     return ENTRIES[key].module == "ours"
 
 
-def select(wanted: Sequence[str]) -> list[str]:
+def select(wanted: Sequence[str], among: Collection[str] = ENTRIES) -> list[str]:
     """Return the contenders selected by names. A name is a contender's key or a prefix of keys.
 
     Raises:
         ValueError: A name selects no contender.
     """
     for name in wanted:
-        if not any(_means(name, key) for key in ENTRIES):
-            raise ValueError(f"no contender {name!r}; choose from {', '.join(ENTRIES)}")
-    return [key for key in ENTRIES if any(_means(name, key) for name in wanted)]
+        if not any(_means(name, key) for key in among):
+            raise ValueError(f"no contender {name!r}; choose from {', '.join(among)}")
+    return [key for key in among if any(_means(name, key) for name in wanted)]
 
 
 def load(key: str, setup: Setup, stack: ExitStack) -> Contender:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 from benchmarks.stress.common import (
@@ -60,15 +61,15 @@ def scores_not_finite(bench: Bench) -> Outcome:
 def _injected_logits(bench: Bench) -> tuple[int, int]:
     """Put logits that are not finite into results. Return how many, and how many were not detected."""
     rng = random.Random(7)
-    prepared = PreparedPairs([("query", phrase) for phrase in bench.phrases()[:100]])
-    list(prepared.encode(bench.tokenizer(), 100))
+    prepared = PreparedPairs([("query", bench.phrases()[:100])])
+    list(prepared.encode(bench.tokenizer(), repeat(100)))
     num_missed = 0
     for number in range(bench.count(100)):
         logits = [rng.uniform(-9, 9) for _ in range(100)]
         at = rng.randrange(100)
         logits[at] = (math.nan, math.inf, -math.inf)[number % 3]
         try:
-            prepared.results(logits, normalize=number % 2 == 0)
+            prepared.scores(logits, normalize=number % 2 == 0)
             num_missed += 1
         except NonFiniteScoreError as error:
             num_missed += error.index != at

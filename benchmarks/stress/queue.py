@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.stress.common import MAX_DIFFERENCE, PATIENCE_S, Bench, Outcome, difference
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import QueueFullError, WorkerDiedError
@@ -35,6 +36,24 @@ POISON: Final = 7
 # 2: cancellation.
 
 
+class _Done:
+    """A batch whose logits are known."""
+
+    def __init__(self, logits: list[float]) -> None:
+        self._logits = logits
+
+    def wait(self) -> list[float]:
+        """Return the logits."""
+        return self._logits
+
+
+def _replica(score: Callable[[list[IntArray]], list[float]], max_batch_tokens: int) -> Replica:
+    return Replica(
+        lambda sequences, *, is_alone: _Done(score(sequences)),  # noqa: ARG005
+        lambda: max_batch_tokens,
+    )
+
+
 def cancelled_calls(bench: Bench) -> Outcome:
     """Cancel 30 % of async calls at random. Check that no cancelled call starts afterwards."""
     num_calls = bench.count(1000)
@@ -50,7 +69,7 @@ def cancelled_calls(bench: Bench) -> Outcome:
         tasks = [asyncio.ensure_future(asyncio.wrap_future(future)) for future in futures]
         return await _cancel_some(tasks)
 
-    batcher = MicroBatcher([Replica(score, lambda: 100)])
+    batcher = MicroBatcher([_replica(score, 100)])
     outcomes, cancelled_at = asyncio.run(run_queue(batcher))
     emptied_s = _seconds_until_empty(batcher)
     batcher.close()
@@ -129,7 +148,7 @@ def queue_cap(bench: Bench) -> Outcome:
         return _firsts(batch)
 
     num_offered = bench.count(1000)
-    batcher = MicroBatcher([Replica(score, lambda: 100)], max_queued_tokens=max(num_offered, 10))
+    batcher = MicroBatcher([_replica(score, 100)], max_queued_tokens=max(num_offered, 10))
     accepted: list[tuple[int, Future[list[float]]]] = []
     refusals: list[float] = []
     for number in range(num_offered):
@@ -167,7 +186,7 @@ def poisoned_batches(bench: Bench) -> Outcome:
         return _firsts(batch)
 
     # A batch has room for exactly sixteen callers, and it starts only when it is full.
-    batcher = MicroBatcher([Replica(score, lambda: 160)], max_wait_ms=10_000)
+    batcher = MicroBatcher([_replica(score, 160)], max_wait_ms=10_000)
     num_rounds = bench.count(200)
     tally: Counter[str] = Counter()
     with ThreadPoolExecutor(16) as pool:
@@ -218,7 +237,7 @@ def injected_errors(bench: Bench) -> Outcome:
         budgets.append(runner.max_batch_tokens)
         return runner.max_batch_tokens
 
-    batcher = MicroBatcher([Replica(runner.run, budget)], is_device_lost=is_device_lost)
+    batcher = MicroBatcher([Replica(runner.launch, budget)], is_device_lost=is_device_lost)
     rng = random.Random(4)
     poisoned = set(rng.sample(range(num_requests), num_bad))
     requests = [
@@ -285,7 +304,7 @@ class Worker:
 def killed_workers(bench: Bench) -> Outcome:
     """Check that fifty waiting requests end soon after the worker's thread ends."""
     worker = Worker()
-    batcher = MicroBatcher([Replica(worker, lambda: 3)])
+    batcher = MicroBatcher([_replica(worker, 3)])
     rng = random.Random(5)
     num_kills = bench.count(20)
     waits: list[float] = []

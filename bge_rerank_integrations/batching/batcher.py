@@ -1,24 +1,23 @@
-"""`MicroBatcher`: runs the requests of many callers in shared batches, on one device or several.
+"""`MicroBatcher`: accepts the requests of many callers, and gives each its result or its error.
 
-It works on token ids and functions that score them. It knows neither texts nor tensors.
+It works on token ids and functions that score them. It knows neither texts nor tensors. `queue.py` decides
+which sequences share a batch, and `workers.py` runs the batches.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
-from bge_rerank_integrations.batching.queue import WaitingList
-from bge_rerank_integrations.batching.request import Batch, Request
+from bge_rerank_integrations.batching.queue import RequestQueue
+from bge_rerank_integrations.batching.request import Batch, Request, State
 from bge_rerank_integrations.batching.stats import HealthState, Recorder, ScorerHealth, ScorerStats
+from bge_rerank_integrations.batching.workers import Replica, Worker, join_all, sequences_of
 from bge_rerank_integrations.errors import (
     DeviceLostError,
     QueueFullError,
@@ -26,53 +25,25 @@ from bge_rerank_integrations.errors import (
     WorkerDiedError,
 )
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
-from bge_rerank_integrations.runtime.shutdown import begin_exit, is_exiting
-from bge_rerank_integrations.runtime.tracebacks import release_frames
+from bge_rerank_integrations.runtime.shutdown import end_at_exit, is_exiting, join_until
 from bge_rerank_integrations.text.tokenization import IntArray
 
 logger = logging.getLogger(__name__)
 
-# Maximum time in seconds that interpreter exit waits for running batches.
-_EXIT_S: Final = 4.0
-
 _live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
-# All workers that were started. Exit also waits for workers that their batcher no longer lists.
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-
-
-@dataclass(eq=False)
-class Replica:
-    """The copy of the model on one device.
-
-    Attributes:
-        score: Returns the logit of each sequence, in order. Only one thread calls it.
-        max_batch_tokens: Returns the maximum number of tokens in the next batch. A longer sequence is a batch
-            of its own.
-    """
-
-    score: Callable[[list[IntArray]], list[float]]
-    max_batch_tokens: Callable[[], int]
-
-    def release(self) -> None:
-        """Drop the references to the model. The traceback of an exception may keep this object alive."""
-        self.score = _released
-        self.max_batch_tokens = lambda: 1
-
-
-def _released(batch: list[IntArray]) -> list[float]:  # noqa: ARG001
-    raise ScorerClosedError("this scorer is closed; create a new one")
 
 
 class MicroBatcher:
     """Queues the requests of any number of threads and runs them in shared batches.
 
-    A worker thread for each replica takes the next batch from the queue as soon as its device is idle. A
-    batch contains sequences of several requests, up to a number of tokens. Each request ends with a result,
+    A worker thread for each replica launches the next batch while its device still computes the previous one.
+    A batch contains sequences of several requests, up to a number of tokens. Each request ends with a result,
     with an exception, or cancelled.
 
     Cancelling the future of a request drops its sequences that wait. If a batch fails that several requests
     share, each of these requests is repeated alone once, so that only the request that causes the error
-    fails. If a device is lost, its replica is no longer used, and its batch goes back into the queue. A
+    fails. If a batch does not fit into memory, its sequences go back into the queue, and the next batches are
+    smaller. If a device is lost, its replica is no longer used, and its batches go back into the queue. A
     request that loses a second device fails.
 
     Args:
@@ -84,9 +55,9 @@ class MicroBatcher:
             frees a model that is no longer referenced. The next request starts new workers.
 
     Example:
-        >>> lengths = Replica(lambda batch: [float(len(ids)) for ids in batch], lambda: 512)
-        >>> MicroBatcher([lengths]).submit([np.array([0, 2, 2, 2], dtype=np.int32)]).result()
-        [4.0]
+        >>> replica = Replica(runner.launch, lambda: runner.max_batch_tokens)
+        >>> MicroBatcher([replica]).submit([np.array([0, 2, 2, 2], dtype=np.int32)]).result()
+        [-9.1...]
     """
 
     def __init__(
@@ -106,9 +77,8 @@ class MicroBatcher:
         self._changed = threading.Condition()
         # The following attributes are read and written under the lock of the condition.
         self._replicas = list(replicas)  # replicas whose devices work
-        self._workers: dict[Replica, threading.Thread] = {}
-        self._waiting = WaitingList()
-        self._running: dict[Replica, Batch] = {}  # unanswered requests of the current batch
+        self._workers: dict[Replica, Worker] = {}
+        self._queue = RequestQueue()
         self._closed = False
         self._abandoned = False
         self._lost: BaseException | None = None
@@ -154,18 +124,18 @@ class MicroBatcher:
             self._check_open(sum(map(len, sequences)))
             if self._abandoned or request.is_over:
                 return
-            request.is_whole = is_last
+            if is_last:
+                request.state = State.WHOLE
             if sequences:
                 mark_process_in_use()
                 self._recorder.requests += is_first
-                self._waiting.add(request, request.grow(sequences))
-                self._wake_workers()
-            elif request.is_finished and self._claim(request):
-                request.future.set_result(request.logits)
+                self._wake_workers()  # first, because it raises if the interpreter can start no more threads
+                self._queue.add(request, request.grow(sequences))
+        # The lock must not be held from here on, because a future that is done calls its callbacks at once.
+        if not sequences:
+            self._finish(request)
         if is_first:
-            # The lock must not be held here, because a future that is already done calls the callback at
-            # once. A future keeps its callbacks, so the callback has only weak references to batcher and
-            # request.
+            # A future keeps its callbacks, so the callback has only weak references to batcher and request.
             request.future.add_done_callback(
                 partial(_forget_cancelled, weakref.ref(self), weakref.ref(request))
             )
@@ -191,9 +161,10 @@ class MicroBatcher:
             self._closed = True
             self._changed.notify_all()
         deadline = None if timeout is None else time.monotonic() + timeout
-        while worker := self._worker_to_join():
-            worker.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-            if worker.is_alive():
+        # If a device is lost meanwhile, other workers start. A worker that calls this method itself must not
+        # wait for other workers, because two of them would wait for each other.
+        while (threads := self._live_threads()) and threading.current_thread() not in threads:
+            if not join_until(threads, deadline):
                 break
         self._fail_all(ScorerClosedError("the scorer was closed before this request was finished"))
         with self._changed:
@@ -201,6 +172,7 @@ class MicroBatcher:
             # memory.
             while self._replicas:
                 self._replicas.pop().release()
+            self._changed.notify_all()
 
     def count(
         self, *, duplicates: int, truncations: int, query_truncations: int, blank_passages: int
@@ -217,8 +189,8 @@ class MicroBatcher:
         check_process()
         with self._changed:
             return self._recorder.stats(
-                queued_requests=len(self._waiting),
-                queued_tokens=self._waiting.num_tokens,
+                queued_requests=len(self._queue),
+                queued_tokens=self._queue.num_tokens,
                 cache_hits=cache_hits,
                 cache_misses=cache_misses,
                 splits=splits,
@@ -232,14 +204,204 @@ class MicroBatcher:
             if self._lost is not None:
                 state = "device lost"
             return ScorerHealth(
-                state, len(self._waiting), self._waiting.num_tokens, self._num_replicas, len(self._replicas)
+                state,
+                len(self._queue),
+                self._queue.num_tokens,
+                self._num_replicas,
+                len(self._replicas),
             )
+
+    # --- for the workers; see `Work` ---------------------------------------------------------------------
+
+    def next_batch(self, worker: Worker) -> Batch | None:
+        """See `Work`."""
+        replica = worker.replica
+        with self._changed:
+            while not self._abandoned and self._serves(worker):
+                timeout_s = None  # until something changes
+                if not (self._queue or worker.running):
+                    if self._closed or not (self._changed.wait(self._idle_s) or self._queue):
+                        break
+                    continue
+                if self._queue and worker.has_room and self._is_worth_launching(worker):
+                    timeout_s = self._patience_s(replica)
+                    if timeout_s <= 0:
+                        return self._take(worker)
+                self._changed.wait(timeout_s)
+            # This happens under the lock, so that the next request starts a new worker.
+            if self._workers.get(replica) is worker:
+                del self._workers[replica]
+            return None
+
+    def computed(self, worker: Worker) -> None:
+        """See `Work`."""
+        with self._changed:
+            worker.num_computing -= 1
+            self._changed.notify_all()
+
+    def complete(self, worker: Worker, batch: Batch, logits: list[float], compute_s: float) -> None:
+        """See `Work`."""
+        with self._changed:
+            if batch not in worker.running:
+                return  # the worker has died, or its device was lost, and the sequences are queued again
+            self._recorder.computed(
+                num_requests=len(batch),
+                num_pairs=len(logits),
+                num_tokens=sum(map(len, sequences_of(batch))),
+                budget=worker.replica.max_batch_tokens(),
+                compute_s=compute_s,
+            )
+            for request in batch:
+                request.runs_alone = False
+        values = iter(logits)
+        for request, indices in batch.items():
+            self._report(request, {index: next(values) for index in indices})
+        # Remove the batch only now. If the worker dies before this, its requests fail.
+        self._remove_batch(worker, batch)
+
+    def put_back(self, worker: Worker, batch: Batch) -> None:
+        """See `Work`."""
+        with self._changed:
+            worker.num_computing -= 1
+            worker.needs_memory = len(worker.running) > 1
+            if self._remove_batch(worker, batch):
+                self._queue_again(batch)
+
+    def recover(self, worker: Worker, batch: Batch, error: Exception) -> None:
+        """See `Work`."""
+        if is_exiting():
+            return  # no caller waits for a result
+        if self._is_device_lost is not None and self._is_device_lost(error):
+            self._lose(worker, error)
+            return
+        with self._changed:
+            worker.num_computing -= 1
+            if not self._remove_batch(worker, batch):
+                return
+            if len(batch) > 1:
+                for request in batch:
+                    request.runs_alone = True
+                self._queue_again(batch)
+                return
+        for request in batch:
+            self._fail(request, error)
+
+    def remove(self, worker: Worker) -> None:
+        """See `Work`."""
+        with self._changed:
+            if self._workers.get(worker.replica) is worker:
+                del self._workers[worker.replica]
+            orphans = [request for batch in worker.running for request in batch]
+            worker.running.clear()
+            if not self._workers:  # other workers serve waiting requests
+                orphans += self._queue
+            self._changed.notify_all()
+        if not is_exiting():  # at exit no caller waits for a result; see `_end_all`
+            for request in orphans:
+                self._fail(request, WorkerDiedError("a worker thread died while this request waited"))
+
+    def _lose(self, worker: Worker, error: Exception) -> None:
+        """Stop using a device, and queue its batches again."""
+        with self._changed:
+            if worker.replica in self._replicas:
+                self._replicas.remove(worker.replica)
+                worker.replica.release()
+                self._recorder.lost_replicas += 1
+            elif not worker.running:
+                return  # an earlier batch has reported the loss
+            affected = dict.fromkeys(request for batch in worker.running for request in batch)
+            # A request that has lost two devices may be the cause. It must not lose all of them.
+            failed = [request for request in affected if request.num_lost_devices or not self._replicas]
+            if not self._replicas:
+                self._lost = error
+                failed += self._queue
+            for request in affected:
+                request.num_lost_devices += 1
+            for batch in worker.running:
+                self._queue_again({r: indices for r, indices in batch.items() if r not in failed})
+            worker.running.clear()
+            if self._queue:
+                self._wake_workers()
+            num_left = len(self._replicas)
+            self._changed.notify_all()
+        logger.error("a device was lost (%s); %d device(s) left", type(error).__name__, num_left)
+        for request in failed:
+            self._fail(request, _device_lost(error))
+
+    # --- under the lock ----------------------------------------------------------------------------------
+
+    def _serves(self, worker: Worker) -> bool:
+        """Return whether a worker has not died and its replica is in use."""
+        return worker.replica in self._replicas and self._workers.get(worker.replica) is worker
+
+    def _is_worth_launching(self, worker: Worker) -> bool:
+        """Return whether to launch a batch now. A device that is idle always gets one."""
+        if not worker.num_computing:
+            return True
+        if self._num_others_idle(worker.replica):
+            return False  # they take what waits
+        return self._queue.is_worth_launching_ahead(worker.replica.max_batch_tokens())
+
+    def _patience_s(self, replica: Replica) -> float:
+        """Return how many seconds the waiting sequences still wait for others that fill their batch."""
+        if self._closed or self._queue.num_tokens >= replica.max_batch_tokens():
+            return 0.0
+        return self._queue.oldest.submitted_at + self._max_wait_s - time.monotonic()
+
+    def _num_others_idle(self, replica: Replica) -> int:
+        busy = [worker.replica for worker in self._workers.values() if worker.running]
+        return sum(other not in busy for other in self._replicas if other is not replica)
+
+    def _take(self, worker: Worker) -> Batch:
+        # Idle devices share the waiting tokens. If all devices are busy, all of them share.
+        others = self._num_others_idle(worker.replica)
+        num_sharing = len(self._replicas) if worker.num_computing else others + 1
+        max_tokens = min(worker.replica.max_batch_tokens(), self._queue.even_share(num_sharing))
+        batch = self._queue.take(max_tokens)
+        worker.running.append(batch)
+        worker.num_computing += 1
+        worker.needs_memory = False
+        now = time.monotonic()
+        for request in batch:
+            if request.started_at is None:
+                request.started_at = now
+                self._recorder.started(now - request.submitted_at)
+        if self._queue:  # others that left the waiting sequences to this worker may take the rest
+            self._changed.notify_all()
+        return batch
+
+    def _remove_batch(self, worker: Worker, batch: Batch) -> bool:
+        """Remove a batch from the running ones. Return False if it has been removed already."""
+        with self._changed:
+            self._changed.notify_all()
+            if batch in worker.running:
+                worker.running.remove(batch)
+                return True
+            return False
+
+    def _queue_again(self, batch: Batch) -> None:
+        if not self._abandoned:
+            for request, indices in batch.items():
+                self._queue.put_back(request, indices)
+            self._changed.notify_all()
+
+    def _wake_workers(self) -> None:
+        for replica in self._replicas:
+            if replica not in self._workers:
+                worker = Worker(self, replica)
+                worker.start()  # its threads wait for the lock
+                self._workers[replica] = worker
+        self._changed.notify_all()
+
+    def _live_threads(self) -> list[threading.Thread]:
+        with self._changed:
+            return [thread for worker in self._workers.values() for thread in worker.threads]
 
     def _abandon(self) -> None:
         """Reject new requests and drop the waiting ones. The workers end after their current batch."""
         with self._changed:
             self._closed = self._abandoned = True
-            self._waiting.clear()
+            self._queue.clear()
             self._changed.notify_all()
 
     def _check_open(self, num_tokens: int) -> None:
@@ -250,104 +412,13 @@ class MicroBatcher:
         if self._closed:
             raise ScorerClosedError("this scorer is closed; create a new one")
         limit = self._max_queued_tokens
-        if limit is not None and self._waiting.num_tokens + num_tokens > limit:
+        if limit is not None and self._queue.num_tokens + num_tokens > limit:
             raise QueueFullError(
-                f"{self._waiting.num_tokens} tokens are waiting and this request has at least {num_tokens}; "
+                f"{self._queue.num_tokens} tokens are waiting and this request has at least {num_tokens}; "
                 f"max_queued_tokens is {limit}"
             )
 
-    def _wake_workers(self) -> None:
-        for replica in self._replicas:
-            worker = self._workers.get(replica)
-            if worker is None or not worker.is_alive():
-                worker = threading.Thread(
-                    target=self._work, args=(replica,), name="bge-rerank-worker", daemon=True
-                )
-                worker.start()
-                self._workers[replica] = worker
-                _threads.add(worker)
-        self._changed.notify_all()
-
-    def _worker_to_join(self) -> threading.Thread | None:
-        with self._changed:
-            workers = [worker for worker in self._workers.values() if worker.is_alive()]
-        # A worker that calls `close` itself must not wait for workers. Two of them would wait for each other.
-        return None if threading.current_thread() in workers else next(iter(workers), None)
-
-    def _work(self, replica: Replica) -> None:
-        """Run batches until the queue has been empty for `idle_s`. This is the main function of a worker."""
-        try:
-            while batch := self._next_batch(replica):
-                self._run(replica, batch)
-        except BaseException as error:  # no caller may wait for a thread that has ended
-            logger.error("a worker thread died of %s", type(error).__name__)
-        finally:
-            with self._changed:
-                orphans: list[Request] = []
-                if self._workers.get(replica) is threading.current_thread():
-                    del self._workers[replica]
-                    orphans += self._running.pop(replica, {})
-                    orphans += [] if self._workers else self._waiting  # other workers serve waiting requests
-            for request in orphans:
-                self._fail(request, WorkerDiedError("a worker thread died while this request waited"))
-
-    def _next_batch(self, replica: Replica) -> Batch:
-        """Wait for requests and take a batch. An empty batch means that the worker must end."""
-        with self._changed:
-            self._running.pop(replica, None)
-            while replica in self._replicas:
-                if self._waiting:
-                    budget = replica.max_batch_tokens()
-                    patience_s = self._waiting.oldest.submitted_at + self._max_wait_s - time.monotonic()
-                    if patience_s <= 0 or self._closed:
-                        num_idle = len(self._replicas) - len(self._running)
-                        return self._take(replica, min(budget, self._waiting.even_share(num_idle)))
-                    if self._waiting.num_tokens >= budget:
-                        return self._take(replica, budget)
-                    self._changed.wait(patience_s)
-                elif self._closed or not (self._changed.wait(self._idle_s) or self._waiting):
-                    break
-            # This happens under the lock, so that the next request starts a new worker.
-            del self._workers[replica]
-            return {}
-
-    def _take(self, replica: Replica, max_tokens: int) -> Batch:
-        batch = self._waiting.take(max_tokens)
-        self._running[replica] = dict(batch)
-        now = time.monotonic()
-        for request in batch:
-            if not request.has_started:
-                request.has_started = True
-                self._recorder.started(now - request.submitted_at)
-        return batch
-
-    def _run(self, replica: Replica, batch: Batch) -> None:
-        sequences = [request.sequences[index] for request, indices in batch.items() for index in indices]
-        started = time.monotonic()
-        try:
-            logits = replica.score(sequences)
-            if len(logits) != len(sequences):
-                raise RuntimeError(f"{len(sequences)} sequences gave {len(logits)} scores")
-        except Exception as error:
-            release_frames(error)
-            if not is_exiting():  # at exit no caller waits for a result; see `_end_all`
-                self._recover(replica, batch, error)
-            return
-        with self._changed:
-            self._recorder.computed(
-                num_requests=len(batch),
-                num_pairs=len(sequences),
-                num_tokens=sum(map(len, sequences)),
-                budget=replica.max_batch_tokens(),
-                compute_s=time.monotonic() - started,
-            )
-        values = iter(logits)
-        for request, indices in batch.items():
-            self._report(request, {index: next(values) for index in indices})
-        with self._changed:
-            # Remove the requests only now. If the worker dies before this, `_work` fails the listed requests.
-            for request in batch:
-                del self._running[replica][request]
+    # --- how requests end --------------------------------------------------------------------------------
 
     def _report(self, request: Request, logits: dict[int, float]) -> None:
         """Report progress to the caller of a request, and set the result if all its logits are known."""
@@ -358,82 +429,43 @@ class MicroBatcher:
         except Exception as error:  # raised by the caller's callback
             self._fail(request, error)
         with self._changed:  # other workers may set logits of this request, and its caller may add sequences
-            for index, logit in logits.items():
-                request.logits[index] = logit
-            request.num_unfinished -= len(logits)
-            is_finished = request.is_finished
-        if is_finished and self._claim(request):
+            request.record(logits)
+        self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        """Set the result of a request if all its logits are known."""
+        with self._changed:
+            is_finished = request.is_finished and self._end(request)
+        if is_finished:
             request.future.set_result(request.logits)
 
-    def _recover(self, replica: Replica, batch: Batch, error: Exception) -> None:
-        if self._is_device_lost is not None and self._is_device_lost(error):
-            self._lose(replica, error)
-        elif len(batch) == 1:
-            for request in batch:
-                self._fail(request, error)
-        else:
-            for request, indices in batch.items():
-                if replica in self._replicas and not request.future.done():
-                    self._run(replica, {request: indices})
-
-    def _lose(self, replica: Replica, error: Exception) -> None:
-        """Stop using a replica, and put its unfinished sequences back into the queue."""
-        failed: list[Request] = []
-        with self._changed:
-            if replica in self._replicas:  # it was removed if `close` did not wait for this batch
-                self._replicas.remove(replica)
-                replica.release()
-            self._recorder.lost_replicas += 1
-            if not self._replicas:
-                self._lost = error
-                failed += self._waiting
-            for request, indices in self._running.pop(replica).items():
-                # A request that has lost two devices may be the cause. It must not lose all of them.
-                if request.has_lost_device or not self._replicas:
-                    failed.append(request)
-                elif not (request.is_over or self._abandoned):
-                    self._waiting.add(request, indices)
-                request.has_lost_device = True
-            if self._waiting:
-                self._wake_workers()
-        logger.error("a device was lost (%s); %d device(s) left", type(error).__name__, len(self._replicas))
-        for request in failed:
-            self._fail(request, _device_lost(error))
-
     def _fail(self, request: Request, error: BaseException) -> None:
-        is_first = self._claim(request)
         with self._changed:
-            self._drop(request)
+            is_first = self._end(request)
+            self._queue.drop(request)
+            self._changed.notify_all()
             self._recorder.failed += is_first
         if is_first:
             request.future.set_exception(error)
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
-            running = [request for batch in self._running.values() for request in batch]
-            requests = dict.fromkeys([*running, *self._waiting])
+            running = [r for worker in self._workers.values() for batch in worker.running for r in batch]
+            requests = dict.fromkeys([*running, *self._queue])
         for request in requests:
             self._fail(request, error)
 
-    def _claim(self, request: Request) -> bool:
-        """Claim a request. Return whether this call is the one that may end the request."""
-        with self._changed:
-            if request.is_claimed:
-                return False
-            request.is_claimed = True
-        return request.future.set_running_or_notify_cancel()
+    def _end(self, request: Request) -> bool:
+        """End a request. Return whether this call must set the result or the exception of its future."""
+        return request.end() and request.future.set_running_or_notify_cancel()
 
     def _forget(self, request: Request) -> None:
         """Remove a request that its caller has cancelled."""
-        self._claim(request)  # notifies callers of `concurrent.futures.wait`
         with self._changed:
+            self._end(request)  # notifies callers of `concurrent.futures.wait`
+            self._queue.drop(request)
+            self._changed.notify_all()
             self._recorder.cancelled += 1
-            self._drop(request)
-
-    def _drop(self, request: Request) -> None:
-        """Remove the waiting sequences of a request."""
-        self._waiting.drop(request)
-        self._changed.notify_all()
 
 
 def _device_lost(cause: BaseException) -> DeviceLostError:
@@ -450,20 +482,15 @@ def _forget_cancelled(
         batcher._forget(request)
 
 
-def _end_all() -> None:
+def _end_all(deadline: float) -> None:
     """Stop all workers at interpreter exit. A worker that still runs after it would abort the process.
 
     Only daemon threads can still wait for a result. They end with the interpreter. They get no exception,
     because it would only be printed.
     """
-    if was_forked():
-        return  # the workers exist in the parent process only
-    begin_exit()
-    deadline = time.monotonic() + _EXIT_S
     for batcher in list(_live):
         batcher._abandon()
-    for thread in list(_threads):
-        thread.join(max(deadline - time.monotonic(), 0.0))
+    join_all(deadline)
 
 
-atexit.register(_end_all)
+end_at_exit(_end_all)

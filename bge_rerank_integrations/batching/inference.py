@@ -1,49 +1,50 @@
-"""`Pipeline`: encodes a request, queues it and waits for the results, with a sync and an async API."""
+"""`Pipeline`: encodes the pairs of a call, queues them and waits for their logits, sync and async."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from contextlib import nullcontext
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
+from bge_rerank_integrations.batching.timeouts import (
+    Countdown,
+    await_future,
+    next_item,
+    start_countdown,
+    wait,
+)
+from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
-    NonFiniteScoreError,
     QueueFullError,
     RequestTimeoutError,
     ScorerClosedError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_integrations.ranking import PairResult
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
+from bge_rerank_integrations.runtime.progress import OnProgress, progress_bar
 from bge_rerank_integrations.runtime.warn_once import warn_once
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
-from bge_rerank_integrations.validation import Pair, check_timeout
+from bge_rerank_integrations.validation import Pair, group_pairs
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.engine.runner import Runner
 
-T = TypeVar("T")
-FindBlank = Callable[[PairTokenizer], frozenset[str]]
-"""Returns the passages of a ranking that must not be scored, or raises `InputError`."""
-
-_OnProgress = Callable[[int], object]
-
 _logger = logging.getLogger(__name__)
 
 # A longer request is encoded in parts of this many pairs. The device computes a part while the next one is
-# encoded.
+# encoded. The first part is small, so that an idle device starts soon.
+_NUM_FIRST_PAIRS: Final = 64
 _NUM_PAIRS_AT_ONCE: Final = 512
 # Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.
 _NUM_TOKENIZERS: Final = 2
@@ -59,15 +60,15 @@ _QUERY_CUT: Final = (
     "query_truncation_side to choose which end is cut off. This warning is logged once per process; "
     "Scorer.stats() counts all such queries"
 )
-_TIMED_OUT: Final = "the call did not finish within its timeout; sequences that had not started were dropped"
+
+_NO_BAR: Final = nullcontext[tuple[OnProgress | None, OnProgress | None]]((None, None))
 
 
-class _Begun(NamedTuple):
-    """Pairs that are encoded and queued. `start` is the index of the first pair in the whole call."""
+class _Queued(NamedTuple):
+    """Pairs that are encoded and queued."""
 
-    prepared: PreparedPairs
+    pairs: PreparedPairs
     future: Future[list[float]]
-    start: int
 
 
 class Pipeline:
@@ -77,7 +78,7 @@ class Pipeline:
         tokenizer: Converts texts to token ids, in the thread of the caller.
         cache: The cache of the tokenizer.
         runners: Compute logits from token ids, in the worker threads of the queue. There is one per device.
-        config: The settings for the queue, and whether to normalize.
+        config: The settings for the queue.
         is_device_lost: Returns whether an exception means that the device will not work again.
     """
 
@@ -92,59 +93,43 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.runners = runners
         self._cache = cache
-        self._normalize = config.normalize
         self._query_max_length = config.effective_query_max_length
         self._lost_query_part = "end" if config.query_truncation_side == "right" else "beginning"
         # With a limit on the queue, a request is encoded in one part. A request that does not fit is then
         # rejected before any of it is computed.
-        self._num_pairs_at_once = _NUM_PAIRS_AT_ONCE if config.max_queued_tokens is None else sys.maxsize
-        self._batcher = MicroBatcher(
-            list(map(_replica, runners)),
-            max_wait_ms=config.max_wait_ms,
-            max_queued_tokens=config.max_queued_tokens,
-            is_device_lost=is_device_lost,
-        )
+        self._is_encoded_in_parts = config.max_queued_tokens is None
+        self._batcher = _make_batcher(runners, config, is_device_lost)
         self._executor = ThreadPoolExecutor(_NUM_TOKENIZERS, "bge-rerank-tokenize")
 
-    def score(
-        self,
-        pairs: list[Pair],
-        *,
-        timeout: float | None = None,
-        progress: bool = False,
-        normalize: bool | None = None,
-        find_blank: FindBlank | None = None,
-    ) -> list[PairResult]:
-        """Score pairs and wait for the results.
+    def run(
+        self, pairs: PreparedPairs, *, timeout: float | None = None, progress: bool = False
+    ) -> list[float]:
+        """Encode and queue pairs, and wait for their logits.
 
         Args:
-            pairs: (query, passage) pairs.
+            pairs: The pairs of one call. They are encoded here.
             timeout: Maximum duration of the call in seconds. None is no limit.
             progress: Show a progress bar on stderr.
-            normalize: Whether to apply a sigmoid to the scores. None uses the config.
-            find_blank: Returns the passages that must not be scored. None scores all passages.
 
         Returns:
-            One result for each pair, in order.
+            One logit for each window of the pairs, in order.
 
         Raises:
             RerankError: For the same reasons as `Scorer.rank`.
         """
-        remaining = _countdown(timeout)
-        with _progress_bar(shown=progress) as (set_total, on_progress):
-            request = Request(on_progress)
-            prepared = self._feed(request, pairs, remaining, set_total, find_blank)
-            logits = _wait(request.future, remaining())
-        return prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
+        remaining = start_countdown(timeout)
+        with progress_bar() if progress else _NO_BAR as (set_total, on_progress):
+            return wait(self._feed(Request(on_progress), pairs, remaining, set_total), remaining())
 
-    def score_stream(
-        self,
-        chunks: Iterable[list[Pair]],
-        *,
-        timeout: float | None = None,
-        progress: bool = False,
-    ) -> Iterator[list[PairResult]]:
-        """Score lists of pairs one after the other. One list is encoded while the previous one is computed.
+    async def arun(self, pairs: PreparedPairs, *, timeout: float | None = None) -> list[float]:
+        """Do the same as `run` without blocking the event loop."""
+        remaining = start_countdown(timeout)
+        return await await_future(await self._afeed(pairs, remaining), remaining())
+
+    def stream(
+        self, chunks: Iterable[list[Pair]], *, timeout: float | None = None, progress: bool = False
+    ) -> Generator[tuple[PreparedPairs, list[float]]]:
+        """Run lists of pairs one after the other. One list is encoded while the previous one is computed.
 
         Args:
             chunks: Lists of (query, passage) pairs. They are read one list ahead of the results.
@@ -152,79 +137,53 @@ class Pipeline:
             progress: Show a progress bar on stderr.
 
         Yields:
-            The results of each list, in order.
+            The pairs and the logits of each list, in order.
         """
-        remaining = _countdown(timeout)
-        running: _Begun | None = None
-        start = 0
-        with _progress_bar(shown=progress) as (_, on_progress):
-
-            def begin(pairs: list[Pair]) -> _Begun:
-                request = Request(on_progress)
-                return _Begun(self._feed(request, pairs, remaining), request.future, start)
-
+        remaining = start_countdown(timeout)
+        running: _Queued | None = None
+        with progress_bar() if progress else _NO_BAR as (_, on_progress):
             try:
-                for pairs in chunks:
+                for chunk in chunks:
+                    pairs = PreparedPairs(group_pairs(chunk))
                     try:
-                        begun = begin(pairs)
+                        future = self._feed(Request(on_progress), pairs, remaining)
                     except QueueFullError:
                         if running is None:
                             raise
-                        yield self._finish(running, remaining())  # its pairs may fill the queue
+                        yield running.pairs, wait(running.future, remaining())  # it may fill the queue
                         running = None
-                        begun = begin(pairs)
-                    start += len(pairs)
-                    if running is not None:
-                        finished, running = running, begun
-                        yield self._finish(finished, remaining())
-                    running = begun
+                        future = self._feed(Request(on_progress), pairs, remaining)
+                    finished, running = running, _Queued(pairs, future)
+                    if finished is not None:
+                        yield finished.pairs, wait(finished.future, remaining())
                 if running is not None:
-                    yield self._finish(running, remaining())
+                    yield running.pairs, wait(running.future, remaining())
             finally:
                 if running is not None:
                     running.future.cancel()  # has no effect on a future that is done
 
-    async def ascore(
-        self,
-        pairs: list[Pair],
-        *,
-        timeout: float | None = None,
-        normalize: bool | None = None,
-        find_blank: FindBlank | None = None,
-    ) -> list[PairResult]:
-        """Do the same as `score` without blocking the event loop."""
-        remaining = _countdown(timeout)
-        begun = await self._abegin(pairs, 0, remaining, find_blank)
-        logits = await _await(begun.future, remaining())
-        return begun.prepared.results(logits, normalize=self._normalize if normalize is None else normalize)
-
-    async def ascore_stream(
-        self,
-        chunks: AsyncIterator[list[Pair]],
-        *,
-        timeout: float | None = None,
-    ) -> AsyncIterator[list[PairResult]]:
-        """Do the same as `score_stream` without blocking the event loop."""
-        remaining = _countdown(timeout)
-        running: _Begun | None = None
-        start = 0
+    async def astream(
+        self, chunks: AsyncIterator[list[Pair]], *, timeout: float | None = None
+    ) -> AsyncGenerator[tuple[PreparedPairs, list[float]]]:
+        """Do the same as `stream` without blocking the event loop."""
+        remaining = start_countdown(timeout)
+        running: _Queued | None = None
         try:
-            while (pairs := await _next(chunks, remaining)) is not None:
+            while (chunk := await next_item(chunks, remaining)) is not None:
+                pairs = PreparedPairs(group_pairs(chunk))
                 try:
-                    begun = await self._abegin(pairs, start, remaining)
+                    future = await self._afeed(pairs, remaining)
                 except QueueFullError:
                     if running is None:
                         raise
-                    yield await self._afinish(running, remaining())  # its pairs may fill the queue
+                    yield running.pairs, await await_future(running.future, remaining())
                     running = None
-                    begun = await self._abegin(pairs, start, remaining)
-                start += len(pairs)
-                if running is not None:
-                    finished, running = running, begun
-                    yield await self._afinish(finished, remaining())
-                running = begun
+                    future = await self._afeed(pairs, remaining)
+                finished, running = running, _Queued(pairs, future)
+                if finished is not None:
+                    yield finished.pairs, await await_future(finished.future, remaining())
             if running is not None:
-                yield await self._afinish(running, remaining())
+                yield running.pairs, await await_future(running.future, remaining())
         finally:
             if running is not None:
                 running.future.cancel()
@@ -253,77 +212,61 @@ class Pipeline:
         self._batcher.close(timeout)
         self.runners = ()
 
-    def _finish(self, begun: _Begun, timeout: float | None) -> list[PairResult]:
-        return self._results(begun, _wait(begun.future, timeout))
-
-    async def _afinish(self, begun: _Begun, timeout: float | None) -> list[PairResult]:
-        return self._results(begun, await _await(begun.future, timeout))
-
-    def _results(self, begun: _Begun, logits: list[float]) -> list[PairResult]:
-        """Return the results of a list. The index of an error counts from the start of the whole call."""
-        try:
-            return begun.prepared.results(logits, normalize=self._normalize)
-        except NonFiniteScoreError as error:
-            index = begun.start + (error.index or 0)
-            raise NonFiniteScoreError(
-                f"the model's score of pair {index} is not finite", index=index
-            ) from None
-
-    async def _abegin(
-        self,
-        pairs: list[Pair],
-        start: int,
-        remaining: Callable[[], float | None],
-        find_blank: FindBlank | None = None,
-    ) -> _Begun:
-        """Encode pairs in another thread and queue them."""
+    async def _afeed(self, pairs: PreparedPairs, remaining: Countdown) -> Future[list[float]]:
+        """Encode and queue pairs in another thread. Return the future of their logits."""
         request = Request()
         try:
-            feeding = self._executor.submit(self._feed, request, pairs, remaining, None, find_blank)
+            feeding = self._executor.submit(self._feed, request, pairs, remaining)
         except RuntimeError as error:  # another thread has closed the pipeline
             raise ScorerClosedError("this scorer is closed; create a new one") from error
         try:
-            prepared = await _await(feeding, remaining())
+            return await await_future(feeding, remaining())
         except (asyncio.CancelledError, RequestTimeoutError):
             request.future.cancel()  # this also stops the encoding, if it has begun
             raise
-        return _Begun(prepared, request.future, start)
+
+    def _part_sizes(self) -> Iterator[int]:
+        """Return the number of pairs in each part in which a request is encoded."""
+        if not self._is_encoded_in_parts:
+            return repeat(sys.maxsize)
+        return chain([_NUM_FIRST_PAIRS], repeat(_NUM_PAIRS_AT_ONCE))
 
     def _feed(
         self,
         request: Request,
-        pairs: list[Pair],
-        remaining: Callable[[], float | None],
-        set_total: _OnProgress | None = None,
-        find_blank: FindBlank | None = None,
-    ) -> PreparedPairs:
-        """Encode pairs in parts and queue each part, until all are queued or the request has ended."""
+        pairs: PreparedPairs,
+        remaining: Countdown,
+        set_total: OnProgress | None = None,
+    ) -> Future[list[float]]:
+        """Encode pairs in parts and queue each part, until all are queued or the request has ended.
+
+        Returns:
+            The future of the request, which gives the logits.
+        """
         self._batcher.check_open()  # check this before the work of tokenizing
-        blank = frozenset[str]() if find_blank is None else find_blank(self.tokenizer)
-        prepared = PreparedPairs(pairs, blank)
         num_windows = 0
         try:
-            for windows in prepared.encode(self.tokenizer, self._num_pairs_at_once):
+            for windows in pairs.encode(self.tokenizer, self._part_sizes()):
                 num_windows += len(windows)
                 if set_total is not None:
-                    set_total(num_windows + prepared.num_left)
-                self._batcher.add(request, windows, is_last=prepared.num_left == 0)
-                if prepared.num_left and (request.is_over or remaining() == 0):
-                    return prepared  # the caller is about to get an exception, a cancellation or a timeout
+                    set_total(num_windows + pairs.num_left)
+                self._batcher.add(request, windows, is_last=pairs.num_left == 0)
+                if pairs.num_left and (request.is_over or remaining() == 0):
+                    return request.future  # the caller is about to get an exception or a timeout
         except BaseException:
             request.future.cancel()
             raise
         self._batcher.count(
-            duplicates=prepared.num_duplicates,
-            truncations=prepared.num_truncated,
-            query_truncations=prepared.num_truncated_queries,
-            blank_passages=prepared.num_blank,
+            duplicates=pairs.num_duplicates,
+            truncations=pairs.num_truncated,
+            query_truncations=pairs.num_truncated_queries,
+            blank_passages=pairs.num_blank,
         )
-        if prepared.num_blank:
-            warn_once(_logger, _BLANK, prepared.num_blank, len(prepared.pairs))
-        if prepared.num_truncated_queries:
+        if pairs.num_blank:
+            warn_once(_logger, _BLANK, pairs.num_blank, pairs.num_pairs)
+        if pairs.num_truncated_queries:
             warn_once(_logger, _QUERY_CUT, self._query_max_length, self._lost_query_part)
-        return prepared
+        return request.future
 
 
 def load_pipeline(config: ScorerConfig) -> Pipeline:
@@ -357,93 +300,16 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     return Pipeline(tokenizer, cache, load_runners(config, folder, shape), config, is_device_lost)
 
 
+def _make_batcher(
+    runners: Sequence[Runner], config: ScorerConfig, is_device_lost: Callable[[BaseException], bool]
+) -> MicroBatcher:
+    return MicroBatcher(
+        list(map(_replica, runners)),
+        max_wait_ms=config.max_wait_ms,
+        max_queued_tokens=config.max_queued_tokens,
+        is_device_lost=is_device_lost,
+    )
+
+
 def _replica(runner: Runner) -> Replica:
-    return Replica(runner.run, lambda: runner.max_call_tokens)
-
-
-def _countdown(timeout: float | None) -> Callable[[], float | None]:
-    """Check a timeout and return a function that gives the remaining seconds, or None without a timeout."""
-    check_timeout(timeout)
-    if timeout is None:
-        return lambda: None
-    deadline = time.monotonic() + timeout
-    return lambda: max(deadline - time.monotonic(), 0.0)
-
-
-def _wait(future: Future[T], timeout: float | None) -> T:
-    """Wait for a future. When the timeout expires or the thread is interrupted, cancel the future."""
-    try:
-        return future.result(timeout)
-    except FutureTimeoutError:
-        if not future.cancel():  # it has ended just now, or its result is a TimeoutError
-            return future.result()
-        raise RequestTimeoutError(_TIMED_OUT) from None
-    except BaseException:  # the thread was interrupted, or the future has failed
-        future.cancel()
-        raise
-
-
-async def _await(future: Future[T], timeout: float | None) -> T:
-    """Do the same as `_wait` in an asyncio task."""
-    wrapped = asyncio.wrap_future(future)
-    try:
-        done, _ = await asyncio.wait({wrapped}, timeout=timeout)
-    except asyncio.CancelledError:
-        wrapped.cancel()
-        future.cancel()
-        raise
-    if done:
-        return wrapped.result()
-    wrapped.cancel()
-    future.cancel()
-    raise RequestTimeoutError(_TIMED_OUT)
-
-
-async def _next(chunks: AsyncIterator[T], remaining: Callable[[], float | None]) -> T | None:
-    """Return the next item, or None after the last one."""
-    try:
-        return await asyncio.wait_for(anext(chunks, None), remaining())
-    except asyncio.TimeoutError:
-        if remaining() == 0:
-            raise RequestTimeoutError(_TIMED_OUT) from None
-        raise  # the iterator itself has raised this
-
-
-async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in a separate thread.
-
-    It is used to read an iterator of the caller, which may take long or wait for the event loop. Reading it
-    must block neither the event loop nor the threads that tokenize.
-    """
-    executor = ThreadPoolExecutor(1, "bge-rerank-read")
-    try:
-        return await asyncio.wrap_future(executor.submit(function, *args))
-    finally:
-        executor.shutdown(wait=False)
-
-
-async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
-    """Yield the items of an iterator. All of them are read in one separate thread."""
-    executor = ThreadPoolExecutor(1, "bge-rerank-read")
-    try:
-        while (item := await asyncio.wrap_future(executor.submit(next, items, None))) is not None:
-            yield item
-    finally:
-        executor.shutdown(wait=False)
-
-
-@contextmanager
-def _progress_bar(*, shown: bool) -> Iterator[tuple[_OnProgress | None, _OnProgress | None]]:
-    """Yield two functions: one sets the total of the bar, one advances it. Without a bar, both are None."""
-    if not shown:
-        yield None, None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(desc="scoring", unit="pair") as bar:
-
-        def set_total(num_pairs: int) -> None:
-            bar.total = num_pairs
-            bar.refresh()
-
-        yield set_total, bar.update
+    return Replica(runner.launch, lambda: runner.max_batch_tokens, runner.depth)

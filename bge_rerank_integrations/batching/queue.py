@@ -1,4 +1,4 @@
-"""The waiting list: decides which sequences go into the next batch.
+"""The queue: decides which sequences go into the next batch. Nothing else in the package plans batches.
 
 It has no lock of its own. `MicroBatcher` calls it under its lock.
 """
@@ -16,9 +16,12 @@ from bge_rerank_integrations.batching.request import Batch, Request
 _OLDEST_SHARE: Final = 0.25
 # A batch with fewer tokens does not fill a GPU. Splitting it over several devices would not be faster.
 _WORTH_SHARING_TOKENS: Final = 2048
+# A batch with a smaller share of the token budget is not launched behind another one. It waits until the
+# device is idle. Meanwhile other requests can join it, and a device needs about the same time for it then.
+_WORTH_LAUNCHING_AHEAD: Final = 1 / 8
 
 
-class WaitingList:
+class RequestQueue:
     """The requests with sequences that wait for a batch, oldest first.
 
     Attributes:
@@ -41,12 +44,17 @@ class WaitingList:
         return self._requests[0]
 
     def add(self, request: Request, indices: Iterable[int]) -> None:
-        """Add sequences of a request. The request may already have other sequences in the list."""
+        """Add new sequences of a request. The request may already have other sequences in the queue."""
         before = request.queued_tokens
         request.queue(indices)
-        self.num_tokens += request.queued_tokens - before
-        if before == 0:
-            insort(self._requests, request, key=lambda each: each.submitted_at)
+        self._count(request, before)
+
+    def put_back(self, request: Request, indices: Iterable[int]) -> None:
+        """Add sequences again that were taken for a batch. Nothing happens if their request is over."""
+        if not request.is_over:
+            before = request.queued_tokens
+            request.put_back(indices)
+            self._count(request, before)
 
     def drop(self, request: Request) -> None:
         """Remove the waiting sequences of a request."""
@@ -62,8 +70,12 @@ class WaitingList:
         self._requests.clear()
         self.num_tokens = 0
 
+    def is_worth_launching_ahead(self, max_tokens: int) -> bool:
+        """Return whether to launch a batch of at most `max_tokens` on a device that computes another one."""
+        return self.num_tokens >= max_tokens * _WORTH_LAUNCHING_AHEAD
+
     def even_share(self, num_devices: int) -> int:
-        """Return the number of tokens for each idle device, if these devices share all waiting tokens."""
+        """Return the number of tokens for each device, if these devices share all waiting tokens."""
         num_shares = min(num_devices, self.num_tokens // _WORTH_SHARING_TOKENS)
         return -(-self.num_tokens // max(num_shares, 1))
 
@@ -71,8 +83,12 @@ class WaitingList:
         """Move sequences into a batch of at most `max_tokens`. A longer sequence is a batch of its own."""
         batch: Batch = {}
         oldest = self.oldest
-        quotas = [(oldest, int(max_tokens * _OLDEST_SHARE))]
-        quotas += [(request, max_tokens) for request in sorted(self._requests, key=lambda r: r.queued_tokens)]
+        if oldest.runs_alone:
+            quotas = [(oldest, max_tokens)]
+        else:
+            sharing = [request for request in self._requests if not request.runs_alone]
+            quotas = [(oldest, int(max_tokens * _OLDEST_SHARE))]
+            quotas += [(request, max_tokens) for request in sorted(sharing, key=lambda r: r.queued_tokens)]
         left = max_tokens
         for request, quota in quotas:
             before = request.queued_tokens
@@ -85,3 +101,8 @@ class WaitingList:
         self.num_tokens -= max_tokens - left
         self._requests = [request for request in self._requests if request.queued_tokens]
         return batch
+
+    def _count(self, request: Request, before: int) -> None:
+        self.num_tokens += request.queued_tokens - before
+        if before == 0 and request.queued_tokens:
+            insort(self._requests, request, key=lambda each: each.submitted_at)

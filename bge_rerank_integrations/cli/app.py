@@ -12,6 +12,7 @@ from bge_rerank_integrations.cli.demo import demo
 from bge_rerank_integrations.cli.evaluate import evaluate_command
 from bge_rerank_integrations.cli.info import check, info
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
+from bge_rerank_integrations.cli.logs import warnings_on_stderr
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, name_options
 from bge_rerank_integrations.cli.rank import rank, rerank_run_command
 from bge_rerank_integrations.cli.serve import serve
@@ -43,13 +44,14 @@ class _Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         prepare_streams()
-        return super().main(*args, **kwargs)
+        with warnings_on_stderr():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except MalformedInputError as error:
-            raise _BadData(str(error)) from error
+            raise _BadData(name_options(str(error))) from error
         except (ConfigError, InputError) as error:
             raise _WrongUsage(name_options(str(error))) from error
         except RerankError as error:

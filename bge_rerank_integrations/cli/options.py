@@ -34,10 +34,13 @@ _NOT_OPTIONS: Final = frozenset(
     }
 )
 
+# Options of single commands that set neither a setting of `ScorerConfig` nor have another name in Python.
+_OTHER_OPTIONS: Final = frozenset({"grace_s", "max_body_mb", "timeout_s", "top_n"})
 
 # A setting as Python names it, with its value if there is one. A name that is part of a path does not match.
 _SETTING: Final = re.compile(
-    r"""(?<![\w/.-])(?P<name>[a-z0-9_]+)(?:=(?P<value>True|"[^"]*"|'[^']*'))?(?![\w/])"""
+    r"""(?<![\w/.-])(?:with (?P<off>[a-z0-9_]+)=False|(?P<name>[a-z0-9_]+)"""
+    r"""(?:=(?P<value>True|[0-9]+|"[^"]*"|'[^']*'))?)(?![\w/])"""
 )
 
 _SCALARS: Final[dict[type, click.ParamType[Any]]] = {
@@ -115,7 +118,7 @@ def option_name(setting: str) -> str:
 
 
 def name_options(message: str) -> str:
-    """Return an error message with the settings of `ScorerConfig` named as options of the command line.
+    """Return a message with settings named as options of the command line.
 
     A setting whose name is also an English word, such as `model`, changes only if it has a value.
 
@@ -126,13 +129,15 @@ def name_options(message: str) -> str:
         >>> name_options("use long_passages='windows', or a smaller max_length")
         'use --long-passages windows, or a smaller --max-length'
     """
-    settings = {field.name for field in dataclasses.fields(ScorerConfig)} - _NOT_OPTIONS
+    settings = {field.name for field in dataclasses.fields(ScorerConfig)} | _OTHER_OPTIONS
 
     def replace(match: re.Match[str]) -> str:
-        name, value = match["name"], match["value"]
-        if name not in settings or (value is None and "_" not in name):
+        name, value = match["off"] or match["name"], match["value"]
+        if name not in settings or (value is None and not match["off"] and "_" not in name):
             return match[0]
-        return _as_typed(name, None if value in (None, "True") else value[1:-1])
+        if match["off"]:
+            return f"without {option_name(name)}"
+        return _as_typed(name, None if value in (None, "True") else value.strip("\"'"))
 
     return _SETTING.sub(replace, message)
 

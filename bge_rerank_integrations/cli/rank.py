@@ -20,6 +20,7 @@ from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
     config_options,
+    name_options,
     output_option,
     quiet_option,
     shows_progress,
@@ -41,7 +42,7 @@ _MAX_NAMED_LINES = 20
 @click.command(cls=RankCommand)
 @click.argument("source", type=click.Path(exists=True, allow_dash=True), default="-")
 @output_option("-o", "--output", text="Output file.  [default: stdout]", may_be_folder=True)
-@click.option("--top-n", type=click.IntRange(min=0), help="Most passages to return per request.")
+@click.option("--top-n", type=click.IntRange(min=0), help="Maximum number of passages to return per request.")
 @click.option("--threshold", type=float, help="Return only passages with at least this score.")
 @click.option("--normalize", is_flag=True, help="Return scores from 0 to 1 instead of raw logits.")
 @click.option("--return-texts", is_flag=True, help="Return each passage's text with its score.")
@@ -270,7 +271,7 @@ class _MalformedLines:
     def __call__(self, error: MalformedLineError) -> None:
         self._count += 1
         if self._count <= _MAX_NAMED_LINES:
-            tqdm.write(wrap(f"{error}; skipped"), file=sys.stderr)
+            tqdm.write(wrap(name_options(f"{error}; skipped")), file=sys.stderr)
         elif self._count == _MAX_NAMED_LINES + 1:
             tqdm.write("Further malformed lines are counted but not listed.", file=sys.stderr)
 

@@ -1,13 +1,13 @@
-"""`bge-rerank serve`: the model behind HTTP."""
+"""`bge-rerank serve` serves a model over HTTP."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import click
 
+from bge_rerank_integrations.cli.logs import log_with_time
 from bge_rerank_integrations.cli.options import EXISTING_FILE, config_options
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.scorer import Scorer
@@ -20,41 +20,49 @@ from bge_rerank_integrations.scorer import Scorer
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="Port to listen on; 0 takes a free one.",
+    help="Port to listen on. 0 chooses a free port.",
 )
 @click.option(
     "--api-key-file",
     type=EXISTING_FILE,
-    help="File that holds the key clients must send.  [default: BGE_RERANK_API_KEY in the environment]",
+    help="File with the API key that clients must send.  [default: BGE_RERANK_API_KEY in the environment]",
 )
-@click.option("--no-auth", is_flag=True, help="Serve without a key even where other machines can connect.")
+@click.option("--no-auth", is_flag=True, help="Serve without an API key, even if other machines can connect.")
 @click.option("--model-name", help="Name of the model in responses.  [default: last part of --model]")
 @click.option(
-    "--max-body-mb", type=float, default=32.0, show_default=True, help="Largest request body, in MiB."
+    "--max-body-mb",
+    type=float,
+    default=32.0,
+    show_default=True,
+    help="Maximum size of a request body in MiB.",
 )
 @click.option(
-    "--timeout-s", type=float, default=60.0, show_default=True, help="Most seconds to score a request."
+    "--timeout-s",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Maximum time to score a request, in seconds.",
 )
 @click.option(
     "--grace-s",
     type=float,
     default=30.0,
     show_default=True,
-    help="Most seconds to finish accepted requests after SIGTERM.",
+    help="Maximum time to finish accepted requests after SIGTERM, in seconds.",
 )
 @click.option(
     "--max-queued-tokens",
     type=click.IntRange(min=1),
     default=1_000_000,
     show_default=True,
-    help="Most tokens that may wait; beyond that, clients are told to try again later.",
+    help="Maximum number of tokens in the queue. A request that exceeds it gets status 429.",
 )
 @click.option(
     "--max-wait-ms",
     type=float,
     default=0.0,
     show_default=True,
-    help="How long a request may wait for others to share a batch.",
+    help="Time that a request waits for others to share a batch, in milliseconds.",
 )
 @config_options()
 def serve(
@@ -72,13 +80,13 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    Answers clients of Cohere, Jina, Text Embeddings Inference, vLLM, Infinity,
-    Voyage and NVIDIA, and `RemoteScorer`. Scores are from 0 to 1 unless a
-    request asks for raw ones.
+    The server works with clients of Cohere, Jina, Text Embeddings Inference, vLLM,
+    Infinity, Voyage and NVIDIA, and with `RemoteScorer`. Scores are from 0 to 1
+    unless a request asks for raw logits.
 
-    Other machines are let in with an API key only, which is taken from
-    BGE_RERANK_API_KEY or a file. At SIGTERM no new requests are taken, the
-    accepted ones are finished, and the exit status is 0.
+    Other machines can connect only with an API key, which is read from
+    BGE_RERANK_API_KEY or a file. After SIGTERM the server accepts no new requests.
+    It finishes the accepted ones and exits with status 0.
 
     \b
     bge-rerank serve --model embedded
@@ -89,7 +97,7 @@ def serve(
     from bge_rerank_integrations.server.run import run_server
     from bge_rerank_integrations.server.settings import ServerSettings, check_exposure, read_api_key
 
-    # Requests choose their scale, so the scorer gives raw logits.
+    # Each request chooses its scale. The scorer therefore returns raw logits.
     config = dataclasses.replace(
         config, max_queued_tokens=max_queued_tokens, max_wait_ms=max_wait_ms, normalize=False
     )
@@ -100,8 +108,7 @@ def serve(
         model_name=model_name,
     )
     check_exposure(host, settings.api_key, no_auth=no_auth)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("bge_rerank_integrations").setLevel(logging.INFO)
+    log_with_time()
 
     def load() -> Scorer:
         scorer = Scorer.from_config(config)

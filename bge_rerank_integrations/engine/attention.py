@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bge_rerank_integrations.engine.attention_trial import try_attention
 from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.packing import Seqlens
+from bge_rerank_integrations.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 
-_VARLEN_CAPABILITY = (8, 0)  # torch.nn.attention.varlen calls FlashAttention, which needs Ampere or later
-_VARLEN_MAX_HEAD_DIM = 256
+_HOPPER: Final = 9  # major compute capability of the devices that FlashAttention 3 is written for
+_FLASH_CAPABILITY: Final = (8, 0)
+_FLASH_MULTIPLE: Final = 8
+_MAX_FLASH_HEAD_DIM: Final = 256
+_EFFICIENT_CAPABILITY: Final = (5, 0)
+_EFFICIENT_BFLOAT16_CAPABILITY: Final = (8, 0)
 # Most attention scores in one matrix product. 16 MB of scores stay in a processor's cache, and only sequences
 # of thousands of tokens have more.
 _MAX_SCORES = 1 << 23
@@ -45,18 +52,62 @@ class VarlenAttention(Protocol):
 
 
 def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> VarlenAttention:
-    """Choose the attention implementation for a device and a precision, and log the choice."""
-    attention: VarlenAttention = sdpa_attention
-    if _has_varlen_kernel(device, dtype, head_dim):
-        attention = flash_attention
-    elif device.type == "cpu" and dtype is torch.bfloat16:
-        attention = matmul_attention
-    logger.info("attention on %s in %s: %s", device, dtype, getattr(attention, "__name__", attention))
-    return attention
+    """Choose the attention implementation for a device and a precision, and log the choice.
+
+    A kernel that exists may still fail or give wrong results with some combinations of device, driver and
+    release of torch. This function therefore runs each candidate once, in the order of `CANDIDATES`, and
+    returns the first one that agrees with plain attention.
+
+    Args:
+        device: The device to run on.
+        dtype: The precision of queries, keys and values.
+        head_dim: The width of a head.
+
+    Raises:
+        DeviceError: No implementation works on the device.
+        torch.cuda.OutOfMemoryError: The device has no memory left.
+    """
+    for candidate in CANDIDATES:
+        if not candidate.fits(device, dtype, head_dim):
+            continue
+        name = name_of(candidate.attention)
+        try:
+            try_attention(
+                candidate.attention, device, dtype, head_dim, in_graphs=candidate.reads_tensors_only
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # a kernel that is missing, a driver that fails, or a wrong result
+            reason = next(iter(str(error).splitlines()), "")
+            logger.warning(
+                "attention on %s in %s: %s is not used (%s: %s)",
+                device,
+                dtype,
+                name,
+                type(error).__name__,
+                reason,
+            )
+            continue
+        logger.info("attention on %s in %s: %s", device, dtype, name)
+        return candidate.attention
+    raise DeviceError(
+        f"torch {torch.__version__} computes attention on {device} in {dtype} incorrectly or not at all; use "
+        "device='cpu', or install another release of torch"
+    )
+
+
+def reads_tensors_only(attention: Callable[..., object]) -> bool:
+    """Return whether an implementation reads only tensors, so that a CUDA graph can capture it."""
+    return any(each.attention is attention and each.reads_tensors_only for each in CANDIDATES)
+
+
+def name_of(attention: Callable[..., object]) -> str:
+    """Return the name of an implementation for logs and reports."""
+    return getattr(attention, "__name__", repr(attention))
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run `scaled_dot_product_attention` on each run of sequences of equal length; works on every device."""
+    """Run `scaled_dot_product_attention` on each run of sequences of equal length."""
     return _attend_runs(F.scaled_dot_product_attention, q, k, v, q_seqlens, kv_seqlens)
 
 
@@ -74,8 +125,65 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seq
     return _attend_runs(_attend_by_products, q, k, v, q_seqlens, kv_seqlens)
 
 
+def contiguous_sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens
+) -> Tensor:
+    """Run `scaled_dot_product_attention` on contiguous copies of each run of sequences of equal length.
+
+    For a single query per sequence, Metal kernels of several releases of torch assume contiguous keys and
+    values, and silently read the wrong rows of others. See https://github.com/pytorch/pytorch/issues/181133.
+    """
+    return _attend_runs(_attend_contiguous, q, k, v, q_seqlens, kv_seqlens)
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run matrix products and a softmax in float32 on each run of sequences of equal length."""
+    return _attend_runs(_attend_plainly, q, k, v, q_seqlens, kv_seqlens)
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run FlashAttention 3 from the package `flash_attn_interface`, one kernel for the whole batch."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    attended = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        q_seqlens.cu_seqlens,
+        kv_seqlens.cu_seqlens,
+        q_seqlens.max_seqlen,
+        kv_seqlens.max_seqlen,
+    )
+    # Early releases return the sums of the softmax too.
+    output: Tensor = attended[0] if isinstance(attended, tuple) else attended
+    return output
+
+
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run `torch.nn.attention.varlen`, one kernel for the whole batch."""
+    """Run torch's FlashAttention 2, one kernel for the whole batch."""
+    attended, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        q_seqlens.cu_seqlens,
+        kv_seqlens.cu_seqlens,
+        q_seqlens.max_seqlen,
+        kv_seqlens.max_seqlen,
+        0.0,  # dropout
+        False,  # not causal
+        False,  # no debug mask
+    )
+    output: Tensor = attended
+    return output
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run `torch.nn.attention.varlen`, one kernel for the whole batch.
+
+    With `num_splits=1`, a sequence gets the same result in every batch. It also selects FlashAttention. The
+    other choice, cuDNN, compiles a plan for each new combination of a number of sequences and a longest
+    sequence, and requests would wait for that.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     attended = varlen_attn(
@@ -86,9 +194,28 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
         kv_seqlens.cu_seqlens,
         q_seqlens.max_seqlen,
         kv_seqlens.max_seqlen,
+        num_splits=1,
     )
     assert isinstance(attended, Tensor)  # it is a tuple only with auxiliary outputs
     return attended
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run torch's memory-efficient attention, one kernel for the whole batch; also on older GPUs."""
+    attended, *_ = torch.ops.aten._efficient_attention_forward(
+        q[None],
+        k[None],
+        v[None],
+        None,  # no bias
+        q_seqlens.cu_seqlens,
+        kv_seqlens.cu_seqlens,
+        q_seqlens.max_seqlen,
+        kv_seqlens.max_seqlen,
+        0.0,  # dropout
+        0,  # not causal
+    )
+    output: Tensor = attended.squeeze(0)
+    return output
 
 
 def _attend_runs(
@@ -153,11 +280,101 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended.view(*shape, *attended.shape[1:])[:, :, :length]
 
 
-def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+def _attend_contiguous(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    queries, keys, values = (rows.float().contiguous() for rows in (q, k, v))
+    num_queries = max(_MAX_SCORES // (len(k) * k.shape[1] * k.shape[2]), 1)
+    parts = (queries * q.shape[-1] ** -0.5).split(num_queries, 2)
+    attended = [torch.softmax(part @ keys.transpose(2, 3), -1) @ values for part in parts]
+    return torch.cat(attended, 2).to(q.dtype)
+
+
+class Candidate(NamedTuple):
+    """An implementation, and where it can run.
+
+    Attributes:
+        attention: The implementation.
+        fits: Whether it may run on a device, in a precision and with a width of heads. A false answer only
+            avoids a trial that is known to fail.
+        reads_tensors_only: Whether it reads nothing of a `Seqlens` on the host except `max_seqlen`.
+    """
+
+    attention: VarlenAttention
+    fits: Callable[[torch.device, torch.dtype, int], bool]
+    reads_tensors_only: bool = False
+
+
+def _fits_flash_3(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return (
+        _has_cuda(device)
+        and torch.cuda.get_device_capability(device)[0] == _HOPPER
+        and _is_half_of_a_flash_width(dtype, head_dim)
+        and find_spec("flash_attn_interface") is not None
+    )
+
+
+def _fits_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return (
+        _has_cuda(device)
+        and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+        and _is_half_of_a_flash_width(dtype, head_dim)
+        and torch.backends.cuda.is_flash_attention_available()
+    )
+
+
+def _fits_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    if not _fits_flash(device, dtype, head_dim):
         return False
-    if head_dim > _VARLEN_MAX_HEAD_DIM or torch.version.hip is not None:
-        return False
-    if find_spec("torch.nn.attention.varlen") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _VARLEN_CAPABILITY
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "num_splits" in inspect.signature(varlen_attn).parameters  # torch 2.10 does not have it
+
+
+def _fits_efficient(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
+    least = _EFFICIENT_BFLOAT16_CAPABILITY if dtype is torch.bfloat16 else _EFFICIENT_CAPABILITY
+    return _has_cuda(device) and torch.cuda.get_device_capability(device) >= least
+
+
+def _fits_matmul(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
+    return device.type == "cpu" and dtype is torch.bfloat16
+
+
+def _fits_mps(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
+    return device.type == "mps"
+
+
+def _fits_others(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return not _fits_mps(device, dtype, head_dim)
+
+
+def _fits_always(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
+    return True
+
+
+def _has_cuda(device: torch.device) -> bool:
+    # Nobody has tried these kernels on AMD devices, where torch has others under the same names.
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _is_half_of_a_flash_width(dtype: torch.dtype, head_dim: int) -> bool:
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and head_dim % _FLASH_MULTIPLE == 0 and head_dim <= _MAX_FLASH_HEAD_DIM
+
+
+CANDIDATES: Final = (
+    Candidate(flash_attention_3, _fits_flash_3, reads_tensors_only=True),
+    # `varlen_attention` runs the same kernel as `flash_attention`, but through a custom operator of Python,
+    # which takes longer to call and launches one more kernel. It is the way that stays if torch changes the
+    # arguments of its internal operator.
+    Candidate(flash_attention, _fits_flash, reads_tensors_only=True),
+    Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
+    Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
+    Candidate(matmul_attention, _fits_matmul),
+    Candidate(sdpa_attention, _fits_others),
+    Candidate(contiguous_sdpa_attention, _fits_mps),
+    Candidate(product_attention, _fits_always),
+)
+"""All implementations, the fastest first."""

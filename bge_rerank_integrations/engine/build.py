@@ -14,6 +14,7 @@ To add a precision:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -33,10 +34,12 @@ from bge_rerank_integrations.engine.cuda.selection import (
     resolve_fused_blocks,
     resolve_graphs,
 )
-from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads
+from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads, resolve_precision
 from bge_rerank_integrations.engine.linear import resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
+
+logger = logging.getLogger(__name__)
 
 # Every checkpoint has this many positions, and a pass over so few tokens takes almost no time.
 _FIRST_PASS_TOKENS: Final = 4
@@ -48,7 +51,8 @@ class ModelSpec(NamedTuple):
     Attributes:
         folder: The folder of a verified checkpoint.
         shape: The shape of the checkpoint.
-        config: The scorer's settings. Builders read the longest pair and the number of CPU threads from it.
+        config: The scorer's settings. Builders read from it the longest pair, the number of CPU threads and
+            whether to capture CUDA graphs.
         device: The device that the model runs on.
         dtype: The precision of the encoder's matrix products.
         max_batch_tokens: Most tokens in one batch.
@@ -77,7 +81,7 @@ class Model(NamedTuple):
 
 
 def build_model(spec: ModelSpec) -> Model:
-    """Load a checkpoint and build its forward pass.
+    """Load a checkpoint, build its forward pass, and do all one-time work of the device.
 
     Raises:
         CheckpointError: The weights cannot be used.
@@ -85,7 +89,11 @@ def build_model(spec: ModelSpec) -> Model:
         DeviceError: The device does not support the precision.
         MissingExtraError: The precision is int8 and numba is not installed.
     """
+    reason = resolve_precision(spec.config, spec.device).reason
+    logger.info("precision on %s: %s (%s)", spec.device, spec.dtype, reason)
     model = _BUILDERS[spec.dtype](spec)
+    if model.graphs is not None:
+        model.graphs.capture()
     if spec.device.type != "cpu":
         return model
     # Run one pass on this thread alone. In their first call, libraries initialize themselves, and compile and
@@ -137,6 +145,8 @@ def _build_packed(spec: ModelSpec, blocks: Blocks, num_rows: Callable[[int], int
     attention = resolve_attention(spec.device, activations, spec.shape.head_dim)
     weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=activations)
     encoder = PackedCrossEncoder(spec.shape, weights, attention=attention, blocks=blocks, num_rows=num_rows)
+    if not spec.config.capture_graphs:
+        return Model(encoder, num_rows)
     graphs = resolve_graphs(
         encoder, spec.device, attention, spec.shape, spec.config.max_length, spec.max_batch_tokens
     )

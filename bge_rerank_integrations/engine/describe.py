@@ -13,21 +13,24 @@ from pathlib import Path
 import torch
 
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.engine.attention import resolve_attention
+from bge_rerank_integrations.engine.attention import name_of, resolve_attention
 from bge_rerank_integrations.engine.checkpoint.files import fingerprint
 from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
 from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
+from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle, require_int8
 from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.device import (
     activation_dtype,
+    choose_device,
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
-    resolve_num_threads,
+    resolve_precision,
+    resolve_threads,
 )
 from bge_rerank_integrations.engine.linear import resolve_linear
 
@@ -53,12 +56,12 @@ class MachineReport:
         linear_reason: What that implementation does.
         between_products: Name of the operators for bias, GELU, residual and norm, which run between matrix
             products. For a fallback it includes the reason.
-        max_graph_tokens: Most tokens in a batch that runs as a CUDA graph after a warm-up; 0 without graphs.
+        max_graph_tokens: Most tokens in a batch that runs as a CUDA graph; 0 without graphs.
         threads: Number of CPU threads that compute.
         threads_reason: Why this number is used.
         cores: Number of CPU cores of the machine.
         max_batch_tokens: Most tokens in one forward pass.
-        bfloat16: Whether bfloat16 is faster than float32 on the device; None if unknown.
+        bfloat16: Whether bfloat16 is faster than float32 on the device; None if it depends on the CPU.
         python: Version of Python.
         torch: Version of torch.
     """
@@ -154,7 +157,8 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     """
     devices = [resolve_device(each) for each in config.per_device()]
     device = devices[0]
-    dtype = resolve_dtype(config, device)
+    dtype, dtype_reason = resolve_precision(config, device)
+    threads, threads_reason = resolve_threads(config)
     is_float8 = dtype is torch.float8_e4m3fn
     if is_float8:
         check_float8(device, _BGE_WIDTHS)
@@ -162,23 +166,23 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     ops = resolve_fused(device, activation_dtype(dtype), _BGE_WIDTHS, quantizing=is_float8)
     max_batch_tokens = resolve_max_batch_tokens(config, device)
     max_graph_tokens = 0
-    if can_capture(device, attention):
+    if config.capture_graphs and can_capture(device, attention):
         max_graph_tokens = plan_buckets(config.max_length, max_batch_tokens)[-1].num_rows - 1
     chosen = "chosen"
     return MachineReport(
         device=", ".join(map(str, devices)),
         device_name=_device_name(device),
-        device_reason=_why_device(device) if config.device == "auto" and not config.devices else chosen,
+        device_reason=choose_device().reason if config.device == "auto" and not config.devices else chosen,
         dtype=str(dtype).removeprefix("torch."),
-        dtype_reason=f"default on {device.type}" if config.dtype == "auto" else chosen,
-        attention=_name(attention),
+        dtype_reason=dtype_reason,
+        attention=name_of(attention),
         attention_reason=_summary(attention),
-        linear=_name(linear),
+        linear=name_of(linear),
         linear_reason=_summary(linear),
         between_products=ops.name,
         max_graph_tokens=max_graph_tokens,
-        threads=resolve_num_threads(config),
-        threads_reason=chosen if config.num_threads else "torch's choice",
+        threads=threads,
+        threads_reason=threads_reason,
         cores=os.cpu_count() or 1,
         max_batch_tokens=max_batch_tokens,
         bfloat16=_has_fast_bfloat16(device),
@@ -215,7 +219,7 @@ def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         if int8_obstacle() is None:
             return "int8"
-        return "bfloat16" if dtype is torch.float32 and _has_fast_bfloat16(device) else None
+        return "bfloat16" if dtype is torch.float32 and has_amx() else None
     return "float16" if device.type == "cuda" and dtype is torch.float32 else None
 
 
@@ -241,25 +245,17 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _why_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "the current CUDA device"
-    if device.type == "mps":
-        return "no CUDA device is available, but MPS is"
-    return "neither CUDA nor MPS is available"
-
-
 def _has_fast_bfloat16(device: torch.device) -> bool | None:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return None
+    if device.type != "cpu":
+        return None
+    if has_amx():
+        return True
+    # Processors with bfloat16 instructions, but without AMX, multiply bfloat16 faster than float32 or slower.
+    has_instructions = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if has_instructions else False
 
 
 def _summary(function: Callable[..., object]) -> str:
     return (function.__doc__ or "").partition("\n")[0].rstrip(".").replace("`", "")
-
-
-def _name(function: Callable[..., object]) -> str:
-    return getattr(function, "__name__", repr(function))

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Final
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Final, NamedTuple
 
 import torch
 
 from bge_rerank_integrations.config import FLOAT8_NEEDS, FLOAT16_ON_CPU, INT8_OFF_CPU, ScorerConfig
+from bge_rerank_integrations.engine.attention import resolve_attention
+from bge_rerank_integrations.engine.cpu.amx import has_amx
+from bge_rerank_integrations.engine.cpu.cores import UsableCores, usable_cores
+from bge_rerank_integrations.engine.cuda.support import kernel_obstacle
 from bge_rerank_integrations.errors import ConfigError, DeviceError
+from bge_rerank_integrations.runtime.warn_once import warn_once
+
+logger = logging.getLogger(__name__)
+
+# The width of a head in all BGE rerankers.
+_BGE_HEAD_DIM: Final = 64
 
 # On a CPU, small batches stay in the cache. A GPU needs enough rows to keep all of it busy. On CUDA, two
 # batches of this size run at once.
@@ -18,16 +31,38 @@ _MIN_THREAD_TOKENS: Final = 512
 _FLOAT8_CAPABILITY: Final = (8, 9)
 
 
+class Choice(NamedTuple):
+    """The precision that a config selects on a device.
+
+    Attributes:
+        dtype: Precision of the encoder's products.
+        reason: Why this precision is used.
+    """
+
+    dtype: torch.dtype
+    reason: str
+
+
+class Threads(NamedTuple):
+    """The number of CPU threads that compute.
+
+    Attributes:
+        num_threads: Number of threads, at least 1.
+        reason: Why this number is used.
+    """
+
+    num_threads: int
+    reason: str
+
+
 def resolve_device(config: ScorerConfig) -> torch.device:
     """Return the device that a config selects.
 
     Raises:
-        DeviceError: This machine does not have that device.
+        DeviceError: This machine does not have that device, or the installed torch cannot use it.
     """
     if config.device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return choose_device().device
     device = torch.device(config.device)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -37,14 +72,62 @@ def resolve_device(config: ScorerConfig) -> torch.device:
                 f"device {config.device!r} is not available: torch {torch.__version__} sees {count} CUDA "
                 "device(s); use device='auto', or install a CUDA build of torch"
             )
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device 'mps' is not available on this machine; use device='auto'")
-    return torch.device(device.type)
+        device = torch.device("cuda", index)
+        obstacle = kernel_obstacle(device)
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError("device 'mps' is not available on this machine; use device='auto'")
+        obstacle = _mps_obstacle()
+    else:
+        return torch.device(device.type)
+    if obstacle is not None:
+        raise DeviceError(f"device {config.device!r} cannot be used: {obstacle}")
+    return device
 
 
-def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
-    """Return the precision of the encoder's products on a device.
+class DeviceChoice(NamedTuple):
+    """The device that `auto` selects, and why."""
+
+    device: torch.device
+    reason: str
+
+
+def choose_device() -> DeviceChoice:
+    """Return the first of CUDA, MPS and CPU that works. Log a warning about a device that does not work."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        obstacle, reason = kernel_obstacle(device), "the current CUDA device"
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+        obstacle, reason = _mps_obstacle(), "no CUDA device is available, but MPS is"
+    else:
+        return DeviceChoice(torch.device("cpu"), "neither CUDA nor MPS is available")
+    if obstacle is None:
+        return DeviceChoice(device, reason)
+    warn_once(logger, "device 'auto' selects the CPU instead of %s: %s", device, obstacle)
+    return DeviceChoice(torch.device("cpu"), f"{device} cannot be used: {obstacle}")
+
+
+@cache
+def _mps_obstacle() -> str | None:
+    """Return why the scores of an MPS device would be wrong; None if attention is right there."""
+    try:
+        resolve_attention(torch.device("mps"), torch.float32, _BGE_HEAD_DIM)
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
+def resolve_precision(
+    config: ScorerConfig, device: torch.device, *, has_amx: Callable[[], bool] = has_amx
+) -> Choice:
+    """Return the precision of the encoder's products on a device, and why it is used.
+
+    Args:
+        config: The settings.
+        device: The device that the model runs on.
+        has_amx: Returns whether a CPU multiplies bfloat16 matrices with AMX. It is called only if the answer
+            matters.
 
     Raises:
         ConfigError: The precision is float16 on a CPU, float8 on a device other than CUDA, or int8 on a
@@ -52,16 +135,20 @@ def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
         DeviceError: The precision is float8 and the CUDA device does not support it.
     """
     if config.dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return _default_precision(device, has_amx)
     if config.dtype == "float16" and device.type == "cpu":
         raise ConfigError(FLOAT16_ON_CPU)
     if config.dtype == "int8" and device.type != "cpu":
         raise ConfigError(INT8_OFF_CPU)
     if config.dtype == "float8":
         _check_float8(device)
-        return torch.float8_e4m3fn
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
+        return Choice(torch.float8_e4m3fn, "chosen")
+    return Choice(getattr(torch, config.dtype), "chosen")
+
+
+def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
+    """Return the precision of the encoder's products on a device. It raises what `resolve_precision` does."""
+    return resolve_precision(config, device).dtype
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +166,34 @@ def resolve_max_batch_tokens(config: ScorerConfig, device: torch.device) -> int:
 
 def resolve_num_threads(config: ScorerConfig) -> int:
     """Return the number of CPU threads that compute."""
-    return config.num_threads or torch.get_num_threads()
+    return resolve_threads(config).num_threads
+
+
+def resolve_threads(config: ScorerConfig) -> Threads:
+    """Return the number of CPU threads that compute, and why this number is used."""
+    if config.num_threads is not None:
+        return Threads(config.num_threads, "chosen")
+    return default_threads(torch.get_num_threads(), usable_cores())
+
+
+def default_threads(torch_threads: int, cores: UsableCores) -> Threads:
+    """Return the number of threads for a config that does not set it.
+
+    Args:
+        torch_threads: Number of threads that torch would use.
+        cores: The cores that the process may use.
+    """
+    if cores.num_cores < torch_threads and cores.limited_by is not None:
+        return Threads(cores.num_cores, cores.limited_by)
+    return Threads(torch_threads, "torch's choice")
+
+
+def _default_precision(device: torch.device, has_amx: Callable[[], bool]) -> Choice:
+    if device.type == "cuda":
+        return Choice(torch.float16, "default on cuda")
+    if device.type == "cpu" and has_amx():
+        return Choice(torch.bfloat16, "default on a CPU with AMX")
+    return Choice(torch.float32, "default on a CPU without AMX" if device.type == "cpu" else "default on mps")
 
 
 def _check_float8(device: torch.device) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.engine.batch_planning import plan_batches
 from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
@@ -27,15 +26,42 @@ from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
     resolve_max_batch_tokens,
+    resolve_num_threads,
 )
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
+# Most time in seconds that a batch should take on a GPU. A short request may wait for the batches that were
+# launched before it. A longer time would not use the GPU better.
+_BATCH_S: Final = 0.05
+# The speed of a GPU is measured with sequences of this many tokens. They fill every GPU.
+_NUM_MEASURED: Final = 8
+_MEASURED_LENGTH: Final = 512
+# A smaller budget would leave parts of a GPU idle.
+_MIN_BUDGET_TOKENS: Final = 1024
 # Batches without an out-of-memory error after which the token budget doubles. A budget that turns out to be
 # too large costs one failed batch, so it must not be tried often.
 _BATCHES_TO_GROW = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A batch that was launched.
+
+    Attributes:
+        read: Waits for the logits of the sequences, in the order of `positions`.
+        positions: For each logit, the position of its sequence in the call of `Runner.launch`.
+    """
+
+    read: Callable[[], list[float]]
+    positions: list[int]
+
+    def wait(self) -> list[float]:
+        """Wait for the batch and return the raw logit of each sequence, in the order of the call."""
+        logits = dict(zip(self.positions, self.read(), strict=True))
+        return [logits[position] for position in range(len(logits))]
 
 
 class Runner:
@@ -54,6 +80,7 @@ class Runner:
 
     Attributes:
         device: The device that the batches run on.
+        depth: Number of batches that may be launched before the first of them is waited for.
         max_batch_tokens: Most tokens in one forward pass now. An out-of-memory error lowers it. It grows back
             while batches succeed, since another program may have used the memory only for a while.
         num_splits: Number of batches that ran out of memory.
@@ -83,11 +110,7 @@ class Runner:
         self._transfer = transfer or PlainTransfer(device)
         self._graphs = graphs
         self._lock = threading.Lock()
-
-    @property
-    def max_call_tokens(self) -> int:
-        """Most tokens that one call can keep running at once: the token budget of each concurrent batch."""
-        return self.max_batch_tokens * self._transfer.depth
+        self.depth = self._transfer.depth
 
     def warmup(self) -> None:
         """Capture CUDA graphs where they are supported. Without this call, batches run without graphs."""
@@ -95,82 +118,65 @@ class Runner:
             with self._lock, self._on_device():
                 self._graphs.capture()
 
-    def run(
-        self,
-        sequences: Sequence[npt.NDArray[np.int32]],
-        on_progress: Callable[[int], object] | None = None,
-    ) -> list[float]:
-        """Score sequences. Batches of other threads may run between the batches of this call.
+    def limit_batch_time(self, max_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Lower the token budget so that a batch takes at most about 50 ms, as far as the device needs that.
+
+        Args:
+            max_length: Longest sequence in tokens that requests can have.
+            clock: Returns the time in seconds.
+        """
+        length = min(max_length, _MEASURED_LENGTH)
+        sequences = [np.zeros(length, np.int32)] * _NUM_MEASURED
+        times: list[float] = []
+        for _ in range(3):  # the first pass loads kernels
+            began = clock()
+            pending = self.launch(sequences)
+            if pending is None:
+                return  # out of memory, which has lowered the budget already
+            pending.wait()
+            times.append(clock() - began)
+        num_tokens = int(_BATCH_S * _NUM_MEASURED * length / max(min(times[1:]), 1e-9))
+        self._full_budget = min(self._full_budget, max(num_tokens, _MIN_BUDGET_TOKENS))
+        self.max_batch_tokens = min(self.max_batch_tokens, self._full_budget)
+        logger.info("batches on %s have at most %d tokens", self.device, self.max_batch_tokens)
+
+    def launch(self, sequences: Sequence[npt.NDArray[np.int32]], *, is_alone: bool = True) -> Pending | None:
+        """Start a batch. Where copies to the host do not block, this returns before the batch is done.
+
+        An out-of-memory error lowers the token budget only if no other batch of the caller was running.
+        Otherwise the caller tries the sequences again later: they may fit into memory by themselves.
 
         Args:
             sequences: int32 token ids of each sequence. No sequence is empty or longer than the model's
                 limit.
-            on_progress: Called after each batch with the number of sequences in it.
+            is_alone: Whether the caller has waited for all batches that it launched before.
 
         Returns:
-            The raw logit of each sequence, in input order.
+            The launched batch; None if it ran out of memory.
 
         Raises:
             torch.cuda.OutOfMemoryError: A single sequence does not fit into memory. Any other error of the
                 forward pass is raised unchanged.
         """
-        lengths = [len(sequence) for sequence in sequences]
-        logits = [0.0] * len(sequences)
-        pending = deque(plan_batches(lengths, self.max_batch_tokens))
-        running: deque[tuple[list[int], Callable[[], list[float]]]] = deque()
-        try:
-            while pending or running:
-                # If copies do not block, the next batch is packed and launched while this one computes.
-                if pending and len(running) < self._transfer.depth:
-                    batch = pending.popleft()
-                    read = self._try([sequences[index] for index in batch], is_alone=not running)
-                    if read is not None:
-                        running.append((batch, read))
-                        continue
-                    if not running:
-                        rest = [index for later in (batch, *pending) for index in later]
-                        plan = plan_batches([lengths[index] for index in rest], self.max_batch_tokens)
-                        pending = deque([[rest[position] for position in part] for part in plan])
-                        continue
-                    pending.appendleft(batch)
-                batch, read = running.popleft()
-                for index, value in zip(batch, read(), strict=True):
-                    logits[index] = value
-                if on_progress is not None:
-                    on_progress(len(batch))
-        finally:
-            for _, read in running:  # after an error, wait for the batches that are still running
-                with suppress(Exception):
-                    read()
-        return logits
-
-    def _try(
-        self, sequences: list[npt.NDArray[np.int32]], *, is_alone: bool
-    ) -> Callable[[], list[float]] | None:
-        """Launch one batch.
-
-        An out-of-memory error lowers the token budget only if no other batch of this call was running.
-        Otherwise the caller tries the batch again later, without others: it may fit into memory by itself.
-
-        Args:
-            sequences: int32 token ids of each sequence.
-            is_alone: Whether no other batch of this call is running.
-
-        Returns:
-            A function that waits for the logits and returns them; None if the batch ran out of memory.
-        """
         num_tokens = sum(map(len, sequences))
+        # Sequences of similar length come together. Attention without a kernel for varied lengths calls one
+        # for each run of equal lengths.
+        positions = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         try:
             with self._lock, _cpu_threads(self._num_threads), self._on_device():
-                read = self._launch(sequences)
+                read = self._launch([sequences[index] for index in positions])
                 self._grow()
-            return read
+            return Pending(read, positions)
         except torch.cuda.OutOfMemoryError:
             if len(sequences) == 1 and is_alone:
                 raise
         # This code is outside the handler, because the traceback keeps the tensors of the failed pass alive.
-        if not is_alone:
-            return None
+        if is_alone:
+            self._shrink(num_tokens, len(sequences))
+        return None
+
+    def _shrink(self, num_tokens: int, num_sequences: int) -> None:
+        """Lower the token budget after a batch that ran out of memory."""
         with self._lock:
             self.num_splits += 1
             self._num_batches_since_split = 0
@@ -180,10 +186,9 @@ class Runner:
         logger.warning(
             "out of memory with %d tokens in %d sequences; batches now hold at most %d tokens",
             num_tokens,
-            len(sequences),
+            num_sequences,
             self.max_batch_tokens,
         )
-        return None
 
     def _launch(self, sequences: list[npt.NDArray[np.int32]]) -> Callable[[], list[float]]:
         graphs = self._graphs
@@ -262,8 +267,9 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
             device,
             resolve_dtype(config, device),
             resolve_max_batch_tokens(config, device),
-            config.num_threads,
-            config.max_length if device.type == "cuda" else None,  # CUDA graphs depend on it
+            resolve_num_threads(config),
+            # CUDA graphs depend on it.
+            config.max_length if device.type == "cuda" and config.capture_graphs else None,
         )
         runner = _loaded.get(key)
         if runner is None:
@@ -273,17 +279,21 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
 
 def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
     device, max_batch_tokens = key.device, key.max_batch_tokens
-    model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
-    return Runner(
+    with _cpu_threads(key.num_threads):  # loading computes too
+        model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
+    runner = Runner(
         model.forward,
         device=device,
         padding_idx=shape.padding_idx,
         max_batch_tokens=max_batch_tokens,
         num_rows=model.num_rows,
-        num_threads=config.num_threads,
+        num_threads=key.num_threads,
         transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
         graphs=model.graphs,
     )
+    if config.max_batch_tokens is None and device.type != "cpu":
+        runner.limit_batch_time(config.max_length)
+    return runner
 
 
 class _Key(NamedTuple):
@@ -293,7 +303,7 @@ class _Key(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     max_batch_tokens: int
-    num_threads: int | None
+    num_threads: int
     max_length: int | None
 
 

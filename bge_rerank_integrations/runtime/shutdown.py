@@ -1,22 +1,41 @@
-"""Stops running forward passes when the interpreter exits.
+"""Stops running forward passes, and the threads that compute them, when the interpreter exits.
 
 At exit no caller waits for a score any more, because `threading` has joined every thread that is not a
 daemon. A forward pass over a large batch can still take many seconds. If a daemon thread computes while the
-interpreter shuts down, the process aborts. Modules that run threads therefore call `begin_exit` in their
-`atexit` functions, and models call `raise_if_exiting` before each layer.
+interpreter shuts down, the process aborts. Modules that run threads therefore end them with `end_at_exit`,
+and models call `raise_if_exiting` before each layer.
 """
 
 from __future__ import annotations
 
+import atexit
+import time
+from collections.abc import Callable, Iterable
+from threading import Thread, current_thread
+from typing import Final
+
 from bge_rerank_integrations.errors import ScorerClosedError
+from bge_rerank_integrations.runtime.fork_guard import was_forked
+
+# Longest time in seconds that interpreter exit waits for all threads of this package.
+_EXIT_S: Final = 4.0
 
 _is_exiting = False
+_ends: list[Callable[[float], None]] = []
 
 
-def begin_exit() -> None:
-    """Record that the interpreter has begun to exit. It is safe to call this several times."""
-    global _is_exiting
-    _is_exiting = True
+def end_at_exit(end: Callable[[float], None]) -> None:
+    """Call a function at interpreter exit, which ends threads.
+
+    Args:
+        end: Ends threads and waits for them up to the given time, by `time.monotonic`. The function that was
+            registered last is called first.
+    """
+    _ends.append(end)
+    # The interpreter calls first what was registered last. Threads must end before the cleanup of libraries
+    # that are already imported, such as torch.
+    atexit.unregister(_end_all)
+    atexit.register(_end_all)
 
 
 def is_exiting() -> bool:
@@ -28,3 +47,29 @@ def raise_if_exiting() -> None:
     """Raise `ScorerClosedError` once the interpreter has begun to exit."""
     if _is_exiting:
         raise ScorerClosedError("the interpreter is exiting")
+
+
+def join_until(threads: Iterable[Thread], deadline: float | None) -> bool:
+    """Wait until threads have ended. The current thread is left out, because it cannot wait for itself.
+
+    Args:
+        threads: Threads that have been started.
+        deadline: Time at which to stop waiting, by `time.monotonic`; None for no limit.
+
+    Returns:
+        Whether all threads have ended.
+    """
+    others = [thread for thread in threads if thread is not current_thread()]
+    for thread in others:
+        thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+    return not any(thread.is_alive() for thread in others)
+
+
+def _end_all() -> None:
+    global _is_exiting
+    if was_forked():
+        return  # the threads exist in the parent process only
+    _is_exiting = True
+    deadline = time.monotonic() + _EXIT_S
+    for end in reversed(_ends):
+        end(deadline)

@@ -35,18 +35,21 @@ from bge_rerank_integrations.server.settings import ServerSettings
 
 
 def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None = None) -> Starlette:
-    """Return an ASGI application that reranks in every dialect, for uvicorn or any other ASGI server.
+    """Return an ASGI application that reranks in all dialects, for uvicorn or any other ASGI server.
 
-    It keeps no global state. The scorer stays the caller's: warm it up before and close it after.
-    `app.state.service` is the `Service` that takes the work, whose `drain` ends it.
+    The application has no global state. It does not warm up or close the scorer. `app.state.service` is the
+    `Service` that ranks the requests. Its method `drain` finishes the accepted requests.
 
     Args:
-        scorer: A scorer with `normalize=False`, or the future of one: until it is done, `/health/ready` and
-            requests answer 503.
-        settings: Key and limits; None takes the defaults, which ask for no key.
+        scorer: A scorer with `normalize=False`, or the future of such a scorer. Until the future is done,
+            requests and `/health/ready` get status 503.
+        settings: The API key and the limits. None uses the defaults, which require no key.
+
+    Returns:
+        The application.
 
     Raises:
-        ConfigError: The scorer normalizes its scores, so that raw ones could not be given.
+        ConfigError: The scorer normalizes its scores, and could not return raw logits.
         MissingExtraError: The extra `server` is not installed.
 
     Example:
@@ -80,7 +83,7 @@ def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None 
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Answer for routes that do not exist, and for those that only read."""
+    """Respond to an error of a route that does not exist, or of a route that only reads."""
     refusal = refusal_of(error)
     headers = {"x-request-id": request_id(read_headers(request.scope))}
     if isinstance(error, HTTPException):

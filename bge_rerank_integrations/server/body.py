@@ -1,4 +1,4 @@
-"""Reading a request's body under a limit, and parsing it."""
+"""Reads and parses the body of a request, up to a maximum size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bge_rerank_integrations.server.refusal import ClientDisconnectedError, Refu
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
-# Both zlib containers, told apart by their headers.
+# The format, zlib or gzip, is detected from the header.
 _ZLIB_OR_GZIP: Final = 32 + zlib.MAX_WBITS
 
 
 class _Plain:
-    """Takes bytes as they are."""
+    """Returns bytes unchanged."""
 
     is_complete = True
 
@@ -25,7 +25,7 @@ class _Plain:
 
 
 class _Compressed:
-    """Decompresses gzip or zlib, and never produces more than it is allowed."""
+    """Decompresses gzip or zlib, up to a maximum number of bytes."""
 
     def __init__(self) -> None:
         self._decompressor = zlib.decompressobj(_ZLIB_OR_GZIP)
@@ -58,12 +58,12 @@ async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int
 
     Args:
         receive: The ASGI channel.
-        headers: Lower-case names and their values.
-        max_bytes: Most bytes to take, counted after decompression. Nothing beyond is kept.
+        headers: The headers, with lower-case names.
+        max_bytes: Maximum number of bytes after decompression. Bytes beyond it are not kept.
 
     Raises:
-        Refusal: The body is too large (413), is compressed in an unknown way (415), or is damaged (400).
-        ClientDisconnectedError: The client went away.
+        Refusal: The body is too large (413), has an unknown compression (415), or is damaged (400).
+        ClientDisconnectedError: The client closed the connection.
     """
     too_large = Refusal(
         413, f"the request body is larger than {max_bytes} bytes, the server's limit", "BodyTooLarge"
@@ -104,7 +104,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """
     try:
         data = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):  # the message of the first may quote the body
+    except (ValueError, RecursionError):  # the message of a ValueError may quote the body
         raise Refusal(400, "the request body is not valid JSON in UTF-8", "MalformedJson") from None
     if not isinstance(data, dict):
         raise Refusal(

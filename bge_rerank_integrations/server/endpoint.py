@@ -1,4 +1,4 @@
-"""One request over HTTP: key, body, dialect, scoring, response, log line."""
+"""Handles one HTTP request: API key, body, dialect, ranking, response and log line."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger("bge_rerank_integrations.server")
 
-# A client's own request id is kept if it cannot be mistaken for anything else in a log.
+# Only such a request id of a client is used. Other characters could make a log ambiguous.
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# How long a connection with an unread body stays open after the response: a close at once would reset it, and
-# the client might lose the response.
+# Time in seconds that a connection with an unread body stays open after the response. Closing it immediately
+# would reset it, and the client might lose the response.
 _LINGER_S: Final = 1.0
 
 
 class KeyCheck:
-    """Compares the `Authorization` header with the key, in a time that tells nothing about either.
+    """Compares the header `Authorization` with the API key, in a time that does not depend on either.
 
     Args:
-        api_key: The key; None lets everybody in.
+        api_key: The key. None accepts every client.
     """
 
     def __init__(self, api_key: str | None) -> None:
         self._digest = None if api_key is None else _digest(api_key)
 
     def __call__(self, headers: Mapping[str, str]) -> None:
-        """Raise `Refusal` unless the header is `Bearer KEY` or the bare key."""
+        """Raise `Refusal` unless the header is `Bearer KEY` or `KEY`."""
         if self._digest is None:
             return
         value = headers.get("authorization", "").strip()
@@ -60,13 +60,13 @@ class KeyCheck:
 
 @dataclass
 class _Exchange:
-    """What is known of a request so far.
+    """The state of one request.
 
     Attributes:
         id: Request id.
-        dialect: The dialect of the body; until it is read, the last one of the path.
-        is_body_read: Whether nothing of the body is left in the connection.
-        reply: What the response is made of, once there is one.
+        dialect: The dialect of the body. Until the body is read, it is the last dialect of the path.
+        is_body_read: Whether the whole body has been read from the connection.
+        reply: The content of the response. It is None until the request is ranked.
     """
 
     id: str
@@ -80,10 +80,10 @@ class RerankEndpoint:
 
     Args:
         path: The path, for logs.
-        dialects: The dialects it speaks.
-        service: What scores.
-        settings: Limits.
-        check_key: What refuses strangers.
+        dialects: The dialects of the path.
+        service: Ranks the requests.
+        settings: The limits.
+        check_key: Raises `Refusal` for a client without the API key.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class RerankEndpoint:
     async def _answer(
         self, exchange: _Exchange, headers: Mapping[str, str], receive: Receive
     ) -> tuple[int, Any, dict[str, str]]:
-        """Return status, JSON body and headers of the response."""
+        """Return the status, the JSON body and the headers of the response."""
         try:
             reply = exchange.reply = await self._rank(exchange, headers, receive)
             return 200, exchange.dialect.render(reply), {"x-truncated-documents": str(reply.num_truncated)}
@@ -155,7 +155,7 @@ class RerankEndpoint:
 
     async def _rank(self, exchange: _Exchange, headers: Mapping[str, str], receive: Receive) -> Reply:
         self._check_key(headers)
-        config = self._service.require_scorer().config  # before anything is read that cannot be answered
+        config = self._service.require_scorer().config  # raises before the body is read
 
         async def receive_body() -> MutableMapping[str, Any]:
             message = await receive()
@@ -184,7 +184,7 @@ class RerankEndpoint:
             raise Refusal(408, "the request body did not arrive in time", "RequestTimeout") from None
 
     async def _score(self, work: Work, receive: Receive) -> list[Ranking]:
-        """Score until it is done, the time is over or the client has gone."""
+        """Rank the work. Stop early if the time is over or the client disconnects."""
         timeout_s = min(self._settings.timeout_s, work.timeout_s or self._settings.timeout_s)
         scoring = asyncio.ensure_future(self._service.rank(work))
         disconnect = asyncio.ensure_future(_disconnected(receive))
@@ -195,7 +195,8 @@ class RerankEndpoint:
             if disconnect.done():
                 raise ClientDisconnectedError
             raise RequestTimeoutError(
-                f"not finished within {timeout_s:g} s; what had not started was dropped"
+                f"the request was not finished within {timeout_s:g} s; sequences that had not started were "
+                "dropped"
             )
         finally:
             scoring.cancel()
@@ -204,18 +205,18 @@ class RerankEndpoint:
 
 
 def read_headers(scope: Scope) -> dict[str, str]:
-    """Return a request's headers; of one that is repeated, the last."""
+    """Return the headers of a request. Of a repeated header, return the last value."""
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def request_id(headers: Mapping[str, str]) -> str:
-    """Return the client's request id, or a new one."""
+    """Return the request id of the client, or a new id."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def refusal_headers(refusal: Refusal) -> dict[str, str]:
-    """Return the headers that go with a refusal."""
+    """Return the headers of the response to a refused request."""
     headers = {}
     if refusal.retry_after_s is not None:
         headers["retry-after"] = str(refusal.retry_after_s)
@@ -225,7 +226,7 @@ def refusal_headers(refusal: Refusal) -> dict[str, str]:
 
 
 def model_name(settings: ServerSettings, model: str) -> str:
-    """Return the name that the server gives its model; of a folder, not where it lies."""
+    """Return the name of the model in responses. Of a folder, it is the last part of the path."""
     return settings.model_name or model.replace("\\", "/").rstrip("/").rpartition("/")[2] or model
 
 
@@ -244,19 +245,20 @@ async def _respond(
     is_body_read: bool,
     is_body_sent: bool,
 ) -> None:
-    """Send a JSON response, and close the connection if the request's body is unread.
+    """Send a JSON response, and close the connection if the body of the request is unread.
 
     Args:
         receive: The ASGI channel of the request.
         send: The ASGI channel of the response.
         status: HTTP status.
-        body: What becomes the JSON.
+        body: The JSON-serializable body of the response.
         headers: More headers.
-        is_body_read: Whether nothing of the request's body is left in the connection.
-        is_body_sent: Whether the client sends the body unasked, that is without `Expect: 100-continue`.
+        is_body_read: Whether the whole body of the request has been read from the connection.
+        is_body_sent: Whether the client sends the body without asking, that is, without the header
+            `Expect: 100-continue`.
     """
     lingers = is_body_sent and not is_body_read
-    content = json.dumps(body, allow_nan=False).encode()  # ASCII, so that a lone surrogate is no error
+    content = json.dumps(body, allow_nan=False).encode()  # ASCII, because a lone surrogate cannot be encoded
     all_headers = {
         "content-type": "application/json",
         "content-length": str(len(content)),
@@ -273,7 +275,7 @@ async def _respond(
 
 
 async def _discard(receive: Receive) -> None:
-    """Read and forget the rest of a body, for a limited time."""
+    """Read and discard the rest of a body, for a limited time."""
 
     async def discard() -> None:
         more = True

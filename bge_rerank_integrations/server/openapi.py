@@ -1,4 +1,4 @@
-"""The OpenAPI document, made from the table of dialects."""
+"""The OpenAPI document, generated from the table of dialects."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from bge_rerank_integrations.server.dialects.dialect import Dialect
 from bge_rerank_integrations.server.dialects.table import DIALECTS
 
 _PROBES: Final = {
-    "/health/live": "Whether the process can do its work.",
-    "/health/ready": "Whether requests are taken now.",
-    "/metrics": "Figures for Prometheus.",
-    "/v1/models": "The model that is served.",
+    "/health/live": "Whether the process can rank requests, now or when the model is loaded.",
+    "/health/ready": "Whether requests are accepted now.",
+    "/metrics": "Metrics for Prometheus.",
+    "/v1/models": "The model of the server.",
 }
 _REFUSALS: Final = {
     "400": "The request is malformed.",
     "401": "The API key is missing or wrong.",
     "408": "The body did not arrive in time.",
     "413": "The body is larger than the server's limit.",
-    "415": "The body is compressed in an unknown way.",
+    "415": "The compression of the body is unknown.",
     "422": "The request is malformed (Text Embeddings Inference).",
-    "429": "The queue is full; `Retry-After` says when to try again.",
+    "429": "The queue is full. The header `Retry-After` has the seconds to wait.",
     "503": "The model is being loaded, or the server is shutting down.",
     "504": "The request was not finished in time.",
 }
@@ -42,7 +42,10 @@ def openapi_document() -> dict[str, Any]:
             "schemas": {
                 "Refusal": {
                     "type": "object",
-                    "properties": {name: {"type": "string"} for name in ("message", "detail", "type")},
+                    "properties": {
+                        **{name: {"type": "string"} for name in ("message", "detail", "type")},
+                        "index": {"type": "integer", "description": "position of the invalid item"},
+                    },
                     "required": ["message", "detail", "error", "type"],
                 }
             },

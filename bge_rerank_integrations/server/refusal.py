@@ -1,4 +1,4 @@
-"""From an error to an HTTP status and a typed message without any text of the user's."""
+"""Converts errors to HTTP statuses and messages. No message contains a text of the user."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from bge_rerank_integrations.errors import (
 
 
 @dataclass(eq=False)
-class Refusal(Exception):  # noqa: N818  # a full queue is no error of anybody's
-    """A request that gets no result.
+class Refusal(Exception):  # noqa: N818  # a refusal, such as that of a full queue, is not always an error
+    """The response to a request that gets no result.
 
     Attributes:
         status: HTTP status.
-        message: What is wrong; it never holds a text of the user's.
-        type: Name of the error's class, or of the condition.
-        index: Position of the offending passage or request; None where there is none.
-        retry_after_s: When to try again; None where trying again does not help.
+        message: The reason. It never contains a text of the user.
+        type: Name of the class of the error, or of the condition.
+        index: Position of the invalid passage or request. None if there is no such position.
+        retry_after_s: Time in seconds after which the client may try again. None if trying again does not
+            help.
     """
 
     status: int
@@ -40,10 +41,10 @@ class Refusal(Exception):  # noqa: N818  # a full queue is no error of anybody's
 
 
 class ClientDisconnectedError(Exception):
-    """The client closed the connection, so there is nobody to answer."""
+    """The client closed the connection and does not wait for a response."""
 
 
-# (error, status, seconds after which to try again); a subclass stands before its base.
+# (class, status, `retry_after_s`). A subclass must come before its base class.
 _STATUSES: Final[tuple[tuple[type[Exception], int, int | None], ...]] = (
     (InputError, 400, None),
     (QueueFullError, 429, 1),
@@ -57,10 +58,10 @@ _STATUSES: Final[tuple[tuple[type[Exception], int, int | None], ...]] = (
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Return what to tell a client about an error.
+    """Return the response to a request that failed with an error.
 
-    An error that this package does not raise on purpose may hold anything in its message, so only the name
-    of its class is told.
+    The message of an unexpected error may contain a text of the user. Of such an error, the response contains
+    the name of the class only.
     """
     if isinstance(error, Refusal):
         return error

@@ -1,4 +1,4 @@
-"""Running the application with uvicorn until a signal ends it."""
+"""Runs the application with uvicorn until a signal ends it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from types import FrameType
 from typing import Final
 
@@ -26,8 +27,10 @@ from bge_rerank_integrations.server.settings import ServerSettings, check_second
 logger = logging.getLogger("bge_rerank_integrations.server")
 
 _BACKLOG: Final = 2048
-# After the drain, connections have this long to take their response.
+# Time in seconds that clients have to read their responses after the drain.
 _LAST_RESPONSES_S: Final = 2
+# More open files than any number of connections that one process serves.
+_MAX_OPEN_FILES: Final = 1 << 16
 
 
 def run_server(
@@ -39,30 +42,31 @@ def run_server(
     grace_s: float,
     on_listening: Callable[[str], object],
 ) -> None:
-    """Listen, load the model meanwhile, and serve until SIGTERM or SIGINT.
+    """Listen, load the model in another thread, and serve until SIGTERM or SIGINT.
 
-    After the signal no new work is taken, and what was accepted has `grace_s` seconds to finish. A second
-    signal ends the wait.
+    After the signal, the server accepts no new requests, and finishes the accepted ones within `grace_s`
+    seconds. A second signal ends it immediately.
 
     Args:
-        load: Returns the scorer, which is closed in the end; called in another thread.
-        settings: The application's settings.
+        load: Loads and returns the scorer, in another thread. The scorer is closed at the end.
+        settings: The settings of the application.
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        grace_s: Most seconds to finish what was accepted.
-        on_listening: Called with the server's URL.
+        port: Port to listen on. 0 chooses a free port.
+        grace_s: Maximum time in seconds to finish accepted requests.
+        on_listening: Called with the URL of the server.
 
     Raises:
-        ConfigError: The address cannot be listened on.
-        RerankError: The model cannot be loaded, as `Scorer` says.
+        ConfigError: The server cannot listen on the address.
+        RerankError: The model cannot be loaded; see `Scorer`.
     """
     check_seconds("grace_s", grace_s)
+    _allow_many_connections()
     loading: Future[Scorer] = Future()
     app = create_app(loading, settings)
     config = uvicorn.Config(
         app,
         log_config=None,
-        access_log=False,  # it would hold query strings
+        access_log=False,  # it would contain query strings
         lifespan="on",
         server_header=False,
         ws="none",
@@ -78,8 +82,8 @@ def run_server(
         server.run(sockets=[listener])
     loader.join(grace_s)
     if loader.is_alive():
-        # A signal came while the model was being loaded. That cannot be interrupted, and the interpreter's
-        # regular exit under a running native library ends in an abort.
+        # The process got a signal while it loads the model. Loading cannot be interrupted, and a regular exit
+        # of the interpreter while a native library runs would abort the process.
         logging.shutdown()
         os._exit(0)
     loading.result().close(timeout=grace_s)
@@ -88,7 +92,7 @@ def run_server(
 class _Server(uvicorn.Server):
     """Drains the service at the first signal, and ends with status 0.
 
-    uvicorn alone would stop listening at once, so that clients and probes were refused without a reason. It
+    uvicorn itself would stop listening immediately, so that clients and probes would get no response. It
     would also raise the signal again at the end.
     """
 
@@ -138,6 +142,22 @@ def _load(load: Callable[[], Scorer], loading: Future[Scorer], server: _Server) 
     else:
         loading.set_result(scorer)
         logger.info("ready")
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files as far as the system allows: each connection is an open file.
+
+    The usual limit is 1,024. So many idle clients would keep all others out.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

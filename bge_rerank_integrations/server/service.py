@@ -1,4 +1,4 @@
-"""From work to rankings: admission, splitting, and the end of the process. Nothing here knows of HTTP."""
+"""Accepts work, splits it into parts, ranks it and drains it at shutdown. It is independent of HTTP."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from concurrent.futures import Future
 from typing import Final
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
-from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
+from bge_rerank_integrations.errors import InputError, NonFiniteScoreError, QueueFullError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
-from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
+from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
 
-# A part is encoded by one thread at a time, so a long request cannot keep the tokenizer from the others. Two
-# parts of a request are under way at once, so that the device has work while the next part is encoded.
+# One thread encodes a part. Parts are small, so that a long request does not block the tokenizer for others.
+# Two parts of a request are processed at once, so that the device has work while the next part is encoded.
 _MAX_PAIRS: Final = 512
 _MAX_CHARACTERS: Final = 4_000_000
 _NUM_PARTS_AT_ONCE: Final = 2
-# A part may take at most this share of the queue, so that it always fits when others have left.
+# A part takes at most this share of the queue. It then fits as soon as other requests have ended.
 _MAX_QUEUE_SHARE: Final = 0.5
 
 _Part = list[Fragment]
@@ -29,15 +29,15 @@ _Run = Callable[[Scorer, _Part], Awaitable[list[Ranking]]]
 
 
 class Service:
-    """Scores work with one scorer for any number of tasks of one event loop.
+    """Ranks work with one scorer. Any number of tasks of one event loop can use it.
 
     Args:
-        scorer: A scorer whose scores are raw logits, or the future of one that is being loaded.
+        scorer: A scorer with `normalize=False`, or the future of a scorer that is being loaded.
 
     Example:
         >>> service = Service(scorer)
         >>> await service.rank(Work(requests=[("what is a panda?", ["A bear."])]))
-        [[RankedPassage(index=0, score=..., truncated=False, windows=1)]]
+        [[RankedPassage(index=0, score=..., truncated=False, windows=1, blank=False)]]
     """
 
     def __init__(self, scorer: Scorer | Future[Scorer]) -> None:
@@ -45,17 +45,17 @@ class Service:
         self._is_draining = False
         self._accepted: set[asyncio.Task[list[Ranking]]] = set()
         self._num_running = self._num_started = 0  # parts
-        self._part_ended = asyncio.Event()  # a new one for each end
+        self._part_ended = asyncio.Event()  # replaced each time that a part ends
 
     @property
     def scorer(self) -> Scorer | None:
-        """The scorer, or None while it is being loaded and after that failed."""
+        """The scorer. It is None while the model is being loaded, and if loading has failed."""
         is_loaded = self._loading.done() and not self._loading.cancelled() and not self._loading.exception()
         return self._loading.result() if is_loaded else None
 
     @property
     def is_live(self) -> bool:
-        """Whether this process can still do its work, now or once the model is loaded."""
+        """Whether this process can rank requests now, or when the model is loaded."""
         if not self._loading.done():
             return True
         scorer = self.scorer
@@ -63,7 +63,7 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether work is taken now."""
+        """Whether work is accepted now."""
         scorer = self.scorer
         return scorer is not None and not self._is_draining and scorer.health().ok
 
@@ -71,7 +71,7 @@ class Service:
         """Return the scorer.
 
         Raises:
-            Refusal: It is not loaded yet, could not be loaded, or the server is shutting down.
+            Refusal: The model is being loaded or could not be loaded, or the server is shutting down.
         """
         if self._is_draining:
             raise Refusal(503, "the server is shutting down", "ServerDraining", retry_after_s=1)
@@ -82,12 +82,13 @@ class Service:
         return scorer
 
     async def rank(self, work: Work) -> list[Ranking]:
-        """Return one ranking for each request of the work; cancelling drops what has not started.
+        """Return one ranking for each request of the work. Cancelling drops sequences that have not started.
 
         Raises:
-            QueueFullError: There is no room for the first part of the work.
-            Refusal: As `require_scorer` says; the work can never fit; or it was to be refused if truncated.
-            RerankError: As `Scorer.rank` does.
+            QueueFullError: The first part of the work does not fit into the queue.
+            Refusal: For the same reasons as `require_scorer`. Or the work can never fit into the queue. Or a
+                text is too long and the work forbids truncation.
+            RerankError: For the same reasons as `Scorer.rank`.
         """
         scorer = self.require_scorer()
         task = asyncio.ensure_future(self._rank(scorer, work))
@@ -102,14 +103,14 @@ class Service:
         return task.result()
 
     def begin_drain(self) -> None:
-        """Take no new work from now on."""
+        """Stop accepting new work."""
         self._is_draining = True
 
     async def drain(self, grace_s: float) -> int:
-        """Wait until the accepted work is finished; cancel what is not after `grace_s` seconds.
+        """Wait until the accepted work is finished. After `grace_s` seconds, cancel the unfinished requests.
 
         Returns:
-            How many requests were cancelled.
+            The number of cancelled requests.
         """
         self.begin_drain()
         if not self._accepted:
@@ -141,7 +142,7 @@ class Service:
     async def _run_all(
         self, run: _Run, scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]
     ) -> list[tuple[Fragment, Ranking]]:
-        """Score requests in parts, a few at a time, and return each fragment's ranking."""
+        """Rank requests in parts, a few at a time, and return the ranking of each fragment."""
         running: deque[tuple[_Part, int, asyncio.Task[list[Ranking]]]] = deque()
         ranked: list[tuple[Fragment, Ranking]] = []
         num_pairs = 0
@@ -155,13 +156,15 @@ class Service:
                 raise NonFiniteScoreError(
                     f"the model's score of pair {index} is not finite", index=index
                 ) from None
+            except InputError as error:
+                raise error_of_call(error, part, names_request=len(requests) > 1) from None
             running.popleft()
             ranked.extend(zip(part, rankings, strict=True))
 
         try:
             for part in _parts(scorer, requests):
-                # The first part alone decides whether the request is accepted, so it must not be refused for
-                # the room that the second takes.
+                # The first part decides whether the request is accepted. It must not be refused because of
+                # the space that the second part takes.
                 may_wait = num_pairs > 0
                 if running and (not ranked or len(running) == _NUM_PARTS_AT_ONCE):
                     await finish_oldest()
@@ -178,7 +181,7 @@ class Service:
         return ranked
 
     async def _run_part(self, run: _Run, scorer: Scorer, part: _Part, *, may_wait: bool) -> list[Ranking]:
-        """Score one part; a later part of a request waits for room instead of failing the whole request."""
+        """Rank one part. If `may_wait` is set, wait for space in the queue instead of raising."""
         while True:
             self._num_started += 1
             num_started, was_alone = self._num_started, self._num_running == 0
@@ -203,7 +206,7 @@ class Service:
 
 
 async def _rank_all(scorer: Scorer, part: _Part) -> list[Ranking]:
-    if len(part) == 1:  # whose errors then name a passage, not a request
+    if len(part) == 1:  # errors of `arank` name the passage and not the request
         return [await scorer.arank(part[0].query, part[0].passages)]
     return await scorer.arank_many([(fragment.query, fragment.passages) for fragment in part])
 
@@ -227,12 +230,12 @@ def _parts(scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]) -> Ite
 
 
 def _check_room(scorer: Scorer, part: _Part) -> None:
-    """Refuse a part that cannot fit before the work of encoding it.
+    """Raise if a part cannot fit into the queue, before the work of encoding it.
 
-    A word has at least one token, so words give a lower bound of what the part needs.
+    A word has at least one token. The number of words is therefore a lower bound of the number of tokens.
 
     Raises:
-        QueueFullError: There is no room.
+        QueueFullError: The part does not fit.
     """
     limit = scorer.config.max_queued_tokens
     if limit is None:
@@ -240,7 +243,7 @@ def _check_room(scorer: Scorer, part: _Part) -> None:
     queued = scorer.health().queued_tokens
     if queued == 0:
         return
-    # What the longest query leaves for a passage.
+    # The space for a passage beside the longest query.
     room = scorer.config.max_length - scorer.config.effective_query_max_length - NUM_SPECIAL_TOKENS
     needed = queued
     for fragment in part:

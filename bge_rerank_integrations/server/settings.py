@@ -17,14 +17,14 @@ API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What the HTTP application allows; what it scores with is the scorer's own configuration.
+    """The limits and the API key of the server. `ScorerConfig` has the settings of the model.
 
     Attributes:
-        api_key: What clients must send in `Authorization`; None lets everybody in.
-        max_body_mb: Largest request body in MiB, counted after decompression.
-        timeout_s: Most seconds for reading a request's body, and again for scoring it.
-        model_name: Name that `/v1/models` lists and that responses carry where the request names no model;
-            None is the last part of the scorer's `model`.
+        api_key: The key that clients must send in the header `Authorization`. None accepts every client.
+        max_body_mb: Maximum size of a request body in MiB, after decompression.
+        timeout_s: Maximum time in seconds to read a request body, and to score a request.
+        model_name: Name of the model in `/v1/models`, and in responses to requests that name no model. None
+            is the last part of the `model` of the scorer.
 
     Raises:
         ConfigError: A value is out of range.
@@ -53,10 +53,10 @@ class ServerSettings:
 
 
 def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the key from a file if one is given, else from `BGE_RERANK_API_KEY`, else None.
+    """Return the API key from a file, or from `BGE_RERANK_API_KEY` if no file is given.
 
     Raises:
-        ConfigError: The file cannot be read, or holds no key.
+        ConfigError: The file cannot be read, or it is empty.
     """
     if file is None:
         return environment.get(API_KEY_VARIABLE) or None
@@ -70,10 +70,10 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
 
 
 def check_exposure(host: str, api_key: str | None, *, no_auth: bool) -> None:
-    """Refuse to let other machines in without a key, unless that is asked for.
+    """Raise unless other machines need a key to connect, or `no_auth` allows them to connect without one.
 
     Raises:
-        ConfigError: The host is not a loopback address, there is no key, and `no_auth` is False; or there is
+        ConfigError: The host is not a loopback address, there is no key, and `no_auth` is False. Or there is
             a key and `no_auth` is True.
     """
     if no_auth and api_key is not None:
@@ -81,7 +81,7 @@ def check_exposure(host: str, api_key: str | None, *, no_auth: bool) -> None:
     if api_key is None and not no_auth and not _is_loopback(host):
         raise ConfigError(
             f"host {host!r} can be reached from other machines, and no API key is set; set "
-            f"{API_KEY_VARIABLE} or --api-key-file, or allow everybody with --no-auth"
+            f"{API_KEY_VARIABLE} or --api-key-file, or accept every client with --no-auth"
         )
 
 

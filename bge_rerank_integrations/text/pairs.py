@@ -1,15 +1,29 @@
-"""Encodes the distinct pairs of a request, and assigns their logits to the pairs in the caller's order."""
+"""Encodes the distinct pairs of a call, and returns scores and rankings in the caller's order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Final
 
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
-from bge_rerank_integrations.ranking import BLANK_LOGIT, PairResult, sigmoid
+from bge_rerank_integrations.ranking import (
+    BLANK_LOGIT,
+    RankedPassage,
+    Ranking,
+    Selection,
+    select,
+    sigmoid,
+)
 from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
 from bge_rerank_integrations.validation import BLANK_QUERY, Pair
+
+FindBlank = Callable[[PairTokenizer], frozenset[str]]
+"""Returns the passages that must not be scored, or raises `InputError`."""
+
+# Stands for a pair with a blank passage.
+_NOT_ENCODED: Final = EncodedPair((), truncated=False, query_truncated=False)
 
 
 def find_blank(
@@ -32,10 +46,12 @@ def find_blank(
     """
     if tokenizer.is_blank(query):
         raise InputError(BLANK_QUERY)
-    blank = _blank_among(tokenizer, passages)
+    blank = frozenset(passage for passage in dict.fromkeys(passages) if tokenizer.is_blank(passage))
     if blank and refuse:
-        index = _first_index(passages, blank)
-        raise InputError(_refusal(index), index=index)
+        index = next(index for index, passage in enumerate(passages) if passage in blank)
+        raise InputError(
+            f"passage {index} has nothing to read; leave it out, or set blank_passages='last'", index=index
+        )
     return blank
 
 
@@ -45,115 +61,148 @@ def find_blank_in_each(
     """Do the same as `find_blank` for several rankings. `.index` of an `InputError` says which request."""
     blank: frozenset[str] = frozenset()
     for number, (query, passages) in enumerate(requests):
-        if tokenizer.is_blank(query):
-            raise InputError(f"request {number}: {BLANK_QUERY}", index=number)
-        new = _blank_among(tokenizer, passages)
-        if new and refuse:
-            raise InputError(f"request {number}: {_refusal(_first_index(passages, new))}", index=number)
-        blank |= new
+        try:
+            blank |= find_blank(tokenizer, query, passages, refuse=refuse)
+        except InputError as error:  # noqa: PERF203
+            raise InputError(f"request {number}: {error}", index=number) from None
     return blank
 
 
-def _blank_among(tokenizer: PairTokenizer, passages: Sequence[str]) -> frozenset[str]:
-    return frozenset(passage for passage in dict.fromkeys(passages) if tokenizer.is_blank(passage))
-
-
-def _first_index(passages: Sequence[str], blank: frozenset[str]) -> int:
-    return next(index for index, passage in enumerate(passages) if passage in blank)
-
-
-def _refusal(index: int) -> str:
-    return f"passage {index} has nothing to read; leave it out, or set blank_passages='last'"
-
-
 class PreparedPairs:
-    """The pairs of a request in the caller's order, and the token ids of each distinct pair.
+    """The (query, passage) pairs of a call, and the token ids of each distinct pair.
 
     Args:
-        pairs: (query, passage) pairs.
-        blank: Passages that are not scored.
+        requests: (query, passages) of each request of the call.
+        find_blank: Returns the passages that are not scored. None scores all passages.
 
     Attributes:
-        pairs: All pairs of the request.
-        encoded: The distinct pairs that have been encoded so far, in order. Pairs with a blank passage are
-            never encoded.
-        num_blank: Number of pairs with a blank passage.
+        num_pairs: Number of pairs of all requests.
+        num_blank: Number of pairs with a blank passage, which are never encoded. It is known when `encode`
+            has yielded once.
     """
 
-    def __init__(self, pairs: Sequence[Pair], blank: frozenset[str] = frozenset()) -> None:
-        self.pairs = pairs
-        self.encoded: dict[Pair, EncodedPair] = {}
-        self._blank = blank
-        with_text = [pair for pair in pairs if pair[1] not in blank] if blank else pairs
-        self.num_blank = len(pairs) - len(with_text)
-        self._distinct = list(dict.fromkeys(with_text))
+    def __init__(
+        self, requests: Sequence[tuple[str, Sequence[str]]], find_blank: FindBlank | None = None
+    ) -> None:
+        self.num_pairs = sum(len(passages) for _, passages in requests)
+        self.num_blank = 0
+        self._requests = requests
+        self._find_blank = find_blank
+        self._distinct: list[Pair] = []
+        self._encoded: dict[Pair, EncodedPair] = {}  # in the order of the distinct pairs
 
-    def encode(self, tokenizer: PairTokenizer, num_pairs: int) -> Iterator[list[IntArray]]:
-        """Encode `num_pairs` distinct pairs at a time, and yield the windows of each such part.
+    def encode(self, tokenizer: PairTokenizer, part_sizes: Iterator[int]) -> Iterator[list[IntArray]]:
+        """Encode the distinct pairs in parts, and yield the windows of each part.
 
         A window is a sequence for the model: int32 token ids, special tokens included.
+
+        Args:
+            tokenizer: Encodes the pairs.
+            part_sizes: Most distinct pairs in each part. It does not end.
+
+        Raises:
+            InputError: `find_blank` has raised it.
         """
+        blank = frozenset[str]() if self._find_blank is None else self._find_blank(tokenizer)
+        with_text = [pair for pair in self._pairs() if pair[1] not in blank]
+        self.num_blank = self.num_pairs - len(with_text)
+        self._distinct = list(dict.fromkeys(with_text))
+        self._encoded.clear()  # an earlier attempt may have failed because the queue was full
         distinct = iter(self._distinct)
-        for encoded in tokenizer.stream(self._distinct, num_pairs):
-            self.encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
+        for encoded in tokenizer.stream(self._distinct, part_sizes):
+            self._encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
             yield [window for each in encoded for window in each.windows]
 
     @property
     def num_left(self) -> int:
         """Number of distinct pairs that have not been encoded yet."""
-        return len(self._distinct) - len(self.encoded)
+        return len(self._distinct) - len(self._encoded)
 
     @property
     def num_duplicates(self) -> int:
         """Number of pairs that share the score of an equal pair."""
-        return len(self.pairs) - self.num_blank - len(self._distinct)
+        return self.num_pairs - self.num_blank - len(self._distinct)
 
     @property
     def num_truncated(self) -> int:
         """Number of pairs whose passage lost tokens."""
-        return sum(self.encoded[pair].truncated for pair in self.pairs if pair[1] not in self._blank)
+        return sum(self._encoded.get(pair, _NOT_ENCODED).truncated for pair in self._pairs())
 
     @property
     def num_truncated_queries(self) -> int:
         """Number of distinct queries that lost tokens."""
-        return len({query for (query, _), encoded in self.encoded.items() if encoded.query_truncated})
+        return len({query for (query, _), encoded in self._encoded.items() if encoded.query_truncated})
 
-    def results(self, logits: Sequence[float], *, normalize: bool) -> list[PairResult]:
-        """Return the score of each pair, which is the best score of its windows.
+    def scores(self, logits: Sequence[float], *, normalize: bool, start: int = 0) -> list[float]:
+        """Return the score of each pair.
 
         Args:
-            logits: One logit for each window, in the order in which `encode` yielded the windows.
+            logits: One logit for each window, in the order in which `encode` yielded the windows. The score
+                of a pair is the best score of its windows.
             normalize: Whether to apply a sigmoid to the scores.
+            start: The index of the first pair, for error messages.
 
         Returns:
-            One result for each pair, in the caller's order.
+            One score for each pair, in the caller's order.
 
         Raises:
             NonFiniteScoreError: A logit is NaN or infinite; `.index` is the position of the first such pair.
         """
-        values = iter(logits)
-        results: dict[Pair, PairResult] = {}
-        for pair, encoded in self.encoded.items():
-            window_logits = [next(values) for _ in encoded.windows]
-            if not all(map(math.isfinite, window_logits)):
-                index = self.pairs.index(pair)
-                raise NonFiniteScoreError(f"the model's score of pair {index} is not finite", index=index)
-            best = max(window_logits)
-            results[pair] = PairResult(
-                score=sigmoid(best) if normalize else best,
-                logit=best,
-                truncated=encoded.truncated,
-                query_truncated=encoded.query_truncated,
-                windows=len(window_logits),
-                num_tokens=sum(map(len, encoded.windows)),
+        best = self._best_logits(logits, start)
+        return [sigmoid(best[pair]) if normalize else best[pair] for pair in self._pairs()]
+
+    def rankings(self, logits: Sequence[float], selection: Selection) -> list[Ranking]:
+        """Return the ranking of each request.
+
+        Args:
+            logits: As in `scores`.
+            selection: The passages to keep of each ranking, and the scale of the scores.
+
+        Returns:
+            One ranking for each request, in order.
+
+        Raises:
+            NonFiniteScoreError: As in `scores`.
+        """
+        best = self._best_logits(logits, 0)
+        return [self._ranking(query, passages, best, selection) for query, passages in self._requests]
+
+    def _ranking(
+        self, query: str, passages: Sequence[str], best: dict[Pair, float], selection: Selection
+    ) -> Ranking:
+        encoded = [self._encoded.get((query, passage), _NOT_ENCODED) for passage in passages]
+        logits = [best.get((query, passage), BLANK_LOGIT) for passage in passages]
+        ranked = [
+            RankedPassage(
+                index,
+                sigmoid(logit) if selection.normalize else logit,
+                truncated=each.truncated,
+                windows=len(each.windows),
+                blank=each is _NOT_ENCODED,
             )
-        blank = PairResult(
-            score=sigmoid(BLANK_LOGIT) if normalize else BLANK_LOGIT,
-            logit=BLANK_LOGIT,
-            truncated=False,
-            query_truncated=False,
-            windows=0,
-            num_tokens=0,
-            blank=True,
+            for index, (each, logit) in enumerate(zip(encoded, logits, strict=True))
+        ]
+        num_blank = sum(passage.blank for passage in ranked)
+        return Ranking(
+            select(ranked, logits, selection.top_n, selection.threshold),
+            num_pairs=len(ranked) - num_blank,
+            num_tokens=sum(len(window) for each in encoded for window in each.windows),
+            num_truncated=sum(each.truncated for each in encoded),
+            num_truncated_queries=int(any(each.query_truncated for each in encoded)),
+            num_blank=num_blank,
         )
-        return [blank if pair[1] in self._blank else results[pair] for pair in self.pairs]
+
+    def _best_logits(self, logits: Sequence[float], start: int) -> dict[Pair, float]:
+        """Return the best logit of the windows of each distinct pair."""
+        values = iter(logits)
+        best: dict[Pair, float] = {}
+        for pair, encoded in self._encoded.items():
+            window_logits = list(islice(values, len(encoded.windows)))
+            if not all(map(math.isfinite, window_logits)):
+                index = start + next(index for index, each in enumerate(self._pairs()) if each == pair)
+                raise NonFiniteScoreError(f"the model's score of pair {index} is not finite", index=index)
+            best[pair] = max(window_logits)
+        return best
+
+    def _pairs(self) -> Iterator[Pair]:
+        return ((query, passage) for query, passages in self._requests for passage in passages)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,24 +143,32 @@ class PairTokenizer:
         Returns:
             One `EncodedPair` for each pair, in order.
         """
-        (encoded,) = self.stream(list(zip(queries, passages, strict=True)), max(len(queries), 1))
+        (encoded,) = self.stream(list(zip(queries, passages, strict=True)), repeat(len(queries)))
         return encoded
 
-    def stream(self, pairs: Sequence[Pair], num_pairs: int) -> Iterator[list[EncodedPair]]:
-        """Encode (query, passage) pairs and yield the results in lists of `num_pairs`, the last one shorter.
+    def stream(self, pairs: Sequence[Pair], part_sizes: Iterator[int]) -> Iterator[list[EncodedPair]]:
+        """Encode (query, passage) pairs in parts, and yield a list for each part. There is at least one part.
 
-        Each list is encoded when it is asked for. A text that occurs in several lists is encoded once.
+        Each part is encoded when it is asked for. A text that occurs in several parts is encoded once.
+
+        Args:
+            pairs: The pairs.
+            part_sizes: Number of pairs in each part. The last part may be shorter.
         """
         query_ids: dict[str, Encoded] = {}
         passage_ids: dict[str, Encoded] = {}
-        for start in range(0, max(len(pairs), 1), num_pairs):
-            part = pairs[start : start + num_pairs]
+        start = 0
+        for size in part_sizes:
+            part = pairs[start : start + size]
+            start += size
             new = [query for query, _ in part if query not in query_ids]
             query_ids |= self._encode_distinct(
                 new, self._query_prefix, self._query_limit, keep_end=self._keeps_query_end
             )
             passage_ids |= self._encode_passages([text for _, text in part if text not in passage_ids])
             yield [self._pair(query_ids[query], passage_ids[passage]) for query, passage in part]
+            if start >= len(pairs):
+                return
 
     def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
         query_ids, query_cut = query

@@ -33,7 +33,7 @@ ADAPTERS = pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
 def options(checkpoint: Path, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """Return options for a checkpoint that is not loaded yet. Its scorer is closed after the test."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    options: dict[str, Any] = {"model": folder, "device": "cpu"}
+    options: dict[str, Any] = {"model": folder, "device": "cpu", "dtype": "float32"}
     yield options
     Scorer.shared(RerankOptions(**options).scorer_config()).close()
 
@@ -369,7 +369,7 @@ async def test_a_mock_of_a_scorer_ranks_many(scorer: Scorer) -> None:
 
 
 async def test_a_closed_scorer_of_ones_own_raises(checkpoint: Path) -> None:
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         adapter = BGEReranker(scorer=scorer)
     with pytest.raises(ScorerClosedError):
         rank_with(adapter, TEXTS)

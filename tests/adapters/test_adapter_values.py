@@ -263,6 +263,7 @@ OTHER_TYPES: dict[str, list[Any]] = {
     "query_max_length": ["64", 64.0, True],
     "max_batch_tokens": ["1024", 1024.0, True],
     "num_threads": ["1", 1.0, True],
+    "capture_graphs": [1, "true", None],
     "max_wait_ms": ["1", True, None],
     "max_queued_tokens": ["1000", 1000.0, True],
     "normalize": [1, "true", None],

@@ -139,7 +139,7 @@ def fresh_checkpoint(make_fresh_checkpoint: Callable[[], Path]) -> Path:
 
 
 def on_cpu(checkpoint: Path) -> dict[str, Any]:
-    return {"model": str(checkpoint), "device": "cpu"}
+    return {"model": str(checkpoint), "device": "cpu", "dtype": "float32"}
 
 
 # --- the same options --------------------------------------------------------------------------------
@@ -208,6 +208,7 @@ def test_every_setting_reaches_the_config(adapter_type: type[RerankOptions], nam
         "query_truncation_side": "left",
         "max_batch_tokens": 1024,
         "num_threads": 1,
+        "capture_graphs": False,
         "max_wait_ms": 2.5,
         "max_queued_tokens": 100_000,
         "normalize": False,
@@ -487,7 +488,9 @@ def test_a_threshold_off_the_scale_is_refused_at_construction(
         adapter_type(score_threshold=threshold)
     (error,) = caught.value.errors()
     assert isinstance(error["ctx"]["error"], ConfigError)
-    normalizing = Scorer.shared(ScorerConfig(model=str(checkpoint), device="cpu", normalize=True))
+    normalizing = Scorer.shared(
+        ScorerConfig(model=str(checkpoint), device="cpu", dtype="float32", normalize=True)
+    )
     with pytest.raises(ValidationError, match=message):
         adapter_type(scorer=normalizing, score_threshold=threshold)
     options = adapter_type(normalize=False, score_threshold=threshold)

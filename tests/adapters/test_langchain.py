@@ -199,7 +199,7 @@ def invoke(mode: str) -> Invoke:
 @pytest.fixture
 def reranker(checkpoint: Path) -> BGEReranker:
     """Return a reranker with the shared scorer of the small checkpoint, already loaded."""
-    reranker = BGEReranker(model=str(checkpoint), device="cpu")
+    reranker = BGEReranker(model=str(checkpoint), device="cpu", dtype="float32")
     reranker.resolve_scorer()
     return reranker
 
@@ -360,7 +360,7 @@ async def test_scores_are_normalized_unless_told_otherwise(
         return {document.page_content: document.metadata["relevance_score"] for document in returned}
 
     logits = dict(zip(BEST_FIRST, scorer.score([(QUERY, text) for text in BEST_FIRST]), strict=True))
-    raw = BGEReranker(model=str(checkpoint), device="cpu", normalize=False)
+    raw = BGEReranker(model=str(checkpoint), device="cpu", dtype="float32", normalize=False)
     assert by_text(await compress(raw, documents())) == pytest.approx(logits, abs=TOLERANCE)
     expected = dict(
         zip(
@@ -998,9 +998,9 @@ def test_cross_encoder_puts_blank_passages_lowest(reranker: BGEReranker, checkpo
     scores = reranker.as_cross_encoder().score(pairs)
     assert (scores[0], scores[2]) == (0.0, 0.0)
     assert min(scores[1], scores[3]) > 0.0
-    raw = BGEReranker(model=str(checkpoint), device="cpu", normalize=False)
+    raw = BGEReranker(model=str(checkpoint), device="cpu", dtype="float32", normalize=False)
     assert raw.as_cross_encoder().score(pairs[:1]) == [-65504.0]
-    refusing = BGEReranker(model=str(checkpoint), device="cpu", blank_passages="refuse")
+    refusing = BGEReranker(model=str(checkpoint), device="cpu", dtype="float32", blank_passages="refuse")
     for bad, index in ((pairs, 0), ([pairs[1], pairs[3], pairs[2]], 2), ([pairs[1], (" ", TEA)], 1)):
         with pytest.raises(InputError, match=f"^pair {index}: .*nothing to read") as caught:
             refusing.as_cross_encoder().score(bad)
@@ -1138,7 +1138,7 @@ def test_copies_of_a_reranker_with_its_own_scorer(scorer: Scorer) -> None:
 def test_secrets_are_not_shown_anywhere(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "hf_SECRET")
-    reranker = BGEReranker(model=str(checkpoint), device="cpu", max_batch_tokens=7002)
+    reranker = BGEReranker(model=str(checkpoint), device="cpu", dtype="float32", max_batch_tokens=7002)
     try:
         reranker.compress_documents(documents(), QUERY)
         for seen in (
@@ -1192,7 +1192,7 @@ class CompressionRetrieverWithK(ContextualCompressionRetriever):
 
     def __init__(self, *, model: str, k: int | None = None) -> None:
         super().__init__(
-            base_compressor=BGEReranker(model=model, device="cpu", top_n=k),
+            base_compressor=BGEReranker(model=model, device="cpu", dtype="float32", top_n=k),
             base_retriever=FixedRetriever(documents=documents([*BEST_FIRST, "a fourth", "a fifth"])),
         )
 

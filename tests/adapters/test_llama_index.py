@@ -177,7 +177,7 @@ def spans() -> Iterator[SimpleSpanHandler]:
 @pytest.fixture
 def postprocessor(checkpoint: Path) -> BGERerankPostprocessor:
     """Return a postprocessor with the shared scorer of the small checkpoint, already loaded."""
-    postprocessor = BGERerankPostprocessor(model=str(checkpoint), device="cpu")
+    postprocessor = BGERerankPostprocessor(model=str(checkpoint), device="cpu", dtype="float32")
     postprocessor.resolve_scorer()
     return postprocessor
 
@@ -266,7 +266,7 @@ async def test_scores_are_normalized_unless_told_otherwise(
     postprocess: Postprocess, postprocessor: BGERerankPostprocessor, checkpoint: Path, scorer: Scorer
 ) -> None:
     pairs = [(QUERY, text) for text in BEST_FIRST]
-    raw = BGERerankPostprocessor(model=str(checkpoint), device="cpu", normalize=False)
+    raw = BGERerankPostprocessor(model=str(checkpoint), device="cpu", dtype="float32", normalize=False)
     for each, expected in (
         (raw, scorer.score(pairs)),
         (postprocessor, scorer.compute_score(pairs, normalize=True)),
@@ -452,7 +452,9 @@ async def test_a_node_without_text_comes_last(
     assert (returned[2].node_id, returned[2].score) == (blank.node_id, 0.0)
     assert returned[2].metadata == {**blank.metadata, "rerank_blank": True}
     assert all("rerank_blank" not in node.metadata for node in returned[:2])
-    refusing = BGERerankPostprocessor(model=postprocessor.model, device="cpu", blank_passages="refuse")
+    refusing = BGERerankPostprocessor(
+        model=postprocessor.model, device="cpu", dtype="float32", blank_passages="refuse"
+    )
     with pytest.raises(InputError, match="passage 0 has nothing to read") as caught:
         await postprocess(refusing, given)
     assert caught.value.index == 0
@@ -469,7 +471,7 @@ async def test_metadata_alone_is_scored_if_the_mode_includes_it(
     assert "rerank_blank" not in returned.metadata
     (returned,) = await postprocess(
         BGERerankPostprocessor(
-            model=postprocessor.model, device="cpu", metadata_mode=MetadataMode.NONE, top_n=1
+            model=postprocessor.model, device="cpu", dtype="float32", metadata_mode=MetadataMode.NONE, top_n=1
         ),
         nodes,
     )
@@ -654,6 +656,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "query_truncation_side": "left",
     "max_batch_tokens": 4096,
     "num_threads": 1,
+    "capture_graphs": False,
     "max_wait_ms": 2.5,
     "max_queued_tokens": 100_000,
     "query_instruction": "query: ",
@@ -821,7 +824,9 @@ def test_pickling_leaves_the_callback_manager_alone() -> None:
 def test_secrets_are_not_shown_anywhere(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "hf_SECRET")
-    postprocessor = BGERerankPostprocessor(model=str(checkpoint), device="cpu", max_batch_tokens=7003)
+    postprocessor = BGERerankPostprocessor(
+        model=str(checkpoint), device="cpu", dtype="float32", max_batch_tokens=7003
+    )
     try:
         postprocessor.postprocess_nodes(found(), query_str=QUERY)
         for seen in (

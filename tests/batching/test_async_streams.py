@@ -133,7 +133,7 @@ async def test_a_score_that_is_not_finite_has_its_index_in_the_stream(
     )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     bad = [("a", "panda" if number == PART + 7 else "b") for number in range(3 * PART)]
-    with Scorer(folder, device="cpu") as broken:
+    with Scorer(folder, device="cpu", dtype="float32") as broken:
         with pytest.raises(NonFiniteScoreError, match=f"pair {PART + 7} ") as caught:
             await broken.ascore(kind(bad))
         assert caught.value.index == PART + 7
@@ -196,7 +196,7 @@ async def test_cancellation_stops_the_reading(scorer: Scorer) -> None:
 
 
 async def test_a_closed_scorer_reads_nothing(checkpoint: Path) -> None:
-    scorer = Scorer(checkpoint, device="cpu")
+    scorer = Scorer(checkpoint, device="cpu", dtype="float32")
     scorer.close()
 
     def generate() -> Iterator[tuple[str, str]]:
@@ -208,7 +208,7 @@ async def test_a_closed_scorer_reads_nothing(checkpoint: Path) -> None:
 
 
 async def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoint: Path) -> None:
-    with Scorer(checkpoint, device="cpu", max_queued_tokens=30 * PART) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=30 * PART) as scorer:
         scores = await scorer.ascore(iter(pairs(4 * PART)))
         assert len(scores) == 4 * PART
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
@@ -38,7 +38,8 @@ from bge_rerank_integrations.errors import (
     WorkerDiedError,
 )
 from bge_rerank_integrations.text.tokenization import IntArray
-from tests.support.queues import PATIENCE_S, Gate, firsts, ids, results, sized
+from tests.support.engine import replica_of
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 
@@ -55,7 +56,7 @@ def make() -> Iterator[Callable[..., MicroBatcher]]:
     def build(
         score: Callable[[list[IntArray]], list[float]], budget: int = 100, **options: Any
     ) -> MicroBatcher:
-        made.append(MicroBatcher([Replica(score, lambda: budget)], **options))
+        made.append(MicroBatcher([replica(score, budget)], **options))
         return made[-1]
 
     yield build
@@ -311,7 +312,7 @@ def test_no_request_waits_for_a_killed_worker(make: Callable[..., MicroBatcher],
     futures = [batcher.submit([ids(0)])]
     gate.wait_until_entered()
     futures += [batcher.submit([ids(number)]) for number in range(50)]
-    (worker,) = batcher._workers.values()
+    (worker,) = batcher._live_threads()
     assert worker.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     gate.let_through()
@@ -346,9 +347,9 @@ def test_close_with_a_timeout_fails_unfinished_requests(
 
 
 def test_an_unreferenced_batcher_is_freed() -> None:
-    batcher = MicroBatcher([Replica(firsts, lambda: 10)], idle_s=0.05)
+    batcher = MicroBatcher([replica(firsts, 10)], idle_s=0.05)
     assert batcher.submit([ids(3)]).result(PATIENCE_S) == [3.0]
-    workers = list(batcher._workers.values())
+    workers = batcher._live_threads()
     reference = weakref.ref(batcher)
     del batcher
     for worker in workers:
@@ -388,8 +389,7 @@ class FlakyForward:
 def test_two_thousand_requests_through_injected_errors(make: Callable[..., MicroBatcher]) -> None:
     forward = FlakyForward()
     runner = Runner(forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=200)
-    replica = Replica(runner.run, lambda: runner.max_batch_tokens)
-    batcher = MicroBatcher([replica], is_device_lost=is_device_lost)
+    batcher = MicroBatcher([replica_of(runner)], is_device_lost=is_device_lost)
     numbers = random.Random(1)
     requests = [[sized(number, numbers.randrange(1, 30)) for _ in range(3)] for number in range(2000)]
     with ThreadPoolExecutor(16) as pool:
@@ -415,7 +415,7 @@ def test_two_thousand_requests_through_injected_errors(make: Callable[..., Micro
 
 
 def test_a_timeout_drops_the_rest_of_a_request(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         long = [("query", f"{text} {number}") for number in range(30) for text in texts]
         with pytest.raises(RequestTimeoutError, match="did not finish within its timeout"):
             scorer.score(long, timeout=0.01)
@@ -429,7 +429,7 @@ def test_a_timeout_drops_the_rest_of_a_request(checkpoint: Path, texts: list[str
 
 
 async def test_a_timeout_ends_an_async_call(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         passages = [f"{text} {number}" for number in range(30) for text in texts]
         with pytest.raises(RequestTimeoutError):
             await scorer.arank("query", passages, timeout=0.01)
@@ -446,7 +446,7 @@ def test_an_invalid_timeout_is_refused(scorer: Scorer, timeout: Any) -> None:
 async def test_cancelled_tasks_leave_nothing_in_the_queue(checkpoint: Path, texts: list[str]) -> None:
     """Of 200 async calls, 60 are cancelled at random times."""
     chooser = random.Random(0)
-    with Scorer(checkpoint, device="cpu", max_batch_tokens=512) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_batch_tokens=512) as scorer:
         expected = scorer.score([("query", text) for text in texts])
         tasks = [
             asyncio.create_task(scorer.ascore([("query", texts[(n + i) % len(texts)]) for i in range(3)]))
@@ -468,7 +468,7 @@ async def test_cancelled_tasks_leave_nothing_in_the_queue(checkpoint: Path, text
 
 
 def test_requests_share_batches(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu", max_wait_ms=50) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_wait_ms=50) as scorer:
         barrier = threading.Barrier(16)
 
         def ask(number: int) -> list[float]:
@@ -485,14 +485,14 @@ def test_requests_share_batches(checkpoint: Path, texts: list[str]) -> None:
 
 
 def test_a_scorer_refuses_requests_beyond_max_queued_tokens(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu", max_queued_tokens=1000) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=1000) as scorer:
         with pytest.raises(QueueFullError):
             scorer.score([("query", text) for text in texts])
         assert len(scorer.score([("query", texts[0])])) == 1
 
 
 def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu", max_length=64) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_length=64) as scorer:
         scorer.score([("query", texts[0]), ("query", "short"), ("query", "short")])
         stats = scorer.stats()
         assert (stats.duplicates, stats.truncations, stats.pairs, stats.requests) == (1, 1, 2, 1)
@@ -506,7 +506,7 @@ def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[st
 
 
 def test_repeated_passages_are_not_tokenized_again(checkpoint: Path, texts: list[str]) -> None:
-    with Scorer(checkpoint, device="cpu") as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
         first = scorer.score([("query", text) for text in texts])
         assert (scorer.stats().cache_hits, scorer.stats().cache_hit_rate) == (0, 0.0)
         assert scorer.score([("query", text) for text in texts]) == first

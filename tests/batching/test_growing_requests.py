@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.inference import Pipeline
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.engine.packing import PackedBatch
@@ -25,14 +25,16 @@ from bge_rerank_integrations.errors import (
     RequestTimeoutError,
     ScorerClosedError,
 )
+from bge_rerank_integrations.ranking import Selection
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
-from bge_rerank_integrations.validation import Pair
-from tests.support.queues import PATIENCE_S, Gate, ids, sized, wait_until
+from bge_rerank_integrations.validation import Pair, group_pairs
+from tests.support.queues import PATIENCE_S, Gate, ids, replica, sized, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
-NUM_PAIRS = 1300  # three parts
+NUM_PAIRS = 1300  # four parts
 QUERY = "what is a panda?"
 
 
@@ -43,7 +45,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def batcher(gate: Gate) -> Iterator[MicroBatcher]:
-    batcher = MicroBatcher([Replica(gate, lambda: 100)])
+    batcher = MicroBatcher([replica(gate)])
     yield batcher
     gate.let_through()
     batcher.close(timeout=1.0)
@@ -95,7 +97,7 @@ def test_the_batches_of_a_lone_request_do_not_depend_on_timing(
     for part in parts:
         other = Gate()
         other.let_through()
-        single = MicroBatcher([Replica(other, lambda: 100)])
+        single = MicroBatcher([replica(other)])
         single.submit(part).result(PATIENCE_S)
         single.close()
         alone += other.batches
@@ -155,8 +157,8 @@ class WatchedTokenizer(PairTokenizer):
     num_parts = 0
     before: Callable[[int], object] = staticmethod(lambda number: None)
 
-    def stream(self, pairs: Sequence[Pair], num_pairs: int) -> Iterator[list[EncodedPair]]:
-        for part in super().stream(pairs, num_pairs):
+    def stream(self, pairs: Sequence[Pair], part_sizes: Iterator[int]) -> Iterator[list[EncodedPair]]:
+        for part in super().stream(pairs, part_sizes):
             if self.num_parts:
                 self.before(self.num_parts)
             self.num_parts += 1
@@ -167,7 +169,7 @@ class Device:
     """A pipeline with a watched tokenizer and a model whose score is the number of tokens."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
-        config = ScorerConfig(model=str(checkpoint), device="cpu", **settings)
+        config = ScorerConfig(model=str(checkpoint), device="cpu", dtype="float32", **settings)
         self.cache = TokenCache(1_000_000)
         self.tokenizer = WatchedTokenizer(checkpoint / "tokenizer.json", config, self.cache)
         self.begun = threading.Event()
@@ -175,6 +177,10 @@ class Device:
         self.give: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths
         runner = Runner(self.forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=2048)
         self.pipeline = Pipeline(self.tokenizer, self.cache, [runner], config, is_device_lost)
+
+    def score(self, pairs: list[Pair], **options: Any) -> list[float]:
+        prepared = PreparedPairs(group_pairs(pairs))
+        return prepared.scores(self.pipeline.run(prepared, **options), normalize=False)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         self.begun.set()
@@ -216,10 +222,10 @@ def test_the_device_begins_before_all_is_encoded(start: Callable[..., Device], p
     device = start()
     begun_before: list[bool] = []
     device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
-    results = device.pipeline.score(pairs_of(passages))
-    assert begun_before == [True, True]
+    scores = device.score(pairs_of(passages))
+    assert begun_before == [True, True, True]
     device.tokenizer.before = lambda _: None
-    assert [result.score for result in results] == lengths_of(device, pairs_of(passages))
+    assert scores == lengths_of(device, pairs_of(passages))
     stats = device.pipeline.stats()
     assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, NUM_PAIRS, 0)
 
@@ -230,9 +236,13 @@ async def test_the_device_begins_before_all_is_encoded_for_an_async_caller(
     device = start()
     begun_before: list[bool] = []
     device.tokenizer.before = lambda _: begun_before.append(device.begun.wait(PATIENCE_S))
-    results = await device.pipeline.ascore(pairs_of(passages))
-    assert begun_before == [True, True]
-    assert [result.num_tokens for result in results] == [int(result.score) for result in results]
+    prepared = PreparedPairs([(QUERY, passages)])
+    logits = await device.pipeline.arun(prepared)
+    assert begun_before == [True, True, True]
+    device.tokenizer.before = lambda _: None
+    assert prepared.scores(logits, normalize=False) == lengths_of(device, pairs_of(passages))
+    (ranking,) = prepared.rankings(logits, Selection(None, None, normalize=False))
+    assert ranking.num_tokens == sum(logits)
 
 
 def test_duplicates_in_different_parts_are_encoded_and_scored_once(
@@ -240,13 +250,13 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
 ) -> None:
     device = start()
     twice = [*pairs_of([*passages, *reversed(passages)]), *(("another", text) for text in passages[:10])]
-    results = device.pipeline.score(twice)
+    scores = device.score(twice)
     stats = device.pipeline.stats()
     assert (stats.pairs, device.num_sequences) == (NUM_PAIRS + 10, NUM_PAIRS + 10)
     assert (stats.duplicates, stats.truncations) == (NUM_PAIRS, 0)
     assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 0), "each passage is looked up once"
-    assert [result.score for result in results] == lengths_of(device, twice)
-    device.pipeline.score(twice)
+    assert scores == lengths_of(device, twice)
+    device.score(twice)
     stats = device.pipeline.stats()
     assert (stats.cache_misses, stats.cache_hits) == (NUM_PAIRS, 2 * NUM_PAIRS)
     assert stats.cache_hit_rate == pytest.approx(2 / 3)
@@ -255,7 +265,7 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
 def test_a_timeout_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
     device = start()
     with pytest.raises(RequestTimeoutError):
-        device.pipeline.score(pairs_of(passages), timeout=0.0)
+        device.score(pairs_of(passages), timeout=0.0)
     assert device.tokenizer.num_parts == 1
     assert device.pipeline.health().queued_tokens == 0
 
@@ -269,7 +279,7 @@ async def test_cancellation_ends_the_encoding(start: Callable[..., Device], pass
         assert cancelled.wait(PATIENCE_S)
 
     device.tokenizer.before = before
-    task = asyncio.create_task(device.pipeline.ascore(pairs_of(passages)))
+    task = asyncio.create_task(device.pipeline.arun(PreparedPairs([(QUERY, passages)])))
     assert await asyncio.to_thread(reached.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -277,7 +287,7 @@ async def test_cancellation_ends_the_encoding(start: Callable[..., Device], pass
     cancelled.set()
     device.pipeline.close()  # waits for the encoding thread
     assert device.tokenizer.num_parts == 2
-    assert device.num_sequences <= 512
+    assert device.num_sequences <= 64 + 512
     assert device.pipeline.health().queued_tokens == 0
 
 
@@ -290,7 +300,7 @@ def test_an_error_of_the_device_ends_the_encoding(start: Callable[..., Device], 
     device.give = fail
     device.tokenizer.before = lambda _: wait_until(lambda: device.pipeline.stats().failed)
     with pytest.raises(ValueError, match="on fire"):
-        device.pipeline.score(pairs_of(passages))
+        device.score(pairs_of(passages))
     assert device.tokenizer.num_parts == 2
 
 
@@ -304,7 +314,7 @@ def test_an_error_of_the_encoding_drops_what_is_queued(
 
     device.tokenizer.before = before
     with pytest.raises(MemoryError):
-        device.pipeline.score(pairs_of(passages))
+        device.score(pairs_of(passages))
     assert device.pipeline.health().queued_tokens == 0
     assert device.pipeline.stats().cancelled == 1
 
@@ -314,9 +324,9 @@ def test_a_full_queue_refuses_a_long_request_before_any_of_it_is_computed(
 ) -> None:
     device = start(max_queued_tokens=10_000)
     with pytest.raises(QueueFullError):
-        device.pipeline.score(pairs_of(passages))
+        device.score(pairs_of(passages))
     assert device.num_sequences == 0
-    assert len(device.pipeline.score(pairs_of(passages[:100]))) == 100
+    assert len(device.score(pairs_of(passages[:100]))) == 100
 
 
 def test_a_pair_with_a_non_finite_score_is_named_in_any_part(
@@ -326,7 +336,7 @@ def test_a_pair_with_a_non_finite_score_is_named_in_any_part(
     marked = [*passages[:1200], "word " * 300, *passages[1200:]]
     device.give = lambda lengths: torch.where(lengths > 200, torch.nan, lengths)
     with pytest.raises(NonFiniteScoreError) as caught:
-        device.pipeline.score(pairs_of(marked))
+        device.score(pairs_of(marked))
     assert caught.value.index == 1200
 
 
@@ -340,15 +350,14 @@ def test_the_progress_bar_ends_at_its_total(
     long = [*passages, "word " * 100, "other " * 100]
     shown = io.StringIO()
     with redirect_stderr(shown):
-        results = device.pipeline.score(pairs_of(long), progress=True)
-    num_windows = sum(result.windows for result in results)
+        num_windows = len(device.pipeline.run(PreparedPairs([(QUERY, long)]), progress=True))
     assert (num_windows > len(long)) == bool(settings)
     assert f"{num_windows}/{num_windows}" in shown.getvalue()
 
 
 def test_long_requests_score_as_short_ones_do(scorer: Scorer, passages: list[str]) -> None:
     whole = scorer.score([(QUERY, passage) for passage in passages])
-    some = [0, 511, 512, 1023, 1024, 1299]
+    some = [0, 63, 64, 575, 576, 1087, 1088, 1299]
     assert [whole[index] for index in some] == pytest.approx(
         scorer.score([(QUERY, passages[index]) for index in some]), abs=TOLERANCE
     )

@@ -141,7 +141,7 @@ def test_close_releases_the_model_without_the_garbage_collector(
     checkpoint: Path, without_collector: None, use: Callable[[Scorer], None]
 ) -> None:
     # A unique token budget, so that the scorer of no other test shares the model.
-    with Scorer(checkpoint, device="cpu", num_threads=2, max_batch_tokens=1999) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", num_threads=2, max_batch_tokens=1999) as scorer:
         use(scorer)
         score(scorer)
         assert live_models(1999) == 1
@@ -153,7 +153,9 @@ def test_close_releases_the_shared_model_without_the_garbage_collector(
     checkpoint: Path, without_collector: None
 ) -> None:
     scorer = Scorer.shared(
-        ScorerConfig(model=str(checkpoint), device="cpu", num_threads=2, max_batch_tokens=1998)
+        ScorerConfig(
+            model=str(checkpoint), device="cpu", dtype="float32", num_threads=2, max_batch_tokens=1998
+        )
     )
     score(scorer)
     assert live_models(1998) == 1
@@ -164,7 +166,7 @@ def test_close_releases_the_shared_model_without_the_garbage_collector(
 def test_a_scorer_that_is_dropped_without_close_releases_its_model(
     checkpoint: Path, without_collector: None
 ) -> None:
-    scorer = Scorer(checkpoint, device="cpu", num_threads=2, max_batch_tokens=1997)
+    scorer = Scorer(checkpoint, device="cpu", dtype="float32", num_threads=2, max_batch_tokens=1997)
     score(scorer)
     assert live_models(1997) == 1
     del scorer

@@ -13,26 +13,23 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer, ScorerConfig
-from bge_rerank_integrations.batching.batcher import MicroBatcher, Replica
+from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.inference import Pipeline
-from bge_rerank_integrations.batching.queue import WaitingList
+from bge_rerank_integrations.batching.queue import RequestQueue
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.stats import ScorerStats
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
-from bge_rerank_integrations.engine.runner import Runner, is_device_lost, load_runner, load_runners
+from bge_rerank_integrations.engine.runner import Pending, Runner, is_device_lost, load_runner, load_runners
 from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerClosedError, WorkerDiedError
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
-from tests.support.queues import PATIENCE_S, Gate, firsts, ids, results, sized
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 
 Make = Callable[..., MicroBatcher]
-
-
-def replica(score: Callable[[list[IntArray]], list[float]], budget: int) -> Replica:
-    return Replica(score, lambda: budget)
 
 
 @pytest.fixture
@@ -183,7 +180,7 @@ def test_waiting_sequences_are_not_reserved_for_a_busy_replica(make: Make, gates
 def test_waiting_tokens_are_shared_only_if_each_share_is_large_enough(
     num_tokens: int, num_idle: int, share: int
 ) -> None:
-    waiting = WaitingList()
+    waiting = RequestQueue()
     request = Request()
     waiting.add(request, request.grow([sized(1, num_tokens)]))
     assert waiting.even_share(num_idle) == share
@@ -238,7 +235,9 @@ def test_the_batch_of_a_lost_device_goes_to_the_other(make: Make, gates: list[Ga
 def test_an_idle_replica_wakes_up_for_the_batch_of_a_lost_one(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates, idle_s=0.01)
     first, second = occupy(batcher, gates)
-    worker = list(batcher._workers.values())[1]
+    (worker,) = [
+        worker.threads[0] for replica, worker in batcher._workers.items() if replica is batcher._replicas[1]
+    ]
     gates[1].let_through()
     second.result(PATIENCE_S)
     worker.join(PATIENCE_S)  # it now has no work
@@ -474,28 +473,30 @@ class Watched:
 
     def __init__(self, runner: Runner, together: threading.Barrier) -> None:
         self.device = runner.device
-        self.max_call_tokens = runner.max_call_tokens
+        self.depth = runner.depth
+        self.max_batch_tokens = runner.max_batch_tokens
         self.num_splits = 0
         self.num_batches = 0
         self._runner = runner
         self._together = together
 
-    def run(self, sequences: list[IntArray]) -> list[float]:
+    def launch(self, sequences: list[IntArray], *, is_alone: bool) -> Pending | None:
         if self.num_batches == 0:
             self._together.wait(PATIENCE_S)
         self.num_batches += 1
-        return self._runner.run(sequences)
+        return self._runner.launch(sequences, is_alone=is_alone)
 
 
 def test_two_replicas_give_the_scores_of_one(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:
-    config = ScorerConfig(model=str(checkpoint), device="cpu", max_batch_tokens=512)
+    config = ScorerConfig(model=str(checkpoint), device="cpu", dtype="float32", max_batch_tokens=512)
     shape = read_shape(checkpoint)
     together = threading.Barrier(2)
     watched = [Watched(load_runner(config, checkpoint, shape), together) for _ in range(2)]
     cache = TokenCache(100_000)
     tokenizer = PairTokenizer(checkpoint / "tokenizer.json", config, cache)
     pipeline = Pipeline(tokenizer, cache, cast(list[Runner], watched), config, is_device_lost)
-    scores = [result.score for result in pipeline.score([("what is a panda?", text) for text in texts])]
+    pairs = PreparedPairs([("what is a panda?", texts)])
+    scores = pairs.scores(pipeline.run(pairs), normalize=False)
     assert scores == pytest.approx(
         scorer.score([("what is a panda?", text) for text in texts]), abs=TOLERANCE
     )

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from bge_rerank_integrations import Scorer, __version__
 from bge_rerank_integrations.cli.app import main
+from bge_rerank_integrations.cli.console import WIDTH
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
-from bge_rerank_integrations.config import DEFAULT_MODEL
+from bge_rerank_integrations.config import DEFAULT_MODEL, ScorerConfig
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
+from bge_rerank_integrations.engine.describe import describe_precision
 from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
+from bge_rerank_integrations.runtime import warn_once
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
 COMMANDS = ("demo", "rank", "rerank-run", "eval", "serve", "info", "check")
@@ -36,7 +41,7 @@ def flat(text: str) -> str:
 @pytest.fixture
 def on(checkpoint: Path) -> list[str]:
     """Return the options that choose the small checkpoint."""
-    return ["--model", str(checkpoint), "--device", "cpu"]
+    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
 
 
 def test_help_shows_every_command_with_an_example() -> None:
@@ -109,7 +114,7 @@ def test_rank_normalizes_on_demand(on: list[str]) -> None:
     assert raw["results"][0]["score"] != normalized["results"][0]["score"]
 
 
-def test_rank_ends_with_what_was_cut_and_which_precision_ran(on: list[str]) -> None:
+def test_rank_ends_with_the_truncations_and_the_precision(on: list[str]) -> None:
     request = {"query": "panda", "passages": ["bear " * 600, "A car."]}
     result = run("rank", *on, stdin=json.dumps(request))
     assert "1 passage(s) were cut to fit --max-length 512" in flat(result.stderr)
@@ -133,7 +138,9 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
     assert [found.get("blank") for found in results] == [None, None, True, True]
     refused = run("rank", "--blank-passages", "refuse", *on, stdin=json.dumps(request))
     assert refused.exit_code == 3
-    assert "line 1: passage 0 has nothing to read" in flat(refused.stderr)
+    assert "line 1: passage 0 has nothing to read; leave it out, or set --blank-passages last" in flat(
+        refused.stderr
+    )
     trec = folder / "first.trec"
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "empty", "text": ""}) + "\n")
@@ -142,11 +149,50 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
     assert [row[2] for row in rows] == ["a", "empty"]
 
 
+def test_warnings_and_errors_name_options(on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warn_once, "_logged", set())
+    request = {"query": "panda " * 600, "passages": ["", "A bear."]}
+    warned = run("rank", *on, stdin=json.dumps(request)).stderr
+    assert max(map(len, warned.splitlines())) <= WIDTH
+    assert "1 of the 2 passages of a request have nothing to read." in flat(warned)
+    assert "Set --blank-passages refuse to get an error instead." in flat(warned)
+    assert "A query has more than --query-max-length 384 tokens" in flat(warned)
+    assert "or set --query-truncation-side to choose which end" in flat(warned)
+    outside = run("rank", "--threshold", 2, "--normalize", *on, stdin=json.dumps(request)).stderr
+    assert "with --normalize scores lie between 0 and 1; without --normalize they are raw" in flat(outside)
+
+
 def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
     stderr = flat(run("rank", *on, stdin=json.dumps(REQUEST)).stderr)
-    assert ("--dtype int8 is faster on this machine" in stderr) == (int8_obstacle() is None)
-    rounded = flat(run("rank", *on, "--dtype", "float32", stdin=json.dumps(REQUEST)).stderr)
-    assert rounded == stderr
+    last = stderr.rpartition("ranked. ")[2]
+    assert last.startswith("Ran on cpu in float32")
+    assert ("--dtype int8 is faster on this machine" in last) == (int8_obstacle() is None)
+    dtype = describe_precision(ScorerConfig(device="cpu", dtype="float32")).dtype
+    default = flat(run("rank", *on, "--dtype", "auto", stdin=json.dumps(REQUEST)).stderr)
+    assert f"Ran on cpu in {dtype}" in default
+
+
+@pytest.mark.parametrize("command", ["rank", "eval"])
+def test_without_the_extra_int8_the_last_line_says_how_to_install_it(
+    checkpoint: Path, folder: Path, command: str
+) -> None:
+    code = (
+        "import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
+        "from bge_rerank_integrations.cli.app import main; main(sys.argv[1:])"
+    )
+    source = [str(folder)] if command == "eval" else []
+    arguments = [command, *source, "--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input=json.dumps(REQUEST),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    text = flat(ran.stdout + ran.stderr)
+    command_to_install = 'needs `pip install "bge-rerank-integrations[int8]"`'
+    assert (command_to_install in text) == torch.cpu._is_vnni_supported()
 
 
 @pytest.mark.parametrize("setting", ["query", "passage"])
@@ -155,7 +201,7 @@ def test_instructions_reach_the_model(on: list[str], checkpoint: Path, setting: 
     request = {"query": "what is a panda?", "passages": ["A bear."]}
     result = run("rank", f"--{setting}-instruction", "find this: ", *on, stdin=json.dumps(request))
     [row] = json.loads(result.stdout)["results"]
-    with Scorer(checkpoint, device="cpu", **instruction) as scorer:  # type: ignore[arg-type]
+    with Scorer(checkpoint, device="cpu", dtype="float32", **instruction) as scorer:  # type: ignore[arg-type]
         assert row["score"] == pytest.approx(scorer.score([("what is a panda?", "A bear.")])[0], abs=1e-5)
     plain = json.loads(run("rank", *on, stdin=json.dumps(request)).stdout)["results"][0]
     assert plain["score"] != row["score"]
@@ -249,7 +295,7 @@ def test_rank_to_a_file_is_done_once(on: list[str], tmp_path: Path) -> None:
     assert "already complete" in flat(again.stderr)
     other = run("rank", source, "-o", output, "--top-n", 1, *on)
     assert other.exit_code == 1
-    assert "other settings (top_n)" in flat(other.stderr)
+    assert "other settings (--top-n)" in flat(other.stderr)
     assert output.read_text() == written
     anew = run("rank", source, "-o", output, "--top-n", 1, "--overwrite", *on)
     assert anew.exit_code == 0
@@ -344,7 +390,7 @@ def test_eval_counts_repeated_judgements_on_one_line(on: list[str], folder: Path
     assert "line 4: passage judged twice" in flat(strict.stderr)
 
 
-def test_eval_ends_with_what_was_cut_and_which_precision_ran(on: list[str], folder: Path) -> None:
+def test_eval_ends_with_the_truncations_and_the_precision(on: list[str], folder: Path) -> None:
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "d", "text": "pandas eat " + "bamboo " * 600}) + "\n")
     result = run("eval", folder, *on)
@@ -413,12 +459,14 @@ def test_a_run_that_cannot_be_compared_is_refused(
     assert result.stdout == ""
 
 
-def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> None:
+def test_info_shows_device_and_precision_with_reasons(on: list[str], checkpoint: Path) -> None:
+    auto = flat(run("info", *on, "--dtype", "auto").stdout)
     text = flat(run("info", *on).stdout)
     assert "cpu (chosen)" in text
-    assert "float32 (default on cpu)" in text
+    assert re.search(r"float32 \(default on a CPU without AMX\)|bfloat16 \(default on a CPU with AMX\)", auto)
+    assert "float32 (chosen)" in text
     assert "sdpa_attention (Run scaled_dot_product_attention on each run" in text
-    assert "cores (torch's choice)" in text
+    assert re.search(r"cores \((torch's choice|the CPU (quota|affinity) of .*)\)", text)
     assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
     assert "cores (chosen)" in threads
     record = json.loads(run("info", "--json", *on).stdout)
@@ -429,7 +477,7 @@ def test_info_tells_what_would_run_and_why(on: list[str], checkpoint: Path) -> N
     assert record["versions"]["torch"]
 
 
-def test_info_says_what_the_model_cannot_do(on: list[str]) -> None:
+def test_info_shows_the_limits_of_the_model(on: list[str]) -> None:
     result = run("info", *on, "--max-length", 600)
     assert "--max-length 600 is more than the 512 tokens" in flat(result.stdout)
     assert result.exit_code == 1
@@ -455,7 +503,7 @@ def test_info_of_a_model_that_cannot_be_used_fails(as_json: list[str]) -> None:
     assert "not usable: not on this machine" in flat(offline.stdout)
 
 
-def test_check_compares_with_what_is_published(
+def test_check_compares_with_published_scores(
     on: list[str], scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = run("check", "--as", "BAAI/bge-reranker-large", *on)

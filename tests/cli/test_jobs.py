@@ -105,7 +105,7 @@ def test_the_first_line_is_looked_at_and_not_lost() -> None:
         check_format([b"PK\x03\x04..."])
 
 
-def test_many_small_requests_give_what_each_gives_alone(scorer: Scorer, texts: list[str]) -> None:
+def test_many_small_requests_give_the_scores_of_each_alone(scorer: Scorer, texts: list[str]) -> None:
     rng = random.Random(5)
     rows = [{"query": rng.choice(texts)[:40], "passages": rng.sample(texts, 7)} for _ in range(200)]
     together, _, progress = rank_all(scorer, lines(*rows))
@@ -136,7 +136,7 @@ def test_a_blank_query_is_left_out_and_a_blank_passage_comes_last(scorer: Scorer
 
 def test_a_query_that_only_the_tokenizer_finds_blank_is_left_out_too() -> None:
     blank = {"query": "\ufffd", "passages": ["a"]}
-    with Scorer("embedded", device="cpu") as scorer:
+    with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         results, malformed, progress = rank_all(scorer, lines(REQUEST, blank, REQUEST, blank))
         assert ([row["line"] for row in results], malformed) == ([1, 3], [2, 4])
         assert (progress.rows, progress.pairs, progress.malformed) == (2, 4, 2)
@@ -272,7 +272,7 @@ def test_a_finished_job_has_its_rows_and_nothing_else_under_its_name(output: Pat
         ('{"line": 7, "x": "' + "y" * 200_000 + '"}\n{"li', 7, '{"line": 7, "x": "' + "y" * 200_000 + '"}\n'),
     ],
 )
-def test_half_a_row_is_cut_off(output: Path, source: Path, left: str, done: int, kept: str) -> None:
+def test_an_incomplete_row_is_removed(output: Path, source: Path, left: str, done: int, kept: str) -> None:
     leave_behind(output, {}, source, left)
     with RankJob(output, {}, source) as job:
         assert job.begin() == done
@@ -344,7 +344,7 @@ def test_damage_is_reported(output: Path, source: Path, damage: str, text: str) 
         job.begin()
 
 
-def test_what_cannot_be_input_or_output_is_reported(output: Path, tmp_path: Path) -> None:
+def test_invalid_inputs_and_outputs_are_reported(output: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot be read"):
         RankJob(output, {}, tmp_path / "missing")
     with pytest.raises(DatasetError, match="not a regular file"):

@@ -148,7 +148,7 @@ def test_a_hub_cache_is_recognized_and_its_snapshot_is_named(
     )
     refuse(entry / "snapshots", CheckpointNotFoundError, f"its subfolders do.*{snapshot}")
     refuse(entry.parent, CheckpointNotFoundError, "is a hub cache with someone/reranker")
-    with Scorer(snapshot, device="cpu") as real:
+    with Scorer(snapshot, device="cpu", dtype="float32") as real:
         assert real.score(PAIRS) == scorer.score(PAIRS)
 
 
@@ -314,7 +314,7 @@ def test_a_revision_of_a_local_folder_is_refused(folder: Path, monkeypatch: pyte
         with pytest.raises(
             ConfigError, match="is a local folder, which has no revisions; leave revision out"
         ):
-            Scorer(model, device="cpu", revision="main")
+            Scorer(model, device="cpu", dtype="float32", revision="main")
 
 
 # --- settings of sentence-transformers for a model's inputs ----------------------------------------------------
@@ -364,14 +364,14 @@ def test_the_default_prompt_of_a_checkpoint_is_put_before_the_query(folder: Path
     """As in `Transformer.preprocess` of sentence-transformers: unchanged, before the first text of the pair."""
     save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
     prompted = [(PROMPTS["search"] + query, passage) for query, passage in PAIRS]  # type: ignore[operator]
-    with Scorer(folder, device="cpu") as here:
+    with Scorer(folder, device="cpu", dtype="float32") as here:
         assert here.score(PAIRS) == pytest.approx(scorer.score(prompted), abs=1e-5)
         assert here.score(PAIRS) != pytest.approx(scorer.score(PAIRS), abs=1e-3)
         (best,) = here.rank(PAIRS[0][0], [PAIRS[0][1]])
         assert best.score == pytest.approx(scorer.score(prompted[:1])[0], abs=1e-5)
-    with Scorer(folder, device="cpu", query_instruction="") as plain:
+    with Scorer(folder, device="cpu", dtype="float32", query_instruction="") as plain:
         assert plain.score(PAIRS) == pytest.approx(scorer.score(PAIRS), abs=1e-5)
-    with Scorer(folder, device="cpu", query_instruction="Q: ") as own:
+    with Scorer(folder, device="cpu", dtype="float32", query_instruction="Q: ") as own:
         expected = scorer.score([("Q: " + query, passage) for query, passage in PAIRS])
         assert own.score(PAIRS) == pytest.approx(expected, abs=1e-5)
 
@@ -392,14 +392,14 @@ def test_without_a_default_prompt_the_scores_do_not_change(
     folder: Path, scorer: Scorer, settings: dict[str, Any]
 ) -> None:
     save_as_sentence_transformers_does(folder, **settings)
-    with Scorer(folder, device="cpu") as here:
+    with Scorer(folder, device="cpu", dtype="float32") as here:
         assert here.score(PAIRS) == scorer.score(PAIRS)
 
 
 def test_prompts_are_ignored_without_modules_json(folder: Path, scorer: Scorer) -> None:
     save_as_sentence_transformers_does(folder, prompts=PROMPTS, default_prompt_name="search")
     (folder / "modules.json").unlink()
-    with Scorer(folder, device="cpu") as here:
+    with Scorer(folder, device="cpu", dtype="float32") as here:
         assert here.score(PAIRS) == scorer.score(PAIRS)
 
 
@@ -462,7 +462,7 @@ def test_a_cached_hub_model_loads_offline(checkpoint: Path, tmp_path: Path, scor
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
     with Scorer(
-        "someone/reranker", cache_folder=str(tmp_path), local_files_only=True, device="cpu"
+        "someone/reranker", cache_folder=str(tmp_path), local_files_only=True, device="cpu", dtype="float32"
     ) as cached:
         assert cached.score(PAIRS) == scorer.score(PAIRS)
 
@@ -482,7 +482,7 @@ def shard(folder: Path) -> dict[str, str]:
 
 def test_sharded_weights_give_the_same_scores(folder: Path, scorer: Scorer) -> None:
     shard(folder)
-    with Scorer(folder, device="cpu") as sharded:
+    with Scorer(folder, device="cpu", dtype="float32") as sharded:
         assert sharded.score(PAIRS) == scorer.score(PAIRS)
 
 
@@ -492,7 +492,7 @@ def test_sha256_refuses_changed_weights(folder: Path, scorer: Scorer, sharded: b
         shard(folder)
     contents = b"".join(path.read_bytes() for path in sorted(folder.glob("model*.safetensors")))
     sha256 = hashlib.sha256(contents).hexdigest()
-    with Scorer(folder, device="cpu", sha256=sha256) as pinned:
+    with Scorer(folder, device="cpu", dtype="float32", sha256=sha256) as pinned:
         assert pinned.score(PAIRS) == scorer.score(PAIRS)
     path = max(folder.glob("model*.safetensors"))
     changed = bytearray(path.read_bytes())
@@ -519,10 +519,10 @@ def test_an_index_that_names_a_file_outside_its_folder_is_refused(folder: Path, 
 def test_weights_stored_in_another_precision_give_the_same_scores(folder: Path, dtype: torch.dtype) -> None:
     rounded = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}.get(dtype, torch.float32)
     edit_weights(folder, lambda t: {n: w.to(rounded).float() for n, w in t.items()})
-    with Scorer(folder, device="cpu") as wide:
+    with Scorer(folder, device="cpu", dtype="float32") as wide:
         expected = wide.score(PAIRS)
     edit_weights(folder, lambda t: {n: w.to(dtype) for n, w in t.items()})
-    with Scorer(folder, device="cpu") as stored:
+    with Scorer(folder, device="cpu", dtype="float32") as stored:
         assert stored.score(PAIRS) == expected
 
 
@@ -533,12 +533,12 @@ def test_unused_tensors_are_allowed(folder: Path, scorer: Scorer) -> None:
         "roberta.pooler.dense.bias": torch.zeros(64),
     }
     edit_weights(folder, lambda tensors: tensors | unused)
-    with Scorer(folder, device="cpu") as other:
+    with Scorer(folder, device="cpu", dtype="float32") as other:
         assert other.score(PAIRS) == scorer.score(PAIRS)
 
 
 def test_loaded_weights_do_not_change_with_their_file(folder: Path, scorer: Scorer) -> None:
-    with Scorer(folder, device="cpu") as loaded:
+    with Scorer(folder, device="cpu", dtype="float32") as loaded:
         path = folder / "model.safetensors"
         with path.open("r+b") as file:
             file.seek(path.stat().st_size // 2)
@@ -551,7 +551,7 @@ def test_old_names_of_norm_parameters_are_read(folder: Path, scorer: Scorer) -> 
         return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
     edit_weights(folder, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
-    with Scorer(folder, device="cpu") as renamed:
+    with Scorer(folder, device="cpu", dtype="float32") as renamed:
         assert renamed.score([("a", "b")]) == pytest.approx(scorer.score([("a", "b")]), abs=1e-6)
 
 
@@ -562,7 +562,7 @@ def test_a_checkpoint_saved_by_transformers_gives_the_same_scores(
 
     XLMRobertaForSequenceClassification.from_pretrained(checkpoint).save_pretrained(tmp_path)
     shutil.copy(checkpoint / "tokenizer.json", tmp_path)
-    with Scorer(tmp_path, device="cpu") as saved:
+    with Scorer(tmp_path, device="cpu", dtype="float32") as saved:
         assert saved.score(PAIRS) == scorer.score(PAIRS)
 
 
@@ -610,7 +610,10 @@ def test_weights_stored_as_int8_by_row_score_as_their_products_with_the_scales(f
     edit_weights(folder, multiplied_out)
     edit_weights(packed, quantized)
     assert (packed / "model.safetensors").stat().st_size < 0.5 * (folder / "model.safetensors").stat().st_size
-    with Scorer(folder, device="cpu") as plain, Scorer(packed, device="cpu") as scorer:
+    with (
+        Scorer(folder, device="cpu", dtype="float32") as plain,
+        Scorer(packed, device="cpu", dtype="float32") as scorer,
+    ):
         assert scorer.score(PAIRS) == plain.score(PAIRS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import EMBEDDED_MODEL, DType
-from bge_rerank_integrations.engine.attention import flash_attention, resolve_attention
+from bge_rerank_integrations.engine.attention import CANDIDATES, Candidate, name_of, resolve_attention
+from bge_rerank_integrations.engine.attention_trial import try_attention
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
@@ -26,8 +28,8 @@ from bge_rerank_integrations.engine.cuda.transfer import PinnedTransfer
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
-from tests.support.engine import max_difference, plain_logits, random_ids
-from tests.support.fused_ops import check_quantizing, check_values
+from tests.support.engine import max_difference, plain_logits, random_ids, score_all
+from tests.support.fused_ops import check_linear, check_quantizing, check_values
 from tests.support.rankings import check_rankings_agree
 from tests.support.tolerances import LOGIT_TOLERANCE
 from tests.support.triples import TRIPLES
@@ -108,34 +110,52 @@ def test_fused_layers_match_plain_layers_on_cuda(
 @pytest.mark.parametrize("dtype", [*HALF, pytest.param("float8", marks=needs_float8)])
 def test_no_kernel_is_compiled_after_loading(checkpoint: Path, dtype: DType) -> None:
     shape = read_shape(checkpoint)
-    runner = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
+    config = ScorerConfig(device="cuda", dtype=dtype, capture_graphs=False)
+    runner = load_runner(config, checkpoint, shape)
     before = compiled_kernels()
     assert before > 0
     for seed, count in enumerate([1, 2, 3, 16, 17, 64, 200]):
         lengths = np.random.default_rng(seed).integers(4, 513, count).tolist()
-        runner.run(random_ids(lengths, shape.vocab_size, seed=seed))
-    runner.warmup()
-    runner.run(random_ids([5, 6, 7], shape.vocab_size))
+        score_all(runner, random_ids(lengths, shape.vocab_size, seed=seed))
+    graphed = load_runner(replace(config, capture_graphs=True), checkpoint, shape)
+    score_all(graphed, random_ids([5, 6, 7], shape.vocab_size))
     assert compiled_kernels() == before
 
 
 @pytest.mark.parametrize("dtype", [*HALF, pytest.param("float8", marks=needs_float8)])
 def test_logits_with_graphs_match_logits_without(checkpoint: Path, dtype: DType) -> None:
     shape = read_shape(checkpoint)
-    eager = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
-    graphed = load_runner(ScorerConfig(device="cuda", dtype=dtype), checkpoint, shape)
-    graphed.warmup()
+    config = ScorerConfig(device="cuda", dtype=dtype)
+    graphed = load_runner(config, checkpoint, shape)
+    eager = load_runner(replace(config, capture_graphs=False), checkpoint, shape)
+    assert eager is not graphed
+    assert eager._graphs is None
     graphs = graphed._graphs
-    if resolve_attention(CUDA, torch.bfloat16, shape.head_dim) is not flash_attention:
-        pytest.skip("needs a device and a torch that have the varlen kernel")
-    assert graphs is not None
+    assert graphs is not None, "attention on this device cannot be captured"
     assert graphs.num_captured == len(plan_buckets(512, eager.max_batch_tokens))
     tolerance = LOGIT_TOLERANCE[getattr(torch, {"float8": "float8_e4m3fn"}.get(dtype, dtype))]
     random = np.random.default_rng(0)
     for seed in range(60):
         lengths = random.integers(4, int(random.choice([8, 60, 513])), int(random.integers(1, 60))).tolist()
         sequences = random_ids(lengths, shape.vocab_size, seed=seed)
-        assert max_difference(graphed.run(sequences), eager.run(sequences)) <= tolerance
+        assert max_difference(score_all(graphed, sequences), score_all(eager, sequences)) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: name_of(candidate.attention))
+def test_attention_that_fits_this_device_is_right(candidate: Candidate, dtype: torch.dtype) -> None:
+    if not candidate.fits(CUDA, dtype, 64):
+        pytest.skip("needs another device, precision or package")
+    try_attention(candidate.attention, CUDA, dtype, 64, in_graphs=candidate.reads_tensors_only)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 100, 1025])
+def test_the_fused_up_projection_matches_float64(dtype: torch.dtype, num_rows: int) -> None:
+    from bge_rerank_integrations.engine.cuda.triton_kernels import linear_gelu
+
+    for width, inner in ((384, 1536), (1000, 1000), (1024, 4096)):
+        check_linear(linear_gelu, dtype, num_rows, width, inner, "cuda")
 
 
 def test_a_failed_capture_leaves_the_device_and_the_stream_usable(checkpoint: Path) -> None:
@@ -153,11 +173,12 @@ def test_a_failed_capture_leaves_the_device_and_the_stream_usable(checkpoint: Pa
     )
     runner = Runner(forward, device=CUDA, padding_idx=1, max_batch_tokens=300, graphs=graphs)
     sequences = random_ids([20, 30], read_shape(checkpoint).vocab_size)
-    expected = runner.run(sequences)
+    expected = score_all(runner, sequences)
     runner.warmup()
     assert graphs.num_captured == 0
     assert torch.cuda.current_stream() == stream
-    assert runner.run(sequences) == expected
+    torch.randn(3, device=CUDA)  # the default generator works
+    assert score_all(runner, sequences) == expected
 
 
 def test_pinned_copies_give_the_same_logits_as_plain_copies(checkpoint: Path) -> None:
@@ -171,9 +192,9 @@ def test_pinned_copies_give_the_same_logits_as_plain_copies(checkpoint: Path) ->
         model, device=CUDA, padding_idx=1, max_batch_tokens=600, transfer=PinnedTransfer(CUDA, 100)
     )
     sequences = random_ids(np.random.default_rng(0).integers(4, 513, 300).tolist(), vocab_size)
-    expected = plain.run(sequences)
-    assert pinned.run(sequences) == expected
-    assert small.run(sequences) == expected
+    expected = score_all(plain, sequences)
+    assert score_all(pinned, sequences) == expected
+    assert score_all(small, sequences) == expected
 
 
 @pytest.fixture
@@ -192,9 +213,9 @@ def test_out_of_memory_on_cuda_splits_batches(checkpoint: Path, little_memory: N
     model = cuda_model(checkpoint, torch.float16, None)
     transfer = PinnedTransfer(CUDA, 600)
     sequences = random_ids([500] * 400, vocab_size)
-    expected = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=2000).run(sequences)
+    expected = score_all(Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=2000), sequences)
     runner = Runner(model, device=CUDA, padding_idx=1, max_batch_tokens=200_000, transfer=transfer)
-    assert max_difference(runner.run(sequences), expected) <= LOGIT_TOLERANCE[torch.float16]
+    assert max_difference(score_all(runner, sequences), expected) <= LOGIT_TOLERANCE[torch.float16]
     assert runner.num_splits > 0
 
 

@@ -81,7 +81,7 @@ def test_a_folder_named_embedded_does_not_replace_the_embedded_model(
     (tmp_path / "embedded").mkdir()
     monkeypatch.chdir(tmp_path)
     query, relevant, distractor = TRIPLES[0]
-    with Scorer("embedded", device="cpu") as scorer:
+    with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         assert scorer.rank(query, [distractor, relevant])[0].index == 1
 
 
@@ -97,6 +97,8 @@ def test_the_embedded_model_is_complete_and_small_and_its_card_says_what_it_is()
     root = Path(bge_rerank_integrations.__file__).parents[1]
     pinned = re.search("`([0-9a-f]{64})`", card)
     assert pinned is not None
-    with Scorer("embedded", device="cpu", sha256=pinned.group(1)):  # the card describes these weights
+    with Scorer(
+        "embedded", device="cpu", dtype="float32", sha256=pinned.group(1)
+    ):  # the card describes these weights
         pass
     assert (root / "pyproject.toml").exists()

@@ -91,7 +91,9 @@ def test_float8_logits_are_near_float32(checkpoint: Path, plain_model: Any) -> N
 @needs_cpu_float8
 @pytest.mark.slow  # torch multiplies float8 slowly on a CPU: several minutes on two cores
 def test_float8_keeps_the_ranking_of_the_embedded_model() -> None:
-    exact = load_runner(ScorerConfig(device="cpu"), EMBEDDED_FOLDER, read_shape(EMBEDDED_FOLDER))
+    exact = load_runner(
+        ScorerConfig(device="cpu", dtype="float32"), EMBEDDED_FOLDER, read_shape(EMBEDDED_FOLDER)
+    )
     model, _ = float8_model(EMBEDDED_FOLDER)
     rounded = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=2048)
     check_rankings_agree(exact, rounded, min_tau=0.96, max_ndcg_difference=0.005)

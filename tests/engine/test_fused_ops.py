@@ -7,6 +7,8 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from bge_rerank_integrations.engine.attention import sdpa_attention
 from bge_rerank_integrations.engine.blocks import Quantized
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cuda import fused_ops
 from bge_rerank_integrations.engine.cuda.fused_ops import (
     PLAIN_OPS,
     FusedBlocks,
@@ -29,11 +32,16 @@ from bge_rerank_integrations.engine.cuda.fused_ops import (
     check_quantized,
     resolve_fused,
 )
+from bge_rerank_integrations.engine.cuda.linear_gelu import (
+    choose_linear_gelu,
+    device_seconds,
+    plain_linear_gelu,
+)
 from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
 from tests.support.engine import CPU, max_difference, random_ids
-from tests.support.fused_ops import HALF, check_quantizing, check_values
+from tests.support.fused_ops import HALF, check_linear, check_quantizing, check_values
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +67,7 @@ def test_triton_kernels_match_float64_in_the_interpreter() -> None:
 def test_plain_operators_match_float64(dtype: torch.dtype, num_rows: int, width: int) -> None:
     check_values(PLAIN_OPS, dtype, num_rows, width)
     check_quantizing(PLAIN_OPS, dtype, num_rows, width)
+    check_linear(PLAIN_OPS.linear_gelu, dtype, num_rows, width, 48)
 
 
 # Capabilities from Ampere to Blackwell. The first one has no float8.
@@ -94,6 +103,163 @@ def test_triton_kernels_compile_for_each_generation_of_devices(
         assert compiled.asm["cubin"]
         assert ("e4m3" in compiled.asm["ptx"]) == ("quantize" in name), (
             "float8 by the hardware's own rounding"
+        )
+
+
+# A device of capability 8.6 has the least shared memory of all, 99 KB for a program.
+@needs_triton
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (86, "mma.sync"), (90, "wgmma")])
+def test_the_fused_up_projection_compiles_to_tensor_cores(
+    capability: int, instruction: str, half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bge_rerank_integrations.engine.cuda import triton_kernels as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {
+        "num_inputs": 768,
+        "num_outputs": 3072,
+        "tile_rows": kernels._TILE_ROWS,
+        "tile_columns": kernels._TILE_COLUMNS,
+        "tile_inner": kernels._TILE_INNER,
+        "group": kernels._GROUP,
+    }
+    kernel: Any = kernels._linear_gelu
+    parameters = inspect.signature(kernel.fn).parameters
+    types = {"num_rows": "i32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        kernel,
+        {parameter: types.get(parameter, f"*{half}") for parameter in parameters},
+        constexprs=constants,
+        attrs={(place,): [["tt.divisibility", 16]] for place in range(4)},  # the addresses of the tensors
+    )
+    options = {"num_warps": 8, "num_stages": kernels._NUM_STAGES}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert instruction in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 99 << 10
+
+
+@needs_triton
+def test_a_new_number_of_rows_does_not_compile_a_new_kernel() -> None:
+    from bge_rerank_integrations.engine.cuda import triton_kernels as kernels
+
+    kernel: Any = kernels._linear_gelu
+    variable = {parameter.name: parameter for parameter in kernel.params if not parameter.is_constexpr}
+    assert list(variable) == ["x", "weight", "bias", "out", "num_rows"]
+    assert variable["num_rows"].do_not_specialize
+
+
+def slow_or_fast(share: dict[int, float]) -> Callable[..., float]:
+    """Return a timer by which the fused kernel takes a share of the time, for each number of rows."""
+
+    def seconds(function: Any, device: torch.device) -> float:
+        return share[len(function.args[0])] if function.func is plain_linear_gelu else 1.0
+
+    return seconds
+
+
+def separate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return PLAIN_OPS.bias_gelu(F.linear(x, weight), bias)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        ({512: 0.9, 2048: 0.9, 8192: 0.9}, 512),
+        ({512: 1.5, 2048: 0.9, 8192: 0.9}, 2048),
+        ({512: 0.9, 2048: 0.99, 8192: 0.9}, 8192),
+        ({512: 0.9, 2048: 0.9, 8192: 0.98}, None),
+        ({512: 1.5, 2048: 1.5, 8192: 1.5}, None),
+    ],
+)
+def test_the_fused_up_projection_is_used_where_it_is_faster(
+    share: dict[int, float], expected: int | None
+) -> None:
+    run, least = choose_linear_gelu(
+        plain_linear_gelu, separate, CPU, torch.float16, (16, 32), slow_or_fast(share)
+    )
+    assert least == expected
+    if least is None:
+        assert run is separate
+        return
+    x, weight, bias = torch.randn(least, 16).half(), torch.randn(32, 16).half(), torch.randn(32).half()
+    assert torch.equal(run(x, weight, bias), plain_linear_gelu(x, weight, bias))
+    assert torch.equal(run(x[1:], weight, bias), separate(x[1:], weight, bias))
+
+
+def test_a_wrong_or_failing_up_projection_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+    def failing(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    def out_of_memory(function: object, device: torch.device) -> float:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    fast = slow_or_fast({512: 0.1, 2048: 0.1, 8192: 0.1})
+    with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
+        for fused, seconds in ((wrong, fast), (failing, fast), (plain_linear_gelu, out_of_memory)):
+            chosen = choose_linear_gelu(fused, separate, CPU, torch.float32, (16, 32), seconds)
+            assert chosen == (separate, None)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    for line, reason in zip(lines, ["AssertionError", "shared memory", "out of memory"], strict=True):
+        assert reason in line
+
+
+def test_the_time_of_a_device_leaves_out_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in sleeps while the calls are launched, and then takes two milliseconds for each."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            self.place = 0
+
+        def record(self) -> None:
+            self.place = done.count("call")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2.0 * (other.place - self.place)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    assert device_seconds(lambda: done.append("call"), CPU) == pytest.approx(0.002)
+    assert done[:3] == ["call", "sleep", "call"], "the first call may compile, and is not timed"
+
+
+@needs_triton
+@pytest.mark.parametrize(("capability", "tried"), [((7, 5), False), ((8, 0), True)])
+def test_triton_is_tried_from_capability_8_on(
+    capability: tuple[int, int], tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def compile_kernels() -> FusedOps:
+        calls.append("compile")
+        return PLAIN_OPS._replace(name="Triton")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(fused_ops, "_triton_ops", compile_kernels)
+    monkeypatch.setattr(fused_ops, "on_device", lambda _: nullcontext())
+    monkeypatch.setattr(fused_ops, "check_ops", lambda *_, **__: None)
+    monkeypatch.setattr(fused_ops, "choose_linear_gelu", lambda *_: (plain_linear_gelu, 2048))
+    ops = resolve_fused(torch.device("cuda", 0), torch.float16, (16, 32), quantizing=False)
+    assert calls == (["compile"] if tried else [])
+    if tried:
+        assert ops.name == "Triton, GELU in the up projection from 2048 rows on"
+        assert ops.linear_gelu is plain_linear_gelu
+    else:
+        assert (
+            ops.name
+            == "plain operators (RuntimeError: Triton needs compute capability 8.0, and cuda:0 has 7.5)"
         )
 
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bge_rerank_integrations.engine.attention import flash_attention, sdpa_attention
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.engine import build
+from bge_rerank_integrations.engine.attention import (
+    VarlenAttention,
+    efficient_attention,
+    flash_attention,
+    flash_attention_3,
+    sdpa_attention,
+    varlen_attention,
+)
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.graphs import (
     MAX_ROWS,
     Bucket,
     Capture,
+    CudaCapture,
     Graphs,
     Replay,
     can_capture,
@@ -26,29 +37,13 @@ from bge_rerank_integrations.engine.cuda.graphs import (
     plan_buckets,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
-from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
+from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.runner import Runner
-from tests.support.engine import CPU, IntArray, max_difference, random_ids
+from tests.support.attention import WHOLE_BATCH, bounds_attention, cuda_operators_on_cpu
+from tests.support.engine import CPU, IntArray, max_difference, random_ids, score_all
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 BUCKETS = plan_buckets(max_length=512, max_batch_tokens=1000)
-
-
-def bounds_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Attention that reads only `cu_seqlens` and `max_seqlen`, as the varlen kernel does.
-
-    Rows outside all sequences, and rows of sequences longer than `max_seqlen`, stay NaN.
-    """
-    output = torch.full_like(q, float("nan"))
-    q_bounds, kv_bounds = q_seqlens.cu_seqlens.tolist(), kv_seqlens.cu_seqlens.tolist()
-    for i in range(len(q_bounds) - 1):
-        rows, columns = slice(q_bounds[i], q_bounds[i + 1]), slice(kv_bounds[i], kv_bounds[i + 1])
-        if kv_bounds[i] == kv_bounds[i + 1]:
-            output[rows] = 0
-        elif kv_bounds[i + 1] - kv_bounds[i] <= kv_seqlens.max_seqlen:
-            query, key, value = (part.transpose(0, 1) for part in (q[rows], k[columns], v[columns]))
-            output[rows] = F.scaled_dot_product_attention(query, key, value).transpose(0, 1)
-    return output
 
 
 class Recorded:
@@ -102,7 +97,7 @@ def test_replayed_logits_equal_eager_logits(model: PackedCrossEncoder) -> None:
     for _ in range(num_batches):
         sequences = random_batch(random)
         eager = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
-        assert max_difference(runner.run(sequences), eager) <= LOGIT_TOLERANCE[torch.float32]
+        assert max_difference(score_all(runner, sequences), eager) <= LOGIT_TOLERANCE[torch.float32]
     assert recorded.num_replayed - before > num_batches // 2, "most batches fit a bucket"
 
 
@@ -141,13 +136,13 @@ def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: 
     graphs = graphs_of(model, recorded, plan_buckets(512, 200))
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
     small, large = random_ids([20, 30], 100), random_ids([256], 100)
-    expected = runner.run(small)
+    expected = score_all(runner, small)
     assert recorded.num_captured == recorded.num_replayed == 0, "only a warm-up captures graphs"
     runner.warmup()
     before = recorded.num_replayed
-    assert max_difference(runner.run(small), expected) <= LOGIT_TOLERANCE[torch.float32]
+    assert max_difference(score_all(runner, small), expected) <= LOGIT_TOLERANCE[torch.float32]
     assert recorded.num_replayed == before + 1
-    runner.run(large)
+    score_all(runner, large)
     assert recorded.num_replayed == before + 1
     runner.warmup()
     assert recorded.num_captured == len(plan_buckets(512, 200)), "the second warm-up captures nothing"
@@ -168,14 +163,14 @@ def test_a_failed_capture_discards_all_graphs_and_is_logged_once(
 
     graphs = graphs_of(model, capture)
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
-    expected = runner.run(random_ids([20, 30], 100))
+    expected = score_all(runner, random_ids([20, 30], 100))
     runner.warmup()
     runner.warmup()
     assert graphs.num_captured == 0
     assert caplog.text.count("CUDA graphs are disabled") == 1
     assert str(error) in caplog.text
     replayed = recorded.num_replayed
-    assert runner.run(random_ids([20, 30], 100)) == expected
+    assert score_all(runner, random_ids([20, 30], 100)) == expected
     assert recorded.num_replayed == replayed
 
 
@@ -203,7 +198,133 @@ def test_buckets_add_little_padding_and_reach_the_limit() -> None:
     assert plan_buckets(512, 128)[-1].num_rows == 256, "a full batch has a bucket too"
 
 
-def test_only_flash_attention_on_cuda_can_be_captured() -> None:
-    assert can_capture(torch.device("cuda"), flash_attention)
+def test_a_bucket_has_no_sequence_of_more_than_512_tokens() -> None:
+    """Attention launches a block for each part of the longest sequence, for every sequence of a bucket."""
+    assert {bucket.max_seqlen for bucket in plan_buckets(8192, 16384)} == {128, 256, 384, 512}
+
+
+def test_longer_sequences_run_without_graphs(model: PackedCrossEncoder) -> None:
+    recorded = Recorded()
+    graphs = graphs_of(lambda batch: batch.ids[batch.seqlens.cu_seqlens[:-1]].float(), recorded)
+    graphs.capture()
+    before = recorded.num_replayed
+    runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=1000, graphs=graphs)
+    score_all(runner, random_ids([600], 100))
+    assert recorded.num_replayed == before
+    score_all(runner, random_ids([500], 100))
+    assert recorded.num_replayed == before + 1
+
+
+@pytest.mark.parametrize(
+    "attention", [flash_attention_3, flash_attention, varlen_attention, efficient_attention]
+)
+def test_attention_that_reads_only_tensors_can_be_captured_on_cuda(attention: VarlenAttention) -> None:
+    assert can_capture(torch.device("cuda"), attention)
     assert not can_capture(torch.device("cuda"), sdpa_attention)
-    assert not can_capture(CPU, flash_attention)
+    assert not can_capture(CPU, attention)
+
+
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
+def test_graphs_with_kernels_for_whole_batches(checkpoint: Path, attention: VarlenAttention) -> None:
+    shape = read_shape(checkpoint)
+    weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+    model = PackedCrossEncoder(shape, weights, attention=attention)
+    recorded = Recorded()
+    graphs = graphs_of(model, recorded, plan_buckets(512, 200))
+    sequences = random_ids([20, 30, 30], 100)
+    with cuda_operators_on_cpu():
+        graphs.capture()
+        assert graphs.num_captured == 2
+        before = recorded.num_replayed
+        runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=200, graphs=graphs)
+        replayed = score_all(runner, sequences)
+        eager = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
+    assert recorded.num_replayed == before + 1
+    assert max_difference(replayed, eager) <= LOGIT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("capture_graphs", [True, False])
+def test_graphs_are_captured_while_the_model_loads(
+    checkpoint: Path, capture_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded()
+
+    def graphs_on_cpu(forward: Callable[[PackedBatch], Tensor], *_: object) -> Graphs:
+        return graphs_of(forward, recorded, plan_buckets(512, 200))
+
+    monkeypatch.setattr(build, "resolve_graphs", graphs_on_cpu)
+    monkeypatch.setattr(build, "resolve_attention", lambda *_: bounds_attention)
+    config = ScorerConfig(device="cpu", capture_graphs=capture_graphs)
+    spec = build.ModelSpec(checkpoint, read_shape(checkpoint), config, CPU, torch.float32, 200)
+    model = build.build_model(spec)
+    assert (model.graphs is not None) is capture_graphs
+    assert recorded.num_captured == (2 if capture_graphs else 0)
+
+
+class Machine:
+    """A stand-in for the parts of `torch.cuda` that capture graphs, with the generator of torch 2.10.
+
+    There, a capture marks the default generator, and only a capture that ends without an error removes the mark.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.generator_is_marked = False
+        self.is_invalid = False
+        self.released: list[str] = []
+        self.num_graphs = 0
+        for name, value in {
+            "device": lambda _: nullcontext(),
+            "current_device": lambda: 0,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+            "graph_pool_handle": lambda: (0, 1),
+            "current_stream": SimpleNamespace,
+            "stream": lambda _: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(
+                torch._C, name, lambda *_, name=name: self.released.append(name), raising=False
+            )
+
+    @contextmanager
+    def graph(self, graph: object, **options: object) -> Iterator[None]:
+        self.generator_is_marked = True
+        self.is_invalid = False
+        try:
+            yield
+        finally:
+            if self.is_invalid:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        self.num_graphs += 1
+        self.generator_is_marked = False
+
+    def random(self) -> None:
+        if self.generator_is_marked:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+
+@pytest.mark.parametrize("ends_with_an_error", [False, True])
+def test_a_failed_capture_leaves_the_default_generator_usable(
+    ends_with_an_error: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch)
+    capture = CudaCapture(CPU)
+    calls: list[None] = []
+
+    def function() -> Tensor:
+        calls.append(None)
+        if len(calls) == 2:  # the first call is not captured
+            machine.is_invalid = True
+            if not ends_with_an_error:
+                raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="operation failed due to a previous error"):
+        capture(function)
+    machine.random()
+    assert machine.num_graphs == 1, "a graph that ended without an error"
+    assert machine.released == ["_cuda_endAllocateToPool", "_cuda_releasePool"]
+    capture(function)
+    assert machine.num_graphs == 2

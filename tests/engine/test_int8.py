@@ -21,7 +21,7 @@ from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
 from examples.random_checkpoint import build_random_checkpoint
-from tests.support.engine import max_difference, random_ids
+from tests.support.engine import max_difference, random_ids, score_all
 from tests.support.rankings import check_rankings_agree
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -201,10 +201,10 @@ def int8_runner(checkpoint: Path) -> Runner:
 @needs_int8
 def test_int8_logits_are_near_float32(checkpoint: Path, int8_runner: Runner) -> None:
     shape = read_shape(checkpoint)
-    exact = load_runner(ScorerConfig(device="cpu"), checkpoint, shape)
+    exact = load_runner(ScorerConfig(device="cpu", dtype="float32"), checkpoint, shape)
     sequences = random_ids([*range(1, 513, 5)], shape.vocab_size, seed=5)
-    theirs = exact.run(sequences)
-    ours = int8_runner.run(sequences)
+    theirs = score_all(exact, sequences)
+    ours = score_all(int8_runner, sequences)
     assert max_difference(ours, theirs) <= LOGIT_TOLERANCE[torch.int8]
     assert np.corrcoef(ours, theirs)[0, 1] > 0.999
 
@@ -221,15 +221,15 @@ def test_batches_and_threads_do_not_change_int8_logits(
     )
     batched = load_runner(config, checkpoint, shape)
     sequences = random_ids([*range(1, 300, 17)], shape.vocab_size, seed=6)
-    alone = [logit for sequence in sequences for logit in int8_runner.run([sequence])]
+    alone = [logit for sequence in sequences for logit in score_all(int8_runner, [sequence])]
     # Each row is quantized by itself, and sums of integers are exact. Only the head rounds.
-    assert max_difference(batched.run(sequences), alone) <= 1e-6
+    assert max_difference(score_all(batched, sequences), alone) <= 1e-6
 
 
 @needs_int8
 def test_int8_keeps_the_ranking_of_the_embedded_model() -> None:
     shape = read_shape(EMBEDDED_FOLDER)
-    exact = load_runner(ScorerConfig(device="cpu"), EMBEDDED_FOLDER, shape)
+    exact = load_runner(ScorerConfig(device="cpu", dtype="float32"), EMBEDDED_FOLDER, shape)
     rounded = load_runner(ScorerConfig(device="cpu", dtype="int8"), EMBEDDED_FOLDER, shape)
     check_rankings_agree(exact, rounded, min_tau=0.975, max_ndcg_difference=0.005)
 

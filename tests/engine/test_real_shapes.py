@@ -12,7 +12,7 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.runner import load_runner
 from examples.random_checkpoint import build_random_checkpoint
-from tests.support.engine import max_difference, plain_logits, random_ids
+from tests.support.engine import max_difference, plain_logits, random_ids, score_all
 from tests.support.plain_model import load_plain_model
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -44,6 +44,6 @@ def test_real_shapes_match_transformers(name: str, tmp_path: Path) -> None:
     theirs = plain_logits(model, sequences)
     del model
     gc.collect()
-    runner = load_runner(ScorerConfig(device="cpu", max_length=max(lengths)), folder, shape)
+    runner = load_runner(ScorerConfig(device="cpu", dtype="float32", max_length=max(lengths)), folder, shape)
     # Rounding errors grow with layers and width. The bound for these shapes is 1e-4.
-    assert max_difference(runner.run(sequences), theirs) <= 10 * LOGIT_TOLERANCE[torch.float32]
+    assert max_difference(score_all(runner, sequences), theirs) <= 10 * LOGIT_TOLERANCE[torch.float32]

@@ -212,7 +212,7 @@ def test_ids_that_are_not_there_are_reported(scorer: Scorer) -> None:
 def test_blank_passages_are_reranked_last(checkpoint: Path, normalize: bool) -> None:
     corpus = {"x": "", "a": "a bear", "y": " \n", "b": "a car"}
     first = {"q": {name: float(-rank) for rank, name in enumerate(corpus)}, "none": {}}
-    with Scorer(checkpoint, device="cpu", normalize=normalize) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", normalize=normalize) as scorer:
         reranked = rerank_run(scorer, {"q": "panda", "none": "tea"}, corpus, first).run
         assert list(reranked["q"])[2:] == ["x", "y"]
         assert reranked["none"] == {}

@@ -44,7 +44,7 @@ def store(tmp_path: Path) -> ChunkStore:
     return ChunkStore(tmp_path / "index")
 
 
-def test_a_chunk_comes_back_with_all_that_is_known_of_it(store: ChunkStore, folder: Path) -> None:
+def test_a_chunk_is_returned_with_all_its_fields(store: ChunkStore, folder: Path) -> None:
     index(store, folder)
     [chunk] = store.search("invoices missing?", 10)
     assert (chunk.file, chunk.page, chunk.heading) == ("report.pdf", 2, "")
@@ -91,7 +91,7 @@ def test_words_are_split_for_every_script() -> None:
     assert split_words("C++ naïve 3.14 カタカナ 茶") == "C naïve 3 14 カタ タカ カナ 茶"
 
 
-def test_only_what_changed_is_read_again(store: ChunkStore, folder: Path) -> None:
+def test_only_changed_files_are_read_again(store: ChunkStore, folder: Path) -> None:
     update, asked = index(store, folder)
     assert (update.num_indexed, len(asked)) == (5, 5)
     assert index(store, folder) == (Update(), [])
@@ -206,7 +206,7 @@ def test_chunks_left_out_of_the_full_text_index_get_into_it(
     assert store._num_unindexed() == 0
 
 
-def test_an_update_that_raises_leaves_what_was_there(
+def test_an_update_that_raises_keeps_the_old_index(
     store: ChunkStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index(store, folder)
@@ -262,7 +262,7 @@ class ToyEmbedder:
         return [1.0, 0.0] if "car" in text.split() or "automobile" in text.split() else [0.0, 1.0]
 
 
-def test_vectors_find_what_words_do_not_and_ranks_are_fused(tmp_path: Path) -> None:
+def test_vectors_find_chunks_without_common_words_and_ranks_are_fused(tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text('{"text": "my car"}\n{"text": "an automobile show"}\n{"text": "a show of horses"}\n')
     words, both = ChunkStore(tmp_path / "words"), ChunkStore(tmp_path / "both", ToyEmbedder())

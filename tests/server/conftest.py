@@ -19,7 +19,7 @@ KEY = "KEY-CANARY-1234"
 @pytest.fixture(scope="package")
 def local(checkpoint: Path) -> Iterator[Scorer]:
     """Return the scorer that both servers use."""
-    with Scorer(checkpoint, device="cpu", max_queued_tokens=200_000) as scorer:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=200_000) as scorer:
         yield scorer
 
 

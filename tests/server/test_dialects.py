@@ -1,4 +1,4 @@
-"""Each wire format by itself: objects in, objects out, no HTTP."""
+"""Each dialect alone: it reads and renders objects, without HTTP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render(dialect: Dialect, body: dict[str, Any]) -> Any:
     )
 
 
-def test_results_are_lean_unless_documents_are_asked_for() -> None:
+def test_results_contain_documents_only_on_request() -> None:
     body = {"query": "q", "documents": ["a", "b"]}
     assert render(RERANK, body) == {
         "id": "r1",
@@ -61,7 +61,7 @@ def test_results_are_lean_unless_documents_are_asked_for() -> None:
     [(RERANK, [{"text": "b"}, {"text": "a"}]), (INFINITY, ["b", "a"]), (VOYAGE, ["b", "a"])],
     ids=lambda value: value.name if isinstance(value, Dialect) else "",
 )
-def test_documents_that_are_asked_for(dialect: Dialect, documents: list[Any]) -> None:
+def test_returned_documents(dialect: Dialect, documents: list[Any]) -> None:
     answer = render(dialect, {"query": "q", "documents": ["a", "b"], "return_documents": True})
     assert [result["document"] for result in answer["results"]] == documents
 
@@ -104,7 +104,7 @@ def test_score(names: tuple[str, str]) -> None:
         {"index": 0, "object": "score", "score": 0.25},
         {"index": 1, "object": "score", "score": 0.75},
     ]
-    with pytest.raises(InputError, match="one text, or as many"):
+    with pytest.raises(InputError, match="one text, or as many texts"):
         SCORE.parse({first: ["q", "r"], second: ["a", "b", "c"]})
 
 
@@ -122,7 +122,7 @@ def test_native_keeps_everything() -> None:
     ("field", "value", "top_n"),
     [("top_n", None, None), ("top_n", 0, None), ("top_n", 3, 3), ("top_n", "3", 3), ("top_n", 3.0, 3)],
 )
-def test_counts_as_clients_send_them(field: str, value: Any, top_n: int | None) -> None:
+def test_counts_in_all_types_that_clients_send(field: str, value: Any, top_n: int | None) -> None:
     assert RERANK.parse({"query": "q", "documents": [], field: value}).top_n == top_n
 
 
@@ -138,12 +138,12 @@ def test_counts_as_clients_send_them(field: str, value: Any, top_n: int | None) 
         ("false", False),
     ],
 )
-def test_flags_as_clients_send_them(value: Any, flag: bool) -> None:
+def test_flags_in_all_types_that_clients_send(value: Any, flag: bool) -> None:
     work = RERANK.parse({"query": "q", "documents": [], "return_documents": value, "raw_scores": value})
     assert (work.return_documents, work.raw_scores) == (flag, flag)
 
 
-def test_scores_are_raw_where_that_is_asked_for() -> None:
+def test_raw_scores_on_request() -> None:
     body = {"query": "q", "documents": []}
     assert not RERANK.parse(body).raw_scores
     assert RERANK.parse({**body, "use_activation": False}).raw_scores
@@ -218,7 +218,7 @@ def test_the_path_and_the_body_choose_the_dialect(path: str, body: dict[str, Any
 
 
 @pytest.mark.parametrize("dialect", ALL, ids=lambda dialect: dialect.name)
-def test_an_error_has_its_message_where_any_client_looks_for_it(dialect: Dialect) -> None:
+def test_an_error_has_its_message_in_the_fields_of_all_clients(dialect: Dialect) -> None:
     body = error_body(dialect, Refusal(429, "the queue is full", "QueueFullError", retry_after_s=1))
     assert body["message"] == body["detail"] == "the queue is full"
     assert (body["error_type"], body["type"]) == ("Overloaded", "QueueFullError")

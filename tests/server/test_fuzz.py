@@ -1,4 +1,4 @@
-"""No bytes whatever give a 5xx."""
+"""No request body gives a status of 500 or above."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VALUES = st.recursive(
 )
 TEXTS = st.text(max_size=10)
 TEXT_LISTS = st.lists(TEXTS | st.fixed_dictionaries({"text": TEXTS}), max_size=4)
-# Often enough of the right types that some requests get through to the scorer.
+# Values often have the right types, so that some requests reach the scorer.
 OBJECTS = st.fixed_dictionaries(
     {},
     optional={name: VALUES | TEXTS | TEXT_LISTS | st.lists(st.tuples(TEXTS, TEXT_LISTS)) for name in NAMES},

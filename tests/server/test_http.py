@@ -1,4 +1,4 @@
-"""The server as a client sees it, over a real connection."""
+"""The server over a real connection."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def scores_of(answer: Any) -> list[tuple[int, float]]:
-    """Return (index, score) of any dialect's answer, as it was ordered."""
+    """Return the (index, score) pairs of a response in any dialect, in its order."""
     if isinstance(answer, dict):
         if "rankings" in answer and "passages" in answer["rankings"][0]:
             answer = answer["rankings"][0]["passages"]
@@ -68,7 +68,7 @@ def scores_of(answer: Any) -> list[tuple[int, float]]:
     return [(each["index"], next(each[name] for name in names if name in each)) for each in answer]
 
 
-def test_every_path_has_a_request_here() -> None:
+def test_every_path_is_tested() -> None:
     assert set(REQUESTS) == set(DIALECTS)
 
 
@@ -89,7 +89,7 @@ def test_the_order_and_scores_are_the_local_scorers(path: str, client: httpx.Cli
     assert response.headers["content-type"] == "application/json"
 
 
-def test_what_clients_send_and_insist_on(client: httpx.Client) -> None:
+def test_requests_and_responses_of_real_clients(client: httpx.Client) -> None:
     body = {
         **COHERE,
         "model": "rerank-v3.5",
@@ -170,7 +170,7 @@ def test_malformed_bodies(content: bytes, message: str, client: httpx.Client) ->
     assert "CANARY" not in response.text
 
 
-def test_malformed_bodies_are_422_where_tei_has_it_so(client: httpx.Client) -> None:
+def test_malformed_bodies_in_the_format_of_tei_get_status_422(client: httpx.Client) -> None:
     response = client.post("/rerank", json={"query": "CANARY", "texts": "CANARY"})
     assert response.status_code == 422
     assert (response.json()["error_type"], type(response.json()["error"])) == ("Validation", str)
@@ -214,8 +214,8 @@ def test_a_body_that_is_too_large(kind: str, held: HeldScorer, held_client: http
     assert held_client.post("/v1/rerank", content=small).status_code == 200  # the server goes on
 
 
-def test_a_client_that_asks_before_it_sends_a_large_body(held: HeldScorer, held_client: httpx.Client) -> None:
-    """The answer comes without the body, and the connection ends, so that nothing is taken for a next request."""
+def test_a_client_that_expects_100_continue(held: HeldScorer, held_client: httpx.Client) -> None:
+    """The server responds before the body arrives, and closes the connection, so that the body is not read as a request."""
     head = b"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\nexpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", held_client.base_url.port or 0)) as connection:
         connection.sendall(head)
@@ -269,7 +269,7 @@ def _few(path: str) -> dict[str, Any]:
     }
 
 
-def test_a_client_that_leaves_cancels_its_work(held: HeldScorer, held_client: httpx.Client) -> None:
+def test_a_disconnected_client_cancels_its_work(held: HeldScorer, held_client: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         held_client.post("/rerank", json={"query": "q", "texts": ["1"]}, timeout=0.3)
     wait_until(lambda: held.num_cancelled == 1)
@@ -353,7 +353,7 @@ def test_health_of_a_lost_device_and_of_a_drain() -> None:
         assert client.get("/health/live").status_code == 503
 
 
-def test_models_are_listed_without_the_folder_they_lie_in() -> None:
+def test_models_are_listed_without_their_folder() -> None:
     for settings, name in ((None, "held"), (ServerSettings(model_name="bge"), "bge")):
         with TestClient(create_app(HeldScorer(), settings)) as client:  # type: ignore[arg-type]
             (model,) = client.get("/v1/models").json()["data"]
@@ -388,7 +388,7 @@ def test_logs_hold_no_text(client: httpx.Client, caplog: pytest.LogCaptureFixtur
         response = client.post("/v1/rerank?CANARY=CANARY", content=content, headers={"x-request-id": "id-1"})
         assert "x-request-id" in response.headers
     wait_until(lambda: caplog.text.count("id-1 /v1/rerank rerank: ") == 3)
-    # The clients' own logs, and the access log of uvicorn, which is off where no test captures it.
+    # Ignore the logs of the clients, and the access log of uvicorn, which only tests switch on.
     others = ("httpx", "httpcore", "uvicorn.access")
     own = [record for record in caplog.records if not record.name.startswith(others)]
     assert not any("CANARY" in record.getMessage() for record in own)
@@ -419,7 +419,7 @@ def test_spans(local: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scorer_that_normalizes_is_refused(checkpoint: Path) -> None:
     with (
-        Scorer(checkpoint, device="cpu", normalize=True) as normalizing,
+        Scorer(checkpoint, device="cpu", dtype="float32", normalize=True) as normalizing,
         pytest.raises(ConfigError, match="normalize=False"),
     ):
         create_app(normalizing)

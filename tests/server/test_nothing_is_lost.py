@@ -1,4 +1,4 @@
-"""Many clients of all kinds at once: every request has exactly one right end."""
+"""Many clients of all kinds at the same time: every request ends in exactly one correct way."""
 
 from __future__ import annotations
 

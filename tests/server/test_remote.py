@@ -1,4 +1,4 @@
-"""`RemoteScorer` against a real server, and against answers that a real one gives seldom."""
+"""`RemoteScorer` with a real server, and with responses that a real server gives rarely."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import pickle
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -57,7 +58,7 @@ def scorer(keyed_url: str) -> Iterator[RemoteScorer]:
         yield scorer
 
 
-def test_it_is_what_the_adapters_take(scorer: RemoteScorer) -> None:
+def test_it_has_the_methods_that_adapters_call(scorer: RemoteScorer) -> None:
     assert isinstance(scorer, SupportsRank)
 
 
@@ -66,7 +67,7 @@ def test_it_is_what_the_adapters_take(scorer: RemoteScorer) -> None:
 async def test_rank_equals_the_local_scorer(
     normalize: bool, top_n: int | None, threshold: float | None, keyed_url: str, checkpoint: Path
 ) -> None:
-    with Scorer(checkpoint, device="cpu", normalize=normalize) as own:
+    with Scorer(checkpoint, device="cpu", dtype="float32", normalize=normalize) as own:
         expected = own.rank(QUERY, PASSAGES, top_n, threshold)
     async with (
         RemoteScorer(keyed_url, api_key=KEY, normalize=normalize) as scorer,
@@ -94,9 +95,9 @@ async def test_rank_many_and_score_equal_the_local_scorer(scorer: RemoteScorer, 
     await scorer.aclose()
 
 
-def test_windows_come_over_the_wire(checkpoint: Path) -> None:
+def test_the_number_of_windows_is_returned(checkpoint: Path) -> None:
     with (
-        Scorer(checkpoint, device="cpu", long_passages="windows") as own,
+        Scorer(checkpoint, device="cpu", dtype="float32", long_passages="windows") as own,
         running(create_app(own)) as url,
         RemoteScorer(url) as scorer,
     ):
@@ -141,7 +142,7 @@ async def test_an_asynchronous_stream(scorer: RemoteScorer, local: Scorer) -> No
     await scorer.aclose()
 
 
-def test_adapters_that_hold_one_keep_their_dumps_and_pickles(
+def test_adapters_with_a_remote_scorer_can_be_dumped_and_pickled(
     keyed_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BGE_RERANK_API_KEY", KEY)
@@ -162,7 +163,7 @@ def test_adapters_that_hold_one_keep_their_dumps_and_pickles(
     scorer.close()
 
 
-def test_the_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BGE_RERANK_API_KEY", raising=False)
     for key in ("wrong", None):
         with RemoteScorer(keyed_url, api_key=key) as scorer, pytest.raises(AuthenticationError, match="401"):
@@ -181,11 +182,11 @@ def test_the_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "begin with http"),
         ("localhost:8000", "begin with http"),
         ("ftp://host", "begin with http"),
-        ("http://", "name a host"),
-        ("http://user:CANARY@host", "must not hold credentials"),
-        ("http://CANARY@host", "must not hold credentials"),
-        ("http://host?key=CANARY", "no query"),
-        ("http://host#CANARY", "no fragment"),
+        ("http://", "contain a host"),
+        ("http://user:CANARY@host", "must not contain credentials"),
+        ("http://CANARY@host", "must not contain credentials"),
+        ("http://host?key=CANARY", "must not contain a query"),
+        ("http://host#CANARY", "or a fragment"),
         ("http://host/v1/rerank", "not one of its endpoints"),
         ("http://host:port", "not a URL"),
         (5, "not a URL"),
@@ -259,11 +260,11 @@ def test_arguments_are_checked_before_anything_is_sent() -> None:
         assert caught.value.index == index
 
 
-# Answers that a server gives seldom, through a client of the test's.
+# Responses that a server gives rarely. The client of the test returns them.
 
 
 def ranked(request: httpx.Request) -> httpx.Response:
-    """Answer with descending scores, and with fields that a later version may have."""
+    """Return descending scores, and fields that a later version may have."""
     rankings = [
         {
             "passages": [
@@ -289,7 +290,7 @@ def stub(
 
 
 class Answers:
-    """Gives one answer after the other, and remembers when."""
+    """Returns one response after the other, and records the times of the requests."""
 
     def __init__(self, *answers: httpx.Response | Exception) -> None:
         self._answers = iter(answers)
@@ -314,7 +315,7 @@ def refused(status: int, type_: str, **more: Any) -> httpx.Response:
 
 @pytest.fixture
 def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make retries come soon."""
+    """Make delays between attempts short."""
     monkeypatch.setattr(remote_wire, "_FIRST_DELAY_S", 0.001)
 
 
@@ -333,7 +334,7 @@ RETRIED = [
 @pytest.mark.parametrize(
     "failure", RETRIED, ids=lambda failure: str(getattr(failure, "status_code", failure))
 )
-async def test_what_may_pass_is_tried_again(failure: Any, short_delays: None) -> None:
+async def test_temporary_failures_are_retried(failure: Any, short_delays: None) -> None:
     for call in (
         lambda scorer: asyncio.to_thread(scorer.rank, "a", ["b"]),
         lambda scorer: scorer.arank("a", ["b"]),
@@ -367,7 +368,7 @@ async def test_what_may_pass_is_tried_again(failure: Any, short_delays: None) ->
         (httpx.Response(200, json={"rankings": [{"passages": [5], "counts": {}}]}), RemoteError),
     ],
 )
-async def test_what_will_not_pass_is_an_error_at_once(answer: Any, kind: type[RerankError]) -> None:
+async def test_permanent_failures_are_not_retried(answer: Any, kind: type[RerankError]) -> None:
     for call in (
         lambda scorer: asyncio.to_thread(scorer.rank, "a", ["b"]),
         lambda scorer: scorer.arank("a", ["b"]),
@@ -391,13 +392,13 @@ async def test_what_will_not_pass_is_an_error_at_once(answer: Any, kind: type[Re
         (httpx.ConnectError("no"), ServerUnreachableError),
     ],
 )
-def test_errors_that_retries_did_not_help(answer: Any, kind: type[RerankError]) -> None:
+def test_the_error_after_the_last_retry(answer: Any, kind: type[RerankError]) -> None:
     with pytest.raises(kind) as caught:
         stub(Answers(answer), max_retries=0).rank("a", ["b"])
     assert type(caught.value) is kind
 
 
-def test_messages_of_other_servers_are_not_repeated() -> None:
+def test_messages_of_other_servers_are_left_out() -> None:
     with pytest.raises(InputError) as caught:
         stub(Answers(httpx.Response(400, json={"message": "CANARY"}))).rank("a", ["b"])
     assert "CANARY" not in str(caught.value)
@@ -415,7 +416,7 @@ def test_messages_of_other_servers_are_not_repeated() -> None:
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0.5),
     ],
 )
-def test_delays(retry_after: str | None, least: float, most: float) -> None:
+def test_delays_between_attempts(retry_after: str | None, least: float, most: float) -> None:
     headers = {} if retry_after is None else {"retry-after": retry_after}
     for _ in range(20):
         delay = retry_delay(Answer(429, headers, b""), QueueFullError(), attempt=2)
@@ -424,14 +425,14 @@ def test_delays(retry_after: str | None, least: float, most: float) -> None:
     assert (retry_delay(Answer(503, {}, b""), ServerUnreachableError(), attempt=100) or 99) <= 8
 
 
-def test_no_attempt_begins_after_the_deadline() -> None:
+def test_no_attempt_starts_after_the_timeout() -> None:
     answers = Answers(refused(429, "QueueFullError", retry_after="7"))
     with pytest.raises(QueueFullError):
         stub(answers).rank("a", ["b"], timeout=5)
     assert len(answers.times) == 1
 
 
-async def test_one_deadline_for_all_attempts(held: HeldScorer) -> None:
+async def test_all_attempts_share_one_timeout(held: HeldScorer) -> None:
     with running(create_app(held)) as url:  # type: ignore[arg-type]
         for settings, options in (({"timeout": 0.3}, {}), ({}, {"timeout": 0.3})):
             async with RemoteScorer(url, **settings) as scorer:  # type: ignore[arg-type]
@@ -448,7 +449,7 @@ async def test_one_deadline_for_all_attempts(held: HeldScorer) -> None:
         await asyncio.to_thread(wait_until, lambda: held.queued_tokens == 0)  # what was asked for is dropped
 
 
-def test_many_pairs_go_in_pieces() -> None:
+def test_many_pairs_are_sent_in_several_requests() -> None:
     answers = Answers()
     passages = [str(number) for number in range(2500)]
     found = stub(answers).rank("q", passages, top_n=2)
@@ -461,7 +462,7 @@ def test_many_pairs_go_in_pieces() -> None:
     assert len(answers.requests) == 3
 
 
-def test_a_stream_is_read_as_it_is_scored() -> None:
+def test_an_iterator_is_read_while_it_is_scored() -> None:
     read = 0
     most_ahead = 0
     answers = Answers()
@@ -481,7 +482,54 @@ def test_a_stream_is_read_as_it_is_scored() -> None:
     assert caught.value.index == 1500
 
 
-def test_the_index_of_a_score_that_is_not_finite_counts_through_all_pieces() -> None:
+async def test_a_refused_passage_is_named_as_by_the_local_scorer(checkpoint: Path) -> None:
+    """The client splits requests at 1024 passages, and the server at 512."""
+    blank_late = [*(f"passage {number}" for number in range(1600)), " "]
+    with (
+        Scorer(checkpoint, device="cpu", blank_passages="refuse") as own,
+        running(create_app(own)) as url,
+        RemoteScorer(url) as scorer,
+    ):
+        requests: list[Any] = [("a", ["b"]), ("c", blank_late), ("d", [""])]
+        for whole in (requests, requests[:2], requests[1:], requests[2:], [*requests[:1], *requests[2:]]):
+            with pytest.raises(InputError) as expected:
+                own.rank_many(whole)
+            with pytest.raises(InputError) as caught:
+                scorer.rank_many(whole)
+            with pytest.raises(InputError) as acaught:
+                await scorer.arank_many(whole)
+            passage = re.search(r"passage \d+ .*", str(expected.value))
+            assert passage is not None
+            for error in (caught.value, acaught.value):
+                assert error.index == expected.value.index is not None
+                assert f"request {error.index}:" in str(error)
+                assert str(error).endswith(passage[0])
+        with pytest.raises(InputError, match="passage 1600 has nothing to read") as caught:
+            scorer.rank("q", blank_late)
+        assert caught.value.index == 1600
+        await scorer.aclose()
+
+
+def test_an_error_of_a_lone_request_names_it() -> None:
+    requests = [("a", ["b"]), ("c", ["d"] * 1024)]  # the second does not fit into the first's HTTP request
+    answers = Answers(
+        ranked(httpx.Request("POST", "http://x", json={"requests": [["a", ["b"]], ["c", ["d"] * 1023]]})),
+        refused(400, "InputTypeError"),  # such as for a query that only the server's tokenizer finds blank
+    )
+    with pytest.raises(InputTypeError, match="request 1: ") as caught:
+        stub(answers).rank_many(requests)
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize("index", [None, True, "1", -1, 2.0, 7])
+def test_an_invalid_index_of_the_server_is_left_out(index: object) -> None:
+    scorer = stub(Answers(refused(400, "InputError", index=index)))
+    with pytest.raises(InputError) as caught:
+        scorer.rank("q", ["a", "b"])
+    assert caught.value.index is None
+
+
+def test_the_index_of_a_score_that_is_not_finite_counts_all_requests() -> None:
     pairs = [("q", str(number)) for number in range(2000)]
     calls: list[Callable[[RemoteScorer], object]] = [
         lambda scorer: scorer.score(pairs),
@@ -496,7 +544,7 @@ def test_the_index_of_a_score_that_is_not_finite_counts_through_all_pieces() -> 
         assert caught.value.index == 1027
 
 
-def test_one_pool_for_a_process_and_one_for_a_loop(scorer: RemoteScorer) -> None:
+def test_each_process_and_each_event_loop_has_one_pool(scorer: RemoteScorer) -> None:
     results: list[Any] = []
     threads = [threading.Thread(target=lambda: results.append(scorer.rank("a", ["b"]))) for _ in range(8)]
     for thread in threads:
@@ -504,14 +552,14 @@ def test_one_pool_for_a_process_and_one_for_a_loop(scorer: RemoteScorer) -> None
     for thread in threads:
         thread.join()
     assert len(results) == 8
-    client = scorer._sync_client()
-    assert client is scorer._sync_client()
+    client = scorer._transport._sync_client()
+    assert client is scorer._transport._sync_client()
 
     async def twice() -> httpx.AsyncClient:
         await asyncio.gather(scorer.arank("a", ["b"]), scorer.arank("a", ["c"]))
-        client = scorer._async_client()
-        assert client is scorer._async_client()
-        await scorer._async_clients.pop(asyncio.get_running_loop()).aclose()
+        client = scorer._transport._async_client()
+        assert client is scorer._transport._async_client()
+        await scorer._transport._async_clients.pop(asyncio.get_running_loop()).aclose()
         return client
 
     assert asyncio.run(twice()) is not asyncio.run(twice())
@@ -521,7 +569,7 @@ async def test_a_closed_scorer(keyed_url: str) -> None:
     scorer = RemoteScorer(keyed_url, api_key=KEY)
     scorer.rank("a", ["b"])
     await scorer.arank("a", ["b"])
-    client, async_client = scorer._sync_client(), scorer._async_client()
+    client, async_client = scorer._transport._sync_client(), scorer._transport._async_client()
     await scorer.aclose()
     scorer.close()
     assert client.is_closed
@@ -532,10 +580,10 @@ async def test_a_closed_scorer(keyed_url: str) -> None:
         await scorer.arank("a", ["b"])
 
 
-def test_a_client_of_ones_own_stays_open_and_is_not_pickled() -> None:
+def test_a_given_client_stays_open_and_cannot_be_pickled() -> None:
     scorer = stub(ranked)
     scorer.close()
-    assert scorer._given_client is not None
-    assert not scorer._given_client.is_closed
+    assert scorer._transport._given_client is not None
+    assert not scorer._transport._given_client.is_closed
     with pytest.raises(ConfigError, match="cannot be pickled"):
         pickle.dumps(scorer)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,58 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from bge_rerank_integrations.cli.app import main
+from tests.support.serve_command import serving
 from tests.support.servers import wait_until
-
-PATIENCE_S = 60.0  # a process that imports torch on a busy machine
 
 KEY = "KEY-CANARY-5678"
 BODY = {"query": "TEXT-CANARY", "documents": ["TEXT-CANARY one", "two"]}
-
-
-class Server:
-    """A running command, what it printed so far, and a client of it."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        wait_until(lambda: "Listening on" in self.output or process.poll() is not None, PATIENCE_S)
-        found = re.search(r"Listening on (http://\S+),", self.output)
-        self.url = found[1] if found else ""
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def wait_until_ready(self) -> None:
-        wait_until(lambda: httpx.get(self.url + "/health/ready").status_code == 200, PATIENCE_S)
-
-    def end(self) -> int:
-        status = self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        return status
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-
-@contextmanager
-def serving(*arguments: str, key: str | None = None) -> Iterator[Server]:
-    environment = {name: value for name, value in os.environ.items() if name != "BGE_RERANK_API_KEY"}
-    command = [sys.executable, "-m", "bge_rerank_integrations.cli", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(
-        command,
-        env=environment if key is None else {**environment, "BGE_RERANK_API_KEY": key},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Server(process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_it_serves_and_ends_at_a_signal(checkpoint: Path, tmp_path: Path) -> None:
@@ -96,9 +45,9 @@ def test_it_serves_and_ends_at_a_signal(checkpoint: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("grace_s", [30.0, 0.2])
-def test_what_was_accepted_is_finished_or_told(grace_s: float, checkpoint: Path) -> None:
-    """Requests under way at SIGTERM get their scores, or 503 once the grace is over; then the status is 0."""
-    # A batch of one sequence at a time, so that the requests take a while.
+def test_accepted_requests_are_finished_or_get_status_503(grace_s: float, checkpoint: Path) -> None:
+    """Requests that run at SIGTERM get their scores, or status 503 after the grace period. The exit status is 0."""
+    # A batch has one sequence, so that the requests take long.
     slow = ["--model", str(checkpoint), "--device", "cpu", "--max-batch-tokens", "1", "--num-threads", "1"]
     body = {"query": "q", "documents": [f"word{number} " * 400 for number in range(60)]}
     answers: list[httpx.Response] = []
@@ -124,7 +73,7 @@ def test_what_was_accepted_is_finished_or_told(grace_s: float, checkpoint: Path)
         assert server.end() == 0
     assert len(answers) == 4
     if grace_s > 1:
-        # A request that came after the signal is refused; one that was accepted before it is always finished.
+        # A request after the signal is refused. A request that was accepted before it is always finished.
         finished = [answer for answer in answers if answer.status_code == 200]
         refused_late = [answer for answer in answers if answer.status_code != 200]
         assert finished
@@ -167,12 +116,12 @@ def test_a_port_that_is_taken() -> None:
         (["--host", "::"], "can be reached from other machines"),
         (["--host", "example.org"], "can be reached from other machines"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
-        (["--timeout-s", "0"], "timeout_s must be a positive number"),
-        (["--timeout-s", "nan"], "timeout_s must be a positive number"),
-        (["--grace-s", "-1"], "grace_s must be a positive number"),
-        (["--max-body-mb", "0"], "max_body_mb must be a positive number"),
+        (["--timeout-s", "0"], "--timeout-s must be a positive number"),
+        (["--timeout-s", "nan"], "--timeout-s must be a positive number"),
+        (["--grace-s", "-1"], "--grace-s must be a positive number"),
+        (["--max-body-mb", "0"], "--max-body-mb must be a positive number"),
         (["--max-queued-tokens", "0"], "max-queued-tokens"),
-        (["--max-wait-ms", "-1"], "max_wait_ms"),
+        (["--max-wait-ms", "-1"], "--max-wait-ms"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

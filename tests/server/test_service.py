@@ -29,7 +29,7 @@ async def until(condition: Callable[[], object]) -> None:
     await asyncio.to_thread(wait_until, condition)
 
 
-async def test_the_scale_and_the_cut() -> None:
+async def test_raw_and_normalized_scores_and_top_n() -> None:
     service = service_of(HeldScorer(is_held=False))
     (ranking,) = await service.rank(Work(requests=[("q", ["1 a", "3 b", "2 c"])], top_n=2))
     assert [(passage.index, passage.score) for passage in ranking] == [(1, sigmoid(3)), (2, sigmoid(2))]
@@ -42,7 +42,7 @@ async def test_the_scale_and_the_cut() -> None:
     assert await service.rank(work_of()) == [[]]
 
 
-async def test_pairs_that_are_only_scored() -> None:
+async def test_only_scores_returns_the_score_of_every_pair() -> None:
     work = Work(requests=[("q", ["1", "3"]), ("r", ["2"])], raw_scores=True, only_scores=True)
     first, second = await service_of(HeldScorer(is_held=False)).rank(work)
     assert [(passage.index, passage.score) for passage in [*first, *second]] == [(1, 3), (0, 1), (0, 2)]
@@ -52,7 +52,7 @@ async def test_many_passages_are_split_and_merged() -> None:
     scorer = HeldScorer(is_held=False)
     requests = [("q", [str(number) for number in range(1300)]), ("r", []), ("s", ["5", "7"])]
     first, empty, last = await service_of(scorer).rank(Work(requests=requests, raw_scores=True, top_n=1000))
-    # The double's scores end at 1000.
+    # `HeldScorer` gives no score above 1000.
     assert [passage.index for passage in first] == [*range(1000, 1300), *reversed(range(300, 1000))]
     assert first.num_pairs == 1300
     assert (empty, [passage.index for passage in last]) == ([], [1, 0])
@@ -83,7 +83,7 @@ async def test_a_request_larger_than_the_queue_is_split_so_that_it_fits() -> Non
     assert max(scorer.sizes) == 2
 
 
-async def test_later_parts_wait_for_room_that_others_take() -> None:
+async def test_later_parts_wait_until_other_requests_leave_the_queue() -> None:
     scorer = HeldScorer(max_queued_tokens=256)
     service = service_of(scorer)
     long = asyncio.ensure_future(service.rank(work_of(*[f"{number} " * 50 for number in range(8)])))
@@ -96,7 +96,7 @@ async def test_later_parts_wait_for_room_that_others_take() -> None:
     await asyncio.gather(*others)
 
 
-async def test_what_can_never_fit_is_said_to_be_too_long() -> None:
+async def test_work_that_can_never_fit_is_refused_as_too_long() -> None:
     scorer = HeldScorer(is_held=False, max_queued_tokens=40)
     with pytest.raises(Refusal) as caught:
         await service_of(scorer).rank(work_of("1 " * 41))
@@ -113,7 +113,7 @@ async def test_a_cancelled_request_cancels_its_parts() -> None:
     await until(lambda: scorer.num_cancelled == 1)
 
 
-async def test_truncation_that_the_client_forbids() -> None:
+async def test_a_request_that_forbids_truncation_is_refused() -> None:
     service = service_of(HeldScorer(is_held=False))
     with pytest.raises(Refusal) as caught:
         await service.rank(work_of("1 long", "2", refuse_truncated=True))
@@ -121,7 +121,7 @@ async def test_truncation_that_the_client_forbids() -> None:
     assert await service.rank(work_of("1", "2", refuse_truncated=True))
 
 
-async def test_the_index_of_a_score_that_is_not_finite_counts_through_all_parts() -> None:
+async def test_the_index_of_a_score_that_is_not_finite_counts_all_parts() -> None:
     scorer = HeldScorer(is_held=False, max_queued_tokens=256)
     service = service_of(scorer)
 
@@ -136,7 +136,7 @@ async def test_the_index_of_a_score_that_is_not_finite_counts_through_all_parts(
     assert caught.value.index == 3
 
 
-async def test_the_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+async def test_the_drain_finishes_accepted_requests_and_refuses_new_ones() -> None:
     scorer = HeldScorer()
     service = service_of(scorer)
     assert service.is_ready
@@ -153,7 +153,7 @@ async def test_the_drain_finishes_what_was_accepted_and_takes_nothing_new() -> N
     assert [passage.score for passage in (await accepted)[0]] == [1]
 
 
-async def test_the_drain_cancels_what_is_not_finished_in_time() -> None:
+async def test_the_drain_cancels_requests_that_are_not_finished_in_time() -> None:
     scorer = HeldScorer()
     service = service_of(scorer)
     accepted = asyncio.ensure_future(service.rank(work_of("1")))

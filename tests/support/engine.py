@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.workers import Replica
+from bge_rerank_integrations.engine.runner import Runner
 
 IntArray = npt.NDArray[np.int32]
 CPU = torch.device("cpu")
@@ -20,6 +25,20 @@ def random_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[IntAr
     for sequence in sequences:
         sequence[0], sequence[-1] = 0, 2
     return sequences
+
+
+def replica_of(runner: Runner) -> Replica:
+    return Replica(runner.launch, lambda: runner.max_batch_tokens, runner.depth)
+
+
+def score_all(
+    runner: Runner, sequences: list[IntArray], on_progress: Callable[[int], object] | None = None
+) -> list[float]:
+    """Return the logit of each sequence. The queue makes the batches, as in a scorer."""
+    batcher = MicroBatcher([replica_of(runner)])
+    logits = batcher.submit(sequences, on_progress)
+    batcher.close()
+    return logits.result(0)
 
 
 def plain_logits(model: Any, sequences: list[IntArray]) -> list[float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bge_rerank_integrations.engine.blocks import Norm
 from bge_rerank_integrations.engine.cuda.fused_ops import FusedOps
+from bge_rerank_integrations.engine.cuda.linear_gelu import LinearGelu
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -37,6 +38,23 @@ def check_values(ops: FusedOps, dtype: torch.dtype, num_rows: int, width: int, d
         norm.eps,
     )
     torch.testing.assert_close(normed.double(), expected, rtol=rtol, atol=1e-5)
+
+
+def check_linear(
+    run: LinearGelu, dtype: torch.dtype, num_rows: int, width: int, inner: int, device: str = "cpu"
+) -> None:
+    """Compare a fused up projection with float64. Only the result may be rounded."""
+    generator = torch.Generator().manual_seed(num_rows * width)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    x, weight, bias = random(num_rows, width), random(inner, width) * width**-0.5, random(inner)
+    result = run(x, weight, bias)
+    assert (result.dtype, result.shape) == (dtype, (num_rows, inner))
+    exact = F.gelu(x.double() @ weight.double().t() + bias.double())
+    rtol = max(torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=1e-5)
 
 
 def check_quantizing(
@@ -83,6 +101,7 @@ def check_interpreted_kernels() -> None:
 
     ops = FusedOps(
         "interpreted",
+        kernels.linear_gelu,
         kernels.bias_gelu,
         kernels.add_norm,
         kernels.quantize,
@@ -93,6 +112,12 @@ def check_interpreted_kernels() -> None:
         for num_rows, width in ((1, 384), (7, 384), (1, 768), (7, 1000), (1, 1024), (7, 4096)):
             check_values(ops, dtype, num_rows, width)
             check_quantizing(ops, dtype, num_rows, width)
+    # The interpreter multiplies the bits of bfloat16 numbers as if they were integers, so leave bfloat16 out.
+    for dtype in (torch.float32, torch.float16):
+        for num_rows, width, inner in ((1, 64, 128), (37, 100, 300)):  # the second case fills no tile
+            check_linear(kernels.linear_gelu, dtype, num_rows, width, inner)
+    # More blocks of rows than a group of programs works on.
+    check_linear(kernels.linear_gelu, torch.float16, 1153, 24, 130)
     check_values(ops, torch.bfloat16, 1025, 384)
     check_quantizing(ops, torch.bfloat16, 7, 4096)
     print("all agree")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from bge_rerank_integrations.evaluation.measures import measure
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
+from tests.support.engine import score_all
 
 CORPUS: Final = Path(__file__).parents[2] / "examples" / "corpus.jsonl"
 # A query, and the passages of the example corpus that answer it.
@@ -60,14 +62,14 @@ def check_rankings_agree(exact: Runner, rounded: Runner, min_tau: float, max_ndc
     tokenizer = PairTokenizer(
         EMBEDDED_FOLDER / "tokenizer.json", ScorerConfig(model=EMBEDDED_MODEL), TokenCache(1 << 20)
     )
-    prepared = PreparedPairs([(query, passages[passage_id]) for query, passage_id in pairs])
-    windows = [window for part in prepared.encode(tokenizer, len(pairs)) for window in part]
+    prepared = PreparedPairs([(query, [passages[passage_id]]) for query, passage_id in pairs])
+    windows = [window for part in prepared.encode(tokenizer, repeat(len(pairs))) for window in part]
 
     def rank(runner: Runner) -> dict[str, dict[str, float]]:
-        results = prepared.results(runner.run(windows), normalize=False)
+        scores = prepared.scores(score_all(runner, windows), normalize=False)
         run: dict[str, dict[str, float]] = {}
-        for (query, passage_id), result in zip(pairs, results, strict=True):
-            run.setdefault(query, {})[passage_id] = result.score
+        for (query, passage_id), score in zip(pairs, scores, strict=True):
+            run.setdefault(query, {})[passage_id] = score
         return run
 
     exact_run, rounded_run = rank(exact), rank(rounded)

@@ -1,4 +1,4 @@
-"""A scorer that the tests hold and release, and servers that run in a thread."""
+"""A scorer that tests hold and release, and servers that run in a thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bge_rerank_integrations import RankedPassage, Ranking, ScorerConfig
 from bge_rerank_integrations.batching.stats import HealthState, ScorerHealth
 from bge_rerank_integrations.errors import QueueFullError
 
-PATIENCE_S = 20.0  # nothing takes a hundredth of it, unless it hangs
+PATIENCE_S = 20.0  # a hundred times as long as anything takes that does not hang
 
 
 class HeldScorer:

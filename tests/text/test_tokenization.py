@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-import bge_rerank_integrations
 from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.errors import (
     ConfigError,
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
 from bge_rerank_integrations.text.tokenization import PairTokenizer
-from examples.random_checkpoint import SPECIAL_TOKENS, train_tokenizer
+from examples.random_checkpoint import SPECIAL_TOKENS, read_texts, train_tokenizer
 
 CONTROL_IDS = {0, 1, 2, 4}  # <s> <pad> </s> <mask>; unknown characters give <unk>, which is 3
 
@@ -47,8 +47,7 @@ def tokenizer(path: Path) -> PairTokenizer:
 
 @pytest.fixture(scope="module")
 def embedded() -> PairTokenizer:
-    folder = Path(bge_rerank_integrations.__file__).parent / "embedded"
-    return PairTokenizer(folder / "tokenizer.json", ScorerConfig())
+    return PairTokenizer(EMBEDDED_FOLDER / "tokenizer.json", ScorerConfig())
 
 
 def plain_ids(
@@ -412,13 +411,40 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
         PairTokenizer(tmp_path / "tokenizer.json", ScorerConfig())
 
 
-def test_the_real_tokenizer_agrees_with_transformers(assets: Path) -> None:
-    """Compares 2,000 real English and Chinese passages, with the original vocabulary of 250,002 pieces."""
-    from transformers import AutoTokenizer
+def check_parity_with_transformers(folder: Path, passages: list[str], max_length: int) -> None:
+    """Compare the ids of pairs with those of transformers, for a query in two languages."""
+    from transformers import PreTrainedTokenizerFast
 
-    folder = assets / "xlmr-tokenizer"
-    plain = AutoTokenizer.from_pretrained(folder)
-    ours = PairTokenizer(folder / "tokenizer.json", ScorerConfig())
+    plain = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(folder / "tokenizer.json")
+    )
+    ours = PairTokenizer(folder / "tokenizer.json", ScorerConfig(max_length=max_length))
+    query = "熊猫吃什么? What do pandas eat?"
+    encoded = ours.encode([query] * len(passages), passages)
+    query_ids = plain(query, add_special_tokens=False)["input_ids"]
+    all_ids = plain(passages, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+    expected = plain([query] * len(passages), passages, truncation="only_second", max_length=max_length)
+    room = max_length - 4 - len(query_ids)
+    for pair, ids, pair_ids in zip(encoded, all_ids, expected["input_ids"], strict=True):
+        assert pair.windows[0].tolist() == [0, *query_ids, 2, 2, *ids[:room], 2] == pair_ids
+        assert pair.truncated == (len(ids) > room)
+
+
+@pytest.mark.parametrize("max_length", [64, 512])
+def test_the_embedded_tokenizer_agrees_with_transformers(max_length: int) -> None:
+    texts = [
+        *read_texts(),
+        "a\u0301 \ufb01 \u00a0x\u3000y",
+        "1,234.5e-6 http://a.b/c?d=e_f",
+        "word " * 600,
+        "",
+    ]
+    assert any("\u4e00" <= character <= "\u9fff" for text in texts for character in text)
+    check_parity_with_transformers(EMBEDDED_FOLDER, texts, max_length)
+
+
+def test_the_tokenizer_of_the_bge_rerankers_agrees_with_transformers(assets: Path) -> None:
+    """Compares 2,000 English and Chinese passages, with the original vocabulary of 250,002 pieces."""
     passages: list[str] = []
     for name, count in (("scifact", 1200), ("xquad-en", 240), ("xquad-zh", 304), ("cmrc2018-trial", 256)):
         with (assets / "retrieval" / name / "corpus.jsonl").open(encoding="utf-8") as lines:
@@ -426,11 +452,4 @@ def test_the_real_tokenizer_agrees_with_transformers(assets: Path) -> None:
     with (assets / "retrieval" / "vaswani-npl" / "corpus.jsonl").open(encoding="utf-8") as lines:
         passages += [json.loads(line)["text"] for line in lines][: 2000 - len(passages)]
     assert len(passages) == 2000
-    query = "熊猫吃什么? What do pandas eat?"
-    query_ids = plain(query, add_special_tokens=False)["input_ids"]
-    all_ids = plain(passages, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
-    encoded = ours.encode([query] * 2000, passages)
-    for pair, ids in zip(encoded, all_ids, strict=True):
-        room = 512 - 4 - len(query_ids)
-        assert pair.windows[0].tolist() == [0, *query_ids, 2, 2, *ids[:room], 2]
-        assert pair.truncated == (len(ids) > room)
+    check_parity_with_transformers(assets / "xlmr-tokenizer", passages, 512)

@@ -1,1 +1,1 @@
-"""What only CPUs run."""
+"""Code that runs on CPUs only."""

@@ -38,7 +38,7 @@ def require_int8(head_dim: int) -> None:
 
 def int8_obstacle() -> str | None:
     """Return why int8 products do not work on this machine; None if they work."""
-    if not any(_host_cpu_features().get(name) for name in _CPU_FEATURES):
+    if not _has_int8_instructions():
         return "it needs a CPU with VNNI instructions (x86 since about 2019)"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return f"torch {torch.__version__} does not include oneDNN's int8 products"
@@ -47,14 +47,17 @@ def int8_obstacle() -> str | None:
     return None
 
 
-def _host_cpu_features() -> dict[str, bool]:
+def _has_int8_instructions() -> bool:
+    if find_spec("llvmlite") is None:  # the extra `int8` is not installed, but might be worth installing
+        return bool(torch.cpu._is_vnni_supported())
     # Ask LLVM, since numba compiles for the features that LLVM detects, and not every torch reports them.
     from llvmlite import binding
 
     try:
-        return dict(binding.get_host_cpu_features())
+        features = binding.get_host_cpu_features()
     except RuntimeError:  # LLVM cannot detect the features on this platform
-        return {}
+        return False
+    return any(features.get(name) for name in _CPU_FEATURES)
 
 
 def _multiplies_correctly() -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import heapq
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -19,8 +17,7 @@ from torch import Tensor
 # Imported for its side effect, which must be complete before a thread of this module computes.
 import bge_rerank_integrations.engine.cpu.first_calls  # noqa: F401
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
-from bge_rerank_integrations.runtime.fork_guard import was_forked
-from bge_rerank_integrations.runtime.shutdown import begin_exit
+from bge_rerank_integrations.runtime.shutdown import end_at_exit, join_until
 from bge_rerank_integrations.runtime.tracebacks import release_frames
 
 Forward = Callable[[PackedBatch], Tensor]
@@ -28,8 +25,6 @@ Forward = Callable[[PackedBatch], Tensor]
 
 _Task = tuple[Forward, PackedBatch, "Future[list[float]]"]
 
-# Longest time in seconds that interpreter exit waits for these threads to end.
-_EXIT_S: Final = 4.0
 # Relative difference between the costs of two parts below which trading sequences is not worth the time.
 _NEAR_ENOUGH: Final = 0.01
 
@@ -197,22 +192,19 @@ class _Threads:
                     self._tasks.put(task)
             return not self._has_ended
 
-    def end(self, timeout: float | None = None) -> None:
+    def end(self, deadline: float | None = None) -> None:
         """Tell the threads to end after all queued tasks, and wait for them.
 
         Args:
-            timeout: Longest time to wait, in seconds; None for no limit.
+            deadline: Time at which to stop waiting, by `time.monotonic`; None for no limit.
         """
         with self._ending:
             if not self._has_ended:
                 self._has_ended = True
                 for _ in self._threads:
                     self._tasks.put(None)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
-            # The garbage collector may call this method in one of these threads. It cannot wait for itself.
-            if thread is not threading.current_thread():
-                thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        # The garbage collector may call this method in one of these threads.
+        join_until(self._threads, deadline)
 
 
 _live: weakref.WeakSet[_Threads] = weakref.WeakSet()
@@ -244,14 +236,10 @@ def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
         del future, failure
 
 
-def _end_all() -> None:
+def _end_all(deadline: float) -> None:
     """End all threads at interpreter exit, before Python terminates them; see `_work`."""
-    if was_forked():
-        return  # the threads are in the parent process
-    begin_exit()
-    deadline = time.monotonic() + _EXIT_S
     for threads in list(_live):
-        threads.end(max(deadline - time.monotonic(), 0.0))
+        threads.end(deadline)
 
 
-atexit.register(_end_all)
+end_at_exit(_end_all)

@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.blocks import Norm, Parameters, Quantized, Rows
+from bge_rerank_integrations.engine.cuda.linear_gelu import (
+    LinearGelu,
+    choose_linear_gelu,
+    plain_linear_gelu,
+)
+from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.linear import plain_linear
 
 logger = logging.getLogger(__name__)
 
 # Number of rows that the kernels are tried on. It is odd, since most requests have no round number of rows.
 _NUM_TRIED_ROWS: Final = 7
+_TRITON_CAPABILITY: Final = (8, 0)
 _LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -25,6 +32,7 @@ class FusedOps(NamedTuple):
 
     Attributes:
         name: The implementation. For a fallback, the name includes the reason.
+        linear_gelu: Maps x, a weight and a bias to gelu(x @ weight.t() + bias), with the exact GELU.
         bias_gelu: Maps x and a bias to gelu(x + bias), with the exact GELU.
         add_norm: Maps x, a bias, a residual and a norm to norm(x + bias + residual).
         quantize: Maps x to float8. Each row is scaled so that its largest absolute value becomes the largest
@@ -34,6 +42,7 @@ class FusedOps(NamedTuple):
     """
 
     name: str
+    linear_gelu: LinearGelu
     bias_gelu: Callable[[Tensor, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor, Norm], Tensor]
     quantize: Callable[[Tensor], Quantized]
@@ -69,6 +78,7 @@ def _add_norm_quantize(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) ->
 
 PLAIN_OPS: Final = FusedOps(
     "plain operators",
+    linear_gelu=plain_linear_gelu,
     bias_gelu=lambda x, bias: _bias_gelu(x, bias).to(x.dtype),
     add_norm=lambda x, bias, residual, norm: _add_norm(x, bias, residual, norm).to(x.dtype),
     quantize=_quantize,
@@ -88,6 +98,9 @@ def resolve_fused(
     model's own widths, and compares the result with the plain operators. After any failure it returns the
     plain operators. The compiled kernels work for every number of rows, so no request waits for a compiler.
 
+    Devices before compute capability 8.0 are left out, because there the compiler can fail in a way that ends
+    the process, and nothing can catch that.
+
     Args:
         device: The device to run on.
         dtype: The precision of the inputs.
@@ -97,9 +110,12 @@ def resolve_fused(
     ops = PLAIN_OPS
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         try:
+            _check_capability(device)
             ops = _triton_ops()
-            with torch.cuda.device(device), torch.inference_mode():
+            with on_device(device), torch.inference_mode():
                 check_ops(ops, device, dtype, widths, quantizing=quantizing)
+                if not quantizing:  # a row is quantized after all of its GELUs are known
+                    ops = _with_linear_gelu(ops, device, dtype, widths)
         except Exception as error:  # the import, the compiler, the driver or the comparison failed
             reason = next(iter(str(error).splitlines()), "")
             ops = PLAIN_OPS._replace(name=f"{PLAIN_OPS.name} ({type(error).__name__}: {reason})")
@@ -152,8 +168,9 @@ class FusedBlocks:
 
     cuBLASLt can add the bias while it writes a product, but it cannot apply the exact GELU
     (`torch._addmm_activation` has the tanh approximation, which changes the scores). Another kernel has to
-    read the product anyway, and can add the bias at no cost. No kernel follows the products for queries, keys
-    and values, so these products add the bias themselves.
+    read the product anyway, and can add the bias at no cost. Where a kernel of our own for the up projection
+    is faster, it adds the bias and applies GELU before it writes the product. No kernel follows the products
+    for queries, keys and values, so these products add the bias themselves.
 
     Args:
         ops: The operators after the products.
@@ -190,10 +207,31 @@ class FusedBlocks:
         """See `Blocks`."""
 
         def run(rows: Rows) -> Rows:
-            inner = self._ops.bias_gelu(F.linear(rows.values, up.weight), up.bias)
+            inner = self._ops.linear_gelu(rows.values, up.weight, up.bias)
             return Rows(self._ops.add_norm(F.linear(inner, down.weight), down.bias, rows.values, norm))
 
         return run
+
+
+def _check_capability(device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _TRITON_CAPABILITY:
+        raise RuntimeError(
+            f"Triton needs compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
+        )
+
+
+def _with_linear_gelu(
+    ops: FusedOps, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]
+) -> FusedOps:
+    """Return the operators with a fused up projection, where that is right and faster."""
+    from bge_rerank_integrations.engine.cuda.triton_kernels import linear_gelu
+
+    chosen, least_rows = choose_linear_gelu(linear_gelu, ops.linear_gelu, device, dtype, widths)
+    if least_rows is None:
+        return ops
+    name = f"{ops.name}, GELU in the up projection from {least_rows} rows on"
+    return ops._replace(name=name, linear_gelu=chosen)
 
 
 def _triton_ops() -> FusedOps:
@@ -206,4 +244,12 @@ def _triton_ops() -> FusedOps:
         quantize,
     )
 
-    return FusedOps(f"Triton {TRITON}", bias_gelu, add_norm, quantize, bias_gelu_quantize, add_norm_quantize)
+    return FusedOps(
+        f"Triton {TRITON}",
+        lambda x, weight, bias: bias_gelu(F.linear(x, weight), bias),
+        bias_gelu,
+        add_norm,
+        quantize,
+        bias_gelu_quantize,
+        add_norm_quantize,
+    )

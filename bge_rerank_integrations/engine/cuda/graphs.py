@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.engine.attention import flash_attention
+from bge_rerank_integrations.engine.attention import reads_tensors_only
+from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ The result returns the same tensor each time, which must be read before the next
 _NUM_ROWS: Final = (128, 256, 384, *(size * step for size in (128, 256, 512) for step in (4, 5, 6, 7)), 4096)
 MAX_ROWS: Final = _NUM_ROWS[-1]
 _MAX_SEQUENCES: Final = 128
+# Longest sequence of a bucket. Attention launches blocks for the longest sequence once for each sequence of a
+# bucket. With the 8,192 tokens that some models accept, nearly all of these blocks would have nothing to do.
+_MAX_SEQLEN: Final = 512
 # A bucket has one sequence per this many tokens. Batches of shorter sequences run without a graph, but they
 # are rare, since a sequence contains two texts and four special tokens.
 _TOKENS_PER_SEQUENCE: Final = 16
@@ -54,23 +58,24 @@ class Bucket(NamedTuple):
 
 
 def can_capture(device: torch.device, attention: Callable[..., object]) -> bool:
-    """Return whether a forward pass can be captured; only flash attention reads no lengths on the host."""
-    return device.type == "cuda" and attention is flash_attention
+    """Return whether a forward pass can be captured, which needs an attention that reads tensors only."""
+    return device.type == "cuda" and reads_tensors_only(attention)
 
 
 def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
     """Return the buckets for batches of up to `max_batch_tokens` tokens, smallest first.
 
     Args:
-        max_length: Longest sequence, in tokens.
+        max_length: Longest sequence of the model, in tokens. A bucket holds sequences of up to 512 tokens.
         max_batch_tokens: Most tokens in one batch.
 
     Example:
         >>> plan_buckets(max_length=512, max_batch_tokens=100)
         [Bucket(num_rows=128, num_sequences=8, max_seqlen=128)]
     """
+    longest = min(max_length, _MAX_SEQLEN)
     return [
-        Bucket(num_rows, min(num_rows // _TOKENS_PER_SEQUENCE, _MAX_SEQUENCES), min(max_length, num_rows))
+        Bucket(num_rows, min(num_rows // _TOKENS_PER_SEQUENCE, _MAX_SEQUENCES), min(longest, num_rows))
         for smaller, num_rows in zip((0, *_NUM_ROWS[:-1]), _NUM_ROWS, strict=True)
         if smaller <= max_batch_tokens
     ]
@@ -125,9 +130,10 @@ class Graphs:
         self._was_tried = True
         captured: dict[tuple[int, int], _Captured] = {}
         try:
-            # Capture the largest bucket first, so that the others reuse its memory.
-            for bucket in reversed(self._buckets):
-                captured[bucket[:2]] = self._capture_bucket(bucket)
+            with on_device(self._device):
+                # Capture the largest bucket first, so that the others reuse its memory.
+                for bucket in reversed(self._buckets):
+                    captured[bucket[:2]] = self._capture_bucket(bucket)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except Exception as error:  # out of memory, an operator that cannot be captured, or a wrong result
@@ -170,9 +176,11 @@ class Graphs:
         static = PackedBatch(batch.ids.clone(), batch.positions.clone(), seqlens)
         captured = _Captured(static, self._capture(lambda: self._forward(static)))
         # Compare on other contents than at the capture, to detect a graph that does not read its buffers.
-        captured.fill(self._pack(bucket, [second, first, second]))
-        expected = self._forward(static).clone()
-        torch.testing.assert_close(captured.replay(), expected, rtol=0, atol=_TOLERANCE)
+        others = [second, first, second]
+        captured.fill(self._pack(bucket, others))
+        expected = self._forward(static)[: len(others)].clone()
+        # Leave out the padding: attention may compute anything for an empty sequence.
+        torch.testing.assert_close(captured.replay()[: len(others)], expected, rtol=0, atol=_TOLERANCE)
         return captured
 
     def _pack(self, bucket: Bucket, sequences: list[IntArray]) -> PackedBatch:
@@ -205,14 +213,15 @@ class CudaCapture:
             self._index = torch.cuda.current_device()
             self._stream = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
+        self._scratch = torch.zeros(1, device=device)
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         """See `Capture`."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        # This block also restores the thread's stream after a failed capture: `torch.cuda.graph` leaves its
-        # own stream in place if the end of the capture raises.
+        # This block also restores the thread's stream after a failed capture: `torch.cuda.graph` of older
+        # releases leaves its own stream in place if the end of the capture raises.
         with torch.cuda.stream(stream), self._cleaning_up():
             function()  # libraries create handles and workspaces in their first call, outside a graph
             # Check only this thread: other threads of the process may use the device during the capture.
@@ -228,7 +237,7 @@ class CudaCapture:
 
     @contextmanager
     def _cleaning_up(self) -> Iterator[None]:
-        """Tell torch's allocator that a failed capture has ended.
+        """Tell torch's allocator and its random generator that a failed capture has ended.
 
         If the end of a capture raises, `CUDAGraph.capture_end` returns before it does this. Without it, the
         allocator would never again free memory that more than one stream used.
@@ -239,7 +248,19 @@ class CudaCapture:
             with suppress(Exception):  # the allocator already knows
                 torch._C._cuda_endAllocateToPool(self._index, self._pool)
                 torch._C._cuda_releasePool(self._index, self._pool)
+            with suppress(Exception):  # the device has failed
+                self._free_generator()
             raise
+
+    def _free_generator(self) -> None:
+        """Capture a graph of one kernel, which makes the device's default generator usable again.
+
+        Every capture marks the default generator when it begins, and removes the mark when it ends without an
+        error. In torch 2.10, a capture that ends with an error leaves the mark. Random numbers on the device
+        and replays of other graphs then raise an error, until a later capture ends without an error.
+        """
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            self._scratch.zero_()
 
 
 class _Captured(NamedTuple):

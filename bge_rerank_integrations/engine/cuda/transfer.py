@@ -84,8 +84,7 @@ class PinnedTransfer:
 
     All buffers are allocated once, in the constructor. So no request can fail because memory cannot be
     pinned. It also avoids torch's allocators, which decide when a stream no longer needs the memory that
-    another stream
-    wrote: after a failed capture of a CUDA graph they may never free such memory.
+    another stream wrote: after a failed capture of a CUDA graph they may never free such memory.
 
     Args:
         device: The device.
@@ -137,7 +136,7 @@ class PinnedTransfer:
         result = self._results.pop()
         fetched = result[: len(logits)]
         fetched.copy_(logits, non_blocking=True)
-        has_arrived = torch.cuda.Event()
+        has_arrived = _event()
         has_arrived.record(torch.cuda.current_stream(self._device))
 
         def read() -> list[float]:
@@ -161,5 +160,10 @@ class _Slot:
         self.pinned = torch.empty(size, dtype=torch.int32, pin_memory=True)
         self.array: IntArray = self.pinned.numpy()
         self.on_device = torch.empty(size, dtype=torch.int32, device=device)
-        self.has_left = torch.cuda.Event()
-        self.was_read = torch.cuda.Event()
+        self.has_left = _event()
+        self.was_read = _event()
+
+
+def _event() -> torch.cuda.Event:
+    """Return an event that a thread waits for without using a core. By default, CUDA would poll it."""
+    return torch.cuda.Event(blocking=True)

@@ -1,4 +1,4 @@
-"""What a dialect is: what it reads from a request, and what it makes of the rankings."""
+"""`Dialect`: how a format reads requests, and how it renders responses."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a request asks for, in no dialect.
+    """The content of a request, in the form that is common to all dialects.
 
     Attributes:
-        requests: (query, passages) pairs; most dialects have one.
-        top_n: Most passages to return of each request; None returns all.
+        requests: (query, passages) pairs. Most dialects have exactly one.
+        top_n: Maximum number of passages to return for each request. None returns all.
         raw_scores: Return logits instead of scores from 0 to 1.
-        only_scores: Score every pair, as `Scorer.score` does, and count nothing.
+        only_scores: Score every pair as `Scorer.score` does, without the counts of a `Ranking`.
         return_documents: Return the texts with the scores.
         refuse_truncated: Refuse the request if a passage or query is too long, instead of truncating it.
-        timeout_s: Most seconds the client waits; None leaves it to the server.
-        model: The model that the client named.
+        timeout_s: Time in seconds that the client waits. None uses the limit of the server.
+        model: The name of the model in the request.
     """
 
     requests: Sequence[tuple[str, list[str]]]
@@ -40,15 +40,15 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a response is made of.
+    """The content of a response, in the form that is common to all dialects.
 
     Attributes:
-        id: The request's id.
+        id: Request id.
         created: Unix time in seconds.
         model: Name of the model.
-        max_length: Longest pair in tokens.
-        work: What was asked for.
-        rankings: One for each request of the work.
+        max_length: Maximum length of a pair in tokens.
+        work: The content of the request.
+        rankings: One ranking for each request of the work.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Reply:
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs that were sent."""
+        """Number of pairs in the request."""
         return sum(len(passages) for _, passages in self.work.requests)
 
     @property
@@ -80,12 +80,12 @@ class Reply:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Token counts under the names that most clients read."""
+        """Numbers of tokens, under the names that most clients read."""
         return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens}
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about what was truncated."""
+        """Messages about truncated documents and queries."""
         counts = (
             (self.num_truncated, self.num_pairs, "documents"),
             (self.num_truncated_queries, len(self.rankings), "queries"),
@@ -100,17 +100,17 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """One wire format.
+    """One format of requests and responses.
 
     Attributes:
-        name: What logs and the OpenAPI document call it.
-        parse: Reads a request; raises `InputError` for one that is malformed.
-        render: Makes the response.
-        error: Makes the value of `error` in a refused request's response.
-        fields: JSON schema of each request field.
-        required: Names of the fields that a request must have.
-        matches: Whether a request is in this dialect, where several share a path.
-        invalid_status: HTTP status of a malformed request.
+        name: Name of the dialect in logs and in the OpenAPI document.
+        parse: Reads a request. It raises `InputError` if the request is malformed.
+        render: Returns the body of the response.
+        error: Returns the value of the field `error` in the response to a refused request.
+        fields: JSON schema of each field of a request.
+        required: Names of the required fields.
+        matches: Returns whether a request is in this dialect. It is used if several dialects share a path.
+        invalid_status: HTTP status of the response to a malformed request.
     """
 
     name: str
@@ -124,10 +124,10 @@ class Dialect:
 
 
 def openai_error(refusal: Refusal) -> dict[str, Any]:
-    """Return the nested error object of OpenAI's API, which vLLM and Infinity have too."""
+    """Return the nested error object of OpenAI's API, which vLLM and Infinity use too."""
     return {"message": refusal.message, "type": refusal.type, "param": None, "code": refusal.status}
 
 
 def plain_error(refusal: Refusal) -> str:
-    """Return the message alone."""
+    """Return the message."""
     return refusal.message

@@ -1,4 +1,4 @@
-"""Reading one field of a request; clients disagree about types, so what can be understood is accepted."""
+"""Reads single fields of a request. Clients send different types, and every clear value is accepted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCUMENTS_SCHEMA: Final = {
 
 
 def read_text(body: Mapping[str, Any], name: str) -> str:
-    """Return a required text, which may be an object with the field `text`."""
+    """Return a required text. An object with the field `text` is accepted too."""
     return _text(_required(body, name), f"the field {name!r}")
 
 
@@ -37,8 +37,9 @@ def read_texts(body: Mapping[str, Any], name: str, rank_fields: Sequence[str] = 
 
     Args:
         body: The request.
-        name: The field.
-        rank_fields: Which fields of an object are its text; several become `name: value` lines.
+        name: Name of the field.
+        rank_fields: Names of the fields of an object that are its text. Several fields become lines
+            `name: value`.
     """
     values = _required(body, name)
     if not isinstance(values, list):
@@ -49,7 +50,7 @@ def read_texts(body: Mapping[str, Any], name: str, rank_fields: Sequence[str] = 
 
 
 def read_count(body: Mapping[str, Any], name: str) -> int | None:
-    """Return an optional count; None for one that is missing, null or 0, which all mean no limit."""
+    """Return an optional count. A missing field, null and 0 mean no limit, and give None."""
     value = body.get(name)
     if isinstance(value, str):
         value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
@@ -81,7 +82,7 @@ def read_number(body: Mapping[str, Any], name: str) -> float | None:
 
 
 def read_flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
-    """Return an optional boolean, which some clients send as a string."""
+    """Return an optional boolean. Strings such as "true" are accepted too."""
     value = body.get(name)
     if value is None:
         return default
@@ -92,7 +93,7 @@ def read_flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> b
 
 
 def read_model(body: Mapping[str, Any]) -> str | None:
-    """Return the model that the client named; any name is accepted, one that is too long is ignored."""
+    """Return the name of the model in a request, or None if it is missing or too long."""
     name = body.get("model")
     return name if isinstance(name, str) and 0 < len(name) <= _MAX_NAME_CHARACTERS else None
 

@@ -1,4 +1,4 @@
-"""This package's own format: raw logits and all that a `Ranking` holds; `RemoteScorer` speaks it."""
+"""The format of this package, for `RemoteScorer`: raw logits and all fields of a `Ranking`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bge_rerank_integrations.validation import check_requests, check_timeout
 
 def _parse(body: Body) -> Work:
     top_n, timeout_s = body.get("top_n"), read_number(body, "timeout_s")
-    check_top_n(top_n)  # here 0 is none, as in `Scorer.rank`
+    check_top_n(top_n)  # 0 means no passage, as in `Scorer.rank`
     check_timeout(timeout_s)
     requests = body.get("requests")
     if not isinstance(requests, list):

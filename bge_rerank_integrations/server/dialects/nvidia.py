@@ -1,4 +1,4 @@
-"""NVIDIA NIM: `passages` in, `rankings` of logits out."""
+"""The format of NVIDIA NIM: requests with `passages`, responses with `rankings` of logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape that Cohere, Jina, vLLM and Infinity share: `documents` in, `results` out."""
+"""The format of Cohere, Jina, vLLM and Infinity: requests with `documents`, responses with `results`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _results(reply: Reply, document: Any) -> Iterator[dict[str, Any]]:
     (_, texts), ranking = reply.work.requests[0], reply.rankings[0]
     for passage in ranking:
         result = {"index": passage.index, "relevance_score": passage.score}
-        # Clients break at a field that is null, so one that does not apply is left out.
+        # Some clients fail on null. A field that does not apply is therefore left out.
         if reply.work.return_documents:
             result["document"] = document(texts[passage.index])
         if passage.truncated:
@@ -97,7 +97,7 @@ RERANK: Final = Dialect(
     required=("query", "documents"),
 )
 INFINITY: Final = Dialect(
-    name="infinity",  # which has documents as strings where the others have objects
+    name="infinity",  # returns documents as strings, while the others return objects
     parse=_parse,
     render=_render_infinity,
     error=openai_error,

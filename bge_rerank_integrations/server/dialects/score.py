@@ -1,4 +1,4 @@
-"""vLLM's `/score`: pairs in, one score a pair out, in the order of the pairs."""
+"""The format of vLLM's `/score`: one score for each pair, in the order of the pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bge_rerank_integrations.server.dialects.fields import (
     read_texts,
 )
 
-# What versions of vLLM call the two sides.
+# Names of the two fields in different versions of vLLM.
 _NAMES: Final = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"))
 _TEXTS_SCHEMA: Final = {"anyOf": [TEXT_SCHEMA, DOCUMENTS_SCHEMA]}
 
@@ -30,7 +30,7 @@ def _parse(body: Body) -> Work:
         requests = [(query, [passage]) for query, passage in zip(queries, passages, strict=True)]
     else:
         raise InputError(
-            f"{first!r} must be one text, or as many as {second!r} has; they are {len(queries)} and "
+            f"{first!r} must have one text, or as many texts as {second!r}; they have {len(queries)} and "
             f"{len(passages)}"
         )
     return Work(

@@ -1,4 +1,4 @@
-"""Which dialects each path speaks."""
+"""The dialects of each path."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ DIALECTS: Final[Mapping[str, Sequence[Dialect]]] = {
     "/v1/ranking": (NVIDIA,),
     "/v1/rank": (NATIVE,),
 }
-"""The first dialect of a path that matches a body takes it; if none does, the last."""
+"""The dialects of each path. The first dialect that matches a body reads it, or else the last dialect."""
 
 
 def choose(dialects: Sequence[Dialect], body: Body) -> Dialect:
-    """Return the dialect of a request."""
+    """Return the dialect of a request body."""
     return next((dialect for dialect in dialects if dialect.matches(body)), dialects[-1])
 
 
 def error_body(dialect: Dialect, refusal: Refusal) -> dict[str, Any]:
-    """Return the response to a refused request, with a message wherever a client may look for it."""
+    """Return the body for a refused request, with the message in every field that clients read."""
     body = {
         "message": refusal.message,
         "detail": refusal.message,
@@ -49,7 +49,7 @@ def error_body(dialect: Dialect, refusal: Refusal) -> dict[str, Any]:
     return body if refusal.index is None else {**body, "index": refusal.index}
 
 
-# As Text Embeddings Inference names them.
+# The names that Text Embeddings Inference uses.
 _ERROR_TYPES: Final[Mapping[int, str]] = {
     401: "Unauthorized",
     429: "Overloaded",

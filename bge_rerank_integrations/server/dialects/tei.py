@@ -1,4 +1,4 @@
-"""Text Embeddings Inference: `texts` in, a bare array out."""
+"""The format of Text Embeddings Inference: requests with `texts`, and an array as response."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bge_rerank_integrations.server.dialects.fields import (
 
 
 def _parse(body: Body) -> Work:
-    # `truncate` is not read: its default is false, clients send the default, and a server that refuses long
-    # texts because of it is what users complain about.
+    # `truncate` is not read. Clients send its default, which is false, and their users do not expect that a
+    # long text is refused.
     return Work(
         requests=[(read_text(body, "query"), read_texts(body, "texts"))],
         raw_scores=read_flag(body, "raw_scores"),

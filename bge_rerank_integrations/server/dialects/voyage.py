@@ -1,4 +1,4 @@
-"""Voyage: `top_k` and `truncation` in, `data` out."""
+"""The format of Voyage: requests with `top_k` and `truncation`, responses with `data`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _render(reply: Reply) -> dict[str, Any]:
         if passage.truncated:
             result["truncated"] = True
         results.append(result)
-    # `results` is for clients of the other dialects that send `top_k` too.
+    # `results` is for clients of other dialects that also send `top_k`.
     return {
         "object": "list",
         "data": results,

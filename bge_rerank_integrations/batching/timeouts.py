@@ -1,0 +1,67 @@
+"""Waits for futures and iterators with a timeout, in threads and in asyncio tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Final, TypeVar
+
+from bge_rerank_integrations.errors import RequestTimeoutError
+from bge_rerank_integrations.validation import check_timeout
+
+T = TypeVar("T")
+Countdown = Callable[[], float | None]
+"""Returns the remaining seconds of a call, or None if the call has no timeout."""
+
+_TIMED_OUT: Final = "the call did not finish within its timeout; sequences that had not started were dropped"
+
+
+def start_countdown(timeout: float | None) -> Countdown:
+    """Check a timeout in seconds, and start to count it down. None is no limit."""
+    check_timeout(timeout)
+    if timeout is None:
+        return lambda: None
+    deadline = time.monotonic() + timeout
+    return lambda: max(deadline - time.monotonic(), 0.0)
+
+
+def wait(future: Future[T], timeout: float | None) -> T:
+    """Wait for a future. When the timeout expires or the thread is interrupted, cancel the future."""
+    try:
+        return future.result(timeout)
+    except FutureTimeoutError:
+        if not future.cancel():  # it has ended just now, or its result is a TimeoutError
+            return future.result()
+        raise RequestTimeoutError(_TIMED_OUT) from None
+    except BaseException:  # the thread was interrupted, or the future has failed
+        future.cancel()
+        raise
+
+
+async def await_future(future: Future[T], timeout: float | None) -> T:
+    """Do the same as `wait` in an asyncio task."""
+    wrapped = asyncio.wrap_future(future)
+    try:
+        done, _ = await asyncio.wait({wrapped}, timeout=timeout)
+    except asyncio.CancelledError:
+        wrapped.cancel()
+        future.cancel()
+        raise
+    if done:
+        return wrapped.result()
+    wrapped.cancel()
+    future.cancel()
+    raise RequestTimeoutError(_TIMED_OUT)
+
+
+async def next_item(items: AsyncIterator[T], remaining: Countdown) -> T | None:
+    """Return the next item, or None after the last one."""
+    try:
+        return await asyncio.wait_for(anext(items, None), remaining())
+    except asyncio.TimeoutError:
+        if remaining() == 0:
+            raise RequestTimeoutError(_TIMED_OUT) from None
+        raise  # the iterator itself has raised this

@@ -1,0 +1,139 @@
+"""Decides whether one kernel for a product, its bias and GELU is used, by running it once at load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations.engine.current_device import on_device
+
+logger = logging.getLogger(__name__)
+
+LinearGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps x [rows, in], a weight [out, in] and a bias [out] to the exact GELU of x @ weight.t() + bias."""
+
+Timer = Callable[[Callable[[], object], torch.device], float]
+"""Returns the seconds that a device needs for one call of a function."""
+
+# The results are compared on a number of rows that fills no tile, and the speed on these numbers of rows.
+_NUM_COMPARED_ROWS: Final = 37
+_TIMED_ROWS: Final = (512, 2048, 8192)
+# The kernel must need at most this share of the time, so that noise does not decide.
+_MAX_SHARE: Final = 0.97
+_NUM_CALLS: Final = 10
+_NUM_ROUNDS: Final = 3
+# About three milliseconds, in which the host can launch all calls of a round.
+_HEAD_START_CYCLES: Final = 5_000_000
+
+
+def plain_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute the product, the bias and GELU in float32 with torch's own operators."""
+    return F.gelu(F.linear(x.float(), weight.float()) + bias.float()).to(x.dtype)
+
+
+def device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a CUDA device computes for one call of a function, without launching it."""
+    function()
+    rounds: list[float] = []
+    with on_device(device):
+        for _ in range(_NUM_ROUNDS):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_HEAD_START_CYCLES)  # the device waits until everything below is launched
+            began.record()
+            for _ in range(_NUM_CALLS):
+                function()
+            ended.record()
+            ended.synchronize()
+            rounds.append(began.elapsed_time(ended) / 1000 / _NUM_CALLS)
+    return min(rounds)
+
+
+@torch.inference_mode()
+def choose_linear_gelu(
+    fused: LinearGelu,
+    separate: LinearGelu,
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    seconds: Timer = device_seconds,
+) -> tuple[LinearGelu, int | None]:
+    """Compare a fused kernel with separate ones, and return the faster one. Log the choice. Never raises.
+
+    The library's product is often faster than the fused kernel's, which saves reading and writing the product
+    once. Which is faster depends on the device and on the number of rows.
+
+    Args:
+        fused: One kernel for everything.
+        separate: The library's product, and another kernel after it.
+        device: The device to run on.
+        dtype: The precision of the inputs.
+        widths: The hidden size and the intermediate size of the model.
+        seconds: Measures a function.
+
+    Returns:
+        A function that runs the fused kernel for at least as many rows as the second result says, and the
+        separate kernels for fewer. Without such a number, the fused kernel is wrong, fails, or is not faster.
+    """
+    try:
+        check_linear_gelu(fused, device, dtype, widths)
+        least = _least_rows(fused, separate, device, dtype, widths, seconds)
+    except Exception as error:  # the compiler, the driver, the comparison or the memory failed
+        reason = next(iter(str(error).splitlines()), "")
+        logger.info("GELU after the up projection on %s: %s: %s", device, type(error).__name__, reason)
+        return separate, None
+    if least is None:
+        logger.info("GELU after the up projection on %s: the fused kernel is not faster", device)
+        return separate, None
+    logger.info("GELU in the kernel of the up projection on %s: from %d rows on", device, least)
+    return lambda x, weight, bias: (fused if len(x) >= least else separate)(x, weight, bias), least
+
+
+def check_linear_gelu(
+    fused: LinearGelu, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]
+) -> None:
+    """Compare a kernel with torch's own operators in float32.
+
+    Raises:
+        AssertionError: The results differ by more than rounding.
+    """
+    inputs = _inputs(_NUM_COMPARED_ROWS, device, dtype, widths)
+    torch.testing.assert_close(fused(*inputs), plain_linear_gelu(*inputs))
+
+
+def _least_rows(
+    fused: LinearGelu,
+    separate: LinearGelu,
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    seconds: Timer,
+) -> int | None:
+    """Return the number of rows from which on the fused kernel is faster; None if it never is."""
+    least = None
+    for num_rows in sorted(_TIMED_ROWS, reverse=True):
+        inputs = _inputs(num_rows, device, dtype, widths)
+        if seconds(partial(fused, *inputs), device) > _MAX_SHARE * seconds(
+            partial(separate, *inputs), device
+        ):
+            break
+        least = num_rows
+    return least
+
+
+def _inputs(
+    num_rows: int, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random rows, a weight and a bias. The sums have a standard deviation of about 1."""
+    width, inner = widths
+    generator = torch.Generator().manual_seed(0)
+    # Repeat a few rows: random numbers for thousands of rows would take longer than everything else here.
+    few = torch.randn(min(num_rows, _NUM_COMPARED_ROWS), width, generator=generator).to(device, dtype)
+    weight = torch.randn(inner, width, generator=generator).to(device) * width**-0.5
+    bias = torch.randn(inner, generator=generator).to(device, dtype)
+    return few.repeat(-(-num_rows // len(few)), 1)[:num_rows], weight.to(dtype), bias

@@ -1,0 +1,101 @@
+"""The methods of scorers that the framework adapters call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from bge_rerank_integrations.ranking import RankedPassage, Ranking
+
+
+@runtime_checkable
+class SupportsRank(Protocol):
+    """The methods of a scorer that the framework adapters call.
+
+    `Scorer` implements them. An object of your own that implements them can be given to an adapter as
+    `scorer=`.
+
+    Example:
+        >>> isinstance(Scorer("embedded"), SupportsRank)
+        True
+    """
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+    ) -> Sequence[RankedPassage]:
+        """Return passages ranked best first; see `Scorer.rank`.
+
+        An implementation decides how it treats passages that have nothing to read. The adapters copy
+        `RankedPassage.blank` and `RankedPassage.truncated` into the metadata of the document or node.
+        """
+
+    async def arank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+    ) -> Sequence[RankedPassage]:
+        """Do the same as `rank` without blocking the event loop; see `Scorer.arank`."""
+
+
+class OwnScorer(ABC):
+    """Base class of `Scorer` and `RemoteScorer`, whose methods accept `timeout` and `normalize`.
+
+    The adapters pass their `normalize` and `timeout` to such a scorer, and rank several requests in one call.
+    """
+
+    @abstractmethod
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> Ranking:
+        """Return passages ranked best first; see `Scorer.rank`."""
+
+    @abstractmethod
+    async def arank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> Ranking:
+        """Do the same as `rank` without blocking the event loop."""
+
+    @abstractmethod
+    def rank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> list[Ranking]:
+        """Rank the passages of several queries; see `Scorer.rank_many`."""
+
+    @abstractmethod
+    async def arank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> list[Ranking]:
+        """Do the same as `rank_many` without blocking the event loop."""

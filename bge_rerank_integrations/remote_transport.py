@@ -1,0 +1,150 @@
+"""Sends the HTTP requests of `RemoteScorer`, in threads and in asyncio tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeVar
+
+from bge_rerank_integrations.errors import missing_extra
+
+try:
+    import httpx
+except ImportError as error:
+    raise missing_extra("remote", "httpx") from error
+
+from bge_rerank_integrations.remote_wire import Answer, ApiKey, raise_unusable
+from bge_rerank_integrations.runtime.steps import arun_steps, run_steps
+
+T = TypeVar("T")
+
+
+class Send(NamedTuple):
+    """A step of a call: post a body, within `timeout_s` seconds if that is not None."""
+
+    content: bytes
+    timeout_s: float | None
+
+
+class Sleep(NamedTuple):
+    """A step of a call: wait for some seconds."""
+
+    seconds: float
+
+
+Outcome = Answer | httpx.TransportError | None
+"""The result of a step: a response, or the error of the connection. It is None after `Sleep`."""
+
+Steps = Generator[Send | Sleep, Outcome, T]
+"""A call as a generator of steps; see `runtime.steps`."""
+
+
+class Transport:
+    """Posts to one URL. Any number of threads and tasks can use it.
+
+    Args:
+        url: The URL.
+        key: The API key that every request contains.
+        client: The client for sync calls, which stays open. None creates one at first use.
+        async_client: The same for async calls. None creates one for each event loop.
+    """
+
+    def __init__(
+        self, url: str, key: ApiKey, client: httpx.Client | None, async_client: httpx.AsyncClient | None
+    ) -> None:
+        self._url = url
+        self._key = key
+        self._given_client = client
+        self._given_async_client = async_client
+        self._lock = threading.Lock()
+        self._client: tuple[int, httpx.Client] | None = None  # with the id of the process that created it
+        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @property
+    def has_given_client(self) -> bool:
+        """Whether a client was given. Such a client cannot be created again in another process."""
+        return self._given_client is not None or self._given_async_client is not None
+
+    def run(self, steps: Steps[T]) -> T:
+        """Take the steps of a call, and return its result."""
+        return run_steps(steps, self._take)
+
+    async def arun(self, steps: Steps[T]) -> T:
+        """Do the same as `run` without blocking the event loop."""
+        return await arun_steps(steps, self._atake)
+
+    def close(self) -> None:
+        """Close the connections of sync calls."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None and client[0] == os.getpid():
+            client[1].close()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop."""
+        client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+
+    def _take(self, step: Send | Sleep) -> Outcome:
+        if isinstance(step, Sleep):
+            time.sleep(step.seconds)
+            return None
+        deadline = None if step.timeout_s is None else time.monotonic() + step.timeout_s
+        try:
+            with self._sync_client().stream("POST", self._url, **self._options(step)) as response:
+                content = bytearray()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    # The timeout of the client applies to each read, not to all of them together.
+                    if deadline is not None and time.monotonic() > deadline:
+                        return httpx.ReadTimeout("the response took too long")
+                return Answer(response.status_code, response.headers, bytes(content))
+        except httpx.DecodingError:
+            raise_unusable()
+        except httpx.TransportError as error:
+            return error
+
+    async def _atake(self, step: Send | Sleep) -> Outcome:
+        if isinstance(step, Sleep):
+            await asyncio.sleep(step.seconds)
+            return None
+        post = self._async_client().post(self._url, **self._options(step))
+        try:
+            response = await asyncio.wait_for(post, step.timeout_s)
+            return Answer(response.status_code, response.headers, response.content)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
+            return httpx.ReadTimeout("the response took too long")
+        except httpx.DecodingError:
+            raise_unusable()
+        except httpx.TransportError as error:
+            return error
+
+    def _options(self, step: Send) -> dict[str, Any]:
+        headers = {"content-type": "application/json", **self._key.headers()}
+        return {"content": step.content, "headers": headers, "timeout": step.timeout_s}
+
+    def _sync_client(self) -> httpx.Client:
+        if self._given_client is not None:
+            return self._given_client
+        with self._lock:
+            # A forked child process must not write into the connections of its parent.
+            if self._client is None or self._client[0] != os.getpid():
+                self._client = os.getpid(), httpx.Client()
+            return self._client[1]
+
+    def _async_client(self) -> httpx.AsyncClient:
+        if self._given_async_client is not None:
+            return self._given_async_client
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            client = self._async_clients.get(loop)
+            if client is None:
+                client = self._async_clients[loop] = httpx.AsyncClient()
+            return client

@@ -1,0 +1,112 @@
+"""`SharedObjects`: objects that a process creates once per key, and drops when nobody uses them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+@dataclass
+class _Entry(Generic[T]):
+    """An object and its users.
+
+    Attributes:
+        future: Gives the object when it is created.
+        holders: The users of the object, by `id`. The references are weak, so a deleted user no longer
+            counts.
+        is_pinned: Whether somebody asked for the object without a holder. `release` never drops it.
+    """
+
+    future: Future[T] = field(default_factory=Future)
+    holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
+    is_pinned: bool = False
+
+    def add(self, holder: object | None) -> None:
+        if holder is None:
+            self.is_pinned = True
+        else:
+            self.holders[id(holder)] = holder
+
+
+class SharedObjects(Generic[K, T]):
+    """The objects that a process shares, by key. Any number of threads can use it.
+
+    Example:
+        >>> shared = SharedObjects()
+        >>> shared.get("a", None, list) is shared.get("a", None, list)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[K, _Entry[T]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: K, holder: object | None, create: Callable[[K], T]) -> T:
+        """Return the object of a key. The first call creates it, and other threads wait for it.
+
+        Args:
+            key: The key.
+            holder: The user of the object, which must call `release` later. None keeps the object until
+                `discard` is called.
+            create: Creates the object of a key.
+
+        Returns:
+            The object.
+
+        Raises:
+            BaseException: The exception of `create`. All waiting callers get it. The next call tries again.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+            is_first = entry is None
+            if entry is None:
+                entry = self._entries[key] = _Entry()
+            entry.add(holder)
+        if is_first:
+            try:
+                entry.future.set_result(create(key))
+            except BaseException as error:
+                with self._lock:
+                    if self._entries.get(key) is entry:
+                        del self._entries[key]
+                entry.future.set_exception(error)
+        try:
+            return entry.future.result()
+        finally:
+            # The exception of a failed creation refers to this frame. Without the reference from this frame
+            # to the exception there is no cycle, and the memory of the failed attempt is freed with the
+            # exception.
+            del entry
+
+    def get_ready(self, key: K, holder: object | None) -> T | None:
+        """Do the same as `get` if the object exists. Return None if it would have to be created."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or not entry.future.done():
+                return None
+            entry.add(holder)
+            return entry.future.result()
+
+    def release(self, holder: object) -> list[T]:
+        """Remove a holder. Return the objects that nobody uses any more, which are dropped."""
+        unused: list[Future[T]] = []
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                was_held = entry.holders.pop(id(holder), None) is not None
+                if was_held and not entry.holders and not entry.is_pinned:
+                    unused.append(self._entries.pop(key).future)
+        return [future.result() for future in unused if future.exception() is None]
+
+    def discard(self, key: K, value: T) -> None:
+        """Drop an object, if it is the shared object of its key."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry.future.done() and entry.future.result() is value:
+                del self._entries[key]

@@ -1,0 +1,299 @@
+"""Workers that launch the next batch before they wait for the oldest one."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from typing import Any
+
+import pytest
+
+from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.workers import Replica
+from bge_rerank_integrations.engine.runner import is_device_lost
+from bge_rerank_integrations.errors import DeviceLostError, ScorerClosedError, WorkerDiedError
+from bge_rerank_integrations.text.tokenization import IntArray
+from tests.support.queues import PATIENCE_S, AsyncDevice, Done, firsts, ids, results, sized, wait_until
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., MicroBatcher]]:
+    """Return a function that creates batchers of asynchronous devices. They are closed after the test."""
+    made: list[tuple[MicroBatcher, tuple[AsyncDevice, ...]]] = []
+
+    def build(*devices: AsyncDevice, budget: int = 100, **options: Any) -> MicroBatcher:
+        replicas = [Replica(device.launch, lambda: budget, device.depth) for device in devices]
+        batcher = MicroBatcher(replicas, is_device_lost=is_device_lost, **options)
+        made.append((batcher, devices))
+        return batcher
+
+    yield build
+    for batcher, devices in made:
+        for device in devices:
+            device.finish(1000)
+        batcher.close(timeout=1.0)
+
+
+def lost() -> RuntimeError:
+    return RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+# --- the device never waits --------------------------------------------------------------------------
+
+
+def test_a_device_always_holds_another_batch_while_anything_is_queued(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    """The queue launches a batch behind the running one before that is done, for many batches and requests."""
+    device = AsyncDevice()
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 50)] * 7) for number in range(40)]
+    while batcher.health().queued_tokens:
+        wait_until(lambda: len(device.launched) == device.num_read + 2 or not batcher.health().queued_tokens)
+        assert len(device.launched) <= device.num_read + 2
+        device.finish(1)
+    device.finish(2)
+    assert results(futures) == [[float(number)] * 7 for number in range(40)]
+    assert device.num_read > 100
+
+
+def test_a_request_that_arrives_while_the_device_computes_is_launched_at_once(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    first = batcher.submit([sized(1, 100)])
+    wait_until(lambda: len(device.launched) == 1 and device.num_waiting)
+    second = batcher.submit([sized(2, 100)])
+    wait_until(lambda: len(device.launched) == 2)
+    assert not first.done()
+    device.finish(2)
+    assert results([first, second]) == [[1.0], [2.0]]
+
+
+def test_the_next_batch_of_another_request_is_launched_before_the_oldest_is_done(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    first = batcher.submit([sized(1, 100)])
+    second = batcher.submit([sized(2, 100)])
+    third = batcher.submit([sized(3, 100)])
+    wait_until(lambda: len(device.launched) == 2)
+    assert not first.done()
+    device.finish(1)
+    assert first.result(PATIENCE_S) == [1.0]
+    wait_until(lambda: len(device.launched) == 3)
+    assert not second.done()
+    device.finish(2)
+    assert results([second, third]) == [[2.0], [3.0]]
+    assert device.launched == [[1.0], [2.0], [3.0]]
+
+
+def test_few_tokens_wait_until_the_device_is_idle_so_that_others_can_join(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    device = AsyncDevice()
+    batcher = make(device, budget=1000)
+    first = batcher.submit([sized(1, 100)])
+    wait_until(lambda: device.launched)
+    others = [batcher.submit([sized(number, 10)]) for number in range(2, 10)]
+    device.finish(1)
+    assert first.result(PATIENCE_S) == [1.0]
+    wait_until(lambda: len(device.launched) == 2)
+    assert sorted(device.launched[1]) == [float(number) for number in range(2, 10)]
+    device.finish(1)
+    results(others)
+
+
+def test_an_idle_device_gets_its_next_batch_while_answers_are_given(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    device = AsyncDevice()
+    batcher = make(device, budget=1000)
+    launched: list[int] = []
+
+    def answer(_: object) -> None:
+        wait_until(lambda: len(device.launched) == 2)
+        launched.append(len(device.launched))
+
+    first = batcher.submit([sized(1, 100)])
+    first.add_done_callback(answer)
+    wait_until(lambda: device.launched)
+    second = batcher.submit([sized(2, 10)])  # too few tokens to be launched ahead
+    device.finish(2)
+    assert results([first, second]) == [[1.0], [2.0]]
+    assert launched == [2]
+
+
+def test_a_busy_device_leaves_what_waits_to_an_idle_one(make: Callable[..., MicroBatcher]) -> None:
+    devices = [AsyncDevice(), AsyncDevice()]
+    batcher = make(*devices)
+    futures = [batcher.submit([sized(number, 100)]) for number in range(2)]
+    wait_until(lambda: all(device.launched for device in devices))
+    assert [len(device.launched) for device in devices] == [1, 1]
+    futures += [batcher.submit([sized(number, 100)]) for number in range(2, 4)]
+    wait_until(lambda: [len(device.launched) for device in devices] == [2, 2])
+    for device in devices:
+        device.finish(2)
+    assert results(futures) == [[float(number)] for number in range(4)]
+
+
+def test_a_busy_device_takes_what_an_idle_one_has_left(make: Callable[..., MicroBatcher]) -> None:
+    devices = [AsyncDevice(), AsyncDevice()]
+    batcher = make(*devices)
+    first = batcher.submit([sized(0, 100)])
+    wait_until(lambda: any(device.launched for device in devices))
+    rest = batcher.submit([sized(number, 100) for number in range(1, 4)])
+    wait_until(lambda: [len(device.launched) for device in devices] == [2, 2])
+    for device in devices:
+        device.finish(2)
+    assert results([first, rest]) == [[0.0], [1.0, 2.0, 3.0]]
+
+
+# --- errors while several batches are on the device --------------------------------------------------
+
+
+def test_an_error_of_the_second_batch_leaves_the_first_alone(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    device.errors[2.0] = ValueError("poison")
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 100)]) for number in (1, 2, 3)]
+    wait_until(lambda: len(device.launched) == 2)
+    device.finish(3)
+    assert futures[0].result(PATIENCE_S) == [1.0]
+    assert isinstance(futures[1].exception(PATIENCE_S), ValueError)
+    assert futures[2].result(PATIENCE_S) == [3.0]
+
+
+def test_a_shared_batch_that_fails_is_repeated_beside_another_batch(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    device = AsyncDevice()
+    device.errors[5.0] = ValueError("poison")
+    batcher = make(device)
+    first = batcher.submit([sized(1, 100)])
+    wait_until(lambda: device.launched)
+    shared = [batcher.submit([sized(number, 30)]) for number in (4, 5, 6)]
+    device.finish(20)
+    assert first.result(PATIENCE_S) == [1.0]
+    assert [type(future.exception(PATIENCE_S)) for future in shared] == [type(None), ValueError, type(None)]
+
+
+def test_a_lost_device_gives_both_its_batches_back(make: Callable[..., MicroBatcher]) -> None:
+    """A request with sequences in both batches has lost one device, not two."""
+    bad, good = AsyncDevice(), AsyncDevice()
+    batcher = make(bad, good)
+    occupying = [batcher.submit([sized(number, 100)]) for number in range(4)]
+    wait_until(lambda: len(bad.launched) == len(good.launched) == 2)
+    bad.finish(2)  # only this device becomes free, and launches two batches of the next request
+    for (number,) in list(bad.launched):
+        assert occupying[int(number)].result(PATIENCE_S) == [number]
+    long = batcher.submit([sized(number, 100) for number in range(10, 12)])
+    wait_until(lambda: len(bad.launched) == 4)
+    bad.error = lost()
+    bad.finish(10)
+    good.finish(10)
+    assert long.result(PATIENCE_S) == [10.0, 11.0]
+    assert results(occupying) == [[0.0], [1.0], [2.0], [3.0]]
+    assert batcher.health().replicas_alive == 1
+
+
+def test_the_loss_of_the_only_device_fails_both_its_batches(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    wait_until(lambda: len(device.launched) == 2)
+    device.error = lost()
+    device.finish(10)
+    assert {type(future.exception(PATIENCE_S)) for future in futures} == {DeviceLostError}
+    assert batcher.health().queued_tokens == 0
+
+
+def test_no_request_waits_for_a_worker_that_died_with_two_batches(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    wait_until(lambda: len(device.launched) == 2)
+    device.error = SystemExit()
+    device.finish(1)
+    assert {type(future.exception(PATIENCE_S)) for future in futures} == {WorkerDiedError}
+    device.error = None
+    device.finish(10)
+    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+
+
+def test_close_waits_for_both_batches(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    device.finish(10)
+    closing.join(PATIENCE_S)
+    assert [future.result(0) for future in futures] == [[float(number)] for number in range(5)]
+
+
+def test_close_with_a_timeout_fails_the_requests_of_both_batches(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    wait_until(lambda: len(device.launched) == 2)
+    batcher.close(timeout=0.05)
+    assert {type(future.exception(0)) for future in futures} == {ScorerClosedError}
+
+
+def test_out_of_memory_puts_sequences_back_and_other_requests_do_not_notice(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    """The device has memory for 150 tokens, so two batches of 100 tokens do not fit."""
+    device = AsyncDevice(max_tokens=150)
+    device.finish(1000)
+    batcher = make(device)
+    futures = [batcher.submit([sized(number, 20)] * 10) for number in range(20)]
+    assert results(futures) == [[float(number)] * 10 for number in range(20)]
+    assert device.num_refused > 0
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).pairs == 200
+
+
+def test_three_thousand_requests_through_errors_losses_and_full_memory() -> None:
+    """Each request ends with its own result or error, whatever happens to the batches beside it."""
+    chooser = random.Random(0)
+    lock = threading.Lock()
+    num_launches = 0
+
+    def launch(sequences: list[IntArray], *, is_alone: bool) -> Done | None:
+        nonlocal num_launches
+        with lock:
+            num_launches += 1
+            number, draw = num_launches, chooser.random()
+        if number in (300, 600):
+            raise lost()
+        if draw < 0.02:
+            raise FloatingPointError("injected")
+        if draw > 0.95 and not is_alone:
+            return None
+        late = FloatingPointError("injected") if draw > 0.93 else lost() if number == 900 else None
+        return Done(firsts(sequences), late)
+
+    replicas = [Replica(launch, lambda: 20, 2 + number % 2) for number in range(5)]
+    batcher = MicroBatcher(replicas, is_device_lost=is_device_lost)
+    futures = [batcher.submit([sized(number, chooser.randrange(1, 9))] * 3) for number in range(3000)]
+    doomed = {number for number in range(3000) if chooser.random() < 0.1 and futures[number].cancel()}
+    assert not wait(futures, timeout=PATIENCE_S).not_done
+    num_errors = 0
+    for number, future in enumerate(futures):
+        if number in doomed:
+            assert future.cancelled()
+        elif error := future.exception(0):
+            assert isinstance(error, FloatingPointError | DeviceLostError)
+            num_errors += 1
+        else:
+            assert future.result(0) == [float(number)] * 3
+    assert 0 < num_errors < 400
+    batcher.close()
+    health, stats = batcher.health(), batcher.stats(cache_hits=0, cache_misses=0, splits=0)
+    assert (stats.cancelled, stats.failed, stats.lost_replicas) == (len(doomed), num_errors, 3)
+    assert health.queued_tokens == 0

@@ -1,0 +1,260 @@
+"""The choice of the attention implementation, with stand-ins for the kernels that need a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from bge_rerank_integrations.engine import attention as attention_module
+from bge_rerank_integrations.engine.attention import (
+    CANDIDATES,
+    Candidate,
+    VarlenAttention,
+    contiguous_sdpa_attention,
+    efficient_attention,
+    flash_attention,
+    flash_attention_3,
+    name_of,
+    product_attention,
+    reads_tensors_only,
+    resolve_attention,
+    sdpa_attention,
+    varlen_attention,
+)
+from bge_rerank_integrations.engine.attention_trial import try_attention
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.packing import Seqlens, pack
+from bge_rerank_integrations.errors import DeviceError
+from tests.support.attention import (
+    WHOLE_BATCH,
+    attend_bounds,
+    cuda_operators_on_cpu,
+    metal_sdpa,
+)
+from tests.support.engine import CPU, max_difference, random_ids
+from tests.support.tolerances import LOGIT_TOLERANCE
+
+CUDA = torch.device("cuda", 0)
+MPS = torch.device("mps")
+FLOATING = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def wrong_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Right for whole sequences, wrong for the first tokens of the last layer."""
+    output = sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
+    return output if q_seqlens is kv_seqlens else output.roll(1, 0)
+
+
+def nan_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    output = sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
+    output[-1] = torch.nan
+    return output
+
+
+def failing_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    raise RuntimeError("USE_FLASH_ATTENTION was not enabled for build.\nmore")
+
+
+def crowded_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+def use_candidates(monkeypatch: pytest.MonkeyPatch, *attentions: VarlenAttention) -> None:
+    candidates = [Candidate(attention, lambda *_: True) for attention in attentions]
+    monkeypatch.setattr(attention_module, "CANDIDATES", candidates)
+
+
+def test_the_first_candidate_that_agrees_with_plain_attention_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_candidates(
+        monkeypatch, failing_attention, wrong_attention, nan_attention, product_attention, sdpa_attention
+    )
+    with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
+        assert resolve_attention(CPU, torch.float32, 64) is product_attention
+    failing, wrong, nan, chosen = (record.getMessage() for record in caplog.records)
+    assert "failing_attention is not used (RuntimeError: USE_FLASH_ATTENTION was not enabled" in failing
+    assert "more" not in failing, "one line"
+    assert "wrong_attention is not used (AssertionError: results differ by" in wrong
+    assert "nan_attention is not used (AssertionError: results differ by inf" in nan
+    assert chosen.endswith("product_attention")
+
+
+def test_a_device_without_a_working_candidate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_candidates(monkeypatch, failing_attention, wrong_attention)
+    with pytest.raises(DeviceError, match=r"attention on cpu in torch\.float32 incorrectly or not at all"):
+        resolve_attention(CPU, torch.float32, 64)
+
+
+def test_a_trial_that_runs_out_of_memory_does_not_select_a_slower_candidate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_candidates(monkeypatch, crowded_attention, sdpa_attention)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        resolve_attention(CPU, torch.float32, 64)
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 100])
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("attention", [sdpa_attention, contiguous_sdpa_attention, product_attention])
+def test_right_candidates_pass_the_trial(
+    attention: VarlenAttention, dtype: torch.dtype, head_dim: int
+) -> None:
+    try_attention(attention, CPU, dtype, head_dim, in_graphs=False)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
+def test_kernels_for_whole_batches_get_what_they_need(attention: VarlenAttention, dtype: torch.dtype) -> None:
+    operator = "efficient" if attention is efficient_attention else "flash"
+    with cuda_operators_on_cpu() as called:
+        try_attention(attention, CPU, dtype, 64, in_graphs=True)
+    assert called == [operator, operator], "one call for all sequences"
+
+
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
+def test_the_installed_torch_accepts_the_arguments(attention: VarlenAttention) -> None:
+    rows = torch.empty(9, 3, 2, 64, dtype=torch.float16, device="meta")
+    seqlens = Seqlens((9,), torch.empty(2, dtype=torch.int32, device="meta"), 9)
+    q, k, v = rows.unbind(1)
+    attended = attention(q, k, v, seqlens, seqlens)
+    assert (attended.shape, attended.is_contiguous()) == ((9, 2, 64), True)
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_flash_attention_3_of_every_release_is_understood(
+    with_sums: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash_attn_varlen_func(*args: Any) -> Any:
+        attended = attend_bounds(*args)
+        return (attended, torch.empty(0)) if with_sums else attended
+
+    module: Any = ModuleType("flash_attn_interface")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    try_attention(flash_attention_3, CPU, torch.bfloat16, 64, in_graphs=True)
+
+
+@pytest.mark.parametrize("attention", WHOLE_BATCH)
+def test_a_model_with_kernels_for_whole_batches_gives_the_same_logits(
+    checkpoint: Path, attention: VarlenAttention
+) -> None:
+    shape = read_shape(checkpoint)
+
+    def model_with(attention: VarlenAttention) -> PackedCrossEncoder:
+        weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
+        return PackedCrossEncoder(shape, weights, attention=attention)
+
+    batch = pack(random_ids([9, 120, 33, 33, 512], shape.vocab_size, seed=7), padding_idx=1, device=CPU)
+    with cuda_operators_on_cpu() as called:
+        ours = model_with(attention)(batch).tolist()
+    assert len(called) == shape.num_layers
+    expected = model_with(sdpa_attention)(batch).tolist()
+    assert max_difference(ours, expected) <= LOGIT_TOLERANCE[torch.float32]
+
+
+HALF_ON_CUDA = [flash_attention, varlen_attention, efficient_attention, sdpa_attention, product_attention]
+OLDER = [efficient_attention, sdpa_attention, product_attention]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "machine", "expected"),
+    [
+        (CUDA, torch.float16, 64, {"capability": (8, 0)}, HALF_ON_CUDA),
+        (CUDA, torch.bfloat16, 64, {"capability": (9, 0)}, HALF_ON_CUDA),
+        (CUDA, torch.bfloat16, 64, {"capability": (9, 0), "flash_3": True}, [flash_attention_3, *HALF_ON_CUDA]),
+        (CUDA, torch.float16, 64, {"capability": (12, 0), "flash_3": True}, HALF_ON_CUDA),
+        (CUDA, torch.float16, 64, {"capability": (8, 6), "flash": False}, OLDER),
+        (CUDA, torch.float16, 60, {"capability": (8, 6)}, OLDER),
+        (CUDA, torch.float16, 512, {"capability": (8, 6)}, OLDER),
+        (CUDA, torch.float32, 64, {"capability": (9, 0), "flash_3": True}, OLDER),
+        (CUDA, torch.float16, 64, {"capability": (7, 5)}, OLDER),
+        (CUDA, torch.float32, 64, {"capability": (6, 1)}, OLDER),
+        (CUDA, torch.bfloat16, 64, {"capability": (7, 5)}, [sdpa_attention, product_attention]),
+        (CUDA, torch.float16, 64, {"capability": (9, 0), "hip": "6.4"}, [sdpa_attention, product_attention]),
+        (MPS, torch.float32, 64, {}, [contiguous_sdpa_attention, product_attention]),
+        (MPS, torch.float16, 64, {}, [contiguous_sdpa_attention, product_attention]),
+    ],
+)  # fmt: skip
+def test_candidates_of_each_device(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    machine: dict[str, Any],
+    expected: list[VarlenAttention],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine["capability"])
+    monkeypatch.setattr(
+        torch.backends.cuda, "is_flash_attention_available", lambda: machine.get("flash", True)
+    )
+    monkeypatch.setattr(torch.version, "hip", machine.get("hip"))
+    if "num_splits" not in inspect.signature(varlen_attn).parameters:
+        expected = [attention for attention in expected if attention is not varlen_attention]
+    found = {"flash_attn_interface": machine.get("flash_3")}
+    monkeypatch.setattr(attention_module, "find_spec", found.get)
+    fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]
+    assert list(map(name_of, fitting)) == list(map(name_of, expected))
+
+
+def test_kernels_for_whole_batches_can_be_captured() -> None:
+    for attention in (flash_attention_3, flash_attention, varlen_attention, efficient_attention):
+        assert reads_tensors_only(attention)
+    for attention in (sdpa_attention, contiguous_sdpa_attention, product_attention):
+        assert not reads_tensors_only(attention)
+
+
+def test_the_trial_detects_the_faulty_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", metal_sdpa)
+    with pytest.raises(AssertionError, match="results differ by"):
+        try_attention(sdpa_attention, CPU, torch.float32, 64, in_graphs=False)
+    try_attention(contiguous_sdpa_attention, CPU, torch.float32, 64, in_graphs=False)
+    try_attention(product_attention, CPU, torch.float32, 64, in_graphs=False)
+
+
+@pytest.mark.parametrize("first_tokens", [False, True])
+def test_only_contiguous_tensors_reach_the_operator_on_metal(
+    first_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: list[tuple[tuple[int, ...], bool]] = []
+
+    def record(*tensors: Tensor) -> Tensor:
+        reached.extend((tuple(tensor.shape), tensor.is_contiguous()) for tensor in tensors)
+        return metal_sdpa(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    # As the last layer calls it: three sequences of one length, keys and values from one projection.
+    seqlens = Seqlens((5, 5, 5), torch.tensor([0, 5, 10, 15], dtype=torch.int32), 5)
+    q, k, v = torch.randn(15, 3, 4, 64).unbind(1)
+    q_seqlens = seqlens.first_tokens() if first_tokens else seqlens
+    contiguous_sdpa_attention(q[: len(q_seqlens.lengths) if first_tokens else 15], k, v, q_seqlens, seqlens)
+    assert reached == [((3, 4, 1 if first_tokens else 5, 64), True), *[((3, 4, 5, 64), True)] * 2]
+
+
+def test_the_trial_runs_on_the_width_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+
+    def recording(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+        widths.append(q.shape[-1])
+        return sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
+
+    use_candidates(monkeypatch, recording)
+    resolve_attention(CPU, torch.float32, 24)
+    assert widths == [24, 24]
+
+
+def test_long_sequences_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "_MAX_SCORES", 1000)
+    try_attention(product_attention, CPU, torch.float32, 64, in_graphs=False)
