@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from bge_rerank_integrations.cli.jobs.requests import (
     parse_request,
 )
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.errors import RerankError
+from bge_rerank_integrations.errors import ConfigError, RerankError
 
 if TYPE_CHECKING:
     from bge_rerank_integrations.ray.folders import Line, ResultLine, Written
@@ -322,12 +323,18 @@ def _connect(address: str, *, progress: bool) -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(
-            address=address or None,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        # A command that ranks files does not report its use to anyone.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(
+                address=address or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ConnectionError:
+            where = address or os.environ.get("RAY_ADDRESS", "this machine")
+            raise ConfigError(f"cannot connect to a Ray cluster at {where!r}; is it running?") from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = progress
 

@@ -83,6 +83,22 @@ def test_folders_are_checked_before_ray_starts(tmp_path: Path) -> None:
         assert message in " ".join(result.output.split())
 
 
+def test_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("CANARY")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    (tmp_path / "a.jsonl").write_text("{}")
+    arguments = ["--model", "embedded", tmp_path, "-o", tmp_path.with_name("out")]
+    result = run("rank", "--ray", "10.0.0.1:6379", *arguments)
+    assert result.exit_code == 2
+    assert "cannot connect to a Ray cluster at '10.0.0.1:6379'" in " ".join(result.output.split())
+    assert "CANARY" not in result.output
+
+
 def test_a_job_is_complete_once(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("{}")
