@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import io
 import logging
 import math
-import os
 import platform
 import random
 import re
@@ -21,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
+from bge_rerank_integrations.engine.cpu.cores import usable_cores
 from examples.random_checkpoint import read_texts
 
 MAX_LENGTH: Final = 512
@@ -112,20 +111,11 @@ def reworded(pairs: Pairs, seed: str) -> Pairs:
     return shuffled
 
 
-def import_optional(module: str) -> tuple[Any, str]:
-    """Import a module. Return the module and "", or None and the reason if the import failed."""
-    try:
-        return importlib.import_module(module), ""
-    except ImportError as error:
-        return None, str(error)
-
-
 def describe_hardware(device: str) -> dict[str, Any]:
     """Return a description of the hardware that the benchmark runs on."""
-    affinity = getattr(os, "sched_getaffinity", None)
     description: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": usable_cores().num_cores,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": cpu_features("avx512_f", "bf16", "vnni", "amx"),

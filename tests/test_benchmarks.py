@@ -249,7 +249,11 @@ def test_pairs_come_back_in_their_order() -> None:
 
 
 def test_names_select_contenders() -> None:
-    assert select(["cross-encoder"]) == ["cross-encoder-default", "cross-encoder-best"]
+    assert select(["cross-encoder"]) == [
+        "cross-encoder-default",
+        "cross-encoder-best",
+        "cross-encoder-best-float32",
+    ]
     assert select(["ours-float32", "onnx-int8"]) == ["ours-float32", "onnx-int8"]
     assert set(ENTRIES) > set(select(["ours"]))
     with pytest.raises(ValueError, match="no contender 'nobody'"):
@@ -378,6 +382,27 @@ def test_fidelity_holds_precisions_against_float32(tmp_path: Path) -> None:
     assert "nDCG@10, 4" in output
 
 
+def test_serve_measures_every_load_over_http_and_in_process() -> None:
+    report, output = benchmark(
+        "serve", "--shape", "tiny", "--device", "cpu", "--seconds", "0.2", "--repeats", "1", "--callers", "1", "16",
+        "--contenders", "http-ours", "http-infinity", "in-process-scorer",
+    )  # fmt: skip
+    assert set(report["missing"]) == {"http-infinity"}
+    assert "--infinity" in report["missing"]["http-infinity"]
+    found = {(each["key"], each["mode"], each["load"]) for each in report["results"]}
+    for key in ("http-ours", "in-process-scorer"):
+        assert {(key, "closed", 1), (key, "closed", 16), (key, "mixed", 4)} <= found
+        assert sum(each[:2] == (key, "open") for each in found) == 4
+    for each in report["results"]:
+        assert not each["errors"]
+        assert each["num_requests"] > 0
+        assert 0 < each["p50_s"] <= each["p99_s"]
+    assert report["max_difference"]["in-process-scorer"] <= 1e-4
+    assert report["door"]["door_ms"] == report["door"]["http_ms"] - report["door"]["rank_ms"]
+    assert "so the door takes" in output
+    assert "so the queue takes" in output
+
+
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
 def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
     result = run("sh", "benchmarks/gpu.sh", DEVICE="cpu", SHAPE="tiny", PYTHON=sys.executable)
@@ -459,6 +484,9 @@ def test_a_real_tokenizer_replaces_the_small_one(tmp_path: Path) -> None:
         (["fidelity", "--beir", "."], "fidelity needs --model"),
         (["gpu", "--model", "embedded"], "leave --model out"),
         (["gpu", "--tokenizer", "nowhere.json"], "--tokenizer nowhere.json is not a file"),
+        (["serve", "--seconds", "0"], "--seconds and --callers must be positive"),
+        (["serve", "--callers", "0"], "--seconds and --callers must be positive"),
+        (["serve", "--contenders", "ours"], "no contender 'ours'; choose from http-ours"),
     ],
 )
 def test_bad_usage_is_refused_before_any_work(

@@ -55,6 +55,7 @@ def names() -> Iterator[dict[str, Any]]:
             **{name: getattr(bge_rerank_integrations, name) for name in bge_rerank_integrations.__all__},
             "Document": Document,
             "np": np,
+            "runner": scorer._require_pipeline().runners[0],
             "opentelemetry": SimpleNamespace(metrics=metrics),
             "prometheus_client": SimpleNamespace(REGISTRY=CollectorRegistry()),
             "reranker": BGEReranker(scorer=scorer),

@@ -77,7 +77,7 @@ ALLOWED_IN = {
     "matplotlib": ["evaluation.plots"],
     "click": ["cli."],
     "httpx": ["remote_wire", "remote_transport", "remote"],
-    "starlette": ["server.app", "server.probes", "ray.replica"],
+    "starlette": ["server.app", "server.pages", "server.probes", "ray.replica"],
     "uvicorn": ["server.run"],
     "ray": ["ray.", "cli.rank_on_ray"],
     "pyarrow": ["ray."],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from benchmarks.common import MAX_LENGTH, Pairs
 from benchmarks.models import Setup
 from benchmarks.peers.contender import Contender, IdBatch, batch_sizes
+from bge_rerank_integrations.engine.cpu.cores import usable_cores
 
 INPUTS = ("input_ids", "attention_mask")
 _DEFAULT_BATCH_SIZE = 8
@@ -123,5 +123,4 @@ def traceable(folder: Path, attention: str) -> tuple[Any, dict[str, Any]]:
 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return usable_cores().num_cores

@@ -1,4 +1,4 @@
-"""OpenVINO with a graph converted from torch, in bfloat16 and in int8 by nncf."""
+"""OpenVINO with a graph converted from torch, in float32, in bfloat16 and in int8 by nncf."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def load(dtype: str, setup: Setup, _: ExitStack) -> Contender:
     if dtype == "bfloat16" and "BF16" not in capabilities:
         raise NotAvailableError("this CPU has no bfloat16 arithmetic")
     path = str(prepare(dtype, setup))
-    # An int8 model computes everything except its int8 products in this precision. Which one is faster
-    # depends on the processor, so both are timed.
-    precision = "bf16" if "BF16" in capabilities else "f32"
-    if dtype == "int8" and precision == "bf16":
+    precision = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[dtype]
+    if dtype == "int8" and "BF16" in capabilities:
+        # An int8 model computes everything except its int8 products in this precision. Which one is faster
+        # depends on the processor, so both are timed.
         precision = min("bf16", "f32", key=lambda each: _seconds(_compile(core, path, each), setup))
     model = _compile(core, path, precision)
 
     def infer(ids: IdBatch, mask: IdBatch) -> Any:
         return model([ids, mask])[0]
 
-    name = "OpenVINO" if dtype == "bfloat16" else f"OpenVINO (rest {precision})"
+    name = f"OpenVINO (rest {precision})" if dtype == "int8" else "OpenVINO"
     return graph_contender(name, dtype, setup, infer)
 
 

@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
     Attributes:
         module: Name of the module in `benchmarks.peers`.
-        kind: First argument of the load function: a precision, `default` or `best`.
+        kind: First argument of the load function: a precision, `default`, `best` or `best-float32`.
         install: Packages to install if the contender is missing.
         load: Name of the function that loads the contender.
         converts: Whether the module has a function `prepare` that converts the model first.
@@ -46,10 +46,12 @@ ENTRIES: Final = {
     **{key: Entry("ours", key.removeprefix("ours-"), "bge-rerank-integrations") for key in OURS},
     "cross-encoder-default": Entry("cross_encoder", "default", _SENTENCE_TRANSFORMERS),
     "cross-encoder-best": Entry("cross_encoder", "best", _SENTENCE_TRANSFORMERS),
+    "cross-encoder-best-float32": Entry("cross_encoder", "best-float32", _SENTENCE_TRANSFORMERS),
     "flag-reranker-default": Entry("flag_reranker", "default", "FlagEmbedding"),
     "flag-reranker-best": Entry("flag_reranker", "best", "FlagEmbedding"),
     "onnx-float32": Entry("onnx_runtime", "float32", "onnx onnxruntime", converts=True),
     "onnx-int8": Entry("onnx_runtime", "int8", "onnx onnxruntime", converts=True),
+    "openvino-float32": Entry("open_vino", "float32", "openvino", converts=True),
     "openvino-bfloat16": Entry("open_vino", "bfloat16", "openvino", converts=True),
     "openvino-int8": Entry("open_vino", "int8", "openvino nncf", converts=True),
     "langchain-ours": Entry("ours", "auto", "langchain-core", "load_langchain"),

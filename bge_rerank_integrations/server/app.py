@@ -28,6 +28,7 @@ from bge_rerank_integrations.server.endpoint import (
     refusal_headers,
     request_id,
 )
+from bge_rerank_integrations.server.pages import page_routes
 from bge_rerank_integrations.server.probes import information_routes, probe_routes
 from bge_rerank_integrations.server.refusal import Refusal, refusal_of
 from bge_rerank_integrations.server.service import Service
@@ -73,7 +74,12 @@ def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None 
         service.begin_drain()
 
     app = Starlette(
-        routes=[*endpoints, *probe_routes(service), *information_routes(service, settings, check_key)],
+        routes=[
+            *endpoints,
+            *probe_routes(service),
+            *information_routes(service, settings, check_key),
+            *page_routes(),
+        ],
         exception_handlers={HTTPException: _refuse, Refusal: _refuse, RerankError: _refuse},
         lifespan=lifespan,
     )

@@ -65,12 +65,13 @@ def _operation(dialects: Sequence[Dialect]) -> dict[str, Any]:
         }
         for dialect in dialects
     ]
+    examples = {dialect.name: {"value": dict(dialect.example)} for dialect in dialects}
     refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
     return {
-        "summary": "Dialects: " + ", ".join(dialect.name for dialect in dialects),
+        "summary": "Rerank passages. Formats: " + ", ".join(dialect.name for dialect in dialects),
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"anyOf": schemas}}},
+            "content": {"application/json": {"schema": {"anyOf": schemas}, "examples": examples}},
         },
         "responses": {
             "200": {"description": "Scores.", "content": {"application/json": {"schema": {}}}},

@@ -167,7 +167,7 @@ def test_a_faster_precision_is_named_with_its_option(on: list[str]) -> None:
     last = stderr.rpartition("ranked. ")[2]
     assert last.startswith("Ran on cpu in float32")
     assert ("--dtype int8 is faster on this machine" in last) == (int8_obstacle() is None)
-    dtype = describe_precision(ScorerConfig(device="cpu", dtype="float32")).dtype
+    dtype = describe_precision(ScorerConfig(device="cpu")).dtype
     default = flat(run("rank", *on, "--dtype", "auto", stdin=json.dumps(REQUEST)).stderr)
     assert f"Ran on cpu in {dtype}" in default
 
@@ -545,7 +545,7 @@ def test_the_check_of_the_embedded_model_finds_a_small_error(monkeypatch: pytest
     reference = reference_scores.require_reference("embedded")
     off = {pair: logit + 0.005 for pair, logit in reference.logits.items()}
     monkeypatch.setattr(reference_scores, "_read_golden", lambda: dataclasses.replace(reference, logits=off))
-    assert run("check", "--model", "embedded", "--device", "cpu").exit_code == 3
+    assert run("check", "--model", "embedded", "--device", "cpu", "--dtype", "float32").exit_code == 3
 
 
 def test_the_demos_corpus_documents_the_standard_library() -> None:

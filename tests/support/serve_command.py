@@ -39,7 +39,8 @@ class Server:
         return "".join(self.lines)
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: httpx.get(self.url + "/health/ready").status_code == 200, PATIENCE_S)
+        with httpx.Client(base_url=self.url, timeout=PATIENCE_S) as client:
+            wait_until(lambda: client.get("/health/ready").status_code == 200, PATIENCE_S)
 
     def end(self, patience_s: float = PATIENCE_S) -> int:
         """Wait until the process has ended, and return its exit status."""

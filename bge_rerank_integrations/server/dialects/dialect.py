@@ -108,6 +108,7 @@ class Dialect:
         render: Returns the body of the response.
         error: Returns the value of the field `error` in the response to a refused request.
         fields: JSON schema of each field of a request.
+        example: A request that works, for the OpenAPI document.
         required: Names of the required fields.
         matches: Returns whether a request is in this dialect. It is used if several dialects share a path.
         invalid_status: HTTP status of the response to a malformed request.
@@ -118,6 +119,7 @@ class Dialect:
     render: Callable[[Reply], Any]
     error: Callable[[Refusal], Any]
     fields: Mapping[str, Any]
+    example: Mapping[str, Any]
     required: Sequence[str] = field(default=())
     matches: Callable[[Body], bool] = lambda _: True
     invalid_status: int = 400

@@ -18,9 +18,20 @@ _FLAGS: Final[Mapping[Any, bool]] = {
 }
 _MAX_NAME_CHARACTERS: Final = 256
 
+EXAMPLE_QUERY: Final = "what does a panda eat?"
+EXAMPLE_TEXTS: Final = ["Tea is hot.", "Pandas eat bamboo."]
+
 TEXT_SCHEMA: Final = {"type": "string"}
 FLAG_SCHEMA: Final = {"type": ["boolean", "null"]}
-COUNT_SCHEMA: Final = {"type": ["integer", "null"], "minimum": 0, "description": "0 and null are all"}
+MODEL_SCHEMA: Final = {"type": ["string", "null"], "description": "any name; the response repeats it"}
+RAW_SCORES_SCHEMA: Final = {**FLAG_SCHEMA, "description": "true returns logits, not scores from 0 to 1"}
+ACTIVATION_SCHEMA: Final = {**FLAG_SCHEMA, "description": "false returns logits, not scores from 0 to 1"}
+RETURN_TEXTS_SCHEMA: Final = {**FLAG_SCHEMA, "description": "true returns each text with its score"}
+COUNT_SCHEMA: Final = {
+    "type": ["integer", "null"],
+    "minimum": 0,
+    "description": "most results to return; 0 and null are all",
+}
 DOCUMENTS_SCHEMA: Final = {
     "type": "array",
     "items": {"anyOf": [{"type": "string"}, {"type": "object", "properties": {"text": {"type": "string"}}}]},

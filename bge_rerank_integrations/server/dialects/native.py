@@ -8,7 +8,13 @@ from typing import Any, Final
 from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.ranking import check_top_n
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
-from bge_rerank_integrations.server.dialects.fields import read_flag, read_model, read_number
+from bge_rerank_integrations.server.dialects.fields import (
+    EXAMPLE_QUERY,
+    EXAMPLE_TEXTS,
+    read_flag,
+    read_model,
+    read_number,
+)
 from bge_rerank_integrations.validation import check_requests, check_timeout
 
 
@@ -62,5 +68,6 @@ NATIVE: Final = Dialect(
         },
         "timeout_s": {"type": ["number", "null"], "minimum": 0},
     },
+    example={"requests": [[EXAMPLE_QUERY, EXAMPLE_TEXTS]], "top_n": 1},
     required=("requests",),
 )

@@ -7,6 +7,9 @@ from typing import Any, Final
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import (
     DOCUMENTS_SCHEMA,
+    EXAMPLE_QUERY,
+    EXAMPLE_TEXTS,
+    MODEL_SCHEMA,
     TEXT_SCHEMA,
     read_model,
     read_text,
@@ -37,10 +40,18 @@ NVIDIA: Final = Dialect(
     render=_render,
     error=plain_error,
     fields={
-        "model": {"type": ["string", "null"]},
+        "model": MODEL_SCHEMA,
         "query": {"anyOf": [TEXT_SCHEMA, {"type": "object", "properties": {"text": TEXT_SCHEMA}}]},
         "passages": DOCUMENTS_SCHEMA,
-        "truncate": {"enum": ["NONE", "START", "END", None]},
+        "truncate": {
+            "type": ["string", "null"],
+            "enum": ["NONE", "START", "END", None],
+            "description": "NONE refuses texts that are too long; the others cut the end",
+        },
+    },
+    example={
+        "query": {"text": EXAMPLE_QUERY},
+        "passages": [{"text": text} for text in EXAMPLE_TEXTS],
     },
     required=("query", "passages"),
 )

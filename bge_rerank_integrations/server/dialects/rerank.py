@@ -8,9 +8,14 @@ from typing import Any, Final
 from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, openai_error
 from bge_rerank_integrations.server.dialects.fields import (
+    ACTIVATION_SCHEMA,
     COUNT_SCHEMA,
     DOCUMENTS_SCHEMA,
-    FLAG_SCHEMA,
+    EXAMPLE_QUERY,
+    EXAMPLE_TEXTS,
+    MODEL_SCHEMA,
+    RAW_SCORES_SCHEMA,
+    RETURN_TEXTS_SCHEMA,
     TEXT_SCHEMA,
     read_count,
     read_flag,
@@ -20,14 +25,18 @@ from bge_rerank_integrations.server.dialects.fields import (
 )
 
 _FIELDS: Final = {
-    "model": {"type": ["string", "null"]},
+    "model": MODEL_SCHEMA,
     "query": TEXT_SCHEMA,
     "documents": DOCUMENTS_SCHEMA,
     "top_n": COUNT_SCHEMA,
-    "return_documents": FLAG_SCHEMA,
-    "raw_scores": FLAG_SCHEMA,
-    "use_activation": FLAG_SCHEMA,
-    "rank_fields": {"type": ["array", "null"], "items": {"type": "string"}},
+    "return_documents": RETURN_TEXTS_SCHEMA,
+    "raw_scores": RAW_SCORES_SCHEMA,
+    "use_activation": ACTIVATION_SCHEMA,
+    "rank_fields": {
+        "type": ["array", "null"],
+        "items": {"type": "string"},
+        "description": "fields of document objects to score; null is `text`",
+    },
 }
 
 
@@ -88,12 +97,15 @@ def _results(reply: Reply, document: Any) -> Iterator[dict[str, Any]]:
         yield result
 
 
+_EXAMPLE: Final = {"query": EXAMPLE_QUERY, "documents": EXAMPLE_TEXTS, "top_n": 1}
+
 RERANK: Final = Dialect(
     name="rerank",
     parse=_parse,
     render=_render,
     error=openai_error,
     fields=_FIELDS,
+    example=_EXAMPLE,
     required=("query", "documents"),
 )
 INFINITY: Final = Dialect(
@@ -102,5 +114,6 @@ INFINITY: Final = Dialect(
     render=_render_infinity,
     error=openai_error,
     fields=_FIELDS,
+    example=_EXAMPLE,
     required=("query", "documents"),
 )

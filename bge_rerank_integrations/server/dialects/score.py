@@ -7,8 +7,11 @@ from typing import Any, Final
 from bge_rerank_integrations.errors import InputError
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, openai_error
 from bge_rerank_integrations.server.dialects.fields import (
+    ACTIVATION_SCHEMA,
     DOCUMENTS_SCHEMA,
-    FLAG_SCHEMA,
+    EXAMPLE_QUERY,
+    EXAMPLE_TEXTS,
+    MODEL_SCHEMA,
     TEXT_SCHEMA,
     read_flag,
     read_model,
@@ -67,8 +70,9 @@ SCORE: Final = Dialect(
     render=_render,
     error=openai_error,
     fields={
-        "model": {"type": ["string", "null"]},
+        "model": MODEL_SCHEMA,
         **{name: _TEXTS_SCHEMA for names in _NAMES for name in names},
-        "use_activation": FLAG_SCHEMA,
+        "use_activation": ACTIVATION_SCHEMA,
     },
+    example={"text_1": EXAMPLE_QUERY, "text_2": EXAMPLE_TEXTS},
 )

@@ -7,7 +7,11 @@ from typing import Any, Final
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import (
     DOCUMENTS_SCHEMA,
+    EXAMPLE_QUERY,
+    EXAMPLE_TEXTS,
     FLAG_SCHEMA,
+    RAW_SCORES_SCHEMA,
+    RETURN_TEXTS_SCHEMA,
     TEXT_SCHEMA,
     read_flag,
     read_text,
@@ -44,10 +48,11 @@ TEI: Final = Dialect(
     fields={
         "query": TEXT_SCHEMA,
         "texts": DOCUMENTS_SCHEMA,
-        "raw_scores": FLAG_SCHEMA,
-        "return_text": FLAG_SCHEMA,
-        "truncate": FLAG_SCHEMA,
+        "raw_scores": RAW_SCORES_SCHEMA,
+        "return_text": RETURN_TEXTS_SCHEMA,
+        "truncate": {**FLAG_SCHEMA, "description": "ignored; long texts are always cut"},
     },
+    example={"query": EXAMPLE_QUERY, "texts": EXAMPLE_TEXTS},
     required=("query", "texts"),
     matches=lambda body: "texts" in body,
     invalid_status=422,

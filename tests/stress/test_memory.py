@@ -1,4 +1,4 @@
-"""Figures 12 and 18: memory use."""
+"""Memory over many requests, and of a long job."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from benchmarks.stress.common import PATIENCE_S, Bench, Outcome
+import pytest
+
 from bge_rerank_integrations import Scorer
+from tests.stress.common import PATIENCE_S, Bench, check
 
 MAX_GROWTH: Final = 0.05
 MAX_ABOVE_MODEL_MB: Final = 300.0
@@ -40,27 +42,26 @@ RANK: Final = """
 """
 
 
-def memory_growth(bench: Bench) -> Outcome:
-    """Check that a process does not grow over many requests with different lengths and passages."""
-    num_requests = bench.count(100_000)
+@pytest.mark.stress
+def test_memory_does_not_grow_over_requests_of_varying_shape(bench: Bench) -> None:
+    num_requests = 100_000
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         loaded, warm, grown = pool.submit(
             _memory_over_requests, bench.checkpoint, bench.phrases(), num_requests
         ).result()
     growth = grown / warm - 1
-    return Outcome(
+    check(
         growth <= MAX_GROWTH,
         f"{num_requests} requests: {loaded / 2**20:.0f} MiB before the first, {warm / 2**20:.0f} MiB after a "
         f"fifth of them, {grown / 2**20:.0f} MiB at the end: {100 * growth:+.1f} %",
     )
 
 
-def memory_of_a_job(bench: Bench) -> Outcome:
-    """Check that `bge-rerank rank` on a file of short pairs needs little memory in addition to the model."""
-    if not Path("/proc/self/statm").exists():
-        return Outcome(True, "not measured: this system does not report the memory of another process")
+@pytest.mark.stress
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the memory of another process")
+def test_a_job_of_100_000_pairs_needs_little_memory(bench: Bench) -> None:
     source, output = bench.folder / "job.jsonl", bench.folder / "ranked.jsonl"
-    num_rows, phrases = bench.count(2000), bench.phrases()
+    num_rows, phrases = 2000, bench.phrases()
     with source.open("w", encoding="utf-8") as file:
         for row in range(num_rows):
             passages = [f"{phrases[(row + n) % len(phrases)]} {row} {n}" for n in range(50)]
@@ -75,7 +76,7 @@ def memory_of_a_job(bench: Bench) -> Outcome:
     with output.open(encoding="utf-8") as file:
         num_ranked = sum(1 for _ in file)
     above_mb = (peak - loaded) / 1e6
-    return Outcome(
+    check(
         status == 0 and num_ranked == num_rows and above_mb <= MAX_ABOVE_MODEL_MB,
         f"{num_ranked * 50} pairs: {loaded / 1e6:.0f} MB with the model loaded, {peak / 1e6:.0f} MB at the "
         f"peak: {above_mb:+.0f} MB",

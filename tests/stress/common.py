@@ -1,4 +1,4 @@
-"""Helpers that the stress figures share."""
+"""The model and texts that the stress tests share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,34 +19,21 @@ MAX_DIFFERENCE: Final = 1e-5
 PATIENCE_S: Final = 60.0
 
 
-class Outcome(NamedTuple):
-    """The result of a figure."""
-
-    passed: bool
-    measured: str
-
-
 @dataclass(frozen=True)
 class Bench:
-    """The model and texts that the figures share.
+    """The model and texts that the stress tests share.
 
     Attributes:
         folder: Temporary folder.
         checkpoint: Folder of a small model with random weights.
         scorer: The same model, loaded on the CPU in float32.
         texts: Passages in English and Chinese.
-        scale: Factor for the number of repetitions.
     """
 
     folder: Path
     checkpoint: Path
     scorer: Scorer
     texts: list[str]
-    scale: float
-
-    def count(self, full: int) -> int:
-        """Return a number of repetitions multiplied by the scale, at least 1."""
-        return max(1, round(full * self.scale))
 
     def passages(self, count: int) -> list[str]:
         """Return `count` distinct passages."""
@@ -85,3 +72,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return the largest absolute difference between two lists of scores."""
     return max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def check(holds: bool, measured: str) -> None:
+    """Print what a test measured, and fail the test unless it holds."""
+    print(f"\n{measured}")
+    assert holds, measured

@@ -1,4 +1,4 @@
-"""Figure 11: damaged and hostile checkpoints."""
+"""Damaged and hostile checkpoints are refused, and none of their code runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.stress.common import Bench, Outcome, read_tensors
+import pytest
+
 from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.errors import CheckpointError
+from tests.stress.common import Bench, check, read_tensors
 
 
 class Canary:
@@ -26,18 +28,18 @@ class Canary:
         return Path.touch, (self.path,)
 
 
-def bad_checkpoints(bench: Bench) -> Outcome:
-    """Check that damaged and hostile checkpoints are refused and that none of their code runs."""
+@pytest.mark.stress
+def test_damaged_and_hostile_checkpoints_are_refused(bench: Bench) -> None:
     folder = Path(shutil.copytree(bench.checkpoint, bench.folder / "damaged"))
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     rng = random.Random(9)
-    count = bench.count(25)
+    count = 25
     pinned = [_is_refused(folder, damage, rng, sha256) for damage in [_truncate, _flip_any] * count]
     plain = [_is_refused(folder, damage, rng) for damage in [_truncate, _flip_header, _make_infinite] * count]
     flips = [_is_refused(folder, _flip_weight, rng) for _ in range(2 * count)]
     mark = bench.folder / "executed"
     hostile = [_is_hostile_refused(bench, make, mark) for make in HOSTILE]
-    return Outcome(
+    check(
         all(pinned) and all(plain) and all(hostile) and not mark.exists(),
         f"refused: with sha256, {sum(pinned)} of {len(pinned)} damaged files; without it, {sum(plain)} of "
         f"{len(plain)} files that were truncated, had a damaged header or were not finite; {sum(hostile)} "

@@ -1,4 +1,4 @@
-"""Figure 13: texts and secrets do not appear in logs, errors or dumps."""
+"""Texts and secrets do not appear in logs, errors or dumps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import pytest
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from benchmarks.stress.common import Bench, Outcome, overflowing_checkpoint
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer
 from bge_rerank_integrations.errors import RerankError
+from tests.stress.common import Bench, check, overflowing_checkpoint
 
 
-def canaries(bench: Bench) -> Outcome:
-    """Look for words of a query, a document and a hub token in places where they must not appear."""
+@pytest.mark.stress
+def test_no_text_or_secret_is_shown(bench: Bench) -> None:
     query, document, token = (f"{kind}canary{secrets.token_hex(8)}" for kind in ("q", "d", "t"))
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = token
@@ -36,7 +37,7 @@ def canaries(bench: Bench) -> Outcome:
     found = Counter(where for where, text in shown for canary in (query, document, token) if canary in text)
     kinds = Counter(where for where, _ in shown)
     looked_at = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if kind != "logs")
-    return Outcome(
+    check(
         not found and len(logs) > 0 and kinds["exceptions"] > 10,
         f"found in {looked_at} and {len(logs)} log records: {dict(found) if found else 'none'}",
     )
