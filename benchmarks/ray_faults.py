@@ -84,7 +84,7 @@ class _Job:
             *(sys.executable, "-m", "bge_rerank_integrations.cli", "rank", "--ray=local"),
             *(str(folder / "in"), "-o", str(self._output), "--model", setup.model, "--device", setup.device),
             *("--dtype", "float32", "--num-threads", "1", "--num-actors", str(_NUM_ACTORS)),
-            *("--cpus-per-actor", "0.25", "--rows-per-block", str(ROWS_PER_BLOCK)),
+            *("--rows-per-block", str(ROWS_PER_BLOCK)),
         ]
 
     def run_with_kills(self, rng: random.Random) -> tuple[int, int]:
