@@ -1,6 +1,6 @@
 """Compare this package's speed and memory with its peers, and faster precisions with float32.
 
-    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,device,serve,ray} ...
+    python -m benchmarks {speed,length,linear,memory,fidelity,gpu,device,ray,serve} ...
 
 `benchmarks/README.md` explains what is compared and how to read the output.
 """

@@ -60,9 +60,9 @@ class RemoteScorer(OwnScorer):
     can use one instance. It has one pool of connections for sync calls, and one for each event loop.
 
     An HTTP request is repeated if the connection fails, if the server answers with status 429, 502, 503 or
-    504, or if a proxy answers with status 500. The delay before the next attempt is the one in the header
-    `Retry-After`, or a random delay that grows with each attempt. No attempt starts after the timeout of the
-    call. A long list of passages is sent in several HTTP requests, one after the other.
+    504, or if a proxy answers 500. The delay before the next attempt is the one in the header `Retry-After`,
+    or a random delay that grows with each attempt. No attempt starts after the timeout of the call. A long
+    list of passages is sent in several HTTP requests, one after the other.
 
     A copy is the same object. A pickle contains the settings but not the API key. The unpickled scorer reads
     the key from the environment.

@@ -408,7 +408,6 @@ class Scorer(OwnScorer):
         Raises:
             RerankError: For the same reasons as `score`.
         """
-        self._require_pipeline().warmup()
         self.score([("warm up", "short"), ("warm up", "long " * self.config.max_length)])
 
     async def awarmup(self) -> None:

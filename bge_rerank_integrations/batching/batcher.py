@@ -57,7 +57,7 @@ class MicroBatcher:
     Example:
         >>> replica = Replica(runner.launch, lambda: runner.max_batch_tokens)
         >>> MicroBatcher([replica]).submit([np.array([0, 2, 2, 2], dtype=np.int32)]).result()
-        [-...]
+        [7.7...]
     """
 
     def __init__(

@@ -188,12 +188,6 @@ class Pipeline:
             if running is not None:
                 running.future.cancel()
 
-    def warmup(self) -> None:
-        """Do the one-time work of the devices, so that no later request waits for it."""
-        self._batcher.check_open()
-        for runner in self.runners:
-            runner.warmup()
-
     def stats(self) -> ScorerStats:
         """Return counts and durations since the pipeline was created."""
         return self._batcher.stats(

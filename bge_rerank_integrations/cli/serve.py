@@ -82,7 +82,8 @@ def serve(
 
     The server works with clients of Cohere, Jina, Text Embeddings Inference, vLLM,
     Infinity, Voyage and NVIDIA, and with `RemoteScorer`. Scores are from 0 to 1
-    unless a request asks for raw logits.
+    unless a request asks for raw logits. Open the server's address in a
+    browser to see what reranking changes.
 
     Other machines can connect only with an API key, which is read from
     BGE_RERANK_API_KEY or a file. After SIGTERM the server accepts no new requests.

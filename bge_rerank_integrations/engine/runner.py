@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -22,6 +22,7 @@ from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
+from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
@@ -76,7 +77,7 @@ class Runner:
         num_threads: Number of CPU threads that compute; None for torch's current setting.
         transfer: Copies to and from the device, and limits how many batches run at once; None for a
             `PlainTransfer`.
-        graphs: Replays small batches as CUDA graphs instead of calling `forward`, once they are captured.
+        graphs: Replays small batches as CUDA graphs instead of calling `forward`, if they are captured.
 
     Attributes:
         device: The device that the batches run on.
@@ -111,12 +112,6 @@ class Runner:
         self._graphs = graphs
         self._lock = threading.Lock()
         self.depth = self._transfer.depth
-
-    def warmup(self) -> None:
-        """Capture CUDA graphs where they are supported. Without this call, batches run without graphs."""
-        if self._graphs is not None:
-            with self._lock, self._on_device():
-                self._graphs.capture()
 
     def limit_batch_time(self, max_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
         """Lower the token budget so that a batch takes at most about 50 ms, as far as the device needs that.
@@ -163,7 +158,7 @@ class Runner:
         # for each run of equal lengths.
         positions = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         try:
-            with self._lock, _cpu_threads(self._num_threads), self._on_device():
+            with self._lock, _cpu_threads(self._num_threads), on_device(self.device):
                 read = self._launch([sequences[index] for index in positions])
                 self._grow()
             return Pending(read, positions)
@@ -202,10 +197,6 @@ class Runner:
         logits = self._forward(batch) if graphs is None else graphs(batch)
         # Drop the logits of the sequences that only padded the batch.
         return self._transfer.download(logits[: len(sequences)])
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Make the device current for this thread: Triton kernels and new streams use the current device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _grow(self) -> None:
         if self.max_batch_tokens < self._full_budget:

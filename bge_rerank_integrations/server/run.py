@@ -29,6 +29,9 @@ logger = logging.getLogger("bge_rerank_integrations.server")
 _BACKLOG: Final = 2048
 # Time in seconds that clients have to read their responses after the drain.
 _LAST_RESPONSES_S: Final = 2
+# Seconds that an idle connection stays open. A client that sends on a connection in the moment in which the
+# server closes it gets no response, so clients and load balancers must close first. They do after 5 to 60 s.
+_KEEP_ALIVE_S: Final = 75
 # More open files than any number of connections that one process serves.
 _MAX_OPEN_FILES: Final = 1 << 16
 
@@ -70,6 +73,7 @@ def run_server(
         lifespan="on",
         server_header=False,
         ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_LAST_RESPONSES_S,
     )
     with _listen(host, port) as listener:

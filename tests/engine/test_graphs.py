@@ -137,15 +137,15 @@ def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: 
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
     small, large = random_ids([20, 30], 100), random_ids([256], 100)
     expected = score_all(runner, small)
-    assert recorded.num_captured == recorded.num_replayed == 0, "only a warm-up captures graphs"
-    runner.warmup()
+    assert recorded.num_captured == recorded.num_replayed == 0, "only `capture` captures graphs"
+    graphs.capture()
     before = recorded.num_replayed
     assert max_difference(score_all(runner, small), expected) <= LOGIT_TOLERANCE[torch.float32]
     assert recorded.num_replayed == before + 1
     score_all(runner, large)
     assert recorded.num_replayed == before + 1
-    runner.warmup()
-    assert recorded.num_captured == len(plan_buckets(512, 200)), "the second warm-up captures nothing"
+    graphs.capture()
+    assert recorded.num_captured == len(plan_buckets(512, 200)), "the second call captures nothing"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_a_failed_capture_discards_all_graphs_and_is_logged_once(
     graphs = graphs_of(model, capture)
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
     expected = score_all(runner, random_ids([20, 30], 100))
-    runner.warmup()
-    runner.warmup()
+    graphs.capture()
+    graphs.capture()
     assert graphs.num_captured == 0
     assert caplog.text.count("CUDA graphs are disabled") == 1
     assert str(error) in caplog.text

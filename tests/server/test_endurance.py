@@ -35,6 +35,7 @@ from tests.support.tolerances import LOGIT_TOLERANCE
 QUERY = "what does a giant panda eat?"
 RIGHT = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
 GRACE_S = 30.0
+TIMEOUT_S = 300.0  # not even a busy machine takes so long for one request
 MAX_BODY_BYTES = 64 * 1024
 TOLERANCE = max(LOGIT_TOLERANCE.values())
 
@@ -88,7 +89,7 @@ class Clients:
 
     async def run(self, num_clients: int) -> None:
         async with httpx.AsyncClient(
-            base_url=self.url, timeout=120, limits=httpx.Limits(max_connections=None)
+            base_url=self.url, timeout=3 * TIMEOUT_S, limits=httpx.Limits(max_connections=None)
         ) as client:
             await asyncio.gather(*(self._work(client) for _ in range(num_clients)))
 
@@ -120,7 +121,8 @@ class Clients:
                 await asyncio.sleep(0.05)  # nobody has seen this request, so it is sent again
                 continue
             except httpx.TransportError:
-                assert self.is_restarting, "a connection closed without a response"
+                if not self.is_restarting:
+                    raise
                 self.ends.unanswered.add(name)
                 self.ends.counts["connection closed by the restart"] += 1
                 return
@@ -167,6 +169,7 @@ async def test_nothing_is_lost_even_by_a_restart(
     options = (
         *("--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"),
         *("--max-body-mb", str(MAX_BODY_BYTES / 2**20), "--grace-s", str(GRACE_S)),
+        *("--timeout-s", str(TIMEOUT_S)),
     )
     with ExitStack() as stack:
         first = stack.enter_context(serving(*options, key=KEY))

@@ -402,12 +402,13 @@ def drop(page: Page, files: dict[str, bytes]) -> None:
     transfer = page.evaluate_handle(
         """files => {
             const transfer = new DataTransfer();
-            for (const [name, bytes] of Object.entries(files)) {
-                transfer.items.add(new File([new Uint8Array(bytes)], name));
+            for (const [name, base64] of Object.entries(files)) {
+                const bytes = Uint8Array.from(atob(base64), character => character.charCodeAt(0));
+                transfer.items.add(new File([bytes], name));
             }
             return transfer;
         }""",
-        {name: list(content) for name, content in files.items()},
+        {name: base64.b64encode(content).decode() for name, content in files.items()},
     )
     for kind in ("dragenter", "dragover", "drop"):
         page.dispatch_event("#drop", kind, {"dataTransfer": transfer})
@@ -542,7 +543,7 @@ def test_a_request_that_is_too_large(embedded: Scorer, open_page: Open) -> None:
     with running(create_app(embedded, ServerSettings(max_body_mb=0.05))) as url:
         page = open_page(url + SMALL, may_fail=True)
         settled(page)
-        fill(page, QUERY, "x" * 1_000_000)
+        fill(page, QUERY, "x" * 100_000)
         rerank(page)
         assert error_of(page) == "The request body is larger than 52428 bytes, the server's limit."
         fill(page, QUERY, "one\ntwo")
@@ -614,6 +615,24 @@ def test_answers_of_others(status: int, body: str, message: str, url: str, open_
     page.route("**/v1/rank", lambda route: route.fulfill(status=status, body=body))
     rerank(page)
     assert error_of(page).startswith(message)
+
+
+def test_input_that_changes_while_it_is_ranked(open_page: Open) -> None:
+    """The results are those of the input that was sent."""
+    held = HeldScorer(is_held=False)
+    with running(create_app(held)) as url:  # type: ignore[arg-type]
+        page = open_page(url)
+        settled(page)
+        held.is_held = True
+        rerank(page)
+        wait_until(lambda: held.num_calls == 2)
+        page.get_by_role("button", name="Remove").click()
+        page.get_by_role("textbox", name="Passages").fill("something else")
+        held.is_held = False
+        settled(page)
+        assert len(order(page)) == 30
+        assert "BM25 order" in page.locator(".before-head").inner_text()
+        assert "something else" not in page.locator("pre").inner_text()
 
 
 def test_stopping(open_page: Open) -> None:

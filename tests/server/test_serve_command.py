@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -15,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from bge_rerank_integrations.cli.app import main
-from tests.support.serve_command import serving
+from tests.support.serve_command import PATIENCE_S, serving
 from tests.support.servers import wait_until
 
 KEY = "KEY-CANARY-5678"
@@ -85,6 +87,19 @@ def test_accepted_requests_are_finished_or_get_status_503(grace_s: float, checkp
         assert {answer.status_code for answer in answers} <= {200, 503}
         assert 503 in {answer.status_code for answer in answers}
         assert all(answer.json() for answer in answers)
+
+
+def test_an_idle_connection_stays_open_longer_than_clients_keep_it(checkpoint: Path) -> None:
+    """httpx reuses a connection for 5 seconds, which is also when uvicorn closes one by default."""
+    with serving("--model", str(checkpoint), "--device", "cpu") as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
+        connection.auto_open = 0  # so that a closed connection is an error
+        connection.connect()
+        for pause_s in (7.0, 0.0):
+            connection.request("GET", "/health/live")
+            assert connection.getresponse().read()
+            time.sleep(pause_s)
+        connection.close()
 
 
 def test_a_signal_while_the_model_is_loaded(checkpoint: Path) -> None:

@@ -49,6 +49,7 @@ def _everything_shown(bench: Bench, query: str, document: str) -> Iterator[tuple
     with ExitStack() as stack:
         scorer = stack.enter_context(Scorer(bench.checkpoint, device="cpu"))
         broken = stack.enter_context(Scorer(folder, device="cpu"))
+        refusing = stack.enter_context(Scorer(bench.checkpoint, device="cpu", blank_passages="refuse"))
         narrow = stack.enter_context(Scorer(bench.checkpoint, device="cpu", max_queued_tokens=5))
         langchain = BGEReranker(model=str(bench.checkpoint), device="cpu")
         llama_index = BGERerankPostprocessor(model=str(bench.checkpoint), device="cpu")
@@ -79,9 +80,7 @@ def _everything_shown(bench: Bench, query: str, document: str) -> Iterator[tuple
                     update={"document_template": "{title}{page_content}"}
                 ).compress_documents(documents, query),
                 lambda: llama_index.postprocess_nodes([*nodes, document], query_str=query),  # type: ignore[list-item]
-                lambda: llama_index.postprocess_nodes(
-                    [*nodes, NodeWithScore(node=TextNode(text=""))], query_str=query
-                ),
+                lambda: refusing.rank(query, [document, ""]),
                 lambda: BGEReranker(top_n=document),  # type: ignore[arg-type]
                 lambda: BGERerankPostprocessor(top_n=document),  # type: ignore[arg-type]
                 lambda: Scorer("nobody/nothing", local_files_only=True, cache_folder=str(bench.folder)),
@@ -99,19 +98,19 @@ def _everything_shown(bench: Bench, query: str, document: str) -> Iterator[tuple
 
 
 def _errors_shown(calls: Iterable[Callable[[], object]]) -> Iterator[tuple[str, str]]:
-    for call in calls:
-        error = _error_of(call)
+    for number, call in enumerate(calls):
+        error = _error_of(call, number)
         yield "exceptions", repr(error) + "".join(traceback.format_exception(error))
         if isinstance(error, RerankError):
             yield "pickles", pickle.dumps(error, protocol=2).decode("latin-1")
 
 
-def _error_of(call: Callable[[], object]) -> Exception:
+def _error_of(call: Callable[[], object], number: int) -> Exception:
     try:
         call()
     except Exception as error:
         return error
-    raise AssertionError("a call that must fail succeeded")
+    raise AssertionError(f"call {number}, which must fail, succeeded")
 
 
 @contextmanager

@@ -109,6 +109,7 @@ async function run() {
   hideError();
   const input = currentInput();
   const ranked = passages();
+  const firstStage = loaded?.example ? "BM25 order" : "input order";
   if (!input.query) return missing(queryField, "Write a question first.");
   if (!ranked.length) return missing(textField, "Add at least one passage.");
   const own = (running = new AbortController());
@@ -118,7 +119,7 @@ async function run() {
     const texts = ranked.map(({ text }) => text);
     const answer = await rank(input.query, texts, { key: keyField.value, signal: own.signal });
     showServer(answer.model, "ready");
-    showResults(input, ranked, answer);
+    showResults(input, ranked, firstStage, answer);
   } catch (error) {
     if (error instanceof RequestError) showRequestError(error);
     else if (error.name !== "AbortError") throw error;
@@ -150,7 +151,7 @@ function missing(field, message) {
 
 // ---- Results
 
-function showResults(input, ranked, answer) {
+function showResults(input, ranked, firstStage, answer) {
   const rows = toRows(ranked, answer.passages);
   const { num_tokens: tokens, num_truncated: truncated, num_truncated_queries: cutQueries } = answer.counts;
   const first = rows[0];
@@ -176,7 +177,7 @@ function showResults(input, ranked, answer) {
       element("dl", { class: "figures" }, ...figures.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
     ),
     ...(cutQueries ? [element("p", { class: "notice" }, "The question is too long. The model did not read its end.")] : []),
-    element("div", { class: "card" }, comparison(rows, loaded?.example ? "BM25 order" : "input order")),
+    element("div", { class: "card" }, comparison(rows, firstStage)),
     element("div", { class: "card" }, ...sharing(input, ranked, keyField.value !== "")),
   );
   byId("summary").textContent =
