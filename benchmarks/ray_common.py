@@ -33,7 +33,7 @@ _PAIRS_PER_QUERY: Final = 50
 
 
 def make_pairs(setup: Setup, num_pairs: int, seed: int) -> Pairs:
-    """Generate pairs of mixed lengths, 50 for each query."""
+    """Generate pairs of 32 tokens, 50 for each query."""
     maker = PairMaker(setup.tokenizer_path)
     pairs: Pairs = []
     while len(pairs) < num_pairs:
