@@ -6,13 +6,14 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Awaitable, Generator, Iterable, Iterator, Sequence
 from itertools import count, groupby
 from typing import Any, Final, NamedTuple, TypeVar
 
 from bge_rerank_integrations.errors import (
     ConfigError,
     DeviceLostError,
+    InputError,
     NonFiniteScoreError,
     QueueFullError,
     RemoteError,
@@ -30,9 +31,10 @@ try:
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
+from bge_rerank_integrations.protocols import OwnScorer
 from bge_rerank_integrations.ranking import Ranking, check_threshold, check_top_n
-from bge_rerank_integrations.scorer import OwnScorer
-from bge_rerank_integrations.splitting import Fragment, merge_rankings, split_requests
+from bge_rerank_integrations.runtime.steps import arun_steps, run_steps
+from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
 from bge_rerank_integrations.validation import (
     acheck_stream,
     check_pairs,
@@ -150,7 +152,7 @@ class ServeScorer(OwnScorer):
             RequestTimeoutError: The call did not finish within its timeout.
             RerankError: For the same reasons as `Scorer.score`.
         """
-        return _drive(self._score(pairs, _deadline(timeout)), self._do)
+        return run_steps(self._score(pairs, _deadline(timeout)), self._do)
 
     async def ascore(
         self,
@@ -164,10 +166,10 @@ class ServeScorer(OwnScorer):
         """
         deadline = _deadline(timeout)
         if not isinstance(pairs, AsyncIterable):
-            return await _adrive(self._score(pairs, deadline), self._ado)
+            return await arun_steps(self._score(pairs, deadline), self._ado)
         scores: list[float] = []
         async for chunk in acheck_stream(pairs, _MAX_PAIRS):
-            scores += await _adrive(self._score_chunk(chunk, deadline, len(scores)), self._ado)
+            scores += await arun_steps(self._score_chunk(chunk, deadline, len(scores)), self._ado)
         return scores
 
     def rank(
@@ -198,7 +200,7 @@ class ServeScorer(OwnScorer):
             InputError: An argument has the wrong type or is out of range; `.index` says which passage.
             RerankError: For the same reasons as `score`.
         """
-        return _drive(self._rank(query, passages, top_n, threshold, timeout, normalize), self._do)
+        return run_steps(self._rank(query, passages, top_n, threshold, timeout, normalize), self._do)
 
     async def arank(
         self,
@@ -212,7 +214,7 @@ class ServeScorer(OwnScorer):
     ) -> Ranking:
         """Do the same as `rank` without blocking the event loop."""
         steps = self._rank(query, passages, top_n, threshold, timeout, normalize)
-        return await _adrive(steps, self._ado)
+        return await arun_steps(steps, self._ado)
 
     def rank_many(
         self,
@@ -239,7 +241,7 @@ class ServeScorer(OwnScorer):
             InputError: For the same reasons as `rank`; `.index` says which request.
             RerankError: For the same reasons as `score`.
         """
-        return _drive(self._rank_many(requests, top_n, threshold, timeout, normalize), self._do)
+        return run_steps(self._rank_many(requests, top_n, threshold, timeout, normalize), self._do)
 
     async def arank_many(
         self,
@@ -251,7 +253,7 @@ class ServeScorer(OwnScorer):
         normalize: bool | None = None,
     ) -> list[Ranking]:
         """Do the same as `rank_many` without blocking the event loop."""
-        return await _adrive(self._rank_many(requests, top_n, threshold, timeout, normalize), self._ado)
+        return await arun_steps(self._rank_many(requests, top_n, threshold, timeout, normalize), self._ado)
 
     def __repr__(self) -> str:
         return f"ServeScorer(app={self._handle.app_name!r})"
@@ -304,7 +306,8 @@ class ServeScorer(OwnScorer):
         normalize: bool | None,
     ) -> _Steps[list[Ranking]]:
         selection = self._selection(top_n, threshold, normalize)
-        return (yield from self._rank_checked(check_requests(requests), selection, _deadline(timeout)))
+        checked = check_requests(requests)
+        return (yield from self._rank_checked(checked, selection, _deadline(timeout), names_request=True))
 
     def _selection(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> _Selection:
         check_top_n(top_n)
@@ -320,6 +323,7 @@ class ServeScorer(OwnScorer):
         *,
         only_scores: bool = False,
         start: int = 0,
+        names_request: bool = False,
     ) -> _Steps[list[Ranking]]:
         """Rank requests in as many calls to replicas as it takes.
 
@@ -329,6 +333,8 @@ class ServeScorer(OwnScorer):
             deadline: End of the call's time on the monotonic clock.
             only_scores: Score every pair as `score` does.
             start: Index of the first pair, for errors.
+            names_request: Whether the index of an error is the position of the request. Otherwise it is that
+                of the passage.
         """
         ranked: list[tuple[Fragment, Ranking]] = []
         for part in split_requests(requests, max_pairs=_MAX_PAIRS, max_characters=_MAX_CHARACTERS):
@@ -345,6 +351,8 @@ class ServeScorer(OwnScorer):
                 raise NonFiniteScoreError(
                     f"the model's score of pair {index} is not finite", index=index
                 ) from None
+            except InputError as error:
+                raise error_of_call(error, part, names_request=names_request) from None
             ranked.extend(zip(part, rankings, strict=True))
             start += sum(len(fragment.passages) for fragment in part)
         # Replicas return raw logits, because the order depends on them. The scale is applied here.
@@ -433,28 +441,6 @@ def _error_of(error: Exception) -> RerankError:
     if isinstance(cause, RayActorError | RayServeException):
         return ServerUnreachableError(f"the replica cannot be reached ({type(cause).__name__})")
     return RemoteError(f"the replica failed ({type(cause).__name__})")
-
-
-def _drive(steps: _Steps[T], do: Callable[[_Call | _Sleep], _Outcome]) -> T:
-    outcome: _Outcome = None
-    while True:
-        try:
-            step = steps.send(outcome)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        outcome = do(step)
-
-
-async def _adrive(steps: _Steps[T], do: Callable[[_Call | _Sleep], Awaitable[_Outcome]]) -> T:
-    outcome: _Outcome = None
-    while True:
-        try:
-            step = steps.send(outcome)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        outcome = await do(step)
 
 
 def _deadline(timeout: float | None) -> float | None:

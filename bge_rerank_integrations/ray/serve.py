@@ -109,6 +109,7 @@ class ServeArguments(BaseModel):
     long_passages: LongPassages = "truncate"
     window_overlap_tokens: int = DEFAULT_WINDOW_OVERLAP
     blank_passages: BlankPassages = "last"
+    capture_graphs: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> "ServeArguments":

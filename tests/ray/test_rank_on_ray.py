@@ -98,7 +98,7 @@ def test_a_folder_of_jsonl_files(on: list[str], tmp_path: Path) -> None:
     assert "is already complete" in flat(again.output)
     other = run("rank", "--ray", source, "-o", output, "--top-n", 1, *on)
     assert other.exit_code == 1
-    assert "other settings (return_texts, top_n)" in flat(other.output)
+    assert "other settings (return_texts, --top-n)" in flat(other.output)
 
 
 def test_a_folder_of_parquet_files(on: list[str], checkpoint: Path, scorer: Scorer, tmp_path: Path) -> None:
