@@ -20,9 +20,9 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    """Start Ray on this machine, and stop it after the last test."""
+    """Start Ray on this machine, and stop it after the last test of this folder."""
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
     from ray.data import DataContext
 
