@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
 import pyarrow.parquet as pq
+from ray import serve
 
 from examples import ray_batch, ray_serve_langchain
 
@@ -29,7 +30,10 @@ def test_a_batch_over_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_langchain_app_on_serve(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ray_serve_langchain.main(["What do giant pandas eat?", "--num-replicas", "1"]) == 0
+    try:
+        assert ray_serve_langchain.main(["What do giant pandas eat?", "--num-replicas", "1"]) == 0
+    finally:
+        serve.shutdown()  # other tests start Serve on a port of their own
     first, *others = [line for line in capsys.readouterr().out.splitlines() if line.endswith("...")]
     assert "giant panda" in first.lower()
     assert len(others) == 2
