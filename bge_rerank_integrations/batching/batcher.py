@@ -233,12 +233,6 @@ class MicroBatcher:
                 del self._workers[replica]
             return None
 
-    def computed(self, worker: Worker) -> None:
-        """See `Work`."""
-        with self._changed:
-            worker.num_computing -= 1
-            self._changed.notify_all()
-
     def complete(self, worker: Worker, batch: Batch, logits: list[float], compute_s: float) -> None:
         """See `Work`."""
         with self._changed:
@@ -246,6 +240,7 @@ class MicroBatcher:
                 return  # the worker has died, or its device was lost, and the sequences are queued again
             # The loss of the device does not affect this batch any more. The death of the worker does.
             worker.answering.append(batch)
+            self._changed.notify_all()  # the device may be idle now
             self._recorder.computed(
                 num_requests=len(batch),
                 num_pairs=len(logits),
@@ -258,14 +253,11 @@ class MicroBatcher:
         values = iter(logits)
         for request, indices in batch.items():
             self._report(request, {index: next(values) for index in indices})
-        with self._changed:
-            _remove(worker.answering, batch)
-            self._changed.notify_all()
+        self._end_answers(worker, batch)
 
     def put_back(self, worker: Worker, batch: Batch) -> None:
         """See `Work`."""
         with self._changed:
-            worker.num_computing -= 1
             worker.needs_memory = len(worker.running) > 1
             if _remove(worker.running, batch):
                 self._queue_again(batch)
@@ -278,7 +270,6 @@ class MicroBatcher:
             self._lose(worker, error)
             return
         with self._changed:
-            worker.num_computing -= 1
             if not _remove(worker.running, batch):
                 return
             if len(batch) > 1:
@@ -289,9 +280,7 @@ class MicroBatcher:
             worker.answering.append(batch)
         for request in batch:
             self._fail(request, error)
-        with self._changed:
-            _remove(worker.answering, batch)
-            self._changed.notify_all()
+        self._end_answers(worker, batch)
 
     def remove(self, worker: Worker) -> None:
         """See `Work`."""
@@ -344,7 +333,7 @@ class MicroBatcher:
 
     def _is_worth_launching(self, worker: Worker) -> bool:
         """Return whether to launch a batch now. A device that is idle always gets one."""
-        if not worker.num_computing:
+        if not worker.running:
             return True
         if self._num_others_idle(worker.replica):
             return False  # they take what waits
@@ -362,12 +351,11 @@ class MicroBatcher:
 
     def _take(self, worker: Worker) -> Batch:
         # Idle devices share the waiting tokens. If all devices are busy, all of them share.
-        others = self._num_others_idle(worker.replica)
-        num_sharing = len(self._replicas) if worker.num_computing else others + 1
+        num_idle = self._num_others_idle(worker.replica) + 1
+        num_sharing = len(self._replicas) if worker.running else num_idle
         max_tokens = min(worker.replica.max_batch_tokens(), self._queue.even_share(num_sharing))
         batch = self._queue.take(max_tokens)
         worker.running.append(batch)
-        worker.num_computing += 1
         worker.needs_memory = False
         now = time.monotonic()
         for request in batch:
@@ -416,6 +404,11 @@ class MicroBatcher:
                 f"{self._queue.num_tokens} tokens are waiting and this request has at least {num_tokens}; "
                 f"max_queued_tokens is {limit}"
             )
+
+    def _end_answers(self, worker: Worker, batch: Batch) -> None:
+        with self._changed:
+            _remove(worker.answering, batch)
+            self._changed.notify_all()
 
     # --- how requests end --------------------------------------------------------------------------------
 

@@ -82,9 +82,6 @@ class Work(Protocol):
     def next_batch(self, worker: Worker) -> Batch | None:
         """Wait for the next batch and add it to `worker.running`. None means that the worker must end."""
 
-    def computed(self, worker: Worker) -> None:
-        """Record that the device is done with a batch, so that another may be launched."""
-
     def complete(self, worker: Worker, batch: Batch, logits: list[float], compute_s: float) -> None:
         """Give the logits of a batch to its requests."""
 
@@ -115,9 +112,8 @@ class Worker:
 
     Attributes:
         replica: The replica that this worker serves.
-        running: The batches that were launched and have no result yet.
+        running: The batches that the device has not finished.
         answering: The batches whose results are being given to their requests.
-        num_computing: Number of batches that the device has not finished.
         needs_memory: Whether the last launch did not fit into memory beside other batches. The next batch is
             launched only when the device is empty.
     """
@@ -126,7 +122,6 @@ class Worker:
         self.replica = replica
         self.running: list[Batch] = []
         self.answering: list[Batch] = []
-        self.num_computing = 0
         self.needs_memory = False
         self._work = work
         self._launched: SimpleQueue[_Launched | None] = SimpleQueue()
@@ -208,7 +203,6 @@ class Worker:
         now = time.monotonic()
         compute_s = now - max(launched_at, self._device_free_at)
         self._device_free_at = now
-        self._work.computed(self)
         self._work.complete(self, batch, logits, compute_s)
 
 
