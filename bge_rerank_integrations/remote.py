@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from bge_rerank_integrations.errors import (
-    ConfigError,
-    InputError,
-    NonFiniteScoreError,
-    RequestTimeoutError,
-    ScorerClosedError,
-)
+from bge_rerank_integrations.divided_calls import MAX_PAIRS, DividedCalls, Failure, Part, deadline_of
+from bge_rerank_integrations.errors import ConfigError, ScorerClosedError
 from bge_rerank_integrations.protocols import OwnScorer
-from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
-from bge_rerank_integrations.remote_transport import Send, Sleep, Steps, Transport
+from bge_rerank_integrations.ranking import Ranking
+from bge_rerank_integrations.remote_transport import Outcome, Send, Transport
 from bge_rerank_integrations.remote_wire import (
     Answer,
     ApiKey,
@@ -30,27 +22,13 @@ from bge_rerank_integrations.remote_wire import (
     raise_unusable,
     retry_delay,
 )
-from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
-from bge_rerank_integrations.validation import (
-    acheck_stream,
-    check_pairs,
-    check_passages,
-    check_query,
-    check_requests,
-    check_stream,
-    check_timeout,
-    group_pairs,
-)
+from bge_rerank_integrations.validation import acheck_stream
 
 if TYPE_CHECKING:
     import httpx
 
 _API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
 _PATH: Final = "/v1/rank"
-
-# Limits of one HTTP request. A longer list of pairs is sent in several requests, one after the other.
-_MAX_PAIRS: Final = 1024
-_MAX_CHARACTERS: Final = 1_000_000
 
 
 class RemoteScorer(OwnScorer):
@@ -100,17 +78,20 @@ class RemoteScorer(OwnScorer):
     ) -> None:
         self._base_url = check_base_url(base_url)
         self._key = ApiKey(os.environ.get(_API_KEY_VARIABLE) if api_key is None else api_key)
-        if timeout is not None and not (_is_number(timeout) and 0 < timeout < math.inf):
-            raise ConfigError("timeout must be a positive number of seconds or None")
-        if not isinstance(max_retries, int) or isinstance(max_retries, bool) or max_retries < 0:
-            raise ConfigError("max_retries must be an integer of at least 0")
-        if not isinstance(normalize, bool):
-            raise ConfigError("normalize must be True or False")
         self._timeout = timeout
         self._max_retries = max_retries
         self._normalize = normalize
         self._transport = Transport(self._base_url + _PATH, self._key, client, async_client)
         self._is_closed = False
+        self._calls: DividedCalls[Send, Outcome] = DividedCalls(
+            _send,
+            _read,
+            check_open=self._check_open,
+            timeout=timeout,
+            max_retries=max_retries,
+            normalize=normalize,
+            timed_out="the server did not answer within the timeout",
+        )
 
     def score(self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None) -> list[float]:
         """Score (query, passage) pairs, as `Scorer.score` does.
@@ -135,7 +116,7 @@ class RemoteScorer(OwnScorer):
         Example:
             >>> scores = scorer.score([("what is a panda?", "The giant panda is a bear."), ("hi", "bye")])
         """
-        return self._transport.run(self._score(pairs, _deadline(timeout)))
+        return self._transport.run(self._calls.score(pairs, deadline_of(timeout)))
 
     async def ascore(
         self,
@@ -147,12 +128,12 @@ class RemoteScorer(OwnScorer):
 
         An iterator is read in the caller's task. An iterator that waits should therefore be asynchronous.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_of(timeout)
         if not isinstance(pairs, AsyncIterable):
-            return await self._transport.arun(self._score(pairs, deadline))
+            return await self._transport.arun(self._calls.score(pairs, deadline))
         scores: list[float] = []
-        async for chunk in acheck_stream(pairs, _MAX_PAIRS):
-            scores += await self._transport.arun(self._score_chunk(chunk, deadline, len(scores)))
+        async for chunk in acheck_stream(pairs, MAX_PAIRS):
+            scores += await self._transport.arun(self._calls.score_chunk(chunk, deadline, len(scores)))
         return scores
 
     def rank(
@@ -187,7 +168,7 @@ class RemoteScorer(OwnScorer):
             >>> scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])[0].index
             1
         """
-        return self._transport.run(self._rank_one(query, passages, top_n, threshold, timeout, normalize))
+        return self._transport.run(self._calls.rank(query, passages, top_n, threshold, timeout, normalize))
 
     async def arank(
         self,
@@ -201,7 +182,7 @@ class RemoteScorer(OwnScorer):
     ) -> Ranking:
         """Do the same as `rank` without blocking the event loop."""
         return await self._transport.arun(
-            self._rank_one(query, passages, top_n, threshold, timeout, normalize)
+            self._calls.rank(query, passages, top_n, threshold, timeout, normalize)
         )
 
     def rank_many(
@@ -232,7 +213,7 @@ class RemoteScorer(OwnScorer):
         Example:
             >>> rankings = scorer.rank_many([("panda", ["a bear", "tea"]), ("tea", ["a cup of tea"])])
         """
-        return self._transport.run(self._rank_many(requests, top_n, threshold, timeout, normalize))
+        return self._transport.run(self._calls.rank_many(requests, top_n, threshold, timeout, normalize))
 
     async def arank_many(
         self,
@@ -244,7 +225,9 @@ class RemoteScorer(OwnScorer):
         normalize: bool | None = None,
     ) -> list[Ranking]:
         """Do the same as `rank_many` without blocking the event loop."""
-        return await self._transport.arun(self._rank_many(requests, top_n, threshold, timeout, normalize))
+        return await self._transport.arun(
+            self._calls.rank_many(requests, top_n, threshold, timeout, normalize)
+        )
 
     def to_dict(self) -> dict[str, str | float | bool | None]:
         """Return the settings, without the API key, as a JSON-serializable dict for `from_dict`."""
@@ -308,132 +291,24 @@ class RemoteScorer(OwnScorer):
             raise ConfigError("a RemoteScorer that was created with a client cannot be pickled")
         return RemoteScorer.from_dict, (self.to_dict(),)
 
-    def _score(self, pairs: Iterable[tuple[str, str]], deadline: float | None) -> Steps[list[float]]:
-        chunks: Iterable[list[tuple[str, str]]]
-        # A list is checked before any of it is sent. An iterator can only be checked while it is read.
-        chunks = check_stream(pairs, _MAX_PAIRS) if isinstance(pairs, Iterator) else [check_pairs(pairs)]
-        scores: list[float] = []
-        for chunk in chunks:
-            scores += yield from self._score_chunk(chunk, deadline, len(scores))
-        return scores
-
-    def _score_chunk(
-        self, pairs: list[tuple[str, str]], deadline: float | None, start: int
-    ) -> Steps[list[float]]:
-        requests = group_pairs(pairs)
-        selection = Selection(None, None, self._normalize)
-        rankings = yield from self._rank_checked(requests, selection, deadline, only_scores=True, start=start)
-        in_order = [sorted(ranking, key=lambda passage: passage.index) for ranking in rankings]
-        return [passage.score for ranking in in_order for passage in ranking]
-
-    def _rank_one(
-        self,
-        query: str,
-        passages: Sequence[str],
-        top_n: int | None,
-        threshold: float | None,
-        timeout: float | None,
-        normalize: bool | None,
-    ) -> Steps[Ranking]:
-        selection = self._select(top_n, threshold, normalize)
-        texts = check_passages(passages)
-        rankings = yield from self._rank_checked([(check_query(query), texts)], selection, _deadline(timeout))
-        return rankings[0]
-
-    def _rank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        top_n: int | None,
-        threshold: float | None,
-        timeout: float | None,
-        normalize: bool | None,
-    ) -> Steps[list[Ranking]]:
-        selection = self._select(top_n, threshold, normalize)
-        checked = check_requests(requests)
-        return (yield from self._rank_checked(checked, selection, _deadline(timeout), names_request=True))
-
-    def _select(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> Selection:
-        scale = self._normalize if normalize is None else normalize
-        return check_selection(top_n, threshold, normalize=scale)
-
-    def _rank_checked(
-        self,
-        requests: Sequence[tuple[str, list[str]]],
-        selection: Selection,
-        deadline: float | None,
-        *,
-        names_request: bool = False,
-        only_scores: bool = False,
-        start: int = 0,
-    ) -> Steps[list[Ranking]]:
-        """Rank requests with as many HTTP requests as necessary.
-
-        Args:
-            requests: The checked (query, passages) requests.
-            selection: The passages to keep of each ranking, and the scale of the scores.
-            deadline: The end of the call, by `time.monotonic`. None is no limit.
-            names_request: Whether the index of an `InputError` is the position of the request. Otherwise it
-                is the position of the passage.
-            only_scores: Whether to score all pairs as `score` does, including those with a blank passage.
-            start: Index of the first pair, for error messages.
-        """
+    def _check_open(self) -> None:
         if self._is_closed:
             raise ScorerClosedError("this scorer is closed; create a new one")
-        ranked: list[tuple[Fragment, Ranking]] = []
-        for part in split_requests(requests, max_pairs=_MAX_PAIRS, max_characters=_MAX_CHARACTERS):
-            body = {
-                "requests": [(fragment.query, fragment.passages) for fragment in part],
-                "top_n": selection.top_n,
-                "only_scores": only_scores,
-            }
-            try:
-                rankings = yield from self._exchange(body, deadline)
-            except NonFiniteScoreError as error:
-                index = start + (error.index or 0)
-                raise NonFiniteScoreError(
-                    f"the model's score of pair {index} is not finite", index=index
-                ) from None
-            except InputError as error:
-                raise error_of_call(error, part, names_request=names_request) from None
-            if len(rankings) != len(part):
-                raise_unusable()
-            ranked.extend(zip(part, rankings, strict=True))
-            start += sum(len(fragment.passages) for fragment in part)
-        # The server returns logits, because they decide the order. The sigmoid is applied here.
-        return merge_rankings(
-            len(requests),
-            ranked,
-            top_n=selection.top_n,
-            threshold=selection.threshold,
-            normalize=selection.normalize,
-        )
-
-    def _exchange(self, body: Mapping[str, Any], deadline: float | None) -> Steps[list[Ranking]]:
-        """Post a body, repeat it after failures, and return the rankings of the response."""
-        own_deadline = _deadline(self._timeout)
-        deadlines = [each for each in (deadline, own_deadline) if each is not None]
-        for attempt in count():
-            left_s = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
-            if left_s == 0:
-                raise RequestTimeoutError("the server did not answer within the timeout")
-            content = json.dumps({**body, "timeout_s": left_s}, ensure_ascii=False)
-            # A lone surrogate is sent unchanged. The server treats it like a local scorer does.
-            outcome = yield Send(content.encode("utf-8", "surrogatepass"), left_s)
-            if isinstance(outcome, Answer) and outcome.status == 200:
-                return parse_rankings(outcome.content)
-            error = error_of(outcome)
-            delay_s = retry_delay(outcome, error, attempt)
-            left_s = min(deadlines) - time.monotonic() if deadlines else math.inf
-            if delay_s is None or attempt >= self._max_retries or delay_s >= left_s:
-                raise error from (outcome if isinstance(outcome, Exception) else None)
-            yield Sleep(delay_s)
-        raise AssertionError("unreachable")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _send(part: Part, timeout_s: float | None) -> Send:
+    content = json.dumps({**part._asdict(), "timeout_s": timeout_s}, ensure_ascii=False)
+    # A lone surrogate is sent unchanged. The server treats it like a local scorer does.
+    return Send(content.encode("utf-8", "surrogatepass"), timeout_s)
 
 
-def _deadline(timeout: float | None) -> float | None:
-    check_timeout(timeout)
-    return None if timeout is None else time.monotonic() + timeout
+def _read(part: Part, outcome: Outcome, attempt: int) -> list[Ranking] | Failure:
+    if isinstance(outcome, Answer) and outcome.status == 200:
+        rankings = parse_rankings(outcome.content)
+        if len(rankings) != len(part.requests):
+            raise_unusable()
+        return rankings
+    error = error_of(outcome)
+    if isinstance(outcome, Exception):
+        error.__cause__ = outcome
+    return Failure(error, retry_delay(outcome, error, attempt))

@@ -18,7 +18,7 @@ except ImportError as error:
     raise missing_extra("remote", "httpx") from error
 
 from bge_rerank_integrations.remote_wire import Answer, ApiKey, raise_unusable
-from bge_rerank_integrations.runtime.steps import arun_steps, run_steps
+from bge_rerank_integrations.runtime.steps import Sleep, arun_steps, run_steps
 
 T = TypeVar("T")
 
@@ -30,14 +30,8 @@ class Send(NamedTuple):
     timeout_s: float | None
 
 
-class Sleep(NamedTuple):
-    """A step of a call: wait for some seconds."""
-
-    seconds: float
-
-
-Outcome = Answer | httpx.TransportError | None
-"""The result of a step: a response, or the error of the connection. It is None after `Sleep`."""
+Outcome = Answer | httpx.TransportError
+"""The result of a step: a response, or the error of the connection."""
 
 Steps = Generator[Send | Sleep, Outcome, T]
 """A call as a generator of steps; see `runtime.steps`."""
@@ -92,10 +86,7 @@ class Transport:
         if client is not None:
             await client.aclose()
 
-    def _take(self, step: Send | Sleep) -> Outcome:
-        if isinstance(step, Sleep):
-            time.sleep(step.seconds)
-            return None
+    def _take(self, step: Send) -> Outcome:
         deadline = None if step.timeout_s is None else time.monotonic() + step.timeout_s
         try:
             with self._sync_client().stream("POST", self._url, **self._options(step)) as response:
@@ -111,10 +102,7 @@ class Transport:
         except httpx.TransportError as error:
             return error
 
-    async def _atake(self, step: Send | Sleep) -> Outcome:
-        if isinstance(step, Sleep):
-            await asyncio.sleep(step.seconds)
-            return None
+    async def _atake(self, step: Send) -> Outcome:
         post = self._async_client().post(self._url, **self._options(step))
         try:
             response = await asyncio.wait_for(post, step.timeout_s)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
+from bge_rerank_integrations.divided_calls import random_delay_s
 from bge_rerank_integrations.errors import (
     AuthenticationError,
     ConfigError,
@@ -37,8 +37,6 @@ from bge_rerank_integrations.ranking import RankedPassage, Ranking
 # A URL that ends with one of these names is an endpoint and not a base URL.
 _ENDPOINTS: Final = frozenset({"rank", "rerank", "ranking", "score", "models"})
 _RETRIED_STATUSES: Final = frozenset({429, 502, 503, 504})
-_FIRST_DELAY_S: Final = 0.25
-_MAX_DELAY_S: Final = 8.0
 _MAX_MESSAGE_CHARACTERS: Final = 500
 
 # The errors of the server that are raised here as errors of the same class.
@@ -123,7 +121,7 @@ def check_base_url(base_url: str) -> str:
     return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
 
 
-def error_of(outcome: Answer | httpx.TransportError | None) -> RerankError:
+def error_of(outcome: Answer | httpx.TransportError) -> RerankError:
     """Return the error of this package for a failed attempt."""
     if isinstance(outcome, httpx.TimeoutException):
         return RequestTimeoutError("the server did not answer within the timeout")
@@ -150,11 +148,9 @@ def _error_fields(content: bytes) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def retry_delay(
-    outcome: Answer | httpx.TransportError | None, error: RerankError, attempt: int
-) -> float | None:
+def retry_delay(outcome: Answer | httpx.TransportError, error: RerankError, attempt: int) -> float | None:
     """Return the delay in seconds before the next attempt, or None if the error is final."""
-    own: float = min(_FIRST_DELAY_S * 2.0**attempt, _MAX_DELAY_S) * random.uniform(0.5, 1.0)
+    own = random_delay_s(attempt)
     if isinstance(error, RequestTimeoutError) and _was_ours(outcome):
         return None  # another attempt would take as long
     if isinstance(outcome, Answer):
@@ -169,7 +165,7 @@ def retry_delay(
     return own
 
 
-def _was_ours(outcome: Answer | httpx.TransportError | None) -> bool:
+def _was_ours(outcome: Answer | httpx.TransportError) -> bool:
     return not isinstance(outcome, Answer) or "type" in _error_fields(outcome.content)
 
 

@@ -50,6 +50,7 @@ ROWS = [
     "llama_index",
     "telemetry",
     "splitting",
+    "divided_calls",
     "remote_wire",
     "remote_transport",
     "remote",

@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from bge_rerank_integrations import divided_calls
 from bge_rerank_integrations.errors import (
     ConfigError,
     InputError,
@@ -27,7 +28,6 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
 from bge_rerank_integrations.ray import ServeScorer
-from bge_rerank_integrations.ray import scorer as module
 
 CANARY = "CANARY"
 
@@ -64,7 +64,7 @@ class Stub(ServeScorer):
     def _send(self, call: Any) -> Any:
         ranked = [
             Ranking([RankedPassage(index, 0.0) for index in range(len(passages))])
-            for _, passages in call.requests
+            for _, passages in call.part.requests
         ]
         self.responses.append(Response(self.outcomes.pop(0) if self.outcomes else ranked))
         return self.responses[-1]
@@ -72,7 +72,7 @@ class Stub(ServeScorer):
 
 @pytest.fixture
 def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(divided_calls, "_FIRST_DELAY_S", 0.001)
 
 
 def raised_by_replica(error: Exception) -> RayTaskError:

@@ -26,7 +26,7 @@ from bge_rerank_integrations import (
     RemoteScorer,
     Scorer,
     SupportsRank,
-    remote_wire,
+    divided_calls,
 )
 from bge_rerank_integrations.errors import (
     AuthenticationError,
@@ -316,7 +316,7 @@ def refused(status: int, type_: str, **more: Any) -> httpx.Response:
 @pytest.fixture
 def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make delays between attempts short."""
-    monkeypatch.setattr(remote_wire, "_FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(divided_calls, "_FIRST_DELAY_S", 0.001)
 
 
 RETRIED = [
