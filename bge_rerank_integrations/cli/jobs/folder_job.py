@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
-
+from bge_rerank_integrations.cli.jobs.job_record import JobRecord
 from bge_rerank_integrations.errors import DatasetError
 
 # Spark, Hadoop and their readers use this name for a complete folder.
@@ -50,11 +48,9 @@ class FolderJob:
             raise DatasetError(f"{output} contains the input; choose another output folder")
         self.checkpoint = output.with_name(output.name + ".checkpoint")
         self._output = output
-        self._record = output.with_name(output.name + ".job.json")
-        self._lock = FileLock(output.with_name(output.name + ".lock"), timeout=0)
         self._overwrite = overwrite
         inputs = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        self._settings = json.loads(json.dumps({**settings, "inputs": inputs}))
+        self._record = JobRecord(output, {**settings, "inputs": inputs})
 
     def __enter__(self) -> FolderJob:
         """Lock the output folder.
@@ -62,15 +58,12 @@ class FolderJob:
         Raises:
             DatasetError: Another process has locked it.
         """
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise DatasetError(f"another process is writing {self._output}") from error
+        self._record.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Unlock the output folder."""
-        self._lock.release()
+        self._record.__exit__(*exc_info)
 
     def begin(self) -> bool:
         """Start or resume the job.
@@ -83,16 +76,14 @@ class FolderJob:
         """
         if self._overwrite:
             self._delete()
-        elif self._record.exists():
-            self._check()
+        elif self._record.path.exists():
+            self._record.check("use the same settings and inputs, another output folder, or --overwrite")
             if (self._output / _COMPLETE).exists():
                 return False
         elif self._output.exists() and any(self._output.iterdir()):
             raise DatasetError(f"{self._output} is not empty; choose another output folder")
         # The record comes first, so that a folder with results always has one.
-        temporary = self._record.with_name(self._record.name + ".tmp")
-        temporary.write_text(json.dumps(self._settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(self._record)
+        self._record.write()
         return True
 
     @property
@@ -108,25 +99,10 @@ class FolderJob:
 
     def _delete(self) -> None:
         if self._output.exists() and any(self._output.iterdir()):
-            if not self._record.exists():
+            if not self._record.path.exists():
                 raise DatasetError(
                     f"{self._output} is not empty and was not written by a ranking job; choose another "
                     "output folder"
                 )
             shutil.rmtree(self._output)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
-
-    def _check(self) -> None:
-        try:
-            recorded = json.loads(self._record.read_text(encoding="utf-8"))
-        except ValueError:
-            recorded = None
-        if not isinstance(recorded, dict):
-            raise DatasetError(f"{self._record} is damaged; use --overwrite to start from the beginning")
-        names = {*recorded, *self._settings}
-        differing = sorted(name for name in names if recorded.get(name) != self._settings.get(name))
-        if differing:
-            raise DatasetError(
-                f"{self._output} was started with other settings ({', '.join(differing)}); use the same "
-                "settings and inputs, another output folder, or --overwrite"
-            )

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
-
+from bge_rerank_integrations.cli.jobs.job_record import JobRecord, record_path
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.errors import DatasetError
 
@@ -49,15 +48,14 @@ class RankJob:
         output = output.resolve()
         self._output = output
         self._partial = output.with_name(output.name + ".partial")
-        self._record = output.with_name(output.name + ".job.json")
         if output.exists() and not output.is_file():
             raise DatasetError(f"{output} is not a regular file; to write to stdout, give no output file")
-        if input_path is not None and input_path.resolve() in (output, self._partial, self._record):
+        if input_path is not None and input_path.resolve() in (output, self._partial, record_path(output)):
             raise DatasetError(f"{input_path} is the input; choose another output file")
-        self._lock = FileLock(output.with_name(output.name + ".lock"), timeout=0)
+        input_sha256 = None if input_path is None else _sha256(input_path)
+        self._record = JobRecord(output, {**settings, "input_sha256": input_sha256})
         self._can_go_on = input_path is not None
         self._overwrite = overwrite
-        self._settings = {**settings, "input_sha256": None if input_path is None else _sha256(input_path)}
 
     def __enter__(self) -> RankJob:
         """Lock the output file.
@@ -65,15 +63,12 @@ class RankJob:
         Raises:
             DatasetError: Another process has locked it.
         """
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise DatasetError(f"another process is writing {self._output}") from error
+        self._record.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Unlock the output file."""
-        self._lock.release()
+        self._record.__exit__(*exc_info)
 
     def begin(self) -> int | None:
         """Start or resume the job. A row that was only partly written is removed.
@@ -94,7 +89,7 @@ class RankJob:
             self._check()
             if self._output.exists() and not self._partial.exists():
                 return None
-        _write_atomically(self._record, json.dumps(self._settings, indent=1, sort_keys=True) + "\n")
+        self._record.write()
         if not self._partial.exists():
             return 0
         with self._partial.open("r+b") as file:
@@ -133,12 +128,12 @@ class RankJob:
         # shows that the old output does not belong to this job.
         if not self._output.exists() and not self._partial.stat().st_size:
             self._partial.unlink()
-            self._record.unlink()
+            self._record.path.unlink()
 
     def _check(self) -> None:
         if not (self._output.exists() or self._partial.exists()):
             return
-        if not self._record.exists():
+        if not self._record.path.exists():
             raise DatasetError(
                 f"{self._output} already exists and was not written by a ranking job; choose another output "
                 "file or use --overwrite"
@@ -148,19 +143,7 @@ class RankJob:
                 f"{self._output} already exists, and its job cannot be resumed because the input is a "
                 "stream; use an input file or --overwrite"
             )
-        try:
-            recorded = json.loads(self._record.read_text(encoding="utf-8"))
-        except ValueError:
-            recorded = None
-        if not isinstance(recorded, dict):
-            raise DatasetError(f"{self._record} is damaged; use --overwrite to start from the beginning")
-        current = json.loads(json.dumps(self._settings))
-        differing = sorted(key for key in {*recorded, *current} if recorded.get(key) != current.get(key))
-        if differing:
-            raise DatasetError(
-                f"{self._output} was started with other settings ({', '.join(differing)}); use the same "
-                "settings, another output file, or --overwrite"
-            )
+        self._record.check("use the same settings, another output file, or --overwrite")
 
 
 def _sha256(path: Path) -> str:
@@ -172,12 +155,6 @@ def _sha256(path: Path) -> str:
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
