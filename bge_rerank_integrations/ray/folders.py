@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -181,7 +182,7 @@ class _FolderSource(Datasource):
         ]
 
 
-class _CountingSink(BlockBasedFileDatasink):
+class _CountingSink(BlockBasedFileDatasink, ABC):
     """Writes the rows of a task to one file, and counts rows and errors over all tasks."""
 
     written = Written(0, 0)
@@ -196,8 +197,9 @@ class _CountingSink(BlockBasedFileDatasink):
         counts = write_result.write_returns
         self.written = Written(sum(each[0] for each in counts), sum(each[1] for each in counts))
 
+    @abstractmethod
     def num_errors(self, table: pa.Table) -> int:
-        raise NotImplementedError
+        """Return the number of rows with an error."""
 
 
 class _JsonlSink(_CountingSink):

@@ -24,7 +24,7 @@ from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerC
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
-from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, lost, replica, results, sized
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
@@ -54,10 +54,6 @@ def make() -> Iterator[Make]:
 def gates() -> list[Gate]:
     """Return two devices whose batches wait until the test lets them through."""
     return [Gate(), Gate()]
-
-
-def lost() -> RuntimeError:
-    return RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def stats_of(batcher: MicroBatcher) -> ScorerStats:

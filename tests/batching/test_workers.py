@@ -16,7 +16,7 @@ from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.engine.runner import is_device_lost
 from bge_rerank_integrations.errors import DeviceLostError, ScorerClosedError, WorkerDiedError
 from bge_rerank_integrations.text.tokenization import IntArray
-from tests.support.queues import PATIENCE_S, AsyncDevice, Done, firsts, ids, results, sized, wait_until
+from tests.support.queues import PATIENCE_S, AsyncDevice, Done, firsts, ids, lost, results, sized, wait_until
 
 
 @pytest.fixture
@@ -35,10 +35,6 @@ def make() -> Iterator[Callable[..., MicroBatcher]]:
         for device in devices:
             device.finish(1000)
         batcher.close(timeout=1.0)
-
-
-def lost() -> RuntimeError:
-    return RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 # --- the device never waits --------------------------------------------------------------------------

@@ -24,6 +24,11 @@ def sized(value: int, length: int) -> IntArray:
     return np.full(length, value, dtype=np.int32)
 
 
+def lost() -> RuntimeError:
+    """Return an error that means that a device is lost."""
+    return RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def firsts(batch: list[IntArray]) -> list[float]:
     return [float(sequence[0]) for sequence in batch]
 
