@@ -90,7 +90,6 @@ def load_model(
     dtype: str,
     *,
     capture_graphs: bool = True,
-    max_batch_tokens: int | None = None,
     num_threads: int | None = None,
 ) -> DeviceModel:
     """Load this package's model without a tokenizer and a queue.
@@ -104,7 +103,6 @@ def load_model(
         device=setup.device,
         dtype=cast(DType, dtype),
         capture_graphs=capture_graphs,
-        max_batch_tokens=max_batch_tokens,
         num_threads=num_threads,
     )
     device, shape = resolve_device(config), setup.shape()
@@ -193,9 +191,15 @@ def profile_kernels(loaded: DeviceModel, ids: Sequence[bytes]) -> list[dict[str,
                 for batch, _ in prepared.batches:
                     prepared.run(batch)
             synchronize(loaded.device)
+    # An operator has the same device time as the kernels that it launched, so only kernels count on a GPU.
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    measured = "CUDA" if on_gpu else "CPU"
     rows = sorted(
-        ((getattr(event, attribute), event) for event in profiled.key_averages()),
+        (
+            (getattr(event, attribute), event)
+            for event in profiled.key_averages()
+            if event.device_type.name == measured
+        ),
         key=lambda row: -row[0],
     )
     total = sum(microseconds for microseconds, _ in rows) or 1.0

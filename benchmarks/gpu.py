@@ -25,7 +25,6 @@ from benchmarks.speed import compare, print_workload
 from benchmarks.workloads import Workload, WorkloadMaker
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import DType
-from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS
 from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.model import EncoderShape
 
@@ -34,8 +33,8 @@ DEFAULT_CONTENDERS: Final = ["ours", "cross-encoder-best"]
 NUM_TRIAL_PAIRS: Final = 512
 # Number of pairs that the profile covers.
 NUM_PROFILED_PAIRS: Final = 64
-# The largest batch that has a CUDA graph.
-MAX_GRAPH_TOKENS: Final = MAX_ROWS - 1
+# Number of pairs whose time on the device is measured in float32. It is several times slower.
+NUM_FLOAT32_PAIRS: Final = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
                     ceilings = document["ceiling_tflops"]
                     document["throughput"] = _throughput(args, dtypes, setup, maker, missing, ceilings)
                     document["profile"] = _profile(setup, maker, main)
-                    compared = [dtype for dtype in dtypes if not (setup.on_cuda and dtype == "float32")]
-                else:
-                    compared = [main]
-                document["graphs"][shape] = _graphs(args, shape, compared, setup, maker)
+                document["graphs"][shape] = _graphs(args, shape, main, setup, maker)
                 document["latency"][shape] = _latency(args, shape, setup, maker, missing, found)
     return report.end(document, missing=missing, problems=found)
 
@@ -234,7 +230,8 @@ def _throughput(
 def _device_throughput(
     args: argparse.Namespace, dtype: str, setup: Setup, maker: WorkloadMaker, workload: Workload
 ) -> dict[str, Any]:
-    ids = maker.ids(workload.pairs[:NUM_TRIAL_PAIRS])
+    num_pairs = NUM_FLOAT32_PAIRS if dtype == "float32" and setup.on_cuda else NUM_TRIAL_PAIRS
+    ids = maker.ids(workload.pairs[:num_pairs])
     loaded = load_model(setup, dtype)
     seconds = device_seconds(loaded, ids, args.repeats)
     flops = count_flops(setup.shape(), [len(each) // 4 for each in ids])
@@ -285,48 +282,34 @@ def _profile(setup: Setup, maker: WorkloadMaker, dtype: str) -> dict[str, Any]:
 
 
 class Variant(NamedTuple):
-    """A workload with CUDA graphs or without, and the most tokens in one batch."""
+    """A workload with CUDA graphs or without."""
 
     workload: Workload
     capture_graphs: bool
-    max_batch_tokens: int | None
 
     def label(self, dtype: str) -> str:
         """Return a name for a table."""
-        graphs = "graphs" if self.capture_graphs else "no graphs"
-        limit = "" if self.max_batch_tokens is None else f", up to {self.max_batch_tokens} tokens"
-        return f"{self.workload.name}, {dtype}, {graphs}{limit}"
+        return f"{self.workload.name}, {dtype}, {'graphs' if self.capture_graphs else 'no graphs'}"
 
 
 def _graphs(
-    args: argparse.Namespace, shape: str, dtypes: Iterable[str], setup: Setup, maker: WorkloadMaker
+    args: argparse.Namespace, shape: str, dtype: str, setup: Setup, maker: WorkloadMaker
 ) -> list[dict[str, Any]]:
-    """Measure workloads D and A with CUDA graphs and without, on the device alone and from text to scores.
-
-    Workload A has more tokens than the largest graph. It is measured in batches that have graphs, and in one
-    large batch.
-    """
+    """Measure workloads D and A with CUDA graphs and without, on the device alone and from text to scores."""
     num_pairs = min(args.num_pairs, 100)
     few, many = maker.make("D", num_pairs=min(num_pairs, 8)), maker.make("A", num_pairs=num_pairs)
-    variants = [
-        Variant(few, True, MAX_GRAPH_TOKENS),
-        Variant(many, True, MAX_GRAPH_TOKENS),
-        Variant(few, False, MAX_GRAPH_TOKENS),
-        Variant(many, False, MAX_GRAPH_TOKENS),
-        Variant(many, False, None),
-    ]
+    variants = [Variant(workload, graphs) for graphs in (True, False) for workload in (few, many)]
     rows, results = [], []
-    for dtype in dtypes:
-        for variant in variants:
-            result = _variant(args, dtype, variant, setup, maker)
-            results.append(result)
-            cells = [
-                f"{result['graphs']}",
-                f"{result['replayed']} of {result['batches']}",
-                f"{1e3 * result['device_s']:.3f}",
-                f"{1e3 * result['wall_s']:.3f}",
-            ]
-            rows.append((variant.label(dtype), cells))
+    for variant in variants:
+        result = _variant(args, dtype, variant, setup, maker)
+        results.append(result)
+        cells = [
+            f"{result['graphs']}",
+            f"{result['replayed']} of {result['batches']}",
+            f"{1e3 * result['device_s']:.3f}",
+            f"{1e3 * result['wall_s']:.3f}",
+        ]
+        rows.append((variant.label(dtype), cells))
     print(f"{shape}: CUDA graphs; ids on the device, then text to scores")
     report.print_table("medians", ["graphs", "replayed", "device ms", "wall ms"], rows)
     return results
@@ -335,9 +318,9 @@ def _graphs(
 def _variant(
     args: argparse.Namespace, dtype: str, variant: Variant, setup: Setup, maker: WorkloadMaker
 ) -> dict[str, Any]:
-    workload, capture_graphs, max_batch_tokens = variant
+    workload, capture_graphs = variant
     ids = maker.ids(workload.pairs)
-    loaded = load_model(setup, dtype, capture_graphs=capture_graphs, max_batch_tokens=max_batch_tokens)
+    loaded = load_model(setup, dtype, capture_graphs=capture_graphs)
     prepared = prepare(loaded, ids)
     return {
         "workload": workload.name,
@@ -357,7 +340,6 @@ def _text_to_scores(args: argparse.Namespace, setup: Setup, dtype: str, variant:
         device=setup.device,
         dtype=cast(DType, dtype),
         capture_graphs=variant.capture_graphs,
-        max_batch_tokens=variant.max_batch_tokens,
     ) as scorer:
         scorer.score(reworded(variant.workload.pairs, "warm-up"))
         seconds = []

@@ -34,7 +34,7 @@ from bge_rerank_integrations import Scorer
 from bge_rerank_integrations.engine.build import Model
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
-from bge_rerank_integrations.engine.cuda.graphs import Graphs, plan_buckets
+from bge_rerank_integrations.engine.cuda.graphs import Graphs, Times, plan_buckets
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from tests.support.attention import bounds_attention
 from tests.support.engine import CPU
@@ -425,7 +425,7 @@ def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
     assert 0 < len(report["profile"]["kernels"]) <= 15
     assert sum(each["share"] for each in report["profile"]["kernels"]) <= 1 + 1e-9
     graphs = report["graphs"]["tiny"]
-    assert [each["workload"] for each in graphs] == ["D", "A", "D", "A", "A"] * len(dtypes)
+    assert [each["workload"] for each in graphs] == ["D", "A", "D", "A"]
     assert all(each["device_s"] > 0 and each["wall_s"] > 0 and each["replayed"] == 0 for each in graphs)
     assert [workload["name"] for workload in report["latency"]["tiny"]] == ["D", "A", "C"]
     assert "log: attention on cpu in torch.float32: sdpa_attention" in result.stdout
@@ -441,7 +441,14 @@ def test_the_device_only_time_covers_batches_that_graphs_replay() -> None:
         ids = maker.ids(maker.make("A", num_pairs=20).pairs)
         weights = load_weights(setup.plain, shape, device=CPU, dtype=torch.float32)
         forward = PackedCrossEncoder(shape, weights, attention=bounds_attention)
-        graphs = Graphs(forward, device=CPU, padding_idx=1, buckets=plan_buckets(512, 700), capture=capture)
+        graphs = Graphs(
+            forward,
+            device=CPU,
+            padding_idx=1,
+            buckets=plan_buckets(512, 700),
+            capture=capture,
+            measure=lambda function: Times(1.0, 1.0),
+        )
         graphs.capture()
         plain = DeviceModel(Model(forward, int), CPU, 1, 1000)
         graphed = plain._replace(model=Model(forward, int, graphs))

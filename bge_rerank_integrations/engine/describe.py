@@ -56,7 +56,8 @@ class MachineReport:
         linear_reason: What that implementation does.
         between_products: Name of the operators for bias, GELU, residual and norm, which run between matrix
             products. For a fallback it includes the reason.
-        max_graph_tokens: Most tokens in a batch that runs as a CUDA graph; 0 without graphs.
+        max_graph_tokens: Most tokens in a batch that may run as a CUDA graph; 0 without graphs. A device that
+            computes longer than the host launches kernels uses fewer.
         threads: Number of CPU threads that compute.
         threads_reason: Why this number is used.
         cores: Number of CPU cores of the machine.

@@ -29,6 +29,7 @@ from bge_rerank_integrations.engine.attention import (
     reads_tensors_only,
     resolve_attention,
     sdpa_attention,
+    triton_attention,
     varlen_attention,
 )
 from bge_rerank_integrations.engine.attention_trial import try_attention
@@ -175,6 +176,10 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CUDA, torch.float16, 64, {"capability": (8, 0)}, HALF_ON_CUDA),
         (CUDA, torch.bfloat16, 64, {"capability": (9, 0)}, HALF_ON_CUDA),
         (CUDA, torch.bfloat16, 64, {"capability": (9, 0), "flash_3": True}, [flash_attention_3, *HALF_ON_CUDA]),
+        (CUDA, torch.bfloat16, 64, {"capability": (9, 0), "triton": True}, [triton_attention, *HALF_ON_CUDA]),
+        (CUDA, torch.float16, 48, {"capability": (9, 0), "triton": True}, HALF_ON_CUDA),
+        (CUDA, torch.float16, 64, {"capability": (8, 0), "triton": True}, HALF_ON_CUDA),
+        (CUDA, torch.float32, 64, {"capability": (9, 0), "triton": True}, OLDER),
         (CUDA, torch.float16, 64, {"capability": (12, 0), "flash_3": True}, HALF_ON_CUDA),
         (CUDA, torch.float16, 64, {"capability": (8, 6), "flash": False}, OLDER),
         (CUDA, torch.float16, 60, {"capability": (8, 6)}, OLDER),
@@ -203,14 +208,20 @@ def test_candidates_of_each_device(
     monkeypatch.setattr(torch.version, "hip", machine.get("hip"))
     if "num_splits" not in inspect.signature(varlen_attn).parameters:
         expected = [attention for attention in expected if attention is not varlen_attention]
-    found = {"flash_attn_interface": machine.get("flash_3")}
+    found = {"flash_attn_interface": machine.get("flash_3"), "triton": machine.get("triton")}
     monkeypatch.setattr(attention_module, "find_spec", found.get)
     fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]
     assert list(map(name_of, fitting)) == list(map(name_of, expected))
 
 
 def test_kernels_for_whole_batches_can_be_captured() -> None:
-    for attention in (flash_attention_3, flash_attention, varlen_attention, efficient_attention):
+    for attention in (
+        flash_attention_3,
+        triton_attention,
+        flash_attention,
+        varlen_attention,
+        efficient_attention,
+    ):
         assert reads_tensors_only(attention)
     for attention in (sdpa_attention, contiguous_sdpa_attention, product_attention):
         assert not reads_tensors_only(attention)

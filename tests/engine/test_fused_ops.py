@@ -106,10 +106,9 @@ def test_triton_kernels_compile_for_each_generation_of_devices(
         )
 
 
-# A device of capability 8.6 has the least shared memory of all, 99 KB for a program.
 @needs_triton
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
-@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (86, "mma.sync"), (90, "wgmma")])
+@pytest.mark.parametrize(("capability", "instruction"), [(90, "wgmma"), (100, "tcgen05")])
 def test_the_fused_up_projection_compiles_to_tensor_cores(
     capability: int, instruction: str, half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,27 +119,90 @@ def test_the_fused_up_projection_compiles_to_tensor_cores(
     from bge_rerank_integrations.engine.cuda import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    rows, columns, inner = kernels._TILE_ROWS, kernels._TILE_COLUMNS, kernels._TILE_INNER
     constants = {
         "num_inputs": 768,
         "num_outputs": 3072,
-        "tile_rows": kernels._TILE_ROWS,
-        "tile_columns": kernels._TILE_COLUMNS,
-        "tile_inner": kernels._TILE_INNER,
+        "tile_rows": rows,
+        "tile_columns": columns,
+        "tile_inner": inner,
         "group": kernels._GROUP,
     }
+    types = {
+        "x": f"tensordesc<{half}[{rows}, {inner}]>",
+        "weight": f"tensordesc<{half}[{columns}, {inner}]>",
+        "bias": f"*{half}",
+        "out": f"tensordesc<{half}[{rows}, {columns // 2}]>",
+        "num_rows": "i32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
     kernel: Any = kernels._linear_gelu
-    parameters = inspect.signature(kernel.fn).parameters
-    types = {"num_rows": "i32", **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(
-        kernel,
-        {parameter: types.get(parameter, f"*{half}") for parameter in parameters},
-        constexprs=constants,
-        attrs={(place,): [["tt.divisibility", 16]] for place in range(4)},  # the addresses of the tensors
-    )
-    options = {"num_warps": 8, "num_stages": kernels._NUM_STAGES}
+    assert list(types) == list(inspect.signature(kernel.fn).parameters)
+    source = ASTSource(kernel, types, constexprs=constants, attrs={(2,): [["tt.divisibility", 16]]})
+    options = {"num_warps": 8, "num_stages": kernels._NUM_STAGES, **kernels._OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert instruction in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 99 << 10
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"], "the device loads tiles by itself"
+    assert compiled.metadata.shared <= 227 << 10, "more than a program can have"
+
+
+@needs_triton
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_triton_attention_compiles_to_tensor_cores(
+    head_dim: int, half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bge_rerank_integrations.engine.cuda import triton_attention as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel: Any = kernels._attend
+    constants = {
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "block_queries": kernels._BLOCK_QUERIES,
+        "block_keys": kernels._BLOCK_KEYS,
+    }
+    types = {
+        **dict.fromkeys(["q", "k", "v", "out"], f"*{half}"),
+        **dict.fromkeys(["q_bounds", "kv_bounds"], "*i32"),
+        **dict.fromkeys(["num_blocks", "q_stride", "kv_stride", "out_stride"], "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    parameters = list(inspect.signature(kernel.fn).parameters)
+    assert list(types) == parameters
+    aligned = [
+        parameters.index(name) for name in ("q", "k", "v", "out", "q_stride", "kv_stride", "out_stride")
+    ]
+    source = ASTSource(
+        kernel,
+        types,
+        constexprs=constants,
+        attrs={(place,): [["tt.divisibility", 16]] for place in aligned},
+    )
+    options = {
+        "num_warps": kernels._NUM_WARPS,
+        "num_stages": kernels._NUM_STAGES,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma" in compiled.asm["ptx"]
+    assert "st.local" not in compiled.asm["ptx"]
+
+
+@needs_triton
+def test_triton_attention_compiles_no_new_kernel_for_other_batches() -> None:
+    from bge_rerank_integrations.engine.cuda import triton_attention as kernels
+
+    kernel: Any = kernels._attend
+    by_name = {parameter.name: parameter for parameter in kernel.params}
+    assert by_name["num_blocks"].do_not_specialize
+    # These are parts of one upload, and start anywhere in it.
+    assert by_name["q_bounds"].do_not_specialize_on_alignment
+    assert by_name["kv_bounds"].do_not_specialize_on_alignment
 
 
 @needs_triton
@@ -236,9 +298,16 @@ def test_the_time_of_a_device_leaves_out_the_launches(monkeypatch: pytest.Monkey
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "tried"), [((7, 5), False), ((8, 0), True)])
-def test_triton_is_tried_from_capability_8_on(
-    capability: tuple[int, int], tried: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((7, 5), "plain operators (RuntimeError: Triton needs compute capability 8.0, and cuda:0 has 7.5)"),
+        ((8, 0), "Triton"),
+        ((9, 0), "Triton, GELU in the up projection from 2048 rows on"),
+    ],
+)
+def test_kernels_are_tried_where_they_can_work(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -250,17 +319,11 @@ def test_triton_is_tried_from_capability_8_on(
     monkeypatch.setattr(fused_ops, "_triton_ops", compile_kernels)
     monkeypatch.setattr(fused_ops, "on_device", lambda _: nullcontext())
     monkeypatch.setattr(fused_ops, "check_ops", lambda *_, **__: None)
-    monkeypatch.setattr(fused_ops, "choose_linear_gelu", lambda *_: (plain_linear_gelu, 2048))
+    monkeypatch.setattr(fused_ops, "choose_linear_gelu", lambda *_: (F.linear, 2048))
     ops = resolve_fused(torch.device("cuda", 0), torch.float16, (16, 32), quantizing=False)
-    assert calls == (["compile"] if tried else [])
-    if tried:
-        assert ops.name == "Triton, GELU in the up projection from 2048 rows on"
-        assert ops.linear_gelu is plain_linear_gelu
-    else:
-        assert (
-            ops.name
-            == "plain operators (RuntimeError: Triton needs compute capability 8.0, and cuda:0 has 7.5)"
-        )
+    assert calls == (["compile"] if capability >= (8, 0) else [])
+    assert ops.name == name
+    assert (ops.linear_gelu is F.linear) == (capability >= (9, 0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

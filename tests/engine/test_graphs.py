@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -21,6 +22,7 @@ from bge_rerank_integrations.engine.attention import (
     flash_attention,
     flash_attention_3,
     sdpa_attention,
+    triton_attention,
     varlen_attention,
 )
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
@@ -32,8 +34,10 @@ from bge_rerank_integrations.engine.cuda.graphs import (
     CudaCapture,
     Graphs,
     Replay,
+    Times,
     can_capture,
     fill_up,
+    measure_launch,
     plan_buckets,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
@@ -70,11 +74,25 @@ def model(checkpoint: Path) -> PackedCrossEncoder:
     return PackedCrossEncoder(shape, weights, attention=bounds_attention)
 
 
+def slow_launch(function: Callable[[], object]) -> Times:
+    """The device is done as soon as the host has launched everything."""
+    function()
+    return Times(1.0, 1.0)
+
+
 def graphs_of(
-    forward: Callable[[PackedBatch], Tensor], capture: Capture, buckets: list[Bucket] | None = None
+    forward: Callable[[PackedBatch], Tensor],
+    capture: Capture,
+    buckets: list[Bucket] | None = None,
+    measure: Callable[[Callable[[], object]], Times] = slow_launch,
 ) -> Graphs:
     return Graphs(
-        forward, device=CPU, padding_idx=1, buckets=BUCKETS if buckets is None else buckets, capture=capture
+        forward,
+        device=CPU,
+        padding_idx=1,
+        buckets=BUCKETS if buckets is None else buckets,
+        capture=capture,
+        measure=measure,
     )
 
 
@@ -148,6 +166,53 @@ def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: 
     assert recorded.num_captured == len(plan_buckets(512, 200)), "the second call captures nothing"
 
 
+@pytest.mark.parametrize("largest", [0, 128, 512, 896, 1024])
+def test_only_batches_that_the_device_computes_faster_than_the_host_launches_have_graphs(
+    model: PackedCrossEncoder, largest: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stand-in launches in a second, and computes a row in a second by `largest`."""
+    recorded = Recorded()
+    rows: list[int] = []
+
+    def forward(batch: PackedBatch) -> Tensor:
+        rows.append(len(batch.ids))
+        return model(batch)
+
+    def measure(function: Callable[[], object]) -> Times:
+        function()
+        return Times(1.0, max(1.0, rows[-1] / largest if largest else 2.0))
+
+    graphs = graphs_of(forward, recorded, measure=measure)
+    with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
+        graphs.capture()
+    sizes = [bucket.num_rows for bucket in BUCKETS if bucket.num_rows <= largest]
+    assert graphs.num_captured == recorded.num_captured == len(sizes)
+    most = sizes[-1] - 1 if sizes else 0
+    assert f"captured {len(sizes)} CUDA graphs for batches of up to {most} tokens" in caplog.text
+    for num_tokens in (100, 120, 500, 900):
+        padded = graphs.pad(random_ids([num_tokens // 2] * 2, 100))
+        fitting = [size for size in sizes if size > num_tokens]
+        assert sum(map(len, padded)) == (fitting[0] if fitting else num_tokens)
+
+
+def test_the_time_of_a_launch_is_measured_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in launches in 1 s, and computes in 3 s. Its first call takes longer."""
+    now, busy_until, calls = [0.0], [0.0], [0]
+
+    def launch() -> None:
+        assert now[0] >= busy_until[0], "idle"
+        calls[0] += 1
+        now[0] += 10.0 if calls[0] == 1 else 1.0
+        busy_until[0] = now[0] + 2.0
+
+    def synchronize() -> None:
+        now[0] = max(now[0], busy_until[0])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert measure_launch(launch) == Times(launch_s=1.0, total_s=3.0)
+
+
 @pytest.mark.parametrize(
     "error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("not permitted")]
 )
@@ -216,7 +281,8 @@ def test_longer_sequences_run_without_graphs(model: PackedCrossEncoder) -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", [flash_attention_3, flash_attention, varlen_attention, efficient_attention]
+    "attention",
+    [flash_attention_3, triton_attention, flash_attention, varlen_attention, efficient_attention],
 )
 def test_attention_that_reads_only_tensors_can_be_captured_on_cuda(attention: VarlenAttention) -> None:
     assert can_capture(torch.device("cuda"), attention)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bge_rerank_integrations.engine.attention import triton_attention
+from bge_rerank_integrations.engine.attention_trial import try_attention
 from bge_rerank_integrations.engine.blocks import Norm
 from bge_rerank_integrations.engine.cuda.fused_ops import FusedOps
 from bge_rerank_integrations.engine.cuda.linear_gelu import LinearGelu
@@ -114,10 +116,13 @@ def check_interpreted_kernels() -> None:
             check_quantizing(ops, dtype, num_rows, width)
     # The interpreter multiplies the bits of bfloat16 numbers as if they were integers, so leave bfloat16 out.
     for dtype in (torch.float32, torch.float16):
-        for num_rows, width, inner in ((1, 64, 128), (37, 100, 300)):  # the second case fills no tile
+        for num_rows, width, inner in ((1, 64, 128), (37, 104, 296)):  # the second case fills no tile
             check_linear(kernels.linear_gelu, dtype, num_rows, width, inner)
     # More blocks of rows than a group of programs works on.
-    check_linear(kernels.linear_gelu, torch.float16, 1153, 24, 130)
+    check_linear(kernels.linear_gelu, torch.float16, 1153, 24, 264)
     check_values(ops, torch.bfloat16, 1025, 384)
     check_quantizing(ops, torch.bfloat16, 7, 4096)
+    for dtype in (torch.float32, torch.float16):
+        for head_dim in (16, 32, 64, 128):
+            try_attention(triton_attention, torch.device("cpu"), dtype, head_dim, in_graphs=True)
     print("all agree")

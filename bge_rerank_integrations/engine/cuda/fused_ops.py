@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Number of rows that the kernels are tried on. It is odd, since most requests have no round number of rows.
 _NUM_TRIED_ROWS: Final = 7
 _TRITON_CAPABILITY: Final = (8, 0)
+_TILE_COPY_CAPABILITY: Final = (9, 0)
 _LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -114,7 +115,8 @@ def resolve_fused(
             ops = _triton_ops()
             with on_device(device), torch.inference_mode():
                 check_ops(ops, device, dtype, widths, quantizing=quantizing)
-                if not quantizing:  # a row is quantized after all of its GELUs are known
+                # A row is quantized after all of its GELUs are known.
+                if not quantizing and torch.cuda.get_device_capability(device) >= _TILE_COPY_CAPABILITY:
                     ops = _with_linear_gelu(ops, device, dtype, widths)
         except Exception as error:  # the import, the compiler, the driver or the comparison failed
             reason = next(iter(str(error).splitlines()), "")

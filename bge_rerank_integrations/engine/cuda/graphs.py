@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
+import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
@@ -28,19 +29,43 @@ Capture = Callable[[Callable[[], Tensor]], Replay]
 The result returns the same tensor each time, which must be read before the next call.
 """
 
-# Sizes of buckets: multiples of 128, then four sizes between two powers of two. Close sizes waste little work
-# on padding.
-_NUM_ROWS: Final = (128, 256, 384, *(size * step for size in (128, 256, 512) for step in (4, 5, 6, 7)), 4096)
+# Sizes of buckets: multiples of 128, then four sizes between two powers of two, and eight from 4,096 on.
+# Close sizes waste little work on padding.
+_NUM_ROWS: Final = (
+    *(128, 256, 384),
+    *(size * step for size in (128, 256, 512) for step in (4, 5, 6, 7)),
+    *(size * step for size in (512, 1024) for step in range(8, 16)),
+    16_384,
+)
 MAX_ROWS: Final = _NUM_ROWS[-1]
+# A bucket has at most this many sequences, or one per `_TOKENS_PER_SEQUENCE_OF_LARGE` tokens.
 _MAX_SEQUENCES: Final = 128
+_TOKENS_PER_SEQUENCE_OF_LARGE: Final = 64
 # Longest sequence of a bucket. Attention launches blocks for the longest sequence once for each sequence of a
 # bucket. With the 8,192 tokens that some models accept, nearly all of these blocks would have nothing to do.
 _MAX_SEQLEN: Final = 512
 # A bucket has one sequence per this many tokens. Batches of shorter sequences run without a graph, but they
 # are rare, since a sequence contains two texts and four special tokens.
 _TOKENS_PER_SEQUENCE: Final = 16
+# A graph saves time only if the device waits for the host without it. Launching the kernels of a batch then
+# takes at least this share of the time until the device is done.
+_LAUNCH_SHARE: Final = 0.9
+# Two sequences to capture graphs with. Every vocabulary has these ids.
+_EXAMPLES: Final = [np.array([0, 2, 2, 0, 2], dtype=np.int32), np.array([2, 0, 2], dtype=np.int32)]
 # Largest difference of a logit after a capture, in which a library may choose another algorithm.
 _TOLERANCE: Final = 0.05
+
+
+class Times(NamedTuple):
+    """How long an idle device takes for a function.
+
+    Attributes:
+        launch_s: Seconds until the host has launched everything.
+        total_s: Seconds until the device is done.
+    """
+
+    launch_s: float
+    total_s: float
 
 
 class Bucket(NamedTuple):
@@ -75,7 +100,14 @@ def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
     """
     longest = min(max_length, _MAX_SEQLEN)
     return [
-        Bucket(num_rows, min(num_rows // _TOKENS_PER_SEQUENCE, _MAX_SEQUENCES), min(longest, num_rows))
+        Bucket(
+            num_rows,
+            min(
+                num_rows // _TOKENS_PER_SEQUENCE,
+                max(_MAX_SEQUENCES, num_rows // _TOKENS_PER_SEQUENCE_OF_LARGE),
+            ),
+            min(longest, num_rows),
+        )
         for smaller, num_rows in zip((0, *_NUM_ROWS[:-1]), _NUM_ROWS, strict=True)
         if smaller <= max_batch_tokens
     ]
@@ -90,7 +122,9 @@ class Graphs:
     sequence, so all rows are computed in the same way. Every sequence starts at an existing row, the empty
     ones too, since at least one row of padding follows them. Sequences do not affect each other.
 
-    Only `capture` captures graphs, and it captures either all buckets or none.
+    Only `capture` captures graphs. It leaves out large buckets for which the device computes longer than the
+    host launches: there a graph would save nothing, and its padding would cost time. After a failure it
+    captures none.
 
     Args:
         forward: Maps a packed batch to logits [B]. It runs on the device, and depends only on the tensors of
@@ -99,6 +133,7 @@ class Graphs:
         padding_idx: Id of the padding token.
         buckets: The shapes to capture, smallest first.
         capture: Captures a function, as `CudaCapture` does.
+        measure: Runs a function on the idle device and returns its times, as `measure_launch` does.
     """
 
     def __init__(
@@ -109,12 +144,14 @@ class Graphs:
         padding_idx: int,
         buckets: Sequence[Bucket],
         capture: Capture,
+        measure: Callable[[Callable[[], object]], Times],
     ) -> None:
         self._forward = forward
         self._device = device
         self._padding_idx = padding_idx
         self._buckets = buckets
         self._capture = capture
+        self._measure = measure
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._was_tried = False
 
@@ -124,13 +161,16 @@ class Graphs:
         return len(self._captured)
 
     def capture(self) -> None:
-        """Capture a graph for each bucket in the first call. A failure discards all graphs. Never raises."""
+        """Capture graphs in the first call. A failure discards all graphs. Never raises."""
         if self._was_tried:
             return
         self._was_tried = True
         captured: dict[tuple[int, int], _Captured] = {}
         try:
             with on_device(self._device):
+                # The buckets are in order, and from some size on a graph saves nothing.
+                num_useful = bisect_left(self._buckets, True, key=lambda bucket: not self._saves_time(bucket))
+                self._buckets = self._buckets[:num_useful]
                 # Capture the largest bucket first, so that the others reuse its memory.
                 for bucket in reversed(self._buckets):
                     captured[bucket[:2]] = self._capture_bucket(bucket)
@@ -144,11 +184,8 @@ class Graphs:
             captured.clear()
             return
         self._captured = captured
-        logger.info(
-            "captured %d CUDA graphs for batches of up to %d tokens",
-            len(captured),
-            self._buckets[-1].num_rows - 1,
-        )
+        most = self._buckets[-1].num_rows - 1 if captured else 0
+        logger.info("captured %d CUDA graphs for batches of up to %d tokens", len(captured), most)
 
     def pad(self, sequences: Sequence[IntArray]) -> Sequence[IntArray]:
         """Return a batch padded to the shape of a bucket, or the batch itself if no bucket fits."""
@@ -168,15 +205,18 @@ class Graphs:
         captured.fill(batch)
         return captured.replay()
 
+    def _saves_time(self, bucket: Bucket) -> bool:
+        batch = self._pack(bucket, _EXAMPLES)
+        times = self._measure(lambda: self._forward(batch))
+        return times.launch_s >= _LAUNCH_SHARE * times.total_s
+
     def _capture_bucket(self, bucket: Bucket) -> _Captured:
-        # Every vocabulary has these ids.
-        first, second = np.array([0, 2, 2, 0, 2], dtype=np.int32), np.array([2, 0, 2], dtype=np.int32)
-        batch = self._pack(bucket, [first, second])
+        batch = self._pack(bucket, _EXAMPLES)
         seqlens = Seqlens(batch.seqlens.lengths, batch.seqlens.cu_seqlens.clone(), bucket.max_seqlen)
         static = PackedBatch(batch.ids.clone(), batch.positions.clone(), seqlens)
         captured = _Captured(static, self._capture(lambda: self._forward(static)))
         # Compare on other contents than at the capture, to detect a graph that does not read its buffers.
-        others = [second, first, second]
+        others = [*_EXAMPLES[::-1], _EXAMPLES[-1]]
         captured.fill(self._pack(bucket, others))
         expected = self._forward(static)[: len(others)].clone()
         # Leave out the padding: attention may compute anything for an empty sequence.
@@ -199,6 +239,19 @@ def fill_up(sequences: Sequence[IntArray], bucket: Bucket, padding_idx: int) -> 
     if not fillers or num_empty < 0 or max(lengths) > longest:
         return None
     return [*sequences, *[filling[:0]] * num_empty, *fillers]
+
+
+def measure_launch(function: Callable[[], object]) -> Times:
+    """Return the times of a function on the current CUDA device, which must be idle."""
+    launches, totals = [], []
+    for _ in range(3):  # the first pass loads kernels
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        launches.append(time.perf_counter() - began)
+        torch.cuda.synchronize()
+        totals.append(time.perf_counter() - began)
+    return Times(min(launches[1:]), min(totals[1:]))
 
 
 class CudaCapture:

@@ -12,7 +12,13 @@ from bge_rerank_integrations.engine.attention import VarlenAttention
 from bge_rerank_integrations.engine.blocks import Blocks
 from bge_rerank_integrations.engine.cuda.float8 import Float8Blocks, check_float8
 from bge_rerank_integrations.engine.cuda.fused_ops import FusedBlocks, resolve_fused
-from bge_rerank_integrations.engine.cuda.graphs import CudaCapture, Graphs, can_capture, plan_buckets
+from bge_rerank_integrations.engine.cuda.graphs import (
+    CudaCapture,
+    Graphs,
+    can_capture,
+    measure_launch,
+    plan_buckets,
+)
 from bge_rerank_integrations.engine.device import activation_dtype
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch
@@ -60,4 +66,5 @@ def resolve_graphs(
         padding_idx=shape.padding_idx,
         buckets=plan_buckets(longest, max_batch_tokens),
         capture=CudaCapture(device),
+        measure=measure_launch,
     )
