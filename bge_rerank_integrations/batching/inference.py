@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 # A longer request is encoded in parts of this many pairs. The device computes a part while the next one is
 # encoded. The first part is small, so that an idle device starts soon.
-_NUM_FIRST_PAIRS: Final = 64
+_NUM_FIRST_PAIRS: Final = 32
 _NUM_PAIRS_AT_ONCE: Final = 512
 # Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.
 _NUM_TOKENIZERS: Final = 2

@@ -47,9 +47,10 @@ _MAX_SEQLEN: Final = 512
 # A bucket has one sequence per this many tokens. Batches of shorter sequences run without a graph, but they
 # are rare, since a sequence contains two texts and four special tokens.
 _TOKENS_PER_SEQUENCE: Final = 16
-# A graph saves time only if the device waits for the host without it. Launching the kernels of a batch then
-# takes at least this share of the time until the device is done.
-_LAUNCH_SHARE: Final = 0.9
+# A batch gets a graph if launching its kernels one by one takes at least this share of the time until the
+# device is done. Beside other threads of the process, launching takes about twice as long as it does when it
+# is measured, and the device would wait for it.
+_LAUNCH_SHARE: Final = 0.5
 # Two sequences to capture graphs with. Every vocabulary has these ids.
 _EXAMPLES: Final = [np.array([0, 2, 2, 0, 2], dtype=np.int32), np.array([2, 0, 2], dtype=np.int32)]
 # Largest difference of a logit after a capture, in which a library may choose another algorithm.
@@ -122,8 +123,8 @@ class Graphs:
     sequence, so all rows are computed in the same way. Every sequence starts at an existing row, the empty
     ones too, since at least one row of padding follows them. Sequences do not affect each other.
 
-    Only `capture` captures graphs. It leaves out large buckets for which the device computes longer than the
-    host launches: there a graph would save nothing, and its padding would cost time. After a failure it
+    Only `capture` captures graphs. It leaves out large buckets for which the device computes much longer than
+    the host launches: there a graph would save nothing, and its padding would cost time. After a failure it
     captures none.
 
     Args:
