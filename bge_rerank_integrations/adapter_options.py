@@ -123,9 +123,9 @@ class RerankOptions(BaseModel):
             `rerank_truncated` is True if the end of the document did not fit into the model. `rerank_blank`
             is True if the document has nothing to read and was not scored. Other documents get neither key.
             LlamaIndex shows these keys neither to an LLM nor to an embedding model.
-        timeout: Maximum duration of a call in seconds, without the time to load the model. None is no limit.
-            When the timeout expires, the call raises `RequestTimeoutError`, and sequences that have not
-            started are dropped. Call `warmup` to load the model in advance.
+        timeout: Maximum duration of a call in seconds, without the time to load the model. None means no
+            limit. When the timeout expires, the call raises `RequestTimeoutError`, and sequences that have
+            not started are dropped. Call `warmup` to load the model in advance.
         scorer: A scorer of your own: a `Scorer`, a `RemoteScorer`, or an object with the methods `rank` and
             `arank` of `SupportsRank`. None, the default, uses the scorer that the process shares for these
             settings, and loads it at first use. A scorer of your own has its own settings, so the options

@@ -44,7 +44,7 @@ def _copy_value(value: Any) -> Any:
 
 
 def marks_of(passage: RankedPassage) -> dict[str, bool]:
-    """Return the metadata that `mark_unread` adds. It is empty if a foreign scorer does not set the flags."""
+    """Return the metadata that `mark_unread` adds. It is empty if the scorer sets no flags."""
     flags = {
         TRUNCATED_KEY: getattr(passage, "truncated", False),
         BLANK_KEY: getattr(passage, "blank", False),
@@ -53,7 +53,7 @@ def marks_of(passage: RankedPassage) -> dict[str, bool]:
 
 
 def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:
-    """Return the figures of a ranking for traces. Figures that a foreign scorer does not give are None."""
+    """Return the figures of a ranking for traces. Figures that the scorer does not give are None."""
     own = ranked if isinstance(ranked, Ranking) else None
     return {
         "num_pairs": num_pairs,

@@ -92,10 +92,11 @@ class ScorerConfig:
         model: Hub id or local folder of a one-label `XLMRobertaForSequenceClassification`, or `embedded`. The
             name `embedded` stands for the small English reranker that comes with this package. It is not a
             BGE model.
-        revision: Branch, tag or commit on the hub; None is the default branch.
-        sha256: Expected SHA-256 digest of the weights, in 64 lower-case hexadecimal digits; None is no check.
-            The command `cat model*.safetensors | sha256sum`, run in the folder of the checkpoint, prints it.
-        cache_folder: Folder for downloads from the hub; None is the hub library's own cache.
+        revision: Branch, tag or commit on the hub; None means the default branch.
+        sha256: Expected SHA-256 digest of the weights, in 64 lower-case hexadecimal digits; None means no
+            check. The command `cat model*.safetensors | sha256sum`, run in the folder of the checkpoint,
+            prints it.
+        cache_folder: Folder for downloads from the hub; None means the hub library's own cache.
         local_files_only: Use only files that are already on disk, without any network access.
         device: `auto` (the first of CUDA, MPS and CPU that works), `cpu`, `cuda`, `cuda:N` or `mps`.
         devices: Several devices of one kind to use instead of `device`, such as cuda:0 and cuda:1. Each
@@ -111,30 +112,30 @@ class ScorerConfig:
             float32.
         max_length: Maximum length of a pair in tokens, including its four special tokens. The default is 512
             for every model, as in FlagReranker. `bge-reranker-v2-m3` accepts up to 8192.
-        query_max_length: Maximum length of a query in tokens; None is three quarters of `max_length`. A
+        query_max_length: Maximum length of a query in tokens; None means three quarters of `max_length`. A
             longer query is truncated. `Scorer.stats` counts truncated queries, and the first one of a process
             is logged.
         query_truncation_side: End of a long query that is cut off. `right`, the default and FlagReranker's
             rule, keeps the beginning of the query. `left` keeps its end, which suits queries that start with
             a chat history and end with the question. The query instruction is kept in both cases.
-        max_batch_tokens: Maximum number of tokens in one forward pass; None is a value that suits the device.
-            A longer pair is a batch of its own.
-        num_threads: Number of CPU threads for the forward pass; None is torch's number, or fewer if the CPU
-            affinity of the process or the CPU quota of its cgroup allows fewer. A fractional quota is rounded
-            up. A web server with several worker processes needs fewer threads per process. The torch settings
-            of other threads do not change.
-        capture_graphs: Capture CUDA graphs for small batches while the model loads. A graph launches all
+        max_batch_tokens: Maximum number of tokens in one forward pass; None means a value that suits the
+            device. A longer pair is a batch of its own.
+        num_threads: Number of CPU threads for the forward pass; None means torch's number, or fewer if the
+            CPU affinity of the process or the CPU quota of its cgroup allows fewer. A fractional quota is
+            rounded up. A web server with several worker processes needs fewer threads per process. The torch
+            settings of other threads do not change.
+        capture_graphs: Capture CUDA graphs for batches while the model loads. A graph launches all
             kernels of a small batch at once. Loading takes longer and the graphs need memory on the device.
             Devices other than CUDA ignore this setting.
         max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch. With 0,
             the default, an idle device starts at once with everything that is queued.
-        max_queued_tokens: Maximum number of tokens in the queue; None is no limit. A request that exceeds it
-            raises `QueueFullError` immediately.
+        max_queued_tokens: Maximum number of tokens in the queue; None means no limit. A request that exceeds
+            it raises `QueueFullError` immediately.
         normalize: Apply a sigmoid to each score. False, the default, returns raw logits.
-        query_instruction: Text that is put in front of each query, unchanged; None is the checkpoint's
+        query_instruction: Text that is put in front of each query, unchanged; None means the checkpoint's
             default prompt. The default prompt is the one that sentence-transformers saved with the
             checkpoint. If there is none, or if this is an empty string, nothing is put in front.
-        passage_instruction: Text that is put in front of each passage, unchanged; None is no text.
+        passage_instruction: Text that is put in front of each passage, unchanged; None means no text.
         long_passages: How to score a passage that is too long: `truncate` it, or score it in `windows`. Both
             fill the space that the query leaves within `max_length`. `windows` splits the passage into
             overlapping windows of that size and takes the best score.

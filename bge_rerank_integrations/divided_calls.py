@@ -85,11 +85,11 @@ class DividedCalls(Generic[Step, Outcome]):
     """The calls of one scorer, as generators of steps; see `runtime.steps`.
 
     Args:
-        send: Makes the step that sends a part, given the seconds that are left. None is no limit.
+        send: Makes the step that sends a part, given the seconds that are left. None means no limit.
         read: Returns the raw logits of a part, or the failure, given the outcome of the step and the number
             of earlier attempts.
         check_open: Raises an exception if the scorer is closed.
-        timeout: Maximum duration of each part in seconds, repetitions included. None is no limit.
+        timeout: Maximum duration of each part in seconds, repetitions included. None means no limit.
         max_retries: Maximum number of repetitions of one part.
         normalize: Whether to apply a sigmoid to the scores, unless a call says otherwise.
         timed_out: Message of the exception for a part that had no time left.

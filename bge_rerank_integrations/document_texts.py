@@ -21,7 +21,7 @@ def texts_of(
 
     Args:
         documents: Strings, mappings or `Document`s.
-        rank_fields: Names of the fields to put before the text, one line for each. None is all fields of a
+        rank_fields: Names of the fields to put before the text, one line for each. None means all fields of a
             mapping and no field of a `Document`.
         template: A checked template for the texts of `Document`s. None uses `rank_fields`.
 

@@ -13,7 +13,7 @@ RerankError
 ├── DatasetError                        a file of queries, passages, judgements or results is unusable
 ├── DeviceError (RuntimeError)          the device is not available
 │   └── DeviceLostError                 the device failed while it was in use and does not recover
-├── NonFiniteScoreError                 the model returned NaN or infinity; has .index
+├── NonFiniteScoreError (ArithmeticError)  the model returned NaN or infinity; has .index
 ├── QueueFullError                      the queue holds max_queued_tokens; try again later
 ├── RequestTimeoutError (TimeoutError)  the call did not finish within its timeout
 ├── ScorerClosedError (RuntimeError)    the scorer was used after close()

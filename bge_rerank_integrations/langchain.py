@@ -338,7 +338,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
                 if key in metadata:
                     metadata["retrieval_score"] = metadata[key]
                     break
-        metadata[self.score_key] = float(passage.score)  # a foreign scorer may return a NumPy float
+        metadata[self.score_key] = float(passage.score)  # a scorer of the user may return a NumPy float
         return copied
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:

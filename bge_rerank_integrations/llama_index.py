@@ -196,7 +196,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                     "excluded_llm_metadata_keys": _with(node.excluded_llm_metadata_keys, added),
                 }
             )
-        score = float(passage.score)  # a foreign scorer may return a NumPy float
+        score = float(passage.score)  # a scorer of the user may return a NumPy float
         return original.model_copy(update={"node": node, "score": score})
 
 

@@ -45,7 +45,7 @@ class SupportsRank(Protocol):
 
 
 class OwnScorer(ABC):
-    """Base class of `Scorer` and `RemoteScorer`, whose methods accept `timeout` and `normalize`.
+    """Base class of the scorers of this package, whose methods accept `timeout` and `normalize`.
 
     The adapters pass their `normalize` and `timeout` to such a scorer, and rank several requests in one call.
     """

@@ -103,7 +103,7 @@ def check_top_n(top_n: int | None) -> None:
     if not isinstance(top_n, int) or isinstance(top_n, bool):
         raise InputTypeError("top_n must be an integer or None")
     if top_n < 0:
-        raise InputError("top_n must not be negative; None is all, 0 is none")
+        raise InputError("top_n must not be negative; None means all, 0 means none")
 
 
 def check_threshold(threshold: float | None, *, normalize: bool) -> None:

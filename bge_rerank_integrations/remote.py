@@ -39,18 +39,19 @@ class RemoteScorer(OwnScorer):
 
     An HTTP request is repeated if the connection fails, if the server answers with status 429, 502, 503 or
     504, or if a proxy answers 500. The delay before the next attempt is the one in the header `Retry-After`,
-    or a random delay that grows with each attempt. No attempt starts after the timeout of the call. A long
-    list of passages is sent in several HTTP requests, one after the other.
+    or a random delay that grows with each attempt. There are at most `max_retries` repetitions, and none
+    starts after the timeout of the call. A long list of passages is sent in several HTTP requests, one after
+    the other.
 
-    A copy is the same object. A pickle contains the settings but not the API key. The unpickled scorer reads
-    the key from the environment.
+    Copying a scorer returns the scorer itself. A pickle contains the settings but not the API key. The
+    unpickled scorer reads the key from the environment.
 
     Args:
         base_url: Address of the server, such as `https://host:8000`. It may contain a path, for a server
             behind a proxy.
         api_key: The API key of the server, as a string or a `SecretStr`. None uses the environment variable
             `BGE_RERANK_API_KEY`, if it is set.
-        timeout: Maximum duration of each HTTP request in seconds, repetitions included. None is no limit.
+        timeout: Maximum duration of each HTTP request in seconds, repetitions included. None means no limit.
         max_retries: Maximum number of repetitions of one HTTP request.
         normalize: Whether to apply a sigmoid to the scores. The default is False, as in `Scorer`.
         client: A client for the sync methods. It stays open. None creates a client at first use.
@@ -248,7 +249,10 @@ class RemoteScorer(OwnScorer):
         known = {"base_url", "timeout", "max_retries", "normalize"}
         unknown = sorted(set(data) - known)
         if unknown or "base_url" not in data:
-            raise ConfigError(f"the settings must be base_url and of {sorted(known)}; unknown: {unknown}")
+            raise ConfigError(
+                f"base_url is required, and the known settings are {sorted(known)}; unknown settings: "
+                f"{unknown}"
+            )
         return cls(**data)
 
     def close(self) -> None:

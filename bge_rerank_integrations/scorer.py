@@ -194,7 +194,7 @@ class Scorer(OwnScorer):
 
         Args:
             pairs: (query, passage) pairs.
-            timeout: Maximum duration of the call in seconds. None is no limit.
+            timeout: Maximum duration of the call in seconds. None means no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
@@ -272,7 +272,7 @@ class Scorer(OwnScorer):
                 none.
             threshold: Minimum score to return, inclusive. It is on the same scale as the scores: above 0 and
                 at most 1 with normalization, any finite number without. None returns every passage.
-            timeout: Maximum duration of the call in seconds. None is no limit.
+            timeout: Maximum duration of the call in seconds. None means no limit.
             progress: Show a progress bar on stderr.
             normalize: Whether to apply a sigmoid to the scores. None uses the config.
 
@@ -312,7 +312,7 @@ class Scorer(OwnScorer):
             requests: (query, passages) of each request.
             top_n: As in `rank`, for each request.
             threshold: As in `rank`, for each request.
-            timeout: Maximum duration of the whole call in seconds. None is no limit.
+            timeout: Maximum duration of the whole call in seconds. None means no limit.
             progress: Show a progress bar on stderr.
             normalize: As in `rank`.
 
@@ -403,7 +403,7 @@ class Scorer(OwnScorer):
         """Do all one-time work now, so that no later request waits for it.
 
         While the model loads, kernels are chosen and CUDA graphs are captured. This call scores one short and
-        one long pair, for everything that libraries do only once.
+        one long pair, which triggers the one-time work of libraries.
 
         Raises:
             RerankError: For the same reasons as `score`.
@@ -443,7 +443,7 @@ class Scorer(OwnScorer):
 
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
-                requests raise `ScorerClosedError`. None is no limit.
+                requests raise `ScorerClosedError`. None means no limit.
         """
         Scorer._shared.discard(self.config, self)
         if self._pipeline is not None:

@@ -32,6 +32,7 @@ ROWS = [
     "engine.current_device",
     "engine.linear",
     "engine.attention_trial",
+    "engine.cuda.triton_attention",
     "engine.attention",
     "engine.cuda.support",
     "engine.device",
@@ -62,7 +63,7 @@ ROWS = [
 # Libraries, and the modules or folders that may import them.
 ALLOWED_IN = {
     "torch": ["engine."],
-    "triton": ["engine.cuda.triton_kernels"],
+    "triton": ["engine.cuda.triton_attention", "engine.cuda.triton_kernels"],
     "langchain_core": ["document_texts", "langchain", "cli.demo"],
     "flash_attn_interface": ["engine.attention"],
     "llama_index": ["llama_index", "cli.demo"],

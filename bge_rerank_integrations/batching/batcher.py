@@ -40,8 +40,8 @@ class MicroBatcher:
     A batch contains sequences of several requests, up to a number of tokens. Each request ends with a result,
     with an exception, or cancelled.
 
-    Cancelling the future of a request drops its sequences that wait. If a batch fails that several requests
-    share, each of these requests is repeated alone once, so that only the request that causes the error
+    Cancelling the future of a request drops its sequences that wait. If a batch that several requests share
+    fails, each of these requests is repeated once on its own. Only the request that causes the error then
     fails. If a batch does not fit into memory, its sequences go back into the queue, and the next batches are
     smaller. If a device is lost, its replica is no longer used, and its batches go back into the queue. A
     request that loses a second device fails.
@@ -49,7 +49,7 @@ class MicroBatcher:
     Args:
         replicas: At least one replica. All replicas give the same scores.
         max_wait_ms: Maximum time in milliseconds that a request waits for others to fill its batch.
-        max_queued_tokens: Maximum number of waiting tokens. None is no limit.
+        max_queued_tokens: Maximum number of waiting tokens. None means no limit.
         is_device_lost: Returns whether an exception means that the device will not work again.
         idle_s: Time in seconds after which an idle worker ends. A worker keeps the model in memory, so this
             frees a model that is no longer referenced. The next request starts new workers.
@@ -153,7 +153,7 @@ class MicroBatcher:
 
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
-                requests fail with `ScorerClosedError`. None is no limit.
+                requests fail with `ScorerClosedError`. None means no limit.
         """
         if was_forked():
             return  # the workers and their callers exist in the parent process only

@@ -108,7 +108,7 @@ class Pipeline:
 
         Args:
             pairs: The pairs of one call. They are encoded here.
-            timeout: Maximum duration of the call in seconds. None is no limit.
+            timeout: Maximum duration of the call in seconds. None means no limit.
             progress: Show a progress bar on stderr.
 
         Returns:
@@ -133,7 +133,7 @@ class Pipeline:
 
         Args:
             chunks: Lists of (query, passage) pairs. They are read one list ahead of the results.
-            timeout: Maximum duration in seconds for all lists. None is no limit.
+            timeout: Maximum duration in seconds for all lists. None means no limit.
             progress: Show a progress bar on stderr.
 
         Yields:

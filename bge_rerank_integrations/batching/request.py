@@ -79,7 +79,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the request has not ended, although all logits of all its sequences are known."""
+        """Whether the logits of all its sequences are known and the request has not ended yet."""
         return self.state is State.WHOLE and self.num_unfinished == 0
 
     def end(self) -> bool:

@@ -20,7 +20,7 @@ _TIMED_OUT: Final = "the call did not finish within its timeout; sequences that 
 
 
 def start_countdown(timeout: float | None) -> Countdown:
-    """Check a timeout in seconds, and start to count it down. None is no limit."""
+    """Check a timeout in seconds, and start to count it down. None means no limit."""
     check_timeout(timeout)
     if timeout is None:
         return lambda: None

@@ -77,9 +77,10 @@ def evaluate_command(
     change with its 95 % confidence interval (paired bootstrap over the queries), and
     the queries that gained and lost most.
 
-    --compare also prints the measures of another reranker's run, the model's value
-    as a share of each, and the difference with its 95 % confidence interval. The run
-    must contain all passages that are reranked here. Its other passages are ignored.
+    --compare also prints the measures of another reranker's run. For each measure, it
+    prints the model's value as a share of the other one, and the difference with its
+    95 % confidence interval. The run must contain all passages that are reranked
+    here. Its other passages are ignored.
 
     If a passage is judged more than once for a query, the highest grade counts.
 

@@ -82,7 +82,7 @@ def info(context: click.Context, config: ScorerConfig, as_json: bool) -> None:
 
 
 def _machine_rows(machine: MachineReport) -> dict[str, str]:
-    fast = {True: "yes", False: "no", None: "measure it"}[machine.bfloat16]
+    fast = {True: "yes", False: "no", None: "measure to find out"}[machine.bfloat16]
     limit = machine.max_graph_tokens
     return {
         "device": f"{machine.device} ({machine.device_reason}): {machine.device_name}",
@@ -90,7 +90,7 @@ def _machine_rows(machine: MachineReport) -> dict[str, str]:
         "attention": f"{machine.attention} ({machine.attention_reason})",
         "linear layers": f"{machine.linear} ({machine.linear_reason})",
         "other operations": machine.between_products,
-        "CUDA graphs": f"for batches of up to {limit} tokens" if limit else "none",
+        "CUDA graphs": f"for batches of at most {limit} tokens, fewer on slow devices" if limit else "none",
         "batches": f"up to {machine.max_batch_tokens} tokens",
         "CPU threads": f"{machine.threads} of {machine.cores} cores ({machine.threads_reason})",
         "Python": machine.python,
@@ -112,7 +112,7 @@ def _checkpoint_rows(checkpoint: CheckpointReport) -> dict[str, str]:
     "--as",
     "name",
     metavar="MODEL",
-    help="For a local copy: the model whose known scores to expect.  [default: --model]",
+    help="Model whose known scores are expected, if --model is a local copy of it.  [default: --model]",
 )
 @json_option
 @config_options()

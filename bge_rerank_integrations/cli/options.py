@@ -176,8 +176,8 @@ def _setting_texts() -> Iterator[tuple[str, str]]:
     settings = {field.name for field in dataclasses.fields(ScorerConfig)}
     for name, entry in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
         sentence = re.split(r"(?<!e\.g|i\.e)\. ", " ".join(entry.split()))[0].removesuffix(".") + "."
-        # The docstring says what None means. On the command line, None is an option that is not given.
-        sentence = re.sub(r"[;:] None is (.*)\.$", r".  [default: \1]", sentence)
+        # The docstring says what None means. On the command line, an option that is not given is None.
+        sentence = re.sub(r"[;:] None means (.*)\.$", r".  [default: \1]", sentence)
         yield (
             name,
             re.sub(

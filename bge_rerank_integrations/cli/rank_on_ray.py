@@ -55,7 +55,7 @@ class RayOptions:
         num_actors: Number of actors.
         cpus_per_actor: Logical CPUs that each actor reserves; None leaves it to the package.
         gpus_per_actor: GPUs that each actor reserves.
-        rows_per_block: Maximum number of rows in a block and in an output file; None is the default.
+        rows_per_block: Maximum number of rows in a block and in an output file; None means the default.
         query_column: Column of a Parquet file with the query.
         passages_column: Column of a Parquet file with the passages.
     """
@@ -109,7 +109,8 @@ def ray_options(command: _Command) -> _Command:
         click.option(
             "--rows-per-block",
             type=click.IntRange(min=1),
-            help="Most requests in an output file, and most to rank again after a failure.  [default: 256]",
+            help="Maximum number of requests in an output file, and of requests to rank again after a "
+            "failure.  [default: 256]",
         ),
         click.option(
             "--gpus-per-actor",

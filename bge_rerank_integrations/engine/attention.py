@@ -41,8 +41,8 @@ class VarlenAttention(Protocol):
         """Compute attention from each query row to the key rows of its own sequence.
 
         Args:
-            q: Queries [Tq, heads, head_dim]. The output for rows after the last sequence is zero or any other
-                finite value.
+            q: Queries [Tq, heads, head_dim]. The output for rows after the last sequence, which only CPUs
+                have, is zero or any other finite value.
             k: Keys [Tkv, heads, head_dim].
             v: Values [Tkv, heads, head_dim].
             q_seqlens: The layout of the B sequences in `q`.
@@ -114,7 +114,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqle
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run batched matrix products and a softmax; in bfloat16 on CPUs, faster than torch's fused kernel.
+    """Run batched matrix products and a softmax. In bfloat16 on CPUs, torch's fused kernel is slower.
 
     oneDNN compiles a kernel of half a megabyte for each shape of a matrix product, and keeps it. To limit the
     number of shapes to a few hundred, this function rounds lengths up, and splits a run of sequences of equal

@@ -13,10 +13,11 @@ from torch import Tensor
 from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.packing import Seqlens
 
-# One sequence is longer than a block of 128 rows, and three neighbours have the same length.
-_LENGTHS: Final = (200, 5, 33, 33, 33, 1)
+# One sequence is longer than a block of 128 rows, one fills a block of 64 rows, and three neighbours have the
+# same length.
+_LENGTHS: Final = (200, 64, 33, 33, 33, 5, 1)
 # CUDA graphs pad a batch with empty sequences, and their longest sequence is only an upper bound.
-_LENGTHS_IN_GRAPHS: Final = (200, 5, 33, 33, 33, 0, 1)
+_LENGTHS_IN_GRAPHS: Final = (200, 64, 33, 33, 33, 5, 0, 1)
 _MAX_SEQLEN_IN_GRAPHS: Final = 512
 _NUM_HEADS: Final = 2
 # Largest absolute difference of an output. Outputs are weighted means of values with a standard deviation of

@@ -72,7 +72,7 @@ class Model(NamedTuple):
     Attributes:
         forward: Runs a batch.
         num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
-        graphs: Captures and replays small batches; None where that is not supported.
+        graphs: Captures and replays batches; None where that is not supported.
     """
 
     forward: Forward

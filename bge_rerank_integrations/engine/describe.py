@@ -57,7 +57,7 @@ class MachineReport:
         between_products: Name of the operators for bias, GELU, residual and norm, which run between matrix
             products. For a fallback it includes the reason.
         max_graph_tokens: Most tokens in a batch that may run as a CUDA graph; 0 without graphs. A device that
-            computes longer than the host launches kernels uses fewer.
+            computes such a batch more than twice as long as the host launches it uses fewer.
         threads: Number of CPU threads that compute.
         threads_reason: Why this number is used.
         cores: Number of CPU cores of the machine.

@@ -77,7 +77,7 @@ class Runner:
         num_threads: Number of CPU threads that compute; None for torch's current setting.
         transfer: Copies to and from the device, and limits how many batches run at once; None for a
             `PlainTransfer`.
-        graphs: Replays small batches as CUDA graphs instead of calling `forward`, if they are captured.
+        graphs: Replays batches as CUDA graphs instead of calling `forward`, if they are captured.
 
     Attributes:
         device: The device that the batches run on.
@@ -224,7 +224,10 @@ def is_device_lost(error: BaseException) -> bool:
     message = str(error)
     if not isinstance(error, RuntimeError) or "out of memory" in message or "CUBLAS" in message:
         return False
-    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in message
+    # Triton reports an error of the device as a RuntimeError of its own.
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or any(
+        name in message for name in ("CUDA error", "Triton Error [CUDA]")
+    )
 
 
 def load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> list[Runner]:

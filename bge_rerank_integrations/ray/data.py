@@ -53,13 +53,13 @@ class ActorOptions:
 
     Attributes:
         num_actors: Number of actors. Each of them loads the model once.
-        num_cpus: Logical CPUs that each actor reserves; None is 1, or less where the cluster has too few CPUs
-            to read and write beside the actors. Unless the config sets `num_threads`, an actor uses as many
-            threads as it reserves whole CPUs, and at least one.
+        num_cpus: Logical CPUs that each actor reserves; None means 1, or less where the cluster has too few
+            CPUs to read and write beside the actors. Unless the config sets `num_threads`, an actor uses as
+            many threads as it reserves whole CPUs, and at least one.
         num_gpus: GPUs that each actor reserves. 1 gives each actor a GPU of its own.
-        rows_per_block: Maximum number of rows that an actor scores in one call; None is 256 for
-            `rerank_dataset` and 4,096 for `score_dataset`. Such a block is also what is scored again when
-            an actor dies, what one output file contains, and what a checkpoint saves.
+        rows_per_block: Maximum number of rows that an actor scores in one call; None means 256 for
+            `rerank_dataset` and 4,096 for `score_dataset`. One output file contains one block. A
+            checkpoint saves whole blocks, and a block is scored again if its actor dies.
         concurrent_calls: Number of blocks that an actor scores at the same time. With 2, one block is
             tokenized while the model computes the other.
 
@@ -121,7 +121,7 @@ def rerank_dataset(
         threshold: As in `Scorer.rank`, for each row.
         on_error: What to do with a malformed row, such as one without a query. `column`, the default, puts a
             message into the column `error`. `raise` stops the job.
-        actors: Number of actors and their resources; None is one actor.
+        actors: Number of actors and their resources; None means one actor.
 
     Returns:
         A lazy dataset with all columns of `ds` and three more: `indices` (the positions of the passages,

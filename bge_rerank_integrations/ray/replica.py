@@ -142,7 +142,7 @@ class RerankReplica:
             requests: (query, passages) of each request, checked by the caller.
             top_n: Maximum number of passages to return for each request. None returns all.
             only_scores: Score every pair as `Scorer.score` does.
-            timeout_s: Maximum duration in seconds. None is no limit.
+            timeout_s: Maximum duration in seconds. None means no limit.
 
         Returns:
             One ranking of raw logits for each request.

@@ -59,17 +59,17 @@ class ServeScorer(OwnScorer):
     Arguments, results and errors are those of `Scorer`. Any number of threads and tasks can use one instance.
     Outside the cluster, use `RemoteScorer`.
 
-    A call that failed because a replica died, is shutting down or has a full queue is repeated after a
-    growing, random delay, while the call's time is not over. Long lists take several calls, one after the
-    other.
+    If a replica died, is shutting down or has a full queue, the call is repeated after a random delay that
+    grows with each attempt. There are at most `max_retries` repetitions, and none starts after the timeout of
+    the call. Long lists take several calls, one after the other.
 
-    Copies are the same object, and instances can be pickled. Ray does not allow the synchronous methods in a
-    thread with a running event loop; use the asynchronous ones there.
+    Copying a scorer returns the scorer itself, and scorers can be pickled. Ray does not allow the synchronous
+    methods in a thread with a running event loop; use the asynchronous ones there.
 
     Args:
         handle: A handle of the application.
-        timeout: Maximum duration in seconds of each call to a replica, including its repetitions. None is no
-            limit.
+        timeout: Maximum duration in seconds of each call to a replica, including its repetitions. None means
+            no limit.
         max_retries: Maximum number of repetitions of one call to a replica.
         normalize: Return scores from 0 to 1 instead of raw logits.
 
@@ -108,8 +108,8 @@ class ServeScorer(OwnScorer):
 
         Args:
             pairs: (query, passage) pairs.
-            timeout: Maximum duration of the whole call in seconds. None is no limit except that of each call
-                to a replica.
+            timeout: Maximum duration of the whole call in seconds. None means no limit except that of each
+                call to a replica.
 
         Returns:
             One float for each pair, in order.
@@ -157,8 +157,8 @@ class ServeScorer(OwnScorer):
             passages: The texts to rank.
             top_n: Maximum number of passages to return. None returns all, 0 returns none.
             threshold: Minimum score to return, inclusive. None returns every passage.
-            timeout: Maximum duration of the whole call in seconds. None is no limit except that of each call
-                to a replica.
+            timeout: Maximum duration of the whole call in seconds. None means no limit except that of each
+                call to a replica.
             normalize: Whether to apply a sigmoid to the scores. None uses this scorer's setting.
 
         Returns:

@@ -49,7 +49,7 @@ class ServeArguments(BaseModel):
     Attributes:
         num_replicas: Number of replicas. It cannot be combined with `max_replicas`.
         min_replicas: Smallest number of replicas with autoscaling.
-        max_replicas: Largest number of replicas with autoscaling; None is no autoscaling.
+        max_replicas: Largest number of replicas with autoscaling; None means no autoscaling.
         target_ongoing_requests: Number of requests of a replica that autoscaling aims for.
         num_cpus: Logical CPUs that each replica reserves. Unless `num_threads` is given, a replica uses as
             many threads as it reserves whole CPUs, and at least one.
@@ -58,7 +58,7 @@ class ServeArguments(BaseModel):
             429. A high number lets the scorer fill its batches.
         api_key_file: File with the API key on the machines of the replicas; None takes it from the
             environment variable `BGE_RERANK_API_KEY` of the replicas.
-        model_name: Name of the model in responses; None is the last part of `model`.
+        model_name: Name of the model in responses; None means the last part of `model`.
         max_body_mb: Largest request body in MiB, counted after decompression.
         timeout_s: Maximum time in seconds to receive a request, and again to score it.
         grace_s: Maximum time in seconds to finish accepted requests when a replica is stopped.

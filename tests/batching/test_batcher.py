@@ -276,6 +276,8 @@ def test_a_lost_device_fails_all_requests_at_once(make: Callable[..., MicroBatch
     ("error", "lost"),
     [
         (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False),
         (torch.cuda.OutOfMemoryError("CUDA out of memory."), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False),
         (RuntimeError("shape mismatch"), False),

@@ -186,7 +186,7 @@ class GrownConfig(ScorerConfig):
 
     Attributes:
         colour: What it is painted with. This second sentence is not part of the help.
-        share: Part of `max_length` that is used; None is all of it.
+        share: Part of `max_length` that is used; None means all of it.
         names: Several names.
         place: One name, which can be given as a path.
         careful: Whether to be careful; needs `long_passages="windows"`.

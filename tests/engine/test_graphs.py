@@ -166,33 +166,67 @@ def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: 
     assert recorded.num_captured == len(plan_buckets(512, 200)), "the second call captures nothing"
 
 
-@pytest.mark.parametrize("largest", [0, 128, 512, 896, 1024])
-def test_only_batches_that_the_device_computes_faster_than_the_host_launches_have_graphs(
-    model: PackedCrossEncoder, largest: int, caplog: pytest.LogCaptureFixture
+def first_ids(batch: PackedBatch) -> Tensor:
+    return batch.ids[batch.seqlens.cu_seqlens[:-1]].float()
+
+
+@pytest.mark.parametrize("largest", [100, 4096, 4608, 12_288, 100_000])
+def test_large_batches_have_graphs_only_if_launching_takes_at_least_half_the_time(
+    largest: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The stand-in launches in a second, and computes `largest` rows in two."""
     recorded = Recorded()
+    measured: list[int] = []
     rows: list[int] = []
 
     def forward(batch: PackedBatch) -> Tensor:
         rows.append(len(batch.ids))
-        return model(batch)
+        return first_ids(batch)
 
     def measure(function: Callable[[], object]) -> Times:
         function()
-        return Times(1.0, max(1.0, 2 * rows[-1] / largest if largest else 3.0))
+        measured.append(rows[-1])
+        return Times(1.0, max(1.0, 2 * rows[-1] / largest))
 
-    graphs = graphs_of(forward, recorded, measure=measure)
+    buckets = plan_buckets(512, 16_384)
+    graphs = graphs_of(forward, recorded, buckets, measure)
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
         graphs.capture()
-    sizes = [bucket.num_rows for bucket in BUCKETS if bucket.num_rows <= largest]
+    sizes = [bucket.num_rows for bucket in buckets if bucket.num_rows <= max(largest, 4096)]
     assert graphs.num_captured == recorded.num_captured == len(sizes)
-    most = sizes[-1] - 1 if sizes else 0
-    assert f"captured {len(sizes)} CUDA graphs for batches of up to {most} tokens" in caplog.text
-    for num_tokens in (100, 120, 500, 900):
-        padded = graphs.pad(random_ids([num_tokens // 2] * 2, 100))
+    assert f"captured {len(sizes)} CUDA graphs for batches of up to {sizes[-1] - 1} tokens" in caplog.text
+    assert min(measured) > 4096, "smaller batches have graphs on every device"
+    for num_tokens in (100, 4000, 4200, 9000, 16_000):
+        padded = graphs.pad(random_ids([100] * (num_tokens // 100), 100))
         fitting = [size for size in sizes if size > num_tokens]
         assert sum(map(len, padded)) == (fitting[0] if fitting else num_tokens)
+
+
+@pytest.mark.parametrize("while_measuring", [True, False])
+def test_batches_that_do_not_fit_into_memory_have_no_graphs(while_measuring: bool) -> None:
+    recorded = Recorded()
+    measuring = [False]
+
+    def forward(batch: PackedBatch) -> Tensor:
+        if len(batch.ids) > 6000 and measuring[0] == while_measuring:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return first_ids(batch)
+
+    def measure(function: Callable[[], object]) -> Times:
+        measuring[0] = True
+        try:
+            function()
+        finally:
+            measuring[0] = False
+        return Times(1.0, 1.0)
+
+    buckets = plan_buckets(512, 16_384)
+    graphs = graphs_of(forward, recorded, buckets, measure)
+    graphs.capture()
+    assert graphs.num_captured == sum(bucket.num_rows <= 6000 for bucket in buckets)
+    assert sum(map(len, graphs.pad(random_ids([500] * 10, 100)))) == 5120
+    large = random_ids([500] * 13, 100)
+    assert graphs.pad(large) is large
 
 
 def test_the_time_of_a_launch_is_measured_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,13 +247,10 @@ def test_the_time_of_a_launch_is_measured_on_an_idle_device(monkeypatch: pytest.
     assert measure_launch(launch) == Times(launch_s=1.0, total_s=3.0)
 
 
-@pytest.mark.parametrize(
-    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("not permitted")]
-)
 def test_a_failed_capture_discards_all_graphs_and_is_logged_once(
-    model: PackedCrossEncoder, error: Exception, caplog: pytest.LogCaptureFixture
+    model: PackedCrossEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorded = Recorded()
+    recorded, error = Recorded(), RuntimeError("not permitted")
 
     def capture(function: Callable[[], Tensor]) -> Replay:
         if recorded.num_captured == 2:
@@ -263,6 +294,15 @@ def test_buckets_add_little_padding_and_reach_the_limit() -> None:
     assert plan_buckets(512, 128)[-1].num_rows == 256, "a full batch has a bucket too"
 
 
+@pytest.mark.parametrize("max_length", [24, 50, 64, 65, 512, 8192])
+def test_every_bucket_has_room_for_two_sequences_beside_its_padding(max_length: int) -> None:
+    buckets = plan_buckets(max_length, 16_384)
+    assert buckets
+    for bucket in buckets:
+        assert fill_up(random_ids([5, 3], 100), bucket, 1) is not None
+    assert (buckets[-1].num_rows == MAX_ROWS) == (max_length >= 65)
+
+
 def test_a_bucket_has_no_sequence_of_more_than_512_tokens() -> None:
     """Attention launches a block for each part of the longest sequence, for every sequence of a bucket."""
     assert {bucket.max_seqlen for bucket in plan_buckets(8192, 16384)} == {128, 256, 384, 512}
@@ -270,7 +310,7 @@ def test_a_bucket_has_no_sequence_of_more_than_512_tokens() -> None:
 
 def test_longer_sequences_run_without_graphs(model: PackedCrossEncoder) -> None:
     recorded = Recorded()
-    graphs = graphs_of(lambda batch: batch.ids[batch.seqlens.cu_seqlens[:-1]].float(), recorded)
+    graphs = graphs_of(first_ids, recorded)
     graphs.capture()
     before = recorded.num_replayed
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=1000, graphs=graphs)

@@ -116,7 +116,7 @@ def resolve_fused(
             with on_device(device), torch.inference_mode():
                 check_ops(ops, device, dtype, widths, quantizing=quantizing)
                 # A row is quantized after all of its GELUs are known.
-                if not quantizing and torch.cuda.get_device_capability(device) >= _TILE_COPY_CAPABILITY:
+                if not quantizing and _copies_tiles(device):
                     ops = _with_linear_gelu(ops, device, dtype, widths)
         except Exception as error:  # the import, the compiler, the driver or the comparison failed
             reason = next(iter(str(error).splitlines()), "")
@@ -221,6 +221,11 @@ def _check_capability(device: torch.device) -> None:
         raise RuntimeError(
             f"Triton needs compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
         )
+
+
+def _copies_tiles(device: torch.device) -> bool:
+    """Return whether the device loads and stores tiles of a matrix by itself."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _TILE_COPY_CAPABILITY
 
 
 def _with_linear_gelu(

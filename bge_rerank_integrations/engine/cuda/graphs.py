@@ -1,4 +1,4 @@
-"""Replays small batches as CUDA graphs, which launch all kernels of a forward pass at once."""
+"""Replays batches as CUDA graphs, which launch all kernels of a forward pass at once."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ _NUM_ROWS: Final = (
     16_384,
 )
 MAX_ROWS: Final = _NUM_ROWS[-1]
-# A bucket has at most this many sequences, or one per `_TOKENS_PER_SEQUENCE_OF_LARGE` tokens.
+# A larger bucket has this many sequences, or one per `_TOKENS_PER_SEQUENCE_OF_LARGE` tokens if that is more.
 _MAX_SEQUENCES: Final = 128
 _TOKENS_PER_SEQUENCE_OF_LARGE: Final = 64
 # Longest sequence of a bucket. Attention launches blocks for the longest sequence once for each sequence of a
 # bucket. With the 8,192 tokens that some models accept, nearly all of these blocks would have nothing to do.
 _MAX_SEQLEN: Final = 512
-# A bucket has one sequence per this many tokens. Batches of shorter sequences run without a graph, but they
-# are rare, since a sequence contains two texts and four special tokens.
+# A bucket of up to 2,048 rows has one sequence per this many tokens. Batches of shorter sequences run without
+# a graph, but they are rare, since a sequence contains two texts and four special tokens.
 _TOKENS_PER_SEQUENCE: Final = 16
-# A batch gets a graph if launching its kernels one by one takes at least this share of the time until the
-# device is done. Beside other threads of the process, launching takes about twice as long as it does when it
-# is measured, and the device would wait for it.
+# Buckets of up to this many rows get a graph on every device. A larger bucket gets one if launching its
+# kernels one by one takes at least this share of the time until the device is done. Beside other threads of
+# the process, launching takes about twice as long as it does when it is measured, and the device would wait.
+_ALWAYS_ROWS: Final = 4096
 _LAUNCH_SHARE: Final = 0.5
 # Two sequences to capture graphs with. Every vocabulary has these ids.
 _EXAMPLES: Final = [np.array([0, 2, 2, 0, 2], dtype=np.int32), np.array([2, 0, 2], dtype=np.int32)]
@@ -100,7 +101,7 @@ def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
         [Bucket(num_rows=128, num_sequences=8, max_seqlen=128)]
     """
     longest = min(max_length, _MAX_SEQLEN)
-    return [
+    buckets = [
         Bucket(
             num_rows,
             min(
@@ -112,6 +113,8 @@ def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
         for smaller, num_rows in zip((0, *_NUM_ROWS[:-1]), _NUM_ROWS, strict=True)
         if smaller <= max_batch_tokens
     ]
+    # Padding is cut into sequences too. Where sequences are short, it would not leave room for any other.
+    return [each for each in buckets if -(-each.num_rows // each.max_seqlen) + 1 < each.num_sequences]
 
 
 class Graphs:
@@ -124,8 +127,8 @@ class Graphs:
     ones too, since at least one row of padding follows them. Sequences do not affect each other.
 
     Only `capture` captures graphs. It leaves out large buckets for which the device computes much longer than
-    the host launches: there a graph would save nothing, and its padding would cost time. After a failure it
-    captures none.
+    the host launches: there a graph would save nothing, and its padding would cost time. It also leaves out
+    buckets that do not fit into memory. After any other failure it captures none.
 
     Args:
         forward: Maps a packed batch to logits [B]. It runs on the device, and depends only on the tensors of
@@ -162,29 +165,27 @@ class Graphs:
         return len(self._captured)
 
     def capture(self) -> None:
-        """Capture graphs in the first call. A failure discards all graphs. Never raises."""
+        """Capture graphs in the first call. Never raises."""
         if self._was_tried:
             return
         self._was_tried = True
-        captured: dict[tuple[int, int], _Captured] = {}
+        captured: dict[Bucket, _Captured] = {}
         try:
             with on_device(self._device):
-                # The buckets are in order, and from some size on a graph saves nothing.
-                num_useful = bisect_left(self._buckets, True, key=lambda bucket: not self._saves_time(bucket))
-                self._buckets = self._buckets[:num_useful]
                 # Capture the largest bucket first, so that the others reuse its memory.
-                for bucket in reversed(self._buckets):
-                    captured[bucket[:2]] = self._capture_bucket(bucket)
+                for bucket in reversed(self._useful_buckets()):
+                    with suppress(torch.cuda.OutOfMemoryError):
+                        captured[bucket] = self._capture_bucket(bucket)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-        except Exception as error:  # out of memory, an operator that cannot be captured, or a wrong result
+        except Exception as error:  # an operator that cannot be captured, or a wrong result
             reason = next(iter(str(error).splitlines()), "")
             logger.warning(
                 "CUDA graphs are disabled because a capture failed: %s: %s", type(error).__name__, reason
             )
-            captured.clear()
             return
-        self._captured = captured
+        self._buckets = sorted(captured)
+        self._captured = {bucket[:2]: graph for bucket, graph in captured.items()}
         most = self._buckets[-1].num_rows - 1 if captured else 0
         logger.info("captured %d CUDA graphs for batches of up to %d tokens", len(captured), most)
 
@@ -206,9 +207,20 @@ class Graphs:
         captured.fill(batch)
         return captured.replay()
 
+    def _useful_buckets(self) -> Sequence[Bucket]:
+        """Return the buckets, smallest first, without the large ones for which a graph saves nothing."""
+        num_small = bisect_right(self._buckets, _ALWAYS_ROWS, key=lambda bucket: bucket.num_rows)
+        # The larger a bucket is, the longer the device computes, while the launch takes the same time.
+        return self._buckets[
+            : bisect_left(self._buckets, True, num_small, key=lambda bucket: not self._saves_time(bucket))
+        ]
+
     def _saves_time(self, bucket: Bucket) -> bool:
         batch = self._pack(bucket, _EXAMPLES)
-        times = self._measure(lambda: self._forward(batch))
+        try:
+            times = self._measure(lambda: self._forward(batch))
+        except torch.cuda.OutOfMemoryError:
+            return False
         return times.launch_s >= _LAUNCH_SHARE * times.total_s
 
     def _capture_bucket(self, bucket: Bucket) -> _Captured:
@@ -243,7 +255,10 @@ def fill_up(sequences: Sequence[IntArray], bucket: Bucket, padding_idx: int) -> 
 
 
 def measure_launch(function: Callable[[], object]) -> Times:
-    """Return the times of a function on the current CUDA device, which must be idle."""
+    """Return the times of a function on the current CUDA device.
+
+    If the device has other work, it seems to take longer for the function than it does.
+    """
     launches, totals = [], []
     for _ in range(3):  # the first pass loads kernels
         torch.cuda.synchronize()

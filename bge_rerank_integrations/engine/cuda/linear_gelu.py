@@ -21,7 +21,8 @@ LinearGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
 Timer = Callable[[Callable[[], object], torch.device], float]
 """Returns the seconds that a device needs for one call of a function."""
 
-# The results are compared on a number of rows that fills no tile, and the speed on these numbers of rows.
+# The results are compared on a number of rows that fills no tile, and on one for which each program of the
+# kernel works on several tiles. The speed is compared on these numbers of rows.
 _NUM_COMPARED_ROWS: Final = 37
 _TIMED_ROWS: Final = (512, 2048, 8192)
 # The kernel must need at most this share of the time, so that noise does not decide.
@@ -38,7 +39,7 @@ def plain_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def device_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a CUDA device computes for one call of a function, without launching it."""
+    """Return the seconds that a CUDA device computes for one call of a function, excluding the launch."""
     function()
     rounds: list[float] = []
     with on_device(device):
@@ -65,8 +66,9 @@ def choose_linear_gelu(
 ) -> tuple[LinearGelu, int | None]:
     """Compare a fused kernel with separate ones, and return the faster one. Log the choice. Never raises.
 
-    The library's product is often faster than the fused kernel's, which saves reading and writing the product
-    once. Which is faster depends on the device and on the number of rows.
+    The library's product is often faster than the product in the fused kernel. The fused kernel, however,
+    saves one write and one read of the product. Which is faster depends on the device and on the number of
+    rows.
 
     Args:
         fused: One kernel for everything.
@@ -77,8 +79,9 @@ def choose_linear_gelu(
         seconds: Measures a function.
 
     Returns:
-        A function that runs the fused kernel for at least as many rows as the second result says, and the
-        separate kernels for fewer. Without such a number, the fused kernel is wrong, fails, or is not faster.
+        A function and a number of rows. The function runs the fused kernel for inputs of at least that many
+        rows, and the separate kernels for smaller inputs. If the fused kernel is wrong, fails or is never
+        faster, the number is None, and the function is `separate`.
     """
     try:
         check_linear_gelu(fused, device, dtype, widths)
@@ -102,8 +105,11 @@ def check_linear_gelu(
     Raises:
         AssertionError: The results differ by more than rounding.
     """
-    inputs = _inputs(_NUM_COMPARED_ROWS, device, dtype, widths)
-    torch.testing.assert_close(fused(*inputs), plain_linear_gelu(*inputs))
+    expected = plain_linear_gelu(*_inputs(_NUM_COMPARED_ROWS, device, dtype, widths))
+    for num_rows in (_NUM_COMPARED_ROWS, max(_TIMED_ROWS)):
+        # The inputs repeat the same rows.
+        result = fused(*_inputs(num_rows, device, dtype, widths))
+        torch.testing.assert_close(result, _repeat(expected, num_rows))
 
 
 def _least_rows(
@@ -136,4 +142,8 @@ def _inputs(
     few = torch.randn(min(num_rows, _NUM_COMPARED_ROWS), width, generator=generator).to(device, dtype)
     weight = torch.randn(inner, width, generator=generator).to(device) * width**-0.5
     bias = torch.randn(inner, generator=generator).to(device, dtype)
-    return few.repeat(-(-num_rows // len(few)), 1)[:num_rows], weight.to(dtype), bias
+    return _repeat(few, num_rows), weight.to(dtype), bias
+
+
+def _repeat(rows: Tensor, num_rows: int) -> Tensor:
+    return rows.repeat(-(-num_rows // len(rows)), 1)[:num_rows]

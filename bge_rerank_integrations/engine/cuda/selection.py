@@ -54,7 +54,7 @@ def resolve_graphs(
     max_length: int,
     max_batch_tokens: int,
 ) -> Graphs | None:
-    """Return the CUDA graphs for a model's small batches; None where its batches cannot be captured."""
+    """Return the CUDA graphs for a model's batches; None where they cannot be captured."""
     if not can_capture(device, attention):
         return None
     # Padding is cut into sequences of this length. A short length would make more sequences than fit into a

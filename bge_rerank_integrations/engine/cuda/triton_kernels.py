@@ -1,6 +1,6 @@
 """Fused kernels in Triton. They are imported only if Triton is installed, and tried before they are used.
 
-Each program works on one row or a part of a row, or on a tile of a product. A new number of rows does not
+Each program works on one row, on a part of a row, or on tiles of a product. A new number of rows does not
 compile a new kernel: it determines only the grid, or it is an argument that Triton must not specialize on.
 The widths are constants of the model. Triton also compiles different kernels for addresses that are multiples
 of 16 and for others. Every tensor here starts at the beginning of an allocation, and torch's allocator
@@ -45,8 +45,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Multiply by a weight [out, in], add a bias, and apply the exact GELU to the float32 sums.
 
-    Devices from compute capability 9.0 on load and store whole tiles by themselves, given a description of
-    the matrix. One program for each multiprocessor works on one tile after the other, and loads the next
+    Devices of compute capability 9.0 or later can load and store whole tiles by themselves, from a descriptor
+    of the matrix. One program for each multiprocessor works on one tile after the other, and loads the next
     tile while it stores the last one.
     """
     (num_rows, num_inputs), num_outputs = x.shape, len(weight)
@@ -112,8 +112,8 @@ def _empty(x: Tensor) -> Quantized:
 
 @lru_cache
 def _num_multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # Triton's interpreter
-        return 1
+    if device.type == "cpu":
+        return 3  # Triton's interpreter then lets each program work on several tiles, as a device does
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
