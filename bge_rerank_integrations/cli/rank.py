@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import require_stdout, wrap
-from bge_rerank_integrations.cli.jobs.ranking_job import Progress, rank_lines
+from bge_rerank_integrations.cli.jobs.file_job import FileJob
+from bge_rerank_integrations.cli.jobs.rank_lines import Progress, rank_lines
 from bge_rerank_integrations.cli.jobs.requests import MalformedLineError, check_format
-from bge_rerank_integrations.cli.jobs.resume import RankJob
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -138,7 +138,7 @@ def rank(
                 "threshold": threshold,
                 "return_texts": return_texts,
             }
-            job = stack.enter_context(RankJob(output, settings, input_path, overwrite=overwrite))
+            job = stack.enter_context(FileJob(output, settings, input_path, overwrite=overwrite))
             skip = job.begin()
         if skip is None:
             click.echo(wrap(f"{output} is already complete."), err=True)

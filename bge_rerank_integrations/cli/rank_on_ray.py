@@ -18,7 +18,7 @@ import click
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import wrap
 from bge_rerank_integrations.cli.jobs.folder_job import FolderJob
-from bge_rerank_integrations.cli.jobs.ranking_job import format_row
+from bge_rerank_integrations.cli.jobs.rank_lines import format_row
 from bge_rerank_integrations.cli.jobs.requests import (
     REQUEST_FORM,
     MalformedInputError,

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from bge_rerank_integrations import Scorer
-from bge_rerank_integrations.cli.jobs.ranking_job import Progress, rank_lines
+from bge_rerank_integrations.cli.jobs.file_job import FileJob
+from bge_rerank_integrations.cli.jobs.rank_lines import Progress, rank_lines
 from bge_rerank_integrations.cli.jobs.requests import (
     MalformedInputError,
     MalformedLineError,
     check_format,
     parse_request,
 )
-from bge_rerank_integrations.cli.jobs.resume import RankJob
 from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.evaluation.datasets import read_corpus
 
@@ -246,18 +246,18 @@ def source(tmp_path: Path) -> Path:
 
 def leave_behind(output: Path, settings: dict[str, Any], source: Path, text: str) -> None:
     """Write the files that a killed job leaves behind."""
-    with RankJob(output, settings, source) as job:
+    with FileJob(output, settings, source) as job:
         job.begin()
     Path(f"{output}.partial").write_text(text)
 
 
 def test_a_finished_job_has_its_rows_and_nothing_else_under_its_name(output: Path, source: Path) -> None:
-    with RankJob(output, {"model": "m"}, source) as job:
+    with FileJob(output, {"model": "m"}, source) as job:
         assert job.begin() == 0
         job.write([['{"line": 1}\n'], ['{"line": 2}\n', '{"line": 3}\n']])
     assert output.read_text() == '{"line": 1}\n{"line": 2}\n{"line": 3}\n'
     assert not Path(f"{output}.partial").exists()
-    with RankJob(output, {"model": "m"}, source) as job:
+    with FileJob(output, {"model": "m"}, source) as job:
         assert job.begin() is None
 
 
@@ -274,7 +274,7 @@ def test_a_finished_job_has_its_rows_and_nothing_else_under_its_name(output: Pat
 )
 def test_an_incomplete_row_is_removed(output: Path, source: Path, left: str, done: int, kept: str) -> None:
     leave_behind(output, {}, source, left)
-    with RankJob(output, {}, source) as job:
+    with FileJob(output, {}, source) as job:
         assert job.begin() == done
     assert Path(f"{output}.partial").read_text() == kept
 
@@ -282,13 +282,13 @@ def test_an_incomplete_row_is_removed(output: Path, source: Path, left: str, don
 def test_another_job_is_refused(output: Path, source: Path) -> None:
     leave_behind(output, {"model": "one", "top_n": 3}, source, '{"line": 1}\n')
     with (
-        RankJob(output, {"model": "two", "top_n": 3}, source) as job,
+        FileJob(output, {"model": "two", "top_n": 3}, source) as job,
         pytest.raises(DatasetError, match=r"other settings \(model\)"),
     ):
         job.begin()
     source.write_bytes(b"{}\n{}\n")
     with (
-        RankJob(output, {"model": "one", "top_n": 3}, source) as job,
+        FileJob(output, {"model": "one", "top_n": 3}, source) as job,
         pytest.raises(DatasetError, match=r"\(input_sha256\)"),
     ):
         job.begin()
@@ -298,10 +298,10 @@ def test_overwriting_begins_again_and_keeps_what_is_finished_until_the_end(
     output: Path, source: Path
 ) -> None:
     output.write_text("old\n")
-    with RankJob(output, {}, source, overwrite=True) as job:
+    with FileJob(output, {}, source, overwrite=True) as job:
         assert job.begin() == 0
     assert output.read_text() == "old\n"
-    with RankJob(output, {}, source) as job:
+    with FileJob(output, {}, source) as job:
         assert job.begin() == 0, "the old output must not count as this job's output"
         job.write([["new\n"]])
     assert output.read_text() == "new\n"
@@ -310,7 +310,7 @@ def test_overwriting_begins_again_and_keeps_what_is_finished_until_the_end(
 def test_a_file_of_unknown_origin_is_refused(output: Path, source: Path) -> None:
     output.write_text("precious\n")
     with (
-        RankJob(output, {}, source) as job,
+        FileJob(output, {}, source) as job,
         pytest.raises(DatasetError, match="not written by a ranking job"),
     ):
         job.begin()
@@ -318,10 +318,10 @@ def test_a_file_of_unknown_origin_is_refused(output: Path, source: Path) -> None
 
 
 def test_a_job_with_a_stream_as_input_cannot_be_resumed(output: Path) -> None:
-    with RankJob(output, {}, None) as job:
+    with FileJob(output, {}, None) as job:
         assert job.begin() == 0
         job.write([['{"line": 1}\n']])
-    with RankJob(output, {}, None) as job, pytest.raises(DatasetError, match="is a stream"):
+    with FileJob(output, {}, None) as job, pytest.raises(DatasetError, match="is a stream"):
         job.begin()
 
 
@@ -330,7 +330,7 @@ def test_the_input_is_never_written_over(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     path.write_text("{}\n")
     with pytest.raises(DatasetError, match="is the input"):
-        RankJob(tmp_path / "x", {}, path, overwrite=True)
+        FileJob(tmp_path / "x", {}, path, overwrite=True)
     assert path.read_text() == "{}\n"
 
 
@@ -340,22 +340,22 @@ def test_the_input_is_never_written_over(tmp_path: Path, suffix: str) -> None:
 def test_damage_is_reported(output: Path, source: Path, damage: str, text: str) -> None:
     leave_behind(output, {}, source, '{"line": 1}\n')
     Path(f"{output}.{damage}").write_text(text)
-    with RankJob(output, {}, source) as job, pytest.raises(DatasetError, match=r"does not end|damaged"):
+    with FileJob(output, {}, source) as job, pytest.raises(DatasetError, match=r"does not end|damaged"):
         job.begin()
 
 
 def test_invalid_inputs_and_outputs_are_reported(output: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot be read"):
-        RankJob(output, {}, tmp_path / "missing")
+        FileJob(output, {}, tmp_path / "missing")
     with pytest.raises(DatasetError, match="not a regular file"):
-        RankJob(Path("/dev/null"), {}, None)
+        FileJob(Path("/dev/null"), {}, None)
 
 
 def test_two_processes_cannot_write_one_file(output: Path) -> None:
-    with RankJob(output, {}, None):
+    with FileJob(output, {}, None):
         code = (
-            "import sys; from pathlib import Path; from bge_rerank_integrations.cli.jobs.resume import RankJob\n"
-            "with RankJob(Path(sys.argv[1]), {}, None): pass"
+            "import sys; from pathlib import Path; from bge_rerank_integrations.cli.jobs.file_job import FileJob\n"
+            "with FileJob(Path(sys.argv[1]), {}, None): pass"
         )
         run = subprocess.run(
             [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=False

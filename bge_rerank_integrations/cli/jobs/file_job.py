@@ -14,7 +14,7 @@ from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.errors import DatasetError
 
 
-class RankJob:
+class FileJob:
     """The output file of a ranking job that can be stopped and resumed.
 
     The job appends its rows to `OUTPUT.partial`, in the order of the input, and records its settings in
@@ -36,7 +36,7 @@ class RankJob:
         DatasetError: The input cannot be read or is also the output, or the output is not a regular file.
 
     Example:
-        >>> with RankJob(Path("ranked.jsonl"), {"model": "embedded"}, Path("requests.jsonl")) as job:
+        >>> with FileJob(Path("ranked.jsonl"), {"model": "embedded"}, Path("requests.jsonl")) as job:
         ...     done = job.begin()
         ...     if done is not None:
         ...         job.write(rank_lines(scorer, source, skip=done, ...))
@@ -57,7 +57,7 @@ class RankJob:
         self._can_go_on = input_path is not None
         self._overwrite = overwrite
 
-    def __enter__(self) -> RankJob:
+    def __enter__(self) -> FileJob:
         """Lock the output file.
 
         Raises:
