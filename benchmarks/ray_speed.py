@@ -23,7 +23,7 @@ from bge_rerank_integrations.ray import ActorOptions
 from bge_rerank_integrations.ray.data import map_with_scorer
 from bge_rerank_integrations.ray.rows import score_rows
 
-# Goals, which a machine with two idle cores reaches.
+# Goals for an idle machine with more than two cores, since Ray itself needs some of their time.
 _MIN_SPEEDUP: Final = 1.8
 _MAX_COST: Final = 0.10
 _MAX_NONLINEARITY: Final = 0.10
