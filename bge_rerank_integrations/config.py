@@ -136,9 +136,9 @@ class ScorerConfig:
             default prompt. The default prompt is the one that sentence-transformers saved with the
             checkpoint. If there is none, or if this is an empty string, nothing is put in front.
         passage_instruction: Text that is put in front of each passage, unchanged; None means no text.
-        long_passages: How to score a passage that is too long: `truncate` it, or score it in `windows`. Both
-            fill the space that the query leaves within `max_length`. `windows` splits the passage into
-            overlapping windows of that size and takes the best score.
+        long_passages: How to score a passage that is too long. `truncate` cuts it to the tokens that remain
+            in `max_length` after the query. `windows` splits it into overlapping windows of that many tokens
+            and takes the best score.
         window_overlap_tokens: Number of tokens that neighbouring windows share, for
             `long_passages="windows"`.
         blank_passages: How to rank a passage that has nothing to read: put it `last`, or `refuse` it. A

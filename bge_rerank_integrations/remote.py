@@ -40,8 +40,8 @@ class RemoteScorer(OwnScorer):
     An HTTP request is repeated if the connection fails, if the server answers with status 429, 502, 503 or
     504, or if a proxy answers 500. The delay before the next attempt is the one in the header `Retry-After`,
     or a random delay that grows with each attempt. There are at most `max_retries` repetitions, and none
-    starts after the timeout of the call. A long list of passages is sent in several HTTP requests, one after
-    the other.
+    starts after the request's `timeout` or the timeout of the call. A long list of passages is sent in
+    several HTTP requests, one after the other.
 
     Copying a scorer returns the scorer itself. A pickle contains the settings but not the API key. The
     unpickled scorer reads the key from the environment.
