@@ -1,7 +1,7 @@
 """Fuzzes `bge-rerank serve` with schemathesis, which makes requests from the server's OpenAPI document.
 
-Right and wrong requests go to every endpoint. A response of 500 or more fails, except for a time limit that the
-request itself sets, and so does a server that does not end well.
+Right and wrong requests go to every endpoint. A response of 500 or more fails, and so does a server that does
+not end well. The exception is 504 for a time limit that the request itself sets.
 
 Usage: python -m scripts.clients.fuzz FOLDER NUM_CASES
 
