@@ -38,7 +38,7 @@ _RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
 
 
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
-    r"""Sorts documents by the relevance scores of a BGE cross-encoder and keeps the best.
+    r"""Sorts documents by the relevance scores of a BGE cross-encoder and keeps the best `top_n`.
 
     The returned documents are deep copies with the same id and metadata. Their metadata contains the score as
     a Python float. Values that cannot be copied, such as a lock, are shared with the original documents.
@@ -56,7 +56,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             string. It cannot be combined with `rank_fields`.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or invalid. The message never contains a document.
+        pydantic.ValidationError: An option is unknown or invalid.
 
     Example:
         >>> from langchain_core.documents import Document

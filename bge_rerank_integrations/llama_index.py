@@ -38,7 +38,7 @@ dispatcher = get_dispatcher(__name__)
 
 
 class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
-    """Sorts nodes by the relevance scores of a BGE cross-encoder and keeps the best.
+    """Sorts nodes by the relevance scores of a BGE cross-encoder and keeps the best `top_n`.
 
     `postprocess_nodes` returns new `NodeWithScore` objects with deep copies of the nodes and the score as a
     Python float. The nodes that were passed in do not change. The copy of an `IndexNode` shares its `obj`
@@ -49,8 +49,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     options except `scorer` are JSON-serializable.
 
     Attributes:
-        metadata_mode: Which metadata to score together with the text of a node. EMBED is the default, as in
-            the rerankers of LlamaIndex.
+        metadata_mode: Which metadata to score together with the text of a node. The default is
+            `MetadataMode.EMBED`, the metadata that embedding models see, as in the rerankers of LlamaIndex.
 
     Raises:
         pydantic.ValidationError: An option is unknown or invalid.

@@ -50,10 +50,10 @@ class Scorer(OwnScorer):
 
     A scorer loads one model onto one device, or a copy of it onto each of several devices. Any number of
     threads and asyncio tasks can use it at the same time. Requests that wait in the queue share batches. Each
-    request gets the scores that it would get alone.
+    request gets the scores that it would get alone, within rounding errors.
 
     Every method that scores accepts a timeout in seconds. When the timeout expires or an async call is
-    cancelled, sequences that have not started are dropped and never computed.
+    cancelled, pairs that are not being computed yet are dropped.
 
     The arguments are the settings of `ScorerConfig`, which describes each of them.
 
