@@ -22,7 +22,13 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
 from bge_rerank_integrations.runtime.steps import Sleep
-from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
+from bge_rerank_integrations.splitting import (
+    Fragment,
+    error_of_call,
+    merge_rankings,
+    score_error_of_call,
+    split_requests,
+)
 from bge_rerank_integrations.validation import (
     check_pairs,
     check_passages,
@@ -197,10 +203,7 @@ class DividedCalls(Generic[Step, Outcome]):
             try:
                 rankings = yield from self._repeat(part, deadline)
             except NonFiniteScoreError as error:
-                index = start + (error.index or 0)
-                raise NonFiniteScoreError(
-                    f"the model's score of pair {index} is not finite", index=index
-                ) from None
+                raise score_error_of_call(error, start) from None
             except InputError as error:
                 raise error_of_call(error, fragments, names_request=names_request) from None
             ranked.extend(zip(fragments, rankings, strict=True))

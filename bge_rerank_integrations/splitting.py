@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from bge_rerank_integrations.errors import InputError
+from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
 
 # A count that is the same in all fragments of a request. It must not be added up.
@@ -137,6 +137,17 @@ def error_of_call(error: InputError, part: Sequence[Fragment], *, names_request:
         return type(error)(message, index=fragment.request)
     is_known = error.index is not None and error.index < len(fragment.passages)
     return type(error)(message, index=fragment.start + (error.index or 0) if is_known else None)
+
+
+def score_error_of_call(error: NonFiniteScoreError, num_before: int) -> NonFiniteScoreError:
+    """Return the error of a part as the undivided call would raise it.
+
+    Args:
+        error: The error of the part. Its index counts the pairs of the part.
+        num_before: Number of pairs before the part.
+    """
+    index = num_before + (error.index or 0)
+    return NonFiniteScoreError(f"the model's score of pair {index} is not finite", index=index)
 
 
 def _select(

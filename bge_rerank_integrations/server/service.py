@@ -14,7 +14,13 @@ from bge_rerank_integrations.ranking import RankedPassage, Ranking
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
-from bge_rerank_integrations.splitting import Fragment, error_of_call, merge_rankings, split_requests
+from bge_rerank_integrations.splitting import (
+    Fragment,
+    error_of_call,
+    merge_rankings,
+    score_error_of_call,
+    split_requests,
+)
 
 # One thread encodes a part. Parts are small, so that a long request does not block the tokenizer for others.
 # Two parts of a request are processed at once, so that the device has work while the next part is encoded.
@@ -152,10 +158,7 @@ class Service:
             try:
                 rankings = await task
             except NonFiniteScoreError as error:
-                index = start + (error.index or 0)
-                raise NonFiniteScoreError(
-                    f"the model's score of pair {index} is not finite", index=index
-                ) from None
+                raise score_error_of_call(error, start) from None
             except InputError as error:
                 raise error_of_call(error, part, names_request=len(requests) > 1) from None
             running.popleft()

@@ -333,7 +333,7 @@ def test_a_full_queue_refuses_within_10_ms(checkpoint: Path, texts: list[str]) -
         passage = " ".join(texts)[:4000]
         body = {"query": QUERY, "documents": [f"{number} {passage}" for number in range(1000)]}
         other = {"query": QUERY, "documents": [f"{number} {passage}" for number in range(20)]}
-        end = time.monotonic() + 20
+        end = time.monotonic() + 40
 
         def occupy() -> None:
             with httpx.Client(base_url=server.url, timeout=60) as client:
@@ -352,7 +352,7 @@ def test_a_full_queue_refuses_within_10_ms(checkpoint: Path, texts: list[str]) -
                     time.sleep(0.02)
         for future in occupied:
             future.result()
-    assert len(refused) > 20
+    assert len(refused) > 50
     print(f"\n{len(refused)} refusals: {percentiles(refused)}")
     assert statistics.median(refused) <= 10
 
