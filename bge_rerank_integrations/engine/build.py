@@ -28,6 +28,7 @@ from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
+from bge_rerank_integrations.engine.cpu.row_blocks import RowBlocks, round_up_to_step
 from bge_rerank_integrations.engine.cuda.graphs import Graphs
 from bge_rerank_integrations.engine.cuda.selection import (
     resolve_float8_blocks,
@@ -35,7 +36,7 @@ from bge_rerank_integrations.engine.cuda.selection import (
     resolve_graphs,
 )
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads, resolve_precision
-from bge_rerank_integrations.engine.linear import resolve_linear
+from bge_rerank_integrations.engine.linear import onednn_linear, resolve_linear
 from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
 
@@ -114,8 +115,10 @@ def build_model(spec: ModelSpec) -> Model:
 def _build_floating(spec: ModelSpec) -> Model:
     """Build a model in float32, float16 or bfloat16."""
     linear = resolve_linear(spec.device, spec.dtype)
-    blocks = resolve_fused_blocks(spec.device, spec.dtype, spec.shape) or PlainBlocks(linear.make)
-    return _build_packed(spec, blocks, linear.num_rows)
+    if linear is onednn_linear:
+        return _build_packed(spec, RowBlocks(PlainBlocks(linear)), round_up_to_step)
+    blocks = resolve_fused_blocks(spec.device, spec.dtype, spec.shape) or PlainBlocks(linear)
+    return _build_packed(spec, blocks, int)
 
 
 def _build_float8(spec: ModelSpec) -> Model:

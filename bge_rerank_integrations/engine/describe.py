@@ -237,7 +237,7 @@ def _implementations(
     attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)
     if dtype is torch.float8_e4m3fn:
         return attention, scaled_product
-    return attention, resolve_linear(device, dtype).make
+    return attention, resolve_linear(device, dtype)
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +18,15 @@ LinearFactory = Callable[[Tensor, Tensor], Linear]
 """Makes a `Linear` from a weight [out, in] and a bias [out]. It may store the weight in its own layout."""
 
 
-class LinearBackend(NamedTuple):
-    """An implementation of linear layers.
-
-    Attributes:
-        make: Makes a linear layer.
-        num_rows: Returns the number of rows to pad an input to, given the number of rows it has.
-    """
-
-    make: LinearFactory
-    num_rows: Callable[[int], int]
-
-
 # oneDNN chooses the layout of a weight for this number of rows. The layout also works for other numbers.
 _TYPICAL_ROWS = 512
 
 
-def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearBackend:
+def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearFactory:
     """Choose the implementation of linear layers for a device and a precision, and log the choice."""
-    if _has_onednn(device, dtype):
-        backend = LinearBackend(onednn_linear, round_up_rows)
-    else:
-        backend = LinearBackend(plain_linear, int)
-    logger.info("linear layers on %s in %s: %s", device, dtype, backend.make.__name__)
-    return backend
+    make = onednn_linear if _has_onednn(device, dtype) else plain_linear
+    logger.info("linear layers on %s in %s: %s", device, dtype, make.__name__)
+    return make
 
 
 def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
@@ -60,9 +44,9 @@ def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
     `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors, and bfloat16 reorders
     the weight in each call.
 
-    oneDNN compiles a kernel of several megabytes for each number of rows, and keeps it, which would add up to
+    oneDNN compiles a kernel of about a megabyte for each number of rows, and keeps it, which would add up to
     gigabytes. To limit the number of kernels, the layer pads its input to one of a few numbers of rows. An
-    input that already has such a number of rows is not copied.
+    input that already has such a number of rows is not copied. `RowBlocks` limits the rows of an input.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 

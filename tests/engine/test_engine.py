@@ -27,9 +27,10 @@ from bge_rerank_integrations.engine.attention import (
     resolve_attention,
     sdpa_attention,
 )
-from bge_rerank_integrations.engine.blocks import PlainBlocks
+from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cpu.row_blocks import RowBlocks, round_up_to_step
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
     LinearFactory,
@@ -122,15 +123,20 @@ def test_the_same_batch_twice_is_bit_identical(runner: Runner, vocab_size: int) 
     assert score_all(runner, sequences) == score_all(runner, sequences)
 
 
+@pytest.mark.parametrize("wrap", [lambda blocks: blocks, RowBlocks], ids=["all rows", "blocks of rows"])
 @pytest.mark.parametrize("linear", [plain_linear, onednn_linear])
 def test_each_implementation_of_linear_layers_matches_transformers(
-    checkpoint: Path, plain_model: Any, vocab_size: int, linear: LinearFactory
+    checkpoint: Path,
+    plain_model: Any,
+    vocab_size: int,
+    linear: LinearFactory,
+    wrap: Callable[[Blocks], Blocks],
 ) -> None:
-    if linear is onednn_linear and resolve_linear(CPU, torch.float32).make is not onednn_linear:
+    if linear is onednn_linear and resolve_linear(CPU, torch.float32) is not onednn_linear:
         pytest.skip("needs a torch built with oneDNN")
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(linear))
+    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=wrap(PlainBlocks(linear)))
     assert not weights, "the model removes every weight, so that no second copy remains"
     sequences = random_ids([9, 120, 120, 512], vocab_size, seed=7)
     logits = model(pack(sequences, padding_idx=1, device=CPU)).tolist()
@@ -165,7 +171,8 @@ def test_rounding_up_rows_gives_few_sizes_and_little_padding() -> None:
     assert len(set(rounded)) <= 56
 
 
-def test_linear_layers_see_few_numbers_of_rows(checkpoint: Path, vocab_size: int) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_linear_layers_see_few_numbers_of_rows(checkpoint: Path, vocab_size: int, num_threads: int) -> None:
     """oneDNN keeps memory for each number of rows, which must not grow with every new request."""
     seen: set[int] = set()
 
@@ -180,13 +187,24 @@ def test_linear_layers_see_few_numbers_of_rows(checkpoint: Path, vocab_size: int
 
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
-    model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(recording_linear))
-    runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, num_rows=round_up_rows)
+    model = PackedCrossEncoder(
+        shape,
+        weights,
+        attention=sdpa_attention,
+        blocks=RowBlocks(PlainBlocks(recording_linear)),
+        num_rows=round_up_to_step,
+    )
+    runner = Runner(
+        model,
+        device=CPU,
+        padding_idx=1,
+        max_batch_tokens=1200,
+        num_rows=round_up_to_step,
+        num_threads=num_threads,
+    )
     for length in range(1, 401, 3):
-        score_all(runner, random_ids([length, length // 2 + 1], vocab_size, seed=length))
-    first_token_rows = {1, 2}  # `onednn_linear` rounds these up itself
-    assert seen - first_token_rows <= {round_up_rows(n) for n in range(1, 602)}
-    assert len(seen) < 40
+        score_all(runner, random_ids([length, length, length // 2 + 1], vocab_size, seed=length))
+    assert seen == set(range(16, 256 * num_threads + 1, 16))
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
