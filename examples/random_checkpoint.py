@@ -1,12 +1,12 @@
-"""Make a checkpoint with random weights, so that everything here runs without a model hub.
+"""Create a checkpoint with random weights, so that the examples and tests run without a model hub.
 
-It has a real architecture and a real tokenizer, and goes through the same code as
-`BAAI/bge-reranker-base`. Its scores mean nothing.
+The checkpoint has the architecture of `BAAI/bge-reranker-base` and a working tokenizer, so it runs through
+the same code. Its scores mean nothing.
 
     python -m examples.random_checkpoint FOLDER
 
-The tokenizer lies beside this file, trained on `corpus.jsonl`: training gives slightly other scores each
-time, and tests want the same tokens each time. `train_tokenizer(read_texts())` makes another.
+The tokenizer is in this folder. It was trained on `corpus.jsonl` with `train_tokenizer(read_texts())`.
+Training gives a slightly different tokenizer each time, and tests need the same tokens each time.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def build_random_checkpoint(
     """Write config.json, the tokenizer's files and model.safetensors to a folder.
 
     Args:
-        folder: Where to; made if it is not there.
-        num_layers: Encoder layers.
+        folder: Folder to write to. It is created if it does not exist.
+        num_layers: Number of encoder layers.
         hidden_size: Width of the encoder.
-        num_heads: Attention heads.
+        num_heads: Number of attention heads.
         intermediate_size: Width of the feed-forward layers.
-        max_position_embeddings: Rows of the position embedding: the longest input plus 2.
-        vocab_size: Rows of the word embedding; None is what the tokenizer needs.
-        seed: Of the weights.
+        max_position_embeddings: Rows of the position embedding, which is the longest input in tokens plus 2.
+        vocab_size: Rows of the word embedding; None for the size of the tokenizer's vocabulary.
+        seed: Seed of the random weights.
 
     Returns:
-        The folder.
+        `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(TOKENIZER, folder / TOKENIZER.name)
