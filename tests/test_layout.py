@@ -32,6 +32,7 @@ ROWS = [
     "engine.current_device",
     "engine.linear",
     "engine.attention_trial",
+    "engine.attention_by_length",
     "engine.cuda.triton_attention",
     "engine.attention",
     "engine.cuda.support",

@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed batch. All implementations share one signature."""
+"""Attention within each sequence of a packed batch: the implementations, and the choice of one of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from importlib.util import find_spec
 from typing import Final, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bge_rerank_integrations.engine.attention_by_length import (
+    contiguous_sdpa_attention,
+    matmul_attention,
+    product_attention,
+    sdpa_attention,
+)
 from bge_rerank_integrations.engine.attention_trial import try_attention
-from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
 
@@ -27,11 +31,6 @@ _TRITON_HEAD_DIMS: Final = (16, 32, 64, 128)
 _HALF: Final = (torch.float16, torch.bfloat16)
 _EFFICIENT_CAPABILITY: Final = (5, 0)
 _EFFICIENT_BFLOAT16_CAPABILITY: Final = (8, 0)
-# Most attention scores in one matrix product. 16 MB of scores stay in a processor's cache, and only sequences
-# of thousands of tokens have more.
-_MAX_SCORES = 1 << 23
-# Most sequences in one matrix product. A larger number would only save a few calls.
-_MAX_PART: Final = 16
 
 
 class VarlenAttention(Protocol):
@@ -106,41 +105,6 @@ def reads_tensors_only(attention: Callable[..., object]) -> bool:
 def name_of(attention: Callable[..., object]) -> str:
     """Return the name of an implementation for logs and reports."""
     return getattr(attention, "__name__", repr(attention))
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run `scaled_dot_product_attention` on each run of sequences of equal length."""
-    return _attend_runs(F.scaled_dot_product_attention, q, k, v, q_seqlens, kv_seqlens)
-
-
-def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run batched matrix products and a softmax. In bfloat16 on CPUs, torch's fused kernel is slower.
-
-    oneDNN compiles a kernel of half a megabyte for each shape of a matrix product, and keeps it. To limit the
-    number of shapes to a few hundred, this function rounds lengths up, and splits a run of sequences of equal
-    length into parts whose sizes are powers of two.
-    """
-    if q_seqlens.max_seqlen == 1:
-        # With one query per sequence there is little work, and torch computes float32 without oneDNN.
-        q32, k32, v32 = q.float(), k.float(), v.float()
-        return sdpa_attention(q32, k32, v32, q_seqlens, kv_seqlens).to(q.dtype)
-    return _attend_runs(_attend_by_products, q, k, v, q_seqlens, kv_seqlens)
-
-
-def contiguous_sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens
-) -> Tensor:
-    """Run `scaled_dot_product_attention` on contiguous copies of each run of sequences of equal length.
-
-    For a single query per sequence, Metal kernels of several releases of torch assume contiguous keys and
-    values, and silently read the wrong rows of others. See https://github.com/pytorch/pytorch/issues/181133.
-    """
-    return _attend_runs(_attend_contiguous, q, k, v, q_seqlens, kv_seqlens)
-
-
-def product_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run matrix products and a softmax in float32 on each run of sequences of equal length."""
-    return _attend_runs(_attend_plainly, q, k, v, q_seqlens, kv_seqlens)
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
@@ -225,80 +189,6 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_
     )
     output: Tensor = attended.squeeze(0)
     return output
-
-
-def _attend_runs(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_seqlens: Seqlens,
-    kv_seqlens: Seqlens,
-) -> Tensor:
-    """Apply `attend` to each run of sequences of equal length, as [sequences, heads, length, head_dim]."""
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    output[sum(q_seqlens.lengths) :].zero_()
-    q_start = kv_start = sequence = 0
-    for count, kv_length in kv_seqlens.runs():
-        # All sequences of a run have the same query length too: either the key length, or 1.
-        q_length = q_seqlens.lengths[sequence]
-        q_end, kv_end = q_start + count * q_length, kv_start + count * kv_length
-        attended = attend(
-            *(
-                rows.unflatten(0, (count, -1)).transpose(1, 2)
-                for rows in (q[q_start:q_end], k[kv_start:kv_end], v[kv_start:kv_end])
-            )
-        )
-        output[q_start:q_end].unflatten(0, (count, -1)).copy_(attended.transpose(1, 2))
-        q_start, kv_start, sequence = q_end, kv_end, sequence + count
-    return output
-
-
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute attention on [sequences, heads, length, head_dim], with as many queries as keys."""
-    parts = zip(*(rows.split(_part_sizes(len(q))) for rows in (q, k, v)), strict=True)
-    attended = [_attend_part(*part) for part in parts]
-    return attended[0] if len(attended) == 1 else torch.cat(attended)
-
-
-def _part_sizes(count: int) -> list[int]:
-    """Return powers of two that add up to `count`, largest first."""
-    sizes = [_MAX_PART] * (count // _MAX_PART)
-    return sizes + [
-        1 << bit for bit in range(_MAX_PART.bit_length() - 1, -1, -1) if count % _MAX_PART >> bit & 1
-    ]
-
-
-def _attend_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    shape, length = k.shape[:2], k.shape[2]
-    missing = round_up_rows(length) - length
-    # Copy the rows of each head next to each other: products of strided rows are several times slower.
-    q, k, v = (
-        (F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()).flatten(0, 1)
-        for rows in (q, k, v)
-    )
-    scaled, keys = q * q.shape[-1] ** -0.5, k.transpose(1, 2)
-    rows = max(_MAX_SCORES // (len(scaled) * keys.shape[-1]), 1)
-    parts = []
-    for part in scaled.split(rows, 1):
-        scores = torch.bmm(part, keys)
-        if missing:
-            scores[..., length:] = -torch.inf
-        parts.append(torch.bmm(torch.softmax(scores, -1), v))
-    attended: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return attended.view(*shape, *attended.shape[1:])[:, :, :length]
-
-
-def _attend_contiguous(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
-
-
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    queries, keys, values = (rows.float().contiguous() for rows in (q, k, v))
-    num_queries = max(_MAX_SCORES // (len(k) * k.shape[1] * k.shape[2]), 1)
-    parts = (queries * q.shape[-1] ** -0.5).split(num_queries, 2)
-    attended = [torch.softmax(part @ keys.transpose(2, 3), -1) @ values for part in parts]
-    return torch.cat(attended, 2).to(q.dtype)
 
 
 class Candidate(NamedTuple):

@@ -16,21 +16,25 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from bge_rerank_integrations.engine import attention as attention_module
+from bge_rerank_integrations.engine import attention_by_length
 from bge_rerank_integrations.engine.attention import (
     CANDIDATES,
     Candidate,
     VarlenAttention,
-    contiguous_sdpa_attention,
     efficient_attention,
     flash_attention,
     flash_attention_3,
     name_of,
-    product_attention,
     reads_tensors_only,
     resolve_attention,
-    sdpa_attention,
     triton_attention,
     varlen_attention,
+)
+from bge_rerank_integrations.engine.attention_by_length import (
+    contiguous_sdpa_attention,
+    matmul_attention,
+    product_attention,
+    sdpa_attention,
 )
 from bge_rerank_integrations.engine.attention_trial import try_attention
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
@@ -266,6 +270,30 @@ def test_the_trial_runs_on_the_width_of_the_model(monkeypatch: pytest.MonkeyPatc
     assert widths == [24, 24]
 
 
-def test_long_sequences_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "_MAX_SCORES", 1000)
-    try_attention(product_attention, CPU, torch.float32, 64, in_graphs=False)
+# Each head of the trial's 3 neighbours of 33 tokens, which are padded to 48, has 2,304 scores.
+@pytest.mark.parametrize("max_scores", [1, 1000, 2304, 5000, 20_000])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        (product_attention, torch.float32),
+        (matmul_attention, torch.float32),
+        (matmul_attention, torch.bfloat16),
+    ],
+)
+def test_products_with_many_scores_are_divided(
+    attention: VarlenAttention, dtype: torch.dtype, max_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_by_length, "_MAX_SCORES", max_scores)
+    try_attention(attention, CPU, dtype, 64, in_graphs=False)
+
+
+@pytest.mark.parametrize("num_heads", [1, 6, 12, 16])
+def test_products_have_few_shapes_and_scores_that_fit_into_a_cache(num_heads: int) -> None:
+    for length in (16, 128, 256, 512, 1024, 8192):
+        sizes = set()
+        for num_sequences in range(1, 40):
+            parts = attention_by_length._part_sizes(num_sequences, num_heads, length)
+            assert sum(parts) == num_sequences * num_heads
+            sizes |= set(parts)
+        assert len(sizes) <= 5
+        assert max(sizes) == 1 or max(sizes) * length**2 <= attention_by_length._MAX_SCORES

@@ -21,10 +21,12 @@ from bge_rerank_integrations.config import DType
 from bge_rerank_integrations.engine import build
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
+    resolve_attention,
+)
+from bge_rerank_integrations.engine.attention_by_length import (
     contiguous_sdpa_attention,
     matmul_attention,
     product_attention,
-    resolve_attention,
     sdpa_attention,
 )
 from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks

@@ -21,9 +21,11 @@ from bge_rerank_integrations.engine.attention import (
     efficient_attention,
     flash_attention,
     flash_attention_3,
-    sdpa_attention,
     triton_attention,
     varlen_attention,
+)
+from bge_rerank_integrations.engine.attention_by_length import (
+    sdpa_attention,
 )
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights

@@ -1,0 +1,146 @@
+"""Attention out of torch's ordinary operators: one call for all neighbouring sequences of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bge_rerank_integrations.engine.linear import round_up_rows
+from bge_rerank_integrations.engine.packing import Seqlens
+
+# Most attention scores in one matrix product. In bfloat16 they take 2 MB, so that they stay in the cache of a
+# core until the softmax and the second product have read them.
+_MAX_SCORES = 1 << 20
+# Most sequences in one matrix product. A larger number would only save a few calls.
+_MAX_SEQUENCES: Final = 16
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run `scaled_dot_product_attention` on each run of sequences of equal length."""
+    return _attend_runs(F.scaled_dot_product_attention, q, k, v, q_seqlens, kv_seqlens)
+
+
+def contiguous_sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens
+) -> Tensor:
+    """Run `scaled_dot_product_attention` on contiguous copies of each run of sequences of equal length.
+
+    For a single query per sequence, Metal kernels of several releases of torch assume contiguous keys and
+    values, and silently read the wrong rows of others. See https://github.com/pytorch/pytorch/issues/181133.
+    """
+    return _attend_runs(_attend_contiguous, q, k, v, q_seqlens, kv_seqlens)
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run matrix products and a softmax in float32 on each run of sequences of equal length."""
+    return _attend_runs(_attend_plainly, q, k, v, q_seqlens, kv_seqlens)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run batched matrix products and a softmax. In bfloat16 on CPUs, torch's fused kernel is slower.
+
+    oneDNN compiles a kernel of half a megabyte for each shape of a matrix product, and keeps it. To limit the
+    number of shapes to a few hundred, this function rounds lengths up, and splits a run of sequences of equal
+    length into parts of few sizes.
+    """
+    if q_seqlens.max_seqlen == 1:
+        # With one query per sequence there is little work, and torch computes float32 without oneDNN.
+        q32, k32, v32 = q.float(), k.float(), v.float()
+        return sdpa_attention(q32, k32, v32, q_seqlens, kv_seqlens).to(q.dtype)
+    return _attend_runs(_attend_by_products, q, k, v, q_seqlens, kv_seqlens)
+
+
+def _attend_runs(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_seqlens: Seqlens,
+    kv_seqlens: Seqlens,
+) -> Tensor:
+    """Apply `attend` to each run of sequences of equal length, as [sequences, heads, length, head_dim]."""
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    output[sum(q_seqlens.lengths) :].zero_()
+    q_start = kv_start = sequence = 0
+    for count, kv_length in kv_seqlens.runs():
+        # All sequences of a run have the same query length too: either the key length, or 1.
+        q_length = q_seqlens.lengths[sequence]
+        q_end, kv_end = q_start + count * q_length, kv_start + count * kv_length
+        attended = attend(
+            *(
+                rows.unflatten(0, (count, -1)).transpose(1, 2)
+                for rows in (q[q_start:q_end], k[kv_start:kv_end], v[kv_start:kv_end])
+            )
+        )
+        output[q_start:q_end].unflatten(0, (count, -1)).copy_(attended.transpose(1, 2))
+        q_start, kv_start, sequence = q_end, kv_end, sequence + count
+    return output
+
+
+def _attend_contiguous(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    queries, keys, values = (rows.float().contiguous() for rows in (q, k, v))
+    num_queries = max(_MAX_SCORES // (len(k) * k.shape[1] * k.shape[2]), 1)
+    parts = (queries * q.shape[-1] ** -0.5).split(num_queries, 2)
+    attended = [torch.softmax(part @ keys.transpose(2, 3), -1) @ values for part in parts]
+    return torch.cat(attended, 2).to(q.dtype)
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute attention on [sequences, heads, length, head_dim], with as many queries as keys."""
+    (num_sequences, num_heads, length), padded = k.shape[:3], round_up_rows(k.shape[2])
+    # Copy the rows of each head next to each other: products of strided rows are several times slower.
+    q, k, v = (
+        F.pad(rows, (0, 0, 0, padded - length)) if padded > length else rows.contiguous()
+        for rows in (q, k, v)
+    )
+    queries, keys, values = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    attended = torch.empty_like(queries)
+    start = 0
+    for size in _part_sizes(num_sequences, num_heads, padded):
+        part = slice(start, start + size)
+        start += size
+        columns = keys[part].transpose(1, 2)
+        for rows in _row_slices(size, padded):
+            scores = torch.bmm(queries[part, rows], columns)
+            if padded > length:
+                scores[..., length:] = -torch.inf
+            attended[part, rows] = torch.bmm(torch.softmax(scores, -1), values[part])
+    return attended.view(num_sequences, num_heads, padded, -1)[:, :, :length]
+
+
+def _part_sizes(num_sequences: int, num_heads: int, length: int) -> list[int]:
+    """Divide the heads of several sequences into parts whose scores stay in the cache.
+
+    Returns:
+        Numbers of heads that add up to `num_sequences * num_heads`. Each is either the heads of a power of
+        two of sequences, or a divisor of `num_heads`.
+    """
+    most = max(_MAX_SCORES // length**2, 1)
+    if most < num_heads:
+        size = max(divisor for divisor in range(1, most + 1) if num_heads % divisor == 0)
+        return [size] * (num_sequences * num_heads // size)
+    largest = min(_floor_to_power_of_2(most // num_heads), _MAX_SEQUENCES)
+    sizes = []
+    while num_sequences:
+        sizes.append(min(largest, _floor_to_power_of_2(num_sequences)))
+        num_sequences -= sizes[-1]
+    return [size * num_heads for size in sizes]
+
+
+def _row_slices(num_heads: int, length: int) -> Iterator[slice]:
+    """Divide the queries of a head into parts whose scores stay in the cache, if the head has too many."""
+    size = _floor_to_power_of_2(max(_MAX_SCORES // (num_heads * length), 1))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _floor_to_power_of_2(number: int) -> int:
+    return 1 << (number.bit_length() - 1)
