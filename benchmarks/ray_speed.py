@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -31,10 +33,11 @@ _SHARE_OF_SMALL_JOB: Final = 0.1
 
 
 def measure_speed(setup: Setup, num_rows: int, seed: int, problems: list[str]) -> dict[str, Any]:
-    """Score the same rows with a plain scorer, one actor and two actors of one thread each.
+    """Score the same rows with plain scorers and actors, one and two of each, of one thread each.
 
     The time of a job is from the first block that an actor begins to the last one that ends. It excludes the
-    start of Ray and the loading of the model.
+    start of Ray and the loading of the model. Two plain scorers in two processes show how much the machine
+    itself gains from a second core.
 
     Args:
         setup: The model.
@@ -47,12 +50,7 @@ def measure_speed(setup: Setup, num_rows: int, seed: int, problems: list[str]) -
     """
     pairs = make_pairs(setup, num_rows, seed)
     config = ScorerConfig(model=setup.model, device=setup.device, dtype="float32", num_threads=1)
-    with Scorer.from_config(config) as scorer:
-        scorer.warmup()
-        started = time.perf_counter()
-        for at in range(0, len(pairs), ROWS_PER_BLOCK):
-            scorer.score(pairs[at : at + ROWS_PER_BLOCK])
-        plain_s = time.perf_counter() - started
+    plain_s, two_plain_s = (_score_plainly(pairs, config, num_processes) for num_processes in (1, 2))
     small = pairs[: max(int(num_rows * _SHARE_OF_SMALL_JOB), 1)]
     before_mib = _peak_mib()
     with local_cluster(), PeakSharedMemory() as shared:
@@ -71,10 +69,12 @@ def measure_speed(setup: Setup, num_rows: int, seed: int, problems: list[str]) -
     return {
         "rows": len(pairs),
         "plain scorer, rows/s": round(len(pairs) / plain_s),
+        "two plain scorers, rows/s": round(len(pairs) / two_plain_s),
         "one actor, rows/s": round(len(pairs) / one_s),
         f"one actor, {len(small)} rows, rows/s": round(len(small) / small_s),
         "two actors, rows/s": round(len(pairs) / two_s),
-        "speedup": round(speedup, 2),
+        "speedup of two actors": round(speedup, 2),
+        "speedup of two plain scorers": round(plain_s / two_plain_s, 2),
         "cost of one actor": f"{cost:.1%}",
         "driver, peak MiB, and growth in the jobs": f"{_peak_mib():.0f}, {_peak_mib() - before_mib:.0f}",
         "shared memory, peak MiB": round(shared.peak_mib),
@@ -83,6 +83,27 @@ def measure_speed(setup: Setup, num_rows: int, seed: int, problems: list[str]) -
 
 def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _score_plainly(pairs: Pairs, config: ScorerConfig, num_processes: int) -> float:
+    """Return the seconds that scorers in processes of their own take to score equal parts of the rows."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, spawn.Pool(num_processes) as pool:
+        ready = manager.Barrier(num_processes)
+        parts = [(pairs[number::num_processes], config, ready) for number in range(num_processes)]
+        spans = pool.starmap(_score_part, parts, chunksize=1)
+    return max(end for _, end in spans) - min(start for start, _ in spans)
+
+
+def _score_part(pairs: Pairs, config: ScorerConfig, ready: threading.Barrier) -> tuple[float, float]:
+    """Score pairs once all processes have loaded the model. Return the begin and the end."""
+    with Scorer.from_config(config) as scorer:
+        scorer.warmup()
+        ready.wait()
+        start = time.time()
+        for at in range(0, len(pairs), ROWS_PER_BLOCK):
+            scorer.score(pairs[at : at + ROWS_PER_BLOCK])
+        return start, time.time()
 
 
 def _score(pairs: Pairs, config: ScorerConfig, *, num_actors: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
 from typing import Final, NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ _FLASH_MULTIPLE: Final = 8
 _MAX_FLASH_HEAD_DIM: Final = 256
 _TRITON_HEAD_DIMS: Final = (16, 32, 64, 128)
 _HALF: Final = (torch.float16, torch.bfloat16)
+_TILE_MULTIPLE: Final = 16
 _EFFICIENT_CAPABILITY: Final = (5, 0)
 _EFFICIENT_BFLOAT16_CAPABILITY: Final = (8, 0)
 
@@ -90,7 +92,7 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
             )
             continue
         logger.info("attention on %s in %s: %s", device, dtype, name)
-        return candidate.attention
+        return _unless_shared(candidate.attention) if candidate.uses_one_thread else candidate.attention
     raise DeviceError(
         f"torch {torch.__version__} computes attention on {device} in {dtype} incorrectly or not at all; use "
         "device='cpu', or install another release of torch"
@@ -191,6 +193,31 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_
     return output
 
 
+def tile_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Run this package's own kernel in float32, one call for the whole batch; on CPUs with AVX-512."""
+    if q_seqlens.max_seqlen == 1:
+        # The kernel transposes the keys first, which takes longer than it saves for a single query.
+        return sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
+    from bge_rerank_integrations.engine.cpu.float32_attention import attend
+
+    return attend(q, k, v, q_seqlens, kv_seqlens)
+
+
+def _unless_shared(attention: VarlenAttention) -> VarlenAttention:
+    """Return an implementation that calls another one in threads that do not share their work.
+
+    The threads of `SplitForward` each compute their own sequences. A batch with fewer sequences than threads
+    is computed outside of them, where torch shares each of its own operations between its threads.
+    """
+
+    @wraps(attention)
+    def attend(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+        chosen = attention if torch.get_num_threads() == 1 else sdpa_attention
+        return chosen(q, k, v, q_seqlens, kv_seqlens)
+
+    return attend
+
+
 class Candidate(NamedTuple):
     """An implementation, and where it can run.
 
@@ -199,11 +226,14 @@ class Candidate(NamedTuple):
         fits: Whether it may run on a device, in a precision and with a width of heads. A false answer only
             avoids a trial that is known to fail.
         reads_tensors_only: Whether it reads nothing of a `Seqlens` on the host except `max_seqlen`.
+        uses_one_thread: Whether the calling thread does all work. Torch's own operations share it between
+            `torch.get_num_threads()` threads.
     """
 
     attention: VarlenAttention
     fits: Callable[[torch.device, torch.dtype, int], bool]
     reads_tensors_only: bool = False
+    uses_one_thread: bool = False
 
 
 def _fits_flash_3(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -249,6 +279,16 @@ def _fits_matmul(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     return device.type == "cpu" and dtype is torch.bfloat16
 
 
+def _fits_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return (
+        device.type == "cpu"
+        and dtype is torch.float32
+        and head_dim % _TILE_MULTIPLE == 0
+        and "AVX512" in torch.backends.cpu.get_cpu_capability()
+        and find_spec("numba") is not None
+    )
+
+
 def _fits_mps(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
     return device.type == "mps"
 
@@ -285,6 +325,8 @@ CANDIDATES: Final = (
     Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
     Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
     Candidate(matmul_attention, _fits_matmul),
+    # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`.
+    Candidate(tile_attention, _fits_tiles, uses_one_thread=True),
     Candidate(sdpa_attention, _fits_others),
     Candidate(contiguous_sdpa_attention, _fits_mps),
     Candidate(product_attention, _fits_always),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from bge_rerank_integrations.engine.attention import (
     name_of,
     reads_tensors_only,
     resolve_attention,
+    tile_attention,
     triton_attention,
     varlen_attention,
 )
@@ -171,6 +173,7 @@ def test_a_model_with_kernels_for_whole_batches_gives_the_same_logits(
 
 
 HALF_ON_CUDA = [flash_attention, varlen_attention, efficient_attention, sdpa_attention, product_attention]
+ON_CPU = [sdpa_attention, product_attention]
 OLDER = [efficient_attention, sdpa_attention, product_attention]
 
 
@@ -194,6 +197,11 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CUDA, torch.bfloat16, 64, {"capability": (7, 5)}, [sdpa_attention, product_attention]),
         (CUDA, torch.float16, 64, {"capability": (9, 0), "hip": "6.4"}, [sdpa_attention, product_attention]),
         (MPS, torch.float32, 64, {}, [contiguous_sdpa_attention, product_attention]),
+        (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX512"}, [tile_attention, *ON_CPU]),
+        (CPU, torch.float32, 64, {"numba": False, "cpu": "AVX512"}, ON_CPU),
+        (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX2"}, ON_CPU),
+        (CPU, torch.float32, 24, {"numba": True, "cpu": "AVX512"}, ON_CPU),
+        (CPU, torch.bfloat16, 64, {"numba": True, "cpu": "AVX512"}, [matmul_attention, *ON_CPU]),
         (MPS, torch.float16, 64, {}, [contiguous_sdpa_attention, product_attention]),
     ],
 )  # fmt: skip
@@ -212,7 +220,12 @@ def test_candidates_of_each_device(
     monkeypatch.setattr(torch.version, "hip", machine.get("hip"))
     if "num_splits" not in inspect.signature(varlen_attn).parameters:
         expected = [attention for attention in expected if attention is not varlen_attention]
-    found = {"flash_attn_interface": machine.get("flash_3"), "triton": machine.get("triton")}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine.get("cpu"))
+    found = {
+        "flash_attn_interface": machine.get("flash_3"),
+        "triton": machine.get("triton"),
+        "numba": machine.get("numba") or None,
+    }
     monkeypatch.setattr(attention_module, "find_spec", found.get)
     fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]
     assert list(map(name_of, fitting)) == list(map(name_of, expected))
@@ -227,7 +240,7 @@ def test_kernels_for_whole_batches_can_be_captured() -> None:
         efficient_attention,
     ):
         assert reads_tensors_only(attention)
-    for attention in (sdpa_attention, contiguous_sdpa_attention, product_attention):
+    for attention in (sdpa_attention, contiguous_sdpa_attention, product_attention, tile_attention):
         assert not reads_tensors_only(attention)
 
 
@@ -268,6 +281,29 @@ def test_the_trial_runs_on_the_width_of_the_model(monkeypatch: pytest.MonkeyPatc
     use_candidates(monkeypatch, recording)
     resolve_attention(CPU, torch.float32, 24)
     assert widths == [24, 24]
+
+
+def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def on_one_thread(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+        calls.append(len(q))
+        return sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
+
+    candidate = Candidate(on_one_thread, lambda *_: True, uses_one_thread=True)
+    monkeypatch.setattr(attention_module, "CANDIDATES", (candidate,))
+    attention = resolve_attention(CPU, torch.float32, 64)
+    assert calls, "it is tried"
+    assert name_of(attention) == "on_one_thread"
+    seqlens = pack([np.arange(5, dtype=np.int32)], padding_idx=1, device=CPU).seqlens
+    q, k, v = torch.randn(3, 5, 2, 64)
+    for num_threads, expected in ((1, [5]), (4, [])):
+        calls.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)  # noqa: B023
+        assert torch.equal(attention(q, k, v, seqlens, seqlens), sdpa_attention(q, k, v, seqlens, seqlens))
+        assert calls == expected
 
 
 # Each head of the trial's 3 neighbours of 33 tokens, which are padded to 48, has 2,304 scores.

@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from bge_rerank_integrations.engine import build
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
     resolve_attention,
+    tile_attention,
 )
 from bge_rerank_integrations.engine.attention_by_length import (
     contiguous_sdpa_attention,
@@ -222,6 +224,9 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
     return output
 
 
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
+
+
 # A sequence of 1,500 tokens has more scores than `matmul_attention` computes in one product.
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [9, 4, 4, 1, 1], [64, 3], [1500]])
 @pytest.mark.parametrize(
@@ -229,6 +234,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
     [
         pytest.param(sdpa_attention, "cpu", torch.float32, 1e-5, id="sdpa-float32"),
         pytest.param(sdpa_attention, "cpu", torch.bfloat16, 2e-2, id="sdpa-bfloat16"),
+        pytest.param(tile_attention, "cpu", torch.float32, 1e-5, id="tile-float32", marks=needs_numba),
         pytest.param(matmul_attention, "cpu", torch.float32, 1e-5, id="matmul-float32"),
         pytest.param(matmul_attention, "cpu", torch.bfloat16, 2e-2, id="matmul-bfloat16"),
         pytest.param(contiguous_sdpa_attention, "cpu", torch.float32, 1e-5, id="contiguous-float32"),
@@ -254,7 +260,8 @@ def test_attention_matches_explicit_scores_in_float64(
 
 def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
-        assert resolve_attention(CPU, torch.float32, 64) is sdpa_attention
+        # No width of 60 fits the tiles of `tile_attention`.
+        assert resolve_attention(CPU, torch.float32, 60) is sdpa_attention
         assert resolve_attention(CPU, torch.bfloat16, 64) is matmul_attention
         resolve_linear(CPU, torch.float32)
     assert "sdpa_attention" in caplog.text

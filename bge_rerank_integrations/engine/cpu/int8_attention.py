@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from bge_rerank_integrations.engine.cpu.int8_kernels import compiled, inlined, quantize_row
-from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
-    NOTHING,
-    PANEL,
-    ROWS,
-    WIDTH,
-    multiply_16,
-    multiply_32,
-    multiply_64,
-    powers_of_2,
-    transpose_16,
-    widest_vectors,
+from bge_rerank_integrations.engine.cpu.attention_tiles import (
+    attend_tile,
+    make_buffers,
+    query_factor,
+    transpose_keys,
 )
-
-_LOG2_E = 1.4426950408889634
-_NO_TOKEN = np.float32(NOTHING)
-
-
-@inlined
-def _multiply(a, a_step, b, b_step, panel_step, columns, c, c_step, depth):
-    """Compute c = a b for ROWS rows of a and `columns` columns of b, which are a multiple of WIDTH.
-
-    `panel_step` is the distance between two panels of PANEL columns in b.
-    """
-    j, panel = 0, 0
-    while columns - j >= PANEL:
-        multiply_64(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
-        j += PANEL
-        panel += panel_step
-    if columns - j >= 2 * WIDTH:
-        multiply_32(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
-        j += 2 * WIDTH
-        panel += 2 * WIDTH
-    if columns - j >= WIDTH:
-        multiply_16(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
+from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
+from bge_rerank_integrations.engine.cpu.int8_kernels import quantize_row
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, widest_vectors
 
 
 @inlined
@@ -100,26 +74,11 @@ def attend(
     widest_vectors()
     width = codes.shape[1]
     head = width // num_heads
-    longest = 0
+    queries, keys, values, keys_by_column, weights, sums, shares = make_buffers(kv_cu_seqlens, head)
+    factor, one = query_factor(head), np.float32(1)
     for b in range(kv_cu_seqlens.shape[0] - 1):
-        longest = max(longest, kv_cu_seqlens[b + 1] - kv_cu_seqlens[b])
-    most = (longest + WIDTH - 1) // WIDTH * WIDTH
-    # A tile that is not full also reads rows after the last one of a sequence. Their results are not used.
-    queries = np.zeros(ROWS * head, np.float32)
-    keys = np.zeros(most * head, np.float32)
-    # Stored in panels of PANEL columns, so that a tile reads memory that lies close together.
-    keys_by_column = np.empty(head * ((most + PANEL - 1) // PANEL * PANEL), np.float32)
-    values = np.empty(most * head, np.float32)
-    weights = np.empty(ROWS * most, np.float32)
-    sums = np.empty(ROWS * head, np.float32)
-    shares = np.empty(ROWS, np.float32)
-    factor = np.float32(_LOG2_E / np.sqrt(head))
-    one = np.float32(1)
-    for b in range(kv_cu_seqlens.shape[0] - 1):
-        begin, end = q_cu_seqlens[b], q_cu_seqlens[b + 1]
-        kv_begin = kv_cu_seqlens[b]
+        begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
-        columns = (length + WIDTH - 1) // WIDTH * WIDTH
         for h in range(num_heads):
             k_start = k_column + h * head
             _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, one, keys)
@@ -135,18 +94,11 @@ def attend(
                 one,
                 values,
             )
-            for j in range(0, columns, WIDTH):
-                start = j // PANEL * PANEL * head + j % PANEL
-                for d in range(0, head, WIDTH):
-                    transpose_16(keys, j * head + d, head, keys_by_column, start + d * PANEL, PANEL)
+            transpose_keys(keys, length, head, keys_by_column)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
                 _take(q_product, q_affine, q_offset, q_bias, first, count, h * head, head, factor, queries)
-                _multiply(queries, head, keys_by_column, PANEL, PANEL * head, columns, weights, columns, head)
-                for i in range(count):
-                    weights[i * columns + length : (i + 1) * columns] = _NO_TOKEN
-                    shares[i] = one / powers_of_2(weights, i * columns, columns)
-                _multiply(weights, columns, values, head, PANEL, head, sums, head, length)
+                attend_tile(queries, count, keys_by_column, values, length, head, weights, sums, shares)
                 for i in range(count):
                     for d in range(head):
                         attended[first + i, h * head + d] = sums[i * head + d] * shares[i]

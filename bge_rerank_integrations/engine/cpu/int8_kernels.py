@@ -4,62 +4,21 @@ Each row is quantized to uint8 by itself: `value = scale * code + low`. `affine`
 and the low of each row. A matrix product multiplies the codes with an int8 weight. The kernel that follows
 the product restores the values as `scale * product + low * offset + bias`, where `offset` [out] is the
 product of a row of ones with the weight.
-
-numba compiles the kernels, so the machine needs no compiler. The kernels start no threads, and they release
-the interpreter's lock.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-from numba import njit
 
+from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import as_float, widest_vectors
 
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-}
 # Codes are integers from 0 to 255.
 _LEVELS = np.float32(255)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 _SIGN = np.int32(31)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-
-
-@cache
-def _sources() -> str:
-    """Return a digest of every file that the kernels are compiled from: the Python files of this folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
-    """Return a decorator that compiles a function, and caches the result on disk if possible."""
-
-    def compile_(function: Callable[..., None]) -> Any:
-        try:
-            # numba checks whether the file of a function has changed, but not the files that it imports from.
-            function.__qualname__ = f"{function.__name__}_{_sources()}"
-            return njit(signature, cache=True, **_OPTIONS)(function)
-        except (OSError, RuntimeError):  # no source files, or no folder to write the cache to
-            return njit(signature, **_OPTIONS)(function)
-
-    return compile_
-
-
-inlined = njit(inline="always")
 
 
 @inlined
