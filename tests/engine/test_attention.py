@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -281,6 +282,15 @@ def test_the_trial_runs_on_the_width_of_the_model(monkeypatch: pytest.MonkeyPatc
     use_candidates(monkeypatch, recording)
     resolve_attention(CPU, torch.float32, 24)
     assert widths == [24, 24]
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
+def test_tiles_read_tensors_of_any_layout() -> None:
+    seqlens = pack(random_ids([7, 20], 100), padding_idx=1, device=CPU).seqlens
+    heads_first = torch.randn(3, 2, 27, 16)
+    q, k, v = heads_first.transpose(1, 2)
+    expected = sdpa_attention(q, k, v, seqlens, seqlens)
+    assert (tile_attention(q, k, v, seqlens, seqlens) - expected).abs().max().item() <= 1e-5
 
 
 def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operations(
