@@ -20,6 +20,7 @@ DISTRIBUTIONS: Final = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "numba",
     "starlette",
     "uvicorn",
     "langchain-classic",

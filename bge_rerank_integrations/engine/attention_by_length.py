@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Final
 
 import torch
@@ -95,44 +96,60 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention on [sequences, heads, length, head_dim], with as many queries as keys."""
-    (num_sequences, num_heads, length), padded = k.shape[:3], round_up_rows(k.shape[2])
-    # Copy the rows of each head next to each other: products of strided rows are several times slower.
-    q, k, v = (
-        F.pad(rows, (0, 0, 0, padded - length)) if padded > length else rows.contiguous()
-        for rows in (q, k, v)
-    )
-    queries, keys, values = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    attended = torch.empty_like(queries)
-    start = 0
-    for size in _part_sizes(num_sequences, num_heads, padded):
-        part = slice(start, start + size)
-        start += size
-        columns = keys[part].transpose(1, 2)
-        for rows in _row_slices(size, padded):
-            scores = torch.bmm(queries[part, rows], columns)
+    num_sequences, num_heads, length, head_dim = k.shape
+    padded = round_up_rows(length)
+    attended = q.new_empty(num_sequences, length, num_heads, head_dim).transpose(1, 2)
+    for part in _parts(num_sequences, num_heads, padded):
+        # Copy only the rows of this part. They are still in the cache when the products read them.
+        queries, keys, values = (_copy_rows(rows[part], padded) for rows in (q, k, v))
+        queries *= head_dim**-0.5
+        columns = keys.transpose(1, 2)
+        results = []
+        for rows in _row_slices(len(keys), padded):
+            scores = torch.bmm(queries[:, rows], columns)
             if padded > length:
                 scores[..., length:] = -torch.inf
-            attended[part, rows] = torch.bmm(torch.softmax(scores, -1), values[part])
-    return attended.view(num_sequences, num_heads, padded, -1)[:, :, :length]
+            results.append(torch.bmm(torch.softmax(scores, -1), values))
+        result = results[0] if len(results) == 1 else torch.cat(results, 1)
+        attended[part] = result.unflatten(0, attended[part].shape[:2])[:, :, :length]
+    return attended
 
 
-def _part_sizes(num_sequences: int, num_heads: int, length: int) -> list[int]:
-    """Divide the heads of several sequences into parts whose scores stay in the cache.
+def _copy_rows(rows: Tensor, length: int) -> Tensor:
+    """Copy the rows of each head next to each other: products of strided rows are several times slower.
+
+    Args:
+        rows: [sequences, heads, rows, head_dim].
+        length: Number of rows to pad to, with zeros.
 
     Returns:
-        Numbers of heads that add up to `num_sequences * num_heads`. Each is either the heads of a power of
-        two of sequences, or a divisor of `num_heads`.
+        [sequences * heads, length, head_dim].
+    """
+    copies = rows.new_empty(*rows.shape[:2], length, rows.shape[3])
+    copies[:, :, : rows.shape[2]] = rows
+    copies[:, :, rows.shape[2] :] = 0
+    return copies.flatten(0, 1)
+
+
+def _parts(num_sequences: int, num_heads: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Divide the heads of several sequences into parts whose scores stay in the cache.
+
+    Yields:
+        A slice of the sequences and one of the heads. A part is either all heads of a power of two of
+        sequences, or a divisor of the heads of one sequence, so that parts have few shapes.
     """
     most = max(_MAX_SCORES // length**2, 1)
     if most < num_heads:
         size = max(divisor for divisor in range(1, most + 1) if num_heads % divisor == 0)
-        return [size] * (num_sequences * num_heads // size)
+        for sequence, head in product(range(num_sequences), range(0, num_heads, size)):
+            yield slice(sequence, sequence + 1), slice(head, head + size)
+        return
     largest = min(_floor_to_power_of_2(most // num_heads), _MAX_SEQUENCES)
-    sizes = []
-    while num_sequences:
-        sizes.append(min(largest, _floor_to_power_of_2(num_sequences)))
-        num_sequences -= sizes[-1]
-    return [size * num_heads for size in sizes]
+    start = 0
+    while start < num_sequences:
+        size = min(largest, _floor_to_power_of_2(num_sequences - start))
+        yield slice(start, start + size), slice(0, num_heads)
+        start += size
 
 
 def _row_slices(num_heads: int, length: int) -> Iterator[slice]:

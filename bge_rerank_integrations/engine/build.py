@@ -26,6 +26,7 @@ from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cpu.freed_memory import keep_freed_memory
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
 from bge_rerank_integrations.engine.cpu.row_blocks import RowBlocks, round_up_to_step
@@ -97,6 +98,7 @@ def build_model(spec: ModelSpec) -> Model:
         model.graphs.capture()
     if spec.device.type != "cpu":
         return model
+    keep_freed_memory()
     # Run one pass on this thread alone. In their first call, libraries initialize themselves, and compile and
     # load kernels. After this pass no request waits for that, and no two threads do it at the same time. The
     # module `first_calls` explains why two threads must not.

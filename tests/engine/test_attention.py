@@ -338,8 +338,10 @@ def test_products_have_few_shapes_and_scores_that_fit_into_a_cache(num_heads: in
     for length in (16, 128, 256, 512, 1024, 8192):
         sizes = set()
         for num_sequences in range(1, 40):
-            parts = attention_by_length._part_sizes(num_sequences, num_heads, length)
-            assert sum(parts) == num_sequences * num_heads
-            sizes |= set(parts)
+            covered = np.zeros((num_sequences, num_heads), int)
+            for part in attention_by_length._parts(num_sequences, num_heads, length):
+                covered[part] += 1
+                sizes.add(covered[part].size)
+            assert (covered == 1).all(), "each head of each sequence is in one part"
         assert len(sizes) <= 5
         assert max(sizes) == 1 or max(sizes) * length**2 <= attention_by_length._MAX_SCORES
