@@ -13,8 +13,8 @@ from torch import Tensor
 from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.packing import Seqlens
 
-# Most attention scores in one matrix product. In bfloat16 they take 2 MB, so that they stay in the cache of a
-# core until the softmax and the second product have read them.
+# Most attention scores in one matrix product for each thread that computes it. In bfloat16 they take 2 MB, so
+# that they stay in the cache of a core until the softmax and the second product have read them.
 _MAX_SCORES = 1 << 20
 # Most sequences in one matrix product. A larger number would only save a few calls.
 _MAX_SEQUENCES: Final = 16
@@ -97,15 +97,15 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention on [sequences, heads, length, head_dim], with as many queries as keys."""
     num_sequences, num_heads, length, head_dim = k.shape
-    padded = round_up_rows(length)
+    padded, max_scores = round_up_rows(length), _MAX_SCORES * torch.get_num_threads()
     attended = q.new_empty(num_sequences, length, num_heads, head_dim).transpose(1, 2)
-    for part in _parts(num_sequences, num_heads, padded):
+    for part in _parts(num_sequences, num_heads, padded, max_scores):
         # Copy only the rows of this part. They are still in the cache when the products read them.
         queries, keys, values = (_copy_rows(rows[part], padded) for rows in (q, k, v))
         queries *= head_dim**-0.5
         columns = keys.transpose(1, 2)
         results = []
-        for rows in _row_slices(len(keys), padded):
+        for rows in _row_slices(len(keys), padded, max_scores):
             scores = torch.bmm(queries[:, rows], columns)
             if padded > length:
                 scores[..., length:] = -torch.inf
@@ -131,14 +131,14 @@ def _copy_rows(rows: Tensor, length: int) -> Tensor:
     return copies.flatten(0, 1)
 
 
-def _parts(num_sequences: int, num_heads: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Divide the heads of several sequences into parts whose scores stay in the cache.
+def _parts(num_sequences: int, num_heads: int, length: int, max_scores: int) -> Iterator[tuple[slice, slice]]:
+    """Divide the heads of several sequences into parts of at most `max_scores` scores, or of one head.
 
     Yields:
         A slice of the sequences and one of the heads. A part is either all heads of a power of two of
         sequences, or a divisor of the heads of one sequence, so that parts have few shapes.
     """
-    most = max(_MAX_SCORES // length**2, 1)
+    most = max(max_scores // length**2, 1)
     if most < num_heads:
         size = max(divisor for divisor in range(1, most + 1) if num_heads % divisor == 0)
         for sequence, head in product(range(num_sequences), range(0, num_heads, size)):
@@ -152,9 +152,9 @@ def _parts(num_sequences: int, num_heads: int, length: int) -> Iterator[tuple[sl
         start += size
 
 
-def _row_slices(num_heads: int, length: int) -> Iterator[slice]:
-    """Divide the queries of a head into parts whose scores stay in the cache, if the head has too many."""
-    size = _floor_to_power_of_2(max(_MAX_SCORES // (num_heads * length), 1))
+def _row_slices(num_heads: int, length: int, max_scores: int) -> Iterator[slice]:
+    """Divide the queries of a part of heads into slices of at most `max_scores` scores, or of one query."""
+    size = _floor_to_power_of_2(max(max_scores // (num_heads * length), 1))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 

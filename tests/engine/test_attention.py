@@ -339,9 +339,9 @@ def test_products_have_few_shapes_and_scores_that_fit_into_a_cache(num_heads: in
         sizes = set()
         for num_sequences in range(1, 40):
             covered = np.zeros((num_sequences, num_heads), int)
-            for part in attention_by_length._parts(num_sequences, num_heads, length):
+            for part in attention_by_length._parts(num_sequences, num_heads, length, 1 << 20):
                 covered[part] += 1
                 sizes.add(covered[part].size)
             assert (covered == 1).all(), "each head of each sequence is in one part"
         assert len(sizes) <= 5
-        assert max(sizes) == 1 or max(sizes) * length**2 <= attention_by_length._MAX_SCORES
+        assert max(sizes) == 1 or max(sizes) * length**2 <= 1 << 20
