@@ -30,12 +30,15 @@ RANK: Final = """
     model, source, output = sys.argv[1:]
     command = [sys.executable, "-m", "bge_rerank_integrations.cli", "rank", "--model", model]
     ranking = subprocess.Popen([*command, "--device", "cpu", "-o", output], stdin=subprocess.PIPE)
-    # The command writes this file after it has loaded the model, and then waits for its first line.
-    while not os.path.exists(output + ".job.json") and ranking.poll() is None:
-        time.sleep(0.05)
-    with open(f"/proc/{ranking.pid}/statm") as statm:
-        loaded = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     with open(source, "rb") as lines, ranking.stdin:
+        # The command reads the first line to check the format. It writes this file after it has loaded the
+        # model, and then waits for more lines.
+        ranking.stdin.write(lines.readline())
+        ranking.stdin.flush()
+        while not os.path.exists(output + ".job.json") and ranking.poll() is None:
+            time.sleep(0.05)
+        with open(f"/proc/{ranking.pid}/statm") as statm:
+            loaded = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         shutil.copyfileobj(lines, ranking.stdin)
     _, status, usage = os.wait4(ranking.pid, 0)
     print(loaded, usage.ru_maxrss * 1024, status)
@@ -71,6 +74,7 @@ def test_a_job_of_100_000_pairs_needs_little_memory(bench: Bench) -> None:
         capture_output=True,
         text=True,
         check=True,
+        timeout=10 * PATIENCE_S,
     )
     loaded, peak, status = map(int, completed.stdout.split())
     with output.open(encoding="utf-8") as file:
