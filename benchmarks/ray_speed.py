@@ -9,6 +9,7 @@ import resource
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -91,8 +92,7 @@ def _score_plainly(pairs: Pairs, config: ScorerConfig, num_processes: int) -> fl
     with spawn.Manager() as manager, spawn.Pool(num_processes) as pool:
         ready = manager.Barrier(num_processes)
         parts = [(pairs[number::num_processes], config, ready) for number in range(num_processes)]
-        spans = pool.starmap(_score_part, parts, chunksize=1)
-    return max(end for _, end in spans) - min(start for start, _ in spans)
+        return _duration_s(pool.starmap(_score_part, parts, chunksize=1))
 
 
 def _score_part(pairs: Pairs, config: ScorerConfig, ready: threading.Barrier) -> tuple[float, float]:
@@ -125,7 +125,12 @@ def _score(pairs: Pairs, config: ScorerConfig, *, num_actors: int) -> float:
         scored.write_parquet(str(output))
         assert pq.read_table(output).num_rows == len(pairs), "rows are missing or repeated"
         spans = [json.loads(line) for path in times.iterdir() for line in path.read_text().splitlines()]
-    return float(max(end for _, end in spans) - min(start for start, _ in spans))
+    return _duration_s(spans)
+
+
+def _duration_s(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the seconds from the first begin to the last end."""
+    return max(end for _, end in spans) - min(start for start, _ in spans)
 
 
 def _score_timed(scorer: Scorer, table: pa.Table, *, folder: Path) -> pa.Table:

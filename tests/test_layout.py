@@ -34,6 +34,7 @@ ROWS = [
     "engine.attention_trial",
     "engine.attention_by_length",
     "engine.cuda.triton_attention",
+    "engine.cpu.int8_support",
     "engine.cpu.compiler",
     "engine.cpu.vector_intrinsics",
     "engine.cpu.attention_tiles",

@@ -19,6 +19,7 @@ from bge_rerank_integrations.engine.attention_by_length import (
     sdpa_attention,
 )
 from bge_rerank_integrations.engine.attention_trial import try_attention
+from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
 
@@ -30,7 +31,6 @@ _FLASH_MULTIPLE: Final = 8
 _MAX_FLASH_HEAD_DIM: Final = 256
 _TRITON_HEAD_DIMS: Final = (16, 32, 64, 128)
 _HALF: Final = (torch.float16, torch.bfloat16)
-_TILE_MULTIPLE: Final = 16
 _EFFICIENT_CAPABILITY: Final = (5, 0)
 _EFFICIENT_BFLOAT16_CAPABILITY: Final = (8, 0)
 
@@ -283,7 +283,7 @@ def _fits_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     return (
         device.type == "cpu"
         and dtype is torch.float32
-        and head_dim % _TILE_MULTIPLE == 0
+        and head_dim % HEAD_STEP == 0
         and "AVX512" in torch.backends.cpu.get_cpu_capability()
         and find_spec("numba") is not None
     )

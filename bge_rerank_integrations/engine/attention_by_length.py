@@ -16,6 +16,8 @@ from bge_rerank_integrations.engine.packing import Seqlens
 # Most attention scores in one matrix product for each thread that computes it. In bfloat16 they take 2 MB, so
 # that they stay in the cache of a core until the softmax and the second product have read them.
 _MAX_SCORES = 1 << 20
+# The same for `product_attention`, which also runs on devices other than CPUs, where each call takes long.
+_MAX_PLAIN_SCORES = 1 << 23
 # Most sequences in one matrix product. A larger number would only save a few calls.
 _MAX_SEQUENCES: Final = 16
 
@@ -88,7 +90,7 @@ def _attend_contiguous(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries, keys, values = (rows.float().contiguous() for rows in (q, k, v))
-    num_queries = max(_MAX_SCORES // (len(k) * k.shape[1] * k.shape[2]), 1)
+    num_queries = max(_MAX_PLAIN_SCORES // (len(k) * k.shape[1] * k.shape[2]), 1)
     parts = (queries * q.shape[-1] ** -0.5).split(num_queries, 2)
     attended = [torch.softmax(part @ keys.transpose(2, 3), -1) @ values for part in parts]
     return torch.cat(attended, 2).to(q.dtype)

@@ -19,12 +19,12 @@ from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.console import WIDTH
 from bge_rerank_integrations.cli.stdlib_docs import QUESTIONS, read_stdlib_docs
 from bge_rerank_integrations.config import DEFAULT_MODEL, ScorerConfig
-from bge_rerank_integrations.engine.attention import name_of, resolve_attention
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.describe import describe_precision
 from bge_rerank_integrations.evaluation import reference_scores
 from bge_rerank_integrations.evaluation.reference_scores import Reference
 from bge_rerank_integrations.runtime import warn_once
+from tests.support.attention import FLOAT32_ON_CPU
 
 REQUEST = {"id": "q", "query": "what is a panda?", "passages": ["A bear.", "A car.", "A house."]}
 COMMANDS = ("demo", "rank", "rerank-run", "eval", "serve", "info", "check")
@@ -466,13 +466,16 @@ def test_info_shows_device_and_precision_with_reasons(on: list[str], checkpoint:
     assert "cpu (chosen)" in text
     assert re.search(r"float32 \(default on a CPU without AMX\)|bfloat16 \(default on a CPU with AMX\)", auto)
     assert "float32 (chosen)" in text
-    attention = name_of(resolve_attention(torch.device("cpu"), torch.float32, 64))
-    assert f"{attention} (Run " in text
+    summary = {
+        "tile_attention": "tile_attention (Run this package's own kernel in float32",
+        "sdpa_attention": "sdpa_attention (Run scaled_dot_product_attention on each run",
+    }
+    assert summary[FLOAT32_ON_CPU] in text
     assert re.search(r"cores \((torch's choice|the CPU (quota|affinity) of .*)\)", text)
     assert "1 of" in (threads := run("info", "--num-threads", 1, *on).stdout)
     assert "cores (chosen)" in threads
     record = json.loads(run("info", "--json", *on).stdout)
-    assert record["machine"]["attention"] == attention
+    assert record["machine"]["attention"] == FLOAT32_ON_CPU
     assert record["model"]["max_length"] == 512
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     assert record["model"]["num_bytes"] == size

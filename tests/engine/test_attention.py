@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +49,7 @@ from tests.support.attention import (
     attend_bounds,
     cuda_operators_on_cpu,
     metal_sdpa,
+    needs_numba,
 )
 from tests.support.engine import CPU, max_difference, random_ids
 from tests.support.tolerances import LOGIT_TOLERANCE
@@ -198,12 +198,12 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CUDA, torch.bfloat16, 64, {"capability": (7, 5)}, [sdpa_attention, product_attention]),
         (CUDA, torch.float16, 64, {"capability": (9, 0), "hip": "6.4"}, [sdpa_attention, product_attention]),
         (MPS, torch.float32, 64, {}, [contiguous_sdpa_attention, product_attention]),
+        (MPS, torch.float16, 64, {}, [contiguous_sdpa_attention, product_attention]),
         (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX512"}, [tile_attention, *ON_CPU]),
         (CPU, torch.float32, 64, {"numba": False, "cpu": "AVX512"}, ON_CPU),
         (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX2"}, ON_CPU),
         (CPU, torch.float32, 24, {"numba": True, "cpu": "AVX512"}, ON_CPU),
         (CPU, torch.bfloat16, 64, {"numba": True, "cpu": "AVX512"}, [matmul_attention, *ON_CPU]),
-        (MPS, torch.float16, 64, {}, [contiguous_sdpa_attention, product_attention]),
     ],
 )  # fmt: skip
 def test_candidates_of_each_device(
@@ -284,7 +284,7 @@ def test_the_trial_runs_on_the_width_of_the_model(monkeypatch: pytest.MonkeyPatc
     assert widths == [24, 24]
 
 
-@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
+@needs_numba
 def test_tiles_read_tensors_of_any_layout() -> None:
     seqlens = pack(random_ids([7, 20], 100), padding_idx=1, device=CPU).seqlens
     heads_first = torch.randn(3, 2, 27, 16)
@@ -330,6 +330,7 @@ def test_products_with_many_scores_are_divided(
     attention: VarlenAttention, dtype: torch.dtype, max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_by_length, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(attention_by_length, "_MAX_PLAIN_SCORES", max_scores)
     try_attention(attention, CPU, dtype, 64, in_graphs=False)
 
 

@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,6 +45,7 @@ from bge_rerank_integrations.engine.linear import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
+from tests.support.attention import needs_numba
 from tests.support.engine import (
     CPU,
     LimitedMemory,
@@ -222,9 +222,6 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
             scores = q[rows, head].double() @ k[columns, head].double().T / q.shape[-1] ** 0.5
             output[rows, head] = F.softmax(scores, dim=-1) @ v[columns, head].double()
     return output
-
-
-needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
 
 
 # A sequence of 1,500 tokens has more scores than `matmul_attention` computes in one product.

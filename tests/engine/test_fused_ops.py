@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations import ScorerConfig
-from bge_rerank_integrations.engine.attention_by_length import (
-    sdpa_attention,
-)
+from bge_rerank_integrations.engine.attention_by_length import sdpa_attention
 from bge_rerank_integrations.engine.blocks import Quantized
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights

@@ -24,9 +24,7 @@ from bge_rerank_integrations.engine.attention import (
     triton_attention,
     varlen_attention,
 )
-from bge_rerank_integrations.engine.attention_by_length import (
-    sdpa_attention,
-)
+from bge_rerank_integrations.engine.attention_by_length import sdpa_attention
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.graphs import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,6 +25,13 @@ needs_num_splits = pytest.mark.skipif(
     "num_splits" not in inspect.signature(varlen_attn).parameters,
     reason="needs a torch whose varlen_attn has num_splits",
 )
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
+FLOAT32_ON_CPU = (
+    "tile_attention"
+    if find_spec("numba") is not None and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    else "sdpa_attention"
+)
+"""Name of the implementation that this machine uses in float32 on its CPU, for heads of 64."""
 WHOLE_BATCH = [
     flash_attention,
     pytest.param(varlen_attention, marks=needs_num_splits),

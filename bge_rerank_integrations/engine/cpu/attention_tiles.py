@@ -61,10 +61,12 @@ def transpose_keys(keys, length, head, keys_by_column):
 
 
 @inlined
-def attend_tile(queries, count, keys_by_column, values, length, head, weights, sums, shares):
+def attend_tile(
+    queries, count, keys_by_column, values, length, head, weights, sums, shares, attended, first, column
+):
     """Attend from `count` queries, at most ROWS, to the keys and values of one head of a sequence.
 
-    `sums` receives the sums of the weighted values, and `shares` what to multiply each row of it with.
+    The results go into `attended`, from the row `first` and the column `column` on.
     """
     columns = (length + WIDTH - 1) // WIDTH * WIDTH
     _multiply(queries, head, keys_by_column, PANEL, PANEL * head, columns, weights, columns, head)
@@ -72,6 +74,9 @@ def attend_tile(queries, count, keys_by_column, values, length, head, weights, s
         weights[i * columns + length : (i + 1) * columns] = _NO_TOKEN
         shares[i] = np.float32(1) / powers_of_2(weights, i * columns, columns)
     _multiply(weights, columns, values, head, PANEL, head, sums, head, length)
+    for i in range(count):
+        for d in range(head):
+            attended[first + i, column + d] = sums[i * head + d] * shares[i]
 
 
 @inlined

@@ -78,7 +78,7 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
                 _take(q, q_step, first, count, column, head, factor, queries)
-                attend_tile(queries, count, keys_by_column, values, length, head, weights, sums, shares)
-                for i in range(count):
-                    for d in range(head):
-                        attended[first + i, column + d] = sums[i * head + d] * shares[i]
+                attend_tile(
+                    queries, count, keys_by_column, values, length, head, weights, sums, shares,
+                    attended, first, column,
+                )  # fmt: skip

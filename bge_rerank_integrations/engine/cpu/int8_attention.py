@@ -80,7 +80,8 @@ def attend(
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
-            k_start = k_column + h * head
+            column = h * head
+            k_start = k_column + column
             _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, one, keys)
             _take(
                 kv_product,
@@ -97,10 +98,10 @@ def attend(
             transpose_keys(keys, length, head, keys_by_column)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q_product, q_affine, q_offset, q_bias, first, count, h * head, head, factor, queries)
-                attend_tile(queries, count, keys_by_column, values, length, head, weights, sums, shares)
-                for i in range(count):
-                    for d in range(head):
-                        attended[first + i, h * head + d] = sums[i * head + d] * shares[i]
+                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, factor, queries)
+                attend_tile(
+                    queries, count, keys_by_column, values, length, head, weights, sums, shares,
+                    attended, first, column,
+                )  # fmt: skip
         for i in range(begin, end):
             quantize_row(attended[i], codes[i], affine[i])

@@ -8,7 +8,7 @@ import torch
 
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
 
-# The attention kernel processes a head in vectors of this many floats.
+# The attention kernels, in int8 and float32, process a head in vectors of this many floats.
 HEAD_STEP = 16
 _CPU_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 
