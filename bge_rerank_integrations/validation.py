@@ -81,12 +81,13 @@ def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:
                 "into a list",
                 index=index,
             )
-        for name, text in zip(("query", "passage"), pair, strict=True):
-            if not isinstance(text, str):
-                raise InputTypeError(
-                    f"the {name} of pair {index} must be a string, not {_kind(text)}", index=index
-                )
-        checked.append((pair[0], pair[1]))
+        query, passage = pair
+        if not (isinstance(query, str) and isinstance(passage, str)):
+            name, text = ("passage", passage) if isinstance(query, str) else ("query", query)
+            raise InputTypeError(
+                f"the {name} of pair {index} must be a string, not {_kind(text)}", index=index
+            )
+        checked.append((query, passage))
     return checked
 
 

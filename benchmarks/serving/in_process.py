@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import repeat
 from typing import Any, Final
 
 from benchmarks.models import Setup
@@ -80,7 +79,7 @@ def queue_overhead(setup: Setup) -> dict[str, float]:
 
         def direct() -> float:
             prepared = PreparedPairs([(query, [passage])])
-            (windows,) = prepared.encode(pipeline.tokenizer, repeat(1))
+            (windows,) = prepared.encode(pipeline.tokenizer)
             pending = pipeline.runners[0].launch(windows)
             assert pending is not None
             return prepared.scores(pending.wait(), normalize=True)[0]

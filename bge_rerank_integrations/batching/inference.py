@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import chain, repeat
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher
@@ -32,7 +31,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.progress import OnProgress, progress_bar
 from bge_rerank_integrations.runtime.warn_once import warn_once
-from bge_rerank_integrations.text.pairs import PreparedPairs
+from bge_rerank_integrations.text.pairs import PreparedPairs, one_part
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import PairTokenizer
 from bge_rerank_integrations.validation import Pair, group_pairs
@@ -42,10 +41,13 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-# A longer request is encoded in parts of this many pairs. The device computes a part while the next one is
-# encoded. The first part is small, so that an idle device starts soon.
+# A longer request is encoded in parts of at most this many pairs. The device computes a part while the next
+# one is encoded. The first part is small, so that an idle device starts soon.
 _NUM_FIRST_PAIRS: Final = 32
 _NUM_PAIRS_AT_ONCE: Final = 512
+# The rest is divided even if it fits into one part, if it has this many pairs. The device then does not wait
+# until all of them are encoded.
+_NUM_DIVIDED_PAIRS: Final = 64
 # Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.
 _NUM_TOKENIZERS: Final = 2
 # 8 MB, enough for about ten thousand passages of a hundred tokens.
@@ -219,12 +221,6 @@ class Pipeline:
             request.future.cancel()  # this also stops the encoding, if it has begun
             raise
 
-    def _part_sizes(self) -> Iterator[int]:
-        """Return the number of pairs in each part in which a request is encoded."""
-        if not self._is_encoded_in_parts:
-            return repeat(sys.maxsize)
-        return chain([_NUM_FIRST_PAIRS], repeat(_NUM_PAIRS_AT_ONCE))
-
     def _feed(
         self,
         request: Request,
@@ -240,7 +236,8 @@ class Pipeline:
         self._batcher.check_open()  # check this before the work of tokenizing
         num_windows = 0
         try:
-            for windows in pairs.encode(self.tokenizer, self._part_sizes()):
+            part_sizes = _part_sizes if self._is_encoded_in_parts else one_part
+            for windows in pairs.encode(self.tokenizer, part_sizes):
                 num_windows += len(windows)
                 if set_total is not None:
                     set_total(num_windows + pairs.num_left)
@@ -261,6 +258,15 @@ class Pipeline:
         if pairs.num_truncated_queries:
             warn_once(_logger, _QUERY_CUT, self._query_max_length, self._lost_query_part)
         return request.future
+
+
+def _part_sizes(num_pairs: int) -> list[int]:
+    """Divide pairs into the parts in which a request is encoded. Return the number of pairs in each part."""
+    first = min(num_pairs, _NUM_FIRST_PAIRS)
+    rest = num_pairs - first
+    num_parts = max(-(-rest // _NUM_PAIRS_AT_ONCE), 2 if rest >= _NUM_DIVIDED_PAIRS else 1)
+    ends = [rest * index // num_parts for index in range(num_parts + 1)]
+    return [first, *(end - start for start, end in pairwise(ends) if end > start)]
 
 
 def load_pipeline(config: ScorerConfig) -> Pipeline:

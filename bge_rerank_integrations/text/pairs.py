@@ -68,6 +68,11 @@ def find_blank_in_each(
     return blank
 
 
+def one_part(num_pairs: int) -> list[int]:
+    """Return the number of pairs in each part, for pairs that are encoded in one part."""
+    return [num_pairs]
+
+
 class PreparedPairs:
     """The (query, passage) pairs of a call, and the token ids of each distinct pair.
 
@@ -91,14 +96,16 @@ class PreparedPairs:
         self._distinct: list[Pair] = []
         self._encoded: dict[Pair, EncodedPair] = {}  # in the order of the distinct pairs
 
-    def encode(self, tokenizer: PairTokenizer, part_sizes: Iterator[int]) -> Iterator[list[IntArray]]:
+    def encode(
+        self, tokenizer: PairTokenizer, part_sizes: Callable[[int], Sequence[int]] = one_part
+    ) -> Iterator[list[IntArray]]:
         """Encode the distinct pairs in parts, and yield the windows of each part.
 
         A window is a sequence for the model: int32 token ids, special tokens included.
 
         Args:
             tokenizer: Encodes the pairs.
-            part_sizes: Most distinct pairs in each part. It does not end.
+            part_sizes: Divides a number of distinct pairs. It returns the number in each part.
 
         Raises:
             InputError: `find_blank` has raised it.
@@ -109,7 +116,7 @@ class PreparedPairs:
         self._distinct = list(dict.fromkeys(with_text))
         self._encoded.clear()  # an earlier attempt may have failed because the queue was full
         distinct = iter(self._distinct)
-        for encoded in tokenizer.stream(self._distinct, part_sizes):
+        for encoded in tokenizer.stream(self._distinct, part_sizes(len(self._distinct))):
             self._encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
             yield [window for each in encoded for window in each.windows]
 
@@ -126,6 +133,8 @@ class PreparedPairs:
     @property
     def num_truncated(self) -> int:
         """Number of pairs whose passage lost tokens."""
+        if not any(encoded.truncated for encoded in self._encoded.values()):
+            return 0
         return sum(self._encoded.get(pair, _NOT_ENCODED).truncated for pair in self._pairs())
 
     @property

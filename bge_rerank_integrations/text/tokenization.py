@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from threading import Event
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS, ScorerConfig
-from bge_rerank_integrations.errors import (
-    ConfigError,
-    CorruptCheckpointError,
-    UnsupportedCheckpointError,
-)
+from bge_rerank_integrations.errors import ConfigError
+from bge_rerank_integrations.text.distinct_texts import DistinctTexts
 from bge_rerank_integrations.text.token_cache import Encoded, TokenCache
+from bge_rerank_integrations.text.tokenizer_file import frame_of, load_tokenizer
 from bge_rerank_integrations.validation import Pair, is_blank
 
 IntArray = npt.NDArray[np.int32]
 
-# White space for every supported tokenizer, for Python and for Rust.
-_WHITE_SPACE: Final = " \n\t\r\u3000"
-# First, only this many characters of a text are tokenized for each token that can be kept.
-_CHARACTERS_PER_TOKEN: Final = 8
-_EXTRA_CHARACTERS: Final = 1024
-# If they give too few tokens, this factor extends the part that is tokenized, up to a maximum. The maximum
-# limits the work for one text to a quarter of a second and a few megabytes.
-_GROWTH: Final = 4
-_MOST_CHARACTERS: Final = 1 << 18
-# A cut inside a word may change the tokens near the cut. This many tokens are therefore discarded.
-_UNRELIABLE_TOKENS: Final = 64
 # Number of characters and tokens that are checked to see that a text is not blank.
 _NUM_GLANCED_CHARACTERS: Final = 64
 _NUM_GLANCED_TOKENS: Final = 16
-# White space between two words gives no token, whatever its length.
-_LONG_GAP: Final = re.compile(f"[{_WHITE_SPACE}]{{256,}}")
+_UNKNOWN: Final[Encoded] = np.empty(0, dtype=np.int32), False
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
+class EncodedPair(NamedTuple):
     """The token ids of a (query, passage) pair.
 
     Attributes:
@@ -69,7 +54,8 @@ class PairTokenizer:
 
     The texts of a call are tokenized in parallel on all cores, by a thread pool of the Rust library. The
     library uses one core only if `TOKENIZERS_PARALLELISM=false` is set, or if this process was forked from a
-    process that had tokenized a text.
+    process that had tokenized a text. Of a call with several parts, the library tokenizes the next part while
+    Python builds the pairs of this one.
 
     Args:
         path: Path of a `tokenizer.json`.
@@ -98,8 +84,10 @@ class PairTokenizer:
         default_prompt: str = "",
     ) -> None:
         self._cache = cache
-        self._tokenizer, self.max_id = _load(path)
-        begin, end = _frame(self._tokenizer)
+        self._tokenizer, self.max_id = load_tokenizer(path)
+        # It starts a thread when one is needed. The threads end with this object.
+        self._background = ThreadPoolExecutor(thread_name_prefix="bge-rerank-tokenize-ahead")
+        begin, end = frame_of(self._tokenizer)
         self._begin = np.array([begin], dtype=np.int32)
         self._end = np.array([end], dtype=np.int32)
         self._between = np.array([end, end], dtype=np.int32)
@@ -107,16 +95,15 @@ class PairTokenizer:
         self._passage_prefix = config.passage_instruction or ""
         self._max_length = config.max_length
         self._query_limit = config.effective_query_max_length
-        self._keeps_query_end = config.query_truncation_side == "left"
         self._windows = config.long_passages == "windows"
         self._overlap = config.window_overlap_tokens
-        query_prefix_ids, space_ids = self._ids([self._query_prefix, " "])
+        query_prefix_ids, space_ids = (each.ids for each in self._tokenize([self._query_prefix, " "]))
         if len(query_prefix_ids) >= self._query_limit:
             raise ConfigError(
                 f"the query instruction has {len(query_prefix_ids)} tokens, which leaves no room for a query "
                 f"in query_max_length {self._query_limit}; raise query_max_length"
             )
-        self._query_prefix_ids = query_prefix_ids
+        self._kept_prefix_ids = query_prefix_ids if config.query_truncation_side == "left" else None
         # Some tokenizers give tokens for white space. These ids do not make a text readable.
         self._space_ids = frozenset(space_ids)
 
@@ -130,7 +117,9 @@ class PairTokenizer:
         if is_blank(text):
             return True
         text = text.strip()
-        ids, _ = self._encode_distinct([text], "", _NUM_GLANCED_TOKENS)[text]
+        glanced = DistinctTexts([text], "", _NUM_GLANCED_TOKENS)
+        self._finish_texts([glanced], self._tokenize(glanced.strings()))
+        ids, _ = glanced.encoded[text]
         return self._space_ids.issuperset(ids.tolist())
 
     def encode(self, queries: Sequence[str], passages: Sequence[str]) -> list[EncodedPair]:
@@ -143,184 +132,152 @@ class PairTokenizer:
         Returns:
             One `EncodedPair` for each pair, in order.
         """
-        (encoded,) = self.stream(list(zip(queries, passages, strict=True)), repeat(len(queries)))
+        (encoded,) = self.stream(list(zip(queries, passages, strict=True)), [len(queries)])
         return encoded
 
-    def stream(self, pairs: Sequence[Pair], part_sizes: Iterator[int]) -> Iterator[list[EncodedPair]]:
-        """Encode (query, passage) pairs in parts, and yield a list for each part. There is at least one part.
+    def stream(self, pairs: Sequence[Pair], part_sizes: Sequence[int]) -> Iterator[list[EncodedPair]]:
+        """Encode (query, passage) pairs in parts, and yield a list for each part.
 
-        Each part is encoded when it is asked for. A text that occurs in several parts is encoded once.
+        The next part is tokenized while the caller uses this one. A text that occurs in several parts is
+        encoded once.
 
         Args:
             pairs: The pairs.
-            part_sizes: Number of pairs in each part. The last part may be shorter.
+            part_sizes: Number of pairs in each part, at least one part. The sum is the number of pairs.
         """
-        query_ids: dict[str, Encoded] = {}
-        passage_ids: dict[str, Encoded] = {}
-        start = 0
-        for size in part_sizes:
-            part = pairs[start : start + size]
-            start += size
-            new = [query for query, _ in part if query not in query_ids]
-            query_ids |= self._encode_distinct(
-                new, self._query_prefix, self._query_limit, keep_end=self._keeps_query_end
-            )
-            passage_ids |= self._encode_passages([text for _, text in part if text not in passage_ids])
-            yield [self._pair(query_ids[query], passage_ids[passage]) for query, passage in part]
-            if start >= len(pairs):
-                return
+        known = _Known({}, {})
+        ends = list(accumulate(part_sizes))
+        parts = (pairs[end - size : end] for size, end in zip(part_sizes, ends, strict=True))
+        part = self._begin_part(next(parts), known)
+        start = self._tokenize_ahead if len(part_sizes) > 1 else partial(partial, self._tokenize)
+        encodings = start(part.strings())
+        for following in parts:
+            next_part = self._begin_part(following, known)
+            done = encodings()
+            encodings = start(next_part.strings())
+            yield self._finish_part(part, done, known)
+            part = next_part
+        yield self._finish_part(part, encodings(), known)
+
+    def _begin_part(self, pairs: Sequence[Pair], known: _Known) -> _Part:
+        """Collect the texts of a part that must be tokenized. Take the others from the cache."""
+        queries = dict.fromkeys((query for query, _ in pairs if query not in known.queries), _UNKNOWN)
+        passages = dict.fromkeys((text for _, text in pairs if text not in known.passages), _UNKNOWN)
+        keys: dict[str, bytes | None] = {}
+        for passage in passages:
+            key, found = self._look_up(passage)
+            if found is None:
+                keys[passage] = key
+            else:
+                passages[passage] = found
+        known.queries.update(queries)
+        known.passages.update(passages)
+        limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
+        return _Part(
+            pairs,
+            DistinctTexts(queries, self._query_prefix, self._query_limit, self._kept_prefix_ids),
+            DistinctTexts(keys, self._passage_prefix, limit),
+            keys,
+        )
+
+    def _look_up(self, passage: str) -> tuple[bytes | None, Encoded | None]:
+        """Return the key of a passage in the cache, and its entry if there is one."""
+        if self._cache is None:
+            return None, None
+        key = self._cache.key(passage)
+        return key, self._cache.get(key)
+
+    def _finish_part(self, part: _Part, encodings: list[Encoding], known: _Known) -> list[EncodedPair]:
+        """Build the pairs of a part from the encodings of its strings."""
+        self._finish_texts([part.queries, part.passages], encodings)
+        for query, (ids, is_cut) in part.queries.encoded.items():
+            known.queries[query] = np.concatenate((self._begin, ids, self._between)), is_cut
+        known.passages.update(part.passages.encoded)
+        if self._cache is not None:
+            for passage, encoded in part.passages.encoded.items():
+                self._cache.put(part.keys[passage], encoded)
+        return [self._pair(known.queries[query], known.passages[passage]) for query, passage in part.pairs]
+
+    def _finish_texts(self, texts: Sequence[DistinctTexts], encodings: list[Encoding]) -> None:
+        """Give texts the ids of their strings, and tokenize more of them until the ids suffice."""
+        while encodings:
+            all_ids = (encoding.ids for encoding in encodings)
+            for each in texts:
+                each.take(all_ids)
+            encodings = self._tokenize([string for each in texts for string in each.strings()])
 
     def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
-        query_ids, query_cut = query
+        framed_query, query_cut = query
         passage_ids, passage_cut = passage
-        room = self._max_length - NUM_SPECIAL_TOKENS - len(query_ids)
-        starts = [0]
-        if self._windows and len(passage_ids) > room:
-            # The last window ends at the end of the passage, so that it is as long as the others.
-            starts = [*range(0, len(passage_ids) - room, room - self._overlap), len(passage_ids) - room]
+        room = self._max_length - len(framed_query) - len(self._end)
+        if not self._windows or len(passage_ids) <= room:
+            window = np.concatenate((framed_query, passage_ids[:room], self._end))
+            lost_tail = passage_cut or len(passage_ids) > room
+            return EncodedPair((window,), truncated=lost_tail, query_truncated=query_cut)
+        # The last window ends at the end of the passage, so that it is as long as the others.
+        starts = [*range(0, len(passage_ids) - room, room - self._overlap), len(passage_ids) - room]
         windows = tuple(
-            np.concatenate(
-                (self._begin, query_ids, self._between, passage_ids[start : start + room], self._end)
-            )
-            for start in starts
+            np.concatenate((framed_query, passage_ids[start : start + room], self._end)) for start in starts
         )
-        lost_tail = not self._windows and len(passage_ids) > room
-        return EncodedPair(windows, truncated=passage_cut or lost_tail, query_truncated=query_cut)
+        return EncodedPair(windows, truncated=passage_cut, query_truncated=query_cut)
 
-    def _encode_passages(self, texts: Sequence[str]) -> dict[str, Encoded]:
-        """Return the ids of each distinct passage, from the cache if it contains the passage."""
-        limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
-        if self._cache is None:
-            return self._encode_distinct(texts, self._passage_prefix, limit)
-        keys = {text: self._cache.key(text) for text in dict.fromkeys(texts)}
-        found = {text: self._cache.get(key) for text, key in keys.items()}
-        known = {text: encoded for text, encoded in found.items() if encoded is not None}
-        new = self._encode_distinct([text for text in keys if text not in known], self._passage_prefix, limit)
-        for text, encoded in new.items():
-            self._cache.put(keys[text], encoded)
-        return known | new
+    def _tokenize_ahead(self, texts: list[str]) -> Callable[[], list[Encoding]]:
+        """Start to tokenize texts in another thread. Return a function that waits for the encodings."""
+        has_begun = Event()
 
-    def _encode_distinct(
-        self, texts: Sequence[str], prefix: str, limit: int | None, *, keep_end: bool = False
-    ) -> dict[str, Encoded]:
-        """Return the first `limit` ids of each distinct text, and whether the text has more.
+        def tokenize() -> list[Encoding]:
+            has_begun.set()
+            return self._tokenize(texts)
 
-        Args:
-            texts: The texts.
-            prefix: Text that is put in front of each text.
-            limit: Maximum number of ids to keep. None keeps all.
-            keep_end: Whether to keep the query instruction and the last ids instead of the first ids. This
-                works for queries only.
-        """
-        encoded: dict[str, Encoded] = {}
-        read = _tails if keep_end else _heads
-        pending = {text: read(text, limit) for text in dict.fromkeys(texts)}
-        while pending:  # nearly always one round
-            parts = {text: next(text_parts) for text, text_parts in pending.items()}
-            all_ids = self._ids([prefix + part for part, _, _ in parts.values()])
-            for (text, (_, needed, is_whole)), ids in zip(parts.items(), all_ids, strict=True):
-                if len(ids) >= needed:
-                    has_more = limit is not None and (len(ids) > limit or not is_whole)
-                    kept = self._instruction_and_end(ids) if keep_end else ids[:limit]
-                    encoded[text] = np.array(kept, dtype=np.int32), has_more
-                    del pending[text]
-        return encoded
-
-    def _instruction_and_end(self, ids: list[int]) -> list[int]:
-        if len(ids) <= self._query_limit:
-            return ids
-        return [*self._query_prefix_ids, *ids[len(self._query_prefix_ids) - self._query_limit :]]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            running = self._background.submit(tokenize)
+        except RuntimeError:  # the interpreter exits and starts no more threads
+            return partial(self._tokenize, texts)
+        # Without this wait, this thread would keep the interpreter's lock, and the other thread could not
+        # begin before this one waits for it.
+        has_begun.wait()
+        return running.result
+
+    def _tokenize(self, texts: list[str]) -> list[Encoding]:
+        if not texts:
+            return []
+        try:
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
             # A lone surrogate cannot be encoded as UTF-8. Replace it by U+FFFD, as decoders do.
             texts = [
                 text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in texts
             ]
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
 
-def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
-    """Yield longer and longer beginnings of a text, until one is sure to contain its first `limit` tokens.
+class _Known(NamedTuple):
+    """The ids of the texts of a call. Texts that are being encoded have `_UNKNOWN`.
 
-    Words are tokenized independently. If a text is cut before white space, the tokens of the beginning are
-    therefore also the first tokens of the whole text. One token more than the limit then suffices. If such a
-    beginning gives too few tokens, the text is cut inside a word, and the tokens near the cut are discarded.
-
-    Yields:
-        The beginning, the number of tokens that it must give, and whether it is the whole text.
+    Attributes:
+        queries: The ids of queries, with `<s>` before and `</s></s>` after them.
+        passages: The ids of passages.
     """
-    if limit is None:
-        yield text, 0, True
-        return
-    first_end = end = _CHARACTERS_PER_TOKEN * limit + _EXTRA_CHARACTERS
-    most = max(_MOST_CHARACTERS, first_end)
-    while end < min(len(text), most):
-        white_space = max(text.rfind(character, 0, end) for character in _WHITE_SPACE)
-        if white_space > 0:
-            yield text[:white_space], limit + 1, False
-        yield text[:end], limit + _UNRELIABLE_TOKENS, False
-        if end == first_end:
-            text = _LONG_GAP.sub(" ", text)
-        end *= _GROWTH
-    yield text[:most], 0, len(text) <= most
+
+    queries: dict[str, Encoded]
+    passages: dict[str, Encoded]
 
 
-def _tails(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
-    """Yield longer and longer ends of a text, like `_heads` for the last `limit` tokens."""
-    for head, needed, is_whole in _heads(text[::-1], limit):
-        # The tokens at the cut are always discarded. Without the white space before it, a combining mark at
-        # the cut would give other tokens.
-        yield head[::-1], needed + _UNRELIABLE_TOKENS if needed else 0, is_whole
+class _Part(NamedTuple):
+    """A part of the pairs of a call, and its texts that no earlier part contains.
 
-
-def _load(path: Path) -> tuple[Tokenizer, int]:
-    """Load a tokenizer that reads special tokens in a text as text. Return it with its largest id.
-
-    Truncation and padding settings of the file are switched off. There are two ways in which `</s>` in the
-    text of a user can become the control token: the list of added tokens, and the vocabulary of the model, in
-    which XLM-R has a piece `</s>`. Special tokens are therefore removed from the list. Their pieces in the
-    vocabulary get names that no text contains after it has been split at white space.
+    Attributes:
+        pairs: The pairs.
+        queries: New queries.
+        passages: New passages that the cache does not contain.
+        keys: The keys of these passages in the cache.
     """
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        added = data.get("added_tokens") or []
-        vocabulary = data["model"]["vocab"]
-        special = {token["content"]: token["id"] for token in added if token.get("special")}
-        pieces = dict.fromkeys(special.values())
-        if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
-            max_id = len(vocabulary) - 1
-            for token_id in pieces:
-                if token_id <= max_id:
-                    vocabulary[token_id][0] = _unreachable(token_id)
-        else:  # WordPiece, WordLevel, BPE: piece -> id
-            max_id = max(vocabulary.values())
-            unknown = data["model"].get("unk_token")
-            for content, token_id in special.items():
-                if content != unknown and vocabulary.pop(content, None) is not None:
-                    vocabulary[_unreachable(token_id)] = token_id
-        max_id = max([max_id, *(token["id"] for token in added)])
-        data["added_tokens"] = [token for token in added if not token.get("special")]
-        data["truncation"] = data["padding"] = None
-        tokenizer = Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise CorruptCheckpointError(f"{path} is not a valid tokenizer file: {error}") from error
-    return tokenizer, max_id
 
+    pairs: Sequence[Pair]
+    queries: DistinctTexts
+    passages: DistinctTexts
+    keys: dict[str, bytes | None]
 
-def _unreachable(token_id: int) -> str:
-    return f" \n{token_id}"
-
-
-def _frame(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the ids of `<s>` and `</s>`, taken from the tokenizer's encoding of an empty pair."""
-    ids = tokenizer.encode("", "").ids
-    if len(ids) != NUM_SPECIAL_TOKENS or len(set(ids[1:])) != 1:
-        raise UnsupportedCheckpointError(
-            "the tokenizer does not frame pairs as <s> A </s></s> B </s>, so it does not belong to an "
-            "XLM-RoBERTa cross-encoder; use the tokenizer.json of the model"
-        )
-    return ids[0], ids[1]
+    def strings(self) -> list[str]:
+        """Return the strings to tokenize."""
+        return [*self.queries.strings(), *self.passages.strings()]

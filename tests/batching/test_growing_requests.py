@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.batching.batcher import MicroBatcher
-from bge_rerank_integrations.batching.inference import Pipeline
+from bge_rerank_integrations.batching.inference import Pipeline, _part_sizes
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
@@ -157,7 +159,7 @@ class WatchedTokenizer(PairTokenizer):
     num_parts = 0
     before: Callable[[int], object] = staticmethod(lambda number: None)
 
-    def stream(self, pairs: Sequence[Pair], part_sizes: Iterator[int]) -> Iterator[list[EncodedPair]]:
+    def stream(self, pairs: Sequence[Pair], part_sizes: Sequence[int]) -> Iterator[list[EncodedPair]]:
         for part in super().stream(pairs, part_sizes):
             if self.num_parts:
                 self.before(self.num_parts)
@@ -216,6 +218,16 @@ def lengths_of(device: Device, pairs: list[Pair]) -> list[float]:
         device.tokenizer, [query for query, _ in pairs], [text for _, text in pairs]
     )
     return [float(sum(map(len, pair.windows))) for pair in encoded]
+
+
+@given(st.integers(0, 5000))
+def test_parts_are_small_at_first_and_similar_in_size_later(num_pairs: int) -> None:
+    first, *others = sizes = _part_sizes(num_pairs)
+    assert sum(sizes) == num_pairs
+    assert first == min(num_pairs, 32)
+    assert all(0 < size <= 512 for size in others)
+    assert not others or max(others) - min(others) <= 1
+    assert len(others) >= 2 or num_pairs < 96
 
 
 def test_the_device_begins_before_all_is_encoded(start: Callable[..., Device], passages: list[str]) -> None:

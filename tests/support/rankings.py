@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import repeat
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +62,7 @@ def check_rankings_agree(exact: Runner, rounded: Runner, min_tau: float, max_ndc
         EMBEDDED_FOLDER / "tokenizer.json", ScorerConfig(model=EMBEDDED_MODEL), TokenCache(1 << 20)
     )
     prepared = PreparedPairs([(query, [passages[passage_id]]) for query, passage_id in pairs])
-    windows = [window for part in prepared.encode(tokenizer, repeat(len(pairs))) for window in part]
+    windows = [window for part in prepared.encode(tokenizer) for window in part]
 
     def rank(runner: Runner) -> dict[str, dict[str, float]]:
         scores = prepared.scores(score_all(runner, windows), normalize=False)

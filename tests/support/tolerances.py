@@ -8,9 +8,11 @@ import torch
 
 LOGIT_TOLERANCE: Final = {
     torch.float32: 1e-5,
-    # Every layer rounds to eight bits of mantissa. The logits of the random checkpoint spread by 0.8.
-    torch.bfloat16: 0.08,
-    torch.float16: 0.01,
+    # Every layer rounds to eight or eleven bits of mantissa. The logits of the random checkpoint spread by 0.8.
+    # The model of transformers itself, in these precisions on a GPU, differs by up to this much from float32
+    # over twelve seeds of random ids.
+    torch.bfloat16: 0.087,
+    torch.float16: 0.013,
     # Every product rounds its input to 1/255 of the spread of a row.
     torch.int8: 0.15,
     # Every product rounds to three bits of mantissa. The random checkpoint is narrow, so few errors cancel out.

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
@@ -24,7 +25,8 @@ from bge_rerank_integrations.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_integrations.text.tokenization import PairTokenizer
+from bge_rerank_integrations.text.token_cache import TokenCache
+from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from examples.random_checkpoint import SPECIAL_TOKENS, read_texts, train_tokenizer
 
 CONTROL_IDS = {0, 1, 2, 4}  # <s> <pad> </s> <mask>; unknown characters give <unk>, which is 3
@@ -376,6 +378,66 @@ def test_threads_share_a_tokenizer(tokenizer: PairTokenizer, texts: list[str]) -
     with ThreadPoolExecutor(8) as pool:
         for results in pool.map(work, range(8)):
             assert all(ids == expected[i] for i, ids in results)
+
+
+def windows_of(parts: Iterable[list[EncodedPair]]) -> list[list[int]]:
+    return [pair.windows[0].tolist() for part in parts for pair in part]
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [2, 3, 1], [6, 0], [1] * 6])
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_parts_give_what_the_whole_gives(path: Path, sizes: list[int], has_cache: bool) -> None:
+    """Queries and passages occur in several parts, a long one too, of which only the beginning is read."""
+    cache = TokenCache(100_000) if has_cache else None
+    tokenizer = PairTokenizer(path, ScorerConfig(max_length=64), cache)
+    long = "word " * 5000
+    all_pairs = [("a", "one"), ("a", long), ("b", "one"), ("a", "two"), (long, long), ("b", "three")]
+    pairs = all_pairs[: sum(sizes)]
+    parts = list(tokenizer.stream(pairs, sizes))
+    assert list(map(len, parts)) == sizes
+    whole = PairTokenizer(path, ScorerConfig(max_length=64))
+    assert windows_of(parts) == windows_of([whole.encode([q for q, _ in pairs], [p for _, p in pairs])])
+    assert windows_of(tokenizer.stream(pairs, sizes)) == windows_of(parts), "again, from the cache"
+
+
+class SlowTokenizer(PairTokenizer):
+    """Waits before it tokenizes a text that contains "wait", until `go` is set."""
+
+    def __init__(self, path: Path) -> None:
+        self.has_begun, self.go = threading.Event(), threading.Event()
+        super().__init__(path, ScorerConfig(max_length=64))
+
+    def _tokenize(self, texts: list[str]) -> list[Encoding]:
+        if any("wait" in text for text in texts):
+            self.has_begun.set()
+            assert self.go.wait(10)
+        return super()._tokenize(texts)
+
+
+def test_the_next_part_is_tokenized_while_this_one_is_used(path: Path) -> None:
+    tokenizer = SlowTokenizer(path)
+    parts = tokenizer.stream([("a", "one"), ("a", "wait")], [1, 1])
+    first = next(parts)
+    assert tokenizer.has_begun.wait(10)
+    tokenizer.go.set()
+    assert windows_of([first, *parts]) == windows_of([tokenizer.encode(["a", "a"], ["one", "wait"])])
+
+
+def test_an_abandoned_part_leaves_the_tokenizer_usable(path: Path) -> None:
+    tokenizer = SlowTokenizer(path)
+    parts = tokenizer.stream([("a", "one"), ("a", "wait")], [1, 1])
+    next(parts)
+    parts.close()  # type: ignore[attr-defined]
+    assert len(list(tokenizer.stream([("a", "one"), ("b", "two")], [1, 1]))) == 2
+    tokenizer.go.set()
+
+
+def test_parts_are_tokenized_although_no_thread_starts(path: Path, tokenizer: PairTokenizer) -> None:
+    """Daemon threads may still call while the interpreter exits. By then, executors refuse work."""
+    exiting = PairTokenizer(path, ScorerConfig(max_length=64))
+    exiting._background.shutdown()
+    pairs = [("a", "one"), ("b", "two"), ("a", "three")]
+    assert windows_of(exiting.stream(pairs, [1, 1, 1])) == windows_of(tokenizer.stream(pairs, [3]))
 
 
 def test_wordpiece_specials_are_text_too(tmp_path: Path) -> None:
