@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from threading import Event
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -26,7 +23,6 @@ IntArray = npt.NDArray[np.int32]
 # Number of characters and tokens that are checked to see that a text is not blank.
 _NUM_GLANCED_CHARACTERS: Final = 64
 _NUM_GLANCED_TOKENS: Final = 16
-_UNKNOWN: Final[Encoded] = np.empty(0, dtype=np.int32), False
 
 
 class EncodedPair(NamedTuple):
@@ -54,8 +50,7 @@ class PairTokenizer:
 
     The texts of a call are tokenized in parallel on all cores, by a thread pool of the Rust library. The
     library uses one core only if `TOKENIZERS_PARALLELISM=false` is set, or if this process was forked from a
-    process that had tokenized a text. Of a call with several parts, the library tokenizes the next part while
-    Python builds the pairs of this one.
+    process that had tokenized a text.
 
     Args:
         path: Path of a `tokenizer.json`.
@@ -85,8 +80,6 @@ class PairTokenizer:
     ) -> None:
         self._cache = cache
         self._tokenizer, self.max_id = load_tokenizer(path)
-        # It starts a thread when one is needed. The threads end with this object.
-        self._background = ThreadPoolExecutor(thread_name_prefix="bge-rerank-tokenize-ahead")
         begin, end = frame_of(self._tokenizer)
         self._begin = np.array([begin], dtype=np.int32)
         self._end = np.array([end], dtype=np.int32)
@@ -97,7 +90,7 @@ class PairTokenizer:
         self._query_limit = config.effective_query_max_length
         self._windows = config.long_passages == "windows"
         self._overlap = config.window_overlap_tokens
-        query_prefix_ids, space_ids = (each.ids for each in self._tokenize([self._query_prefix, " "]))
+        query_prefix_ids, space_ids = (each.ids for each in self._encodings([self._query_prefix, " "]))
         if len(query_prefix_ids) >= self._query_limit:
             raise ConfigError(
                 f"the query instruction has {len(query_prefix_ids)} tokens, which leaves no room for a query "
@@ -118,7 +111,7 @@ class PairTokenizer:
             return True
         text = text.strip()
         glanced = DistinctTexts([text], "", _NUM_GLANCED_TOKENS)
-        self._finish_texts([glanced], self._tokenize(glanced.strings()))
+        self._tokenize(glanced)
         ids, _ = glanced.encoded[text]
         return self._space_ids.issuperset(ids.tolist())
 
@@ -138,47 +131,38 @@ class PairTokenizer:
     def stream(self, pairs: Sequence[Pair], part_sizes: Sequence[int]) -> Iterator[list[EncodedPair]]:
         """Encode (query, passage) pairs in parts, and yield a list for each part.
 
-        The next part is tokenized while the caller uses this one. A text that occurs in several parts is
-        encoded once.
+        Each part is encoded when it is asked for. A text that occurs in several parts is encoded once.
 
         Args:
             pairs: The pairs.
             part_sizes: Number of pairs in each part, at least one part. The sum is the number of pairs.
         """
         known = _Known({}, {})
-        ends = list(accumulate(part_sizes))
-        parts = (pairs[end - size : end] for size, end in zip(part_sizes, ends, strict=True))
-        part = self._begin_part(next(parts), known)
-        start = self._tokenize_ahead if len(part_sizes) > 1 else partial(partial, self._tokenize)
-        encodings = start(part.strings())
-        for following in parts:
-            next_part = self._begin_part(following, known)
-            done = encodings()
-            encodings = start(next_part.strings())
-            yield self._finish_part(part, done, known)
-            part = next_part
-        yield self._finish_part(part, encodings(), known)
+        for size, end in zip(part_sizes, accumulate(part_sizes), strict=True):
+            part = pairs[end - size : end]
+            self._encode_texts(part, known)
+            yield [self._pair(known.queries[query], known.passages[passage]) for query, passage in part]
 
-    def _begin_part(self, pairs: Sequence[Pair], known: _Known) -> _Part:
-        """Collect the texts of a part that must be tokenized. Take the others from the cache."""
-        queries = dict.fromkeys((query for query, _ in pairs if query not in known.queries), _UNKNOWN)
-        passages = dict.fromkeys((text for _, text in pairs if text not in known.passages), _UNKNOWN)
+    def _encode_texts(self, pairs: Sequence[Pair], known: _Known) -> None:
+        """Encode the texts of pairs that are not known yet. Passages may come from the cache."""
+        new_queries = (query for query, _ in pairs if query not in known.queries)
+        queries = DistinctTexts(new_queries, self._query_prefix, self._query_limit, self._kept_prefix_ids)
         keys: dict[str, bytes | None] = {}
-        for passage in passages:
+        for passage in dict.fromkeys(text for _, text in pairs if text not in known.passages):
             key, found = self._look_up(passage)
             if found is None:
                 keys[passage] = key
             else:
-                passages[passage] = found
-        known.queries.update(queries)
-        known.passages.update(passages)
+                known.passages[passage] = found
         limit = None if self._windows else self._max_length - NUM_SPECIAL_TOKENS
-        return _Part(
-            pairs,
-            DistinctTexts(queries, self._query_prefix, self._query_limit, self._kept_prefix_ids),
-            DistinctTexts(keys, self._passage_prefix, limit),
-            keys,
-        )
+        passages = DistinctTexts(keys, self._passage_prefix, limit)
+        self._tokenize(queries, passages)
+        for query, (ids, is_cut) in queries.encoded.items():
+            known.queries[query] = np.concatenate((self._begin, ids, self._between)), is_cut
+        known.passages.update(passages.encoded)
+        if self._cache is not None:
+            for passage, encoded in passages.encoded.items():
+                self._cache.put(keys[passage], encoded)
 
     def _look_up(self, passage: str) -> tuple[bytes | None, Encoded | None]:
         """Return the key of a passage in the cache, and its entry if there is one."""
@@ -187,24 +171,12 @@ class PairTokenizer:
         key = self._cache.key(passage)
         return key, self._cache.get(key)
 
-    def _finish_part(self, part: _Part, encodings: list[Encoding], known: _Known) -> list[EncodedPair]:
-        """Build the pairs of a part from the encodings of its strings."""
-        self._finish_texts([part.queries, part.passages], encodings)
-        for query, (ids, is_cut) in part.queries.encoded.items():
-            known.queries[query] = np.concatenate((self._begin, ids, self._between)), is_cut
-        known.passages.update(part.passages.encoded)
-        if self._cache is not None:
-            for passage, encoded in part.passages.encoded.items():
-                self._cache.put(part.keys[passage], encoded)
-        return [self._pair(known.queries[query], known.passages[passage]) for query, passage in part.pairs]
-
-    def _finish_texts(self, texts: Sequence[DistinctTexts], encodings: list[Encoding]) -> None:
-        """Give texts the ids of their strings, and tokenize more of them until the ids suffice."""
-        while encodings:
-            all_ids = (encoding.ids for encoding in encodings)
-            for each in texts:
-                each.take(all_ids)
-            encodings = self._tokenize([string for each in texts for string in each.strings()])
+    def _tokenize(self, *groups: DistinctTexts) -> None:
+        """Tokenize all texts of the groups. One call of the library tokenizes as many of them as possible."""
+        while strings := [string for group in groups for string in group.strings()]:
+            all_ids = (encoding.ids for encoding in self._encodings(strings))
+            for group in groups:
+                group.take(all_ids)
 
     def _pair(self, query: Encoded, passage: Encoded) -> EncodedPair:
         framed_query, query_cut = query
@@ -221,26 +193,7 @@ class PairTokenizer:
         )
         return EncodedPair(windows, truncated=passage_cut, query_truncated=query_cut)
 
-    def _tokenize_ahead(self, texts: list[str]) -> Callable[[], list[Encoding]]:
-        """Start to tokenize texts in another thread. Return a function that waits for the encodings."""
-        has_begun = Event()
-
-        def tokenize() -> list[Encoding]:
-            has_begun.set()
-            return self._tokenize(texts)
-
-        try:
-            running = self._background.submit(tokenize)
-        except RuntimeError:  # the interpreter exits and starts no more threads
-            return partial(self._tokenize, texts)
-        # Without this wait, this thread would keep the interpreter's lock, and the other thread could not
-        # begin before this one waits for it.
-        has_begun.wait()
-        return running.result
-
-    def _tokenize(self, texts: list[str]) -> list[Encoding]:
-        if not texts:
-            return []
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
         try:
             return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
@@ -252,7 +205,7 @@ class PairTokenizer:
 
 
 class _Known(NamedTuple):
-    """The ids of the texts of a call. Texts that are being encoded have `_UNKNOWN`.
+    """The ids of the texts of a call that are encoded.
 
     Attributes:
         queries: The ids of queries, with `<s>` before and `</s></s>` after them.
@@ -261,23 +214,3 @@ class _Known(NamedTuple):
 
     queries: dict[str, Encoded]
     passages: dict[str, Encoded]
-
-
-class _Part(NamedTuple):
-    """A part of the pairs of a call, and its texts that no earlier part contains.
-
-    Attributes:
-        pairs: The pairs.
-        queries: New queries.
-        passages: New passages that the cache does not contain.
-        keys: The keys of these passages in the cache.
-    """
-
-    pairs: Sequence[Pair]
-    queries: DistinctTexts
-    passages: DistinctTexts
-    keys: dict[str, bytes | None]
-
-    def strings(self) -> list[str]:
-        """Return the strings to tokenize."""
-        return [*self.queries.strings(), *self.passages.strings()]

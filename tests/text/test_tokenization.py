@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
@@ -398,46 +398,6 @@ def test_parts_give_what_the_whole_gives(path: Path, sizes: list[int], has_cache
     whole = PairTokenizer(path, ScorerConfig(max_length=64))
     assert windows_of(parts) == windows_of([whole.encode([q for q, _ in pairs], [p for _, p in pairs])])
     assert windows_of(tokenizer.stream(pairs, sizes)) == windows_of(parts), "again, from the cache"
-
-
-class SlowTokenizer(PairTokenizer):
-    """Waits before it tokenizes a text that contains "wait", until `go` is set."""
-
-    def __init__(self, path: Path) -> None:
-        self.has_begun, self.go = threading.Event(), threading.Event()
-        super().__init__(path, ScorerConfig(max_length=64))
-
-    def _tokenize(self, texts: list[str]) -> list[Encoding]:
-        if any("wait" in text for text in texts):
-            self.has_begun.set()
-            assert self.go.wait(10)
-        return super()._tokenize(texts)
-
-
-def test_the_next_part_is_tokenized_while_this_one_is_used(path: Path) -> None:
-    tokenizer = SlowTokenizer(path)
-    parts = tokenizer.stream([("a", "one"), ("a", "wait")], [1, 1])
-    first = next(parts)
-    assert tokenizer.has_begun.wait(10)
-    tokenizer.go.set()
-    assert windows_of([first, *parts]) == windows_of([tokenizer.encode(["a", "a"], ["one", "wait"])])
-
-
-def test_an_abandoned_part_leaves_the_tokenizer_usable(path: Path) -> None:
-    tokenizer = SlowTokenizer(path)
-    parts = tokenizer.stream([("a", "one"), ("a", "wait")], [1, 1])
-    next(parts)
-    parts.close()  # type: ignore[attr-defined]
-    assert len(list(tokenizer.stream([("a", "one"), ("b", "two")], [1, 1]))) == 2
-    tokenizer.go.set()
-
-
-def test_parts_are_tokenized_although_no_thread_starts(path: Path, tokenizer: PairTokenizer) -> None:
-    """Daemon threads may still call while the interpreter exits. By then, executors refuse work."""
-    exiting = PairTokenizer(path, ScorerConfig(max_length=64))
-    exiting._background.shutdown()
-    pairs = [("a", "one"), ("b", "two"), ("a", "three")]
-    assert windows_of(exiting.stream(pairs, [1, 1, 1])) == windows_of(tokenizer.stream(pairs, [3]))
 
 
 def test_wordpiece_specials_are_text_too(tmp_path: Path) -> None:
