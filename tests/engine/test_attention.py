@@ -22,6 +22,7 @@ from bge_rerank_integrations.engine.attention import (
     CANDIDATES,
     Candidate,
     VarlenAttention,
+    bfloat16_tile_attention,
     efficient_attention,
     flash_attention,
     flash_attention_3,
@@ -50,6 +51,7 @@ from tests.support.attention import (
     cuda_operators_on_cpu,
     metal_sdpa,
     needs_numba,
+    needs_pairs,
 )
 from tests.support.engine import CPU, max_difference, random_ids
 from tests.support.tolerances import LOGIT_TOLERANCE
@@ -175,6 +177,7 @@ def test_a_model_with_kernels_for_whole_batches_gives_the_same_logits(
 
 HALF_ON_CUDA = [flash_attention, varlen_attention, efficient_attention, sdpa_attention, product_attention]
 ON_CPU = [sdpa_attention, product_attention]
+BFLOAT16_ON_CPU = [matmul_attention, *ON_CPU]
 OLDER = [efficient_attention, sdpa_attention, product_attention]
 
 
@@ -203,7 +206,11 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CPU, torch.float32, 64, {"numba": False, "cpu": "AVX512"}, ON_CPU),
         (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX2"}, ON_CPU),
         (CPU, torch.float32, 24, {"numba": True, "cpu": "AVX512"}, ON_CPU),
-        (CPU, torch.bfloat16, 64, {"numba": True, "cpu": "AVX512"}, [matmul_attention, *ON_CPU]),
+        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True}, [bfloat16_tile_attention, *BFLOAT16_ON_CPU]),
+        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True, "amx": True}, BFLOAT16_ON_CPU),
+        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": False}, BFLOAT16_ON_CPU),
+        (CPU, torch.bfloat16, 48, {"numba": True, "pairs": True}, BFLOAT16_ON_CPU),
+        (CPU, torch.bfloat16, 64, {"numba": False, "pairs": True}, BFLOAT16_ON_CPU),
     ],
 )  # fmt: skip
 def test_candidates_of_each_device(
@@ -228,6 +235,10 @@ def test_candidates_of_each_device(
         "numba": machine.get("numba") or None,
     }
     monkeypatch.setattr(attention_module, "find_spec", found.get)
+    monkeypatch.setattr(attention_module, "has_amx", lambda: machine.get("amx", False))
+    compiler: Any = ModuleType("compiler")
+    compiler.HAS_PAIRS = machine.get("pairs", False)
+    monkeypatch.setitem(sys.modules, "bge_rerank_integrations.engine.cpu.compiler", compiler)
     fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]
     assert list(map(name_of, fitting)) == list(map(name_of, expected))
 
@@ -241,7 +252,13 @@ def test_kernels_for_whole_batches_can_be_captured() -> None:
         efficient_attention,
     ):
         assert reads_tensors_only(attention)
-    for attention in (sdpa_attention, contiguous_sdpa_attention, product_attention, tile_attention):
+    for attention in (
+        sdpa_attention,
+        contiguous_sdpa_attention,
+        product_attention,
+        tile_attention,
+        bfloat16_tile_attention,
+    ):
         assert not reads_tensors_only(attention)
 
 
@@ -284,13 +301,42 @@ def test_the_trial_runs_on_the_width_of_the_model(monkeypatch: pytest.MonkeyPatc
     assert widths == [24, 24]
 
 
-@needs_numba
-def test_tiles_read_tensors_of_any_layout() -> None:
+@pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"),
+    [
+        pytest.param(tile_attention, torch.float32, 1e-5, marks=needs_numba),
+        pytest.param(bfloat16_tile_attention, torch.bfloat16, 2e-2, marks=needs_pairs),
+    ],
+)
+def test_tiles_read_tensors_of_any_layout(
+    attention: VarlenAttention, dtype: torch.dtype, tolerance: float
+) -> None:
     seqlens = pack(random_ids([7, 20], 100), padding_idx=1, device=CPU).seqlens
-    heads_first = torch.randn(3, 2, 27, 16)
+    heads_first = torch.randn(3, 2, 27, 32).to(dtype)
     q, k, v = heads_first.transpose(1, 2)
-    expected = sdpa_attention(q, k, v, seqlens, seqlens)
-    assert (tile_attention(q, k, v, seqlens, seqlens) - expected).abs().max().item() <= 1e-5
+    expected = sdpa_attention(q.float(), k.float(), v.float(), seqlens, seqlens)
+    assert (attention(q, k, v, seqlens, seqlens) - expected).abs().max().item() <= tolerance
+
+
+@needs_pairs
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_bfloat16_tiles_pass_the_trial(head_dim: int) -> None:
+    try_attention(bfloat16_tile_attention, CPU, torch.bfloat16, head_dim, in_graphs=False)
+
+
+@needs_pairs
+@pytest.mark.parametrize("lengths", [[1], [2], [15, 16, 17], [31, 33, 64, 65], [512, 3]])
+def test_bfloat16_tiles_are_nearer_to_the_exact_result_than_products(lengths: list[int]) -> None:
+    """Scores and sums stay in float32. Only the softmax weights and the result are rounded."""
+    seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=CPU).seqlens
+    rows = torch.randn(sum(lengths), 3, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v = rows.unbind(1)
+    exact = sdpa_attention(q.double(), k.double(), v.double(), seqlens, seqlens)
+
+    def error(attention: VarlenAttention) -> float:
+        return (attention(q, k, v, seqlens, seqlens).double() - exact).abs().mean().item()
+
+    assert error(bfloat16_tile_attention) <= error(matmul_attention) + 1e-9
 
 
 def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operations(
@@ -302,7 +348,7 @@ def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operati
         calls.append(len(q))
         return sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
 
-    candidate = Candidate(on_one_thread, lambda *_: True, uses_one_thread=True)
+    candidate = Candidate(on_one_thread, lambda *_: True, where_shared=sdpa_attention)
     monkeypatch.setattr(attention_module, "CANDIDATES", (candidate,))
     attention = resolve_attention(CPU, torch.float32, 64)
     assert calls, "it is tried"

@@ -13,8 +13,9 @@ import torch
 
 from bge_rerank_integrations import ConfigError, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
-from bge_rerank_integrations.engine.cpu.amx import allows_amx, has_amx
+from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.cores import UsableCores, cpu_quota, usable_cores
+from bge_rerank_integrations.engine.cpu.onednn_limit import allows_amx, allows_pairs
 from bge_rerank_integrations.engine.device import (
     default_threads,
     resolve_dtype,
@@ -257,24 +258,28 @@ def test_auto_follows_this_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "allowed"),
+    ("environment", "amx", "pairs"),
     [
-        ({}, True),
-        ({"ONEDNN_MAX_CPU_ISA": ""}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "no such instructions"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "avx10_1_512_amx_fp16"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "avx512_core_fp16"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI_2"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, False),
-        ({"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX", "DNNL_MAX_CPU_ISA": "AVX2"}, True),
+        ({}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": ""}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": "no such instructions"}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": "avx10_1_512_amx_fp16"}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False, True),
+        ({"ONEDNN_MAX_CPU_ISA": "avx512_core_fp16"}, False, True),
+        ({"ONEDNN_MAX_CPU_ISA": "avx512_core_vnni"}, False, False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI_2"}, False, False),
+        ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, False, False),
+        ({"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, False, False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX", "DNNL_MAX_CPU_ISA": "AVX2"}, True, True),
     ],
 )
-def test_a_limit_of_onednn_can_exclude_amx(environment: dict[str, str], allowed: bool) -> None:
-    assert allows_amx(environment) is allowed
+def test_a_limit_of_onednn_can_exclude_instructions(
+    environment: dict[str, str], amx: bool, pairs: bool
+) -> None:
+    assert allows_amx(environment) is amx
+    assert allows_pairs(environment) is pairs
 
 
 def test_a_process_whose_limit_excludes_amx_has_none() -> None:

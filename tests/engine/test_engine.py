@@ -21,6 +21,8 @@ from bge_rerank_integrations.config import DType
 from bge_rerank_integrations.engine import build
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
+    bfloat16_tile_attention,
+    name_of,
     resolve_attention,
     tile_attention,
 )
@@ -45,7 +47,7 @@ from bge_rerank_integrations.engine.linear import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
 from bge_rerank_integrations.engine.runner import Runner, load_runner
-from tests.support.attention import needs_numba
+from tests.support.attention import BFLOAT16_ON_CPU, needs_numba, needs_pairs
 from tests.support.engine import (
     CPU,
     LimitedMemory,
@@ -232,6 +234,9 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seql
         pytest.param(sdpa_attention, "cpu", torch.float32, 1e-5, id="sdpa-float32"),
         pytest.param(sdpa_attention, "cpu", torch.bfloat16, 2e-2, id="sdpa-bfloat16"),
         pytest.param(tile_attention, "cpu", torch.float32, 1e-5, id="tile-float32", marks=needs_numba),
+        pytest.param(
+            bfloat16_tile_attention, "cpu", torch.bfloat16, 2e-2, id="tile-bfloat16", marks=needs_pairs
+        ),
         pytest.param(matmul_attention, "cpu", torch.float32, 1e-5, id="matmul-float32"),
         pytest.param(matmul_attention, "cpu", torch.bfloat16, 2e-2, id="matmul-bfloat16"),
         pytest.param(contiguous_sdpa_attention, "cpu", torch.float32, 1e-5, id="contiguous-float32"),
@@ -245,7 +250,8 @@ def test_attention_matches_explicit_scores_in_float64(
     torch.manual_seed(0)
     seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=torch.device(device)).seqlens
     # Views with strides, as the fused projection returns them.
-    q, k, v = torch.randn(sum(lengths), 3, 4, 16, device=device, dtype=dtype).unbind(1)
+    head_dim = 32 if attention is bfloat16_tile_attention else 16  # the narrowest that each supports
+    q, k, v = torch.randn(sum(lengths), 3, 4, head_dim, device=device, dtype=dtype).unbind(1)
     full = attention(q, k, v, seqlens, seqlens)
     assert full.is_contiguous()
     expected = naive_attention(q, k, v, seqlens, seqlens)
@@ -259,7 +265,7 @@ def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
         # No width of 60 fits the tiles of `tile_attention`.
         assert resolve_attention(CPU, torch.float32, 60) is sdpa_attention
-        assert resolve_attention(CPU, torch.bfloat16, 64) is matmul_attention
+        assert name_of(resolve_attention(CPU, torch.bfloat16, 64)) == BFLOAT16_ON_CPU
         resolve_linear(CPU, torch.float32)
     assert "sdpa_attention" in caplog.text
     assert "linear layers on cpu" in caplog.text

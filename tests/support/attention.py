@@ -19,6 +19,7 @@ from bge_rerank_integrations.engine.attention import (
     flash_attention,
     varlen_attention,
 )
+from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.packing import Seqlens
 
 needs_num_splits = pytest.mark.skipif(
@@ -32,6 +33,21 @@ FLOAT32_ON_CPU = (
     else "sdpa_attention"
 )
 """Name of the implementation that this machine uses in float32 on its CPU, for heads of 64."""
+
+
+def _has_pairs() -> bool:
+    if find_spec("numba") is None:
+        return False
+    from bge_rerank_integrations.engine.cpu.compiler import HAS_PAIRS
+
+    return HAS_PAIRS
+
+
+HAS_PAIRS = _has_pairs()
+"""Whether the kernels of numba multiply pairs of bfloat16 on this machine."""
+needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="needs numba and a CPU with AVX-512 BF16")
+BFLOAT16_ON_CPU = "bfloat16_tile_attention" if HAS_PAIRS and not has_amx() else "matmul_attention"
+"""Name of the implementation that this machine uses in bfloat16 on its CPU, for heads of 64."""
 WHOLE_BATCH = [
     flash_attention,
     pytest.param(varlen_attention, marks=needs_num_splits),

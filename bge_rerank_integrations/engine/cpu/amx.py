@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Final
 
 import torch
 
-# oneDNN reads these variables once, at its first use. The first one that is set counts.
-_LIMITS: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+from bge_rerank_integrations.engine.cpu.onednn_limit import allows_amx
 
 
 def has_amx() -> bool:
@@ -21,20 +18,3 @@ def has_amx() -> bool:
         # Linux grants the large registers of AMX to a process only if it asks for them. A sandbox may refuse.
         and bool(torch.cpu._init_amx())
     )
-
-
-def allows_amx(environment: Mapping[str, str]) -> bool:
-    """Return whether oneDNN may use AMX under the limit that an environment sets.
-
-    oneDNN ignores a value that it does not know. All instruction sets that it knows and that come before AMX
-    begin with `SSE41` or `AVX`, and the names of all later ones contain `AMX`.
-
-    Args:
-        environment: Environment variables.
-
-    Example:
-        >>> allows_amx({}), allows_amx({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"})
-        (True, False)
-    """
-    limit = next((environment[name].upper() for name in _LIMITS if environment.get(name)), "")
-    return "AMX" in limit or not limit.startswith(("SSE41", "AVX"))

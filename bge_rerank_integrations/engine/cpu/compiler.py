@@ -6,12 +6,16 @@ The kernels start no threads, and they release the interpreter's lock.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from numba import njit
+from llvmlite import binding
+from numba import config, njit
+
+from bge_rerank_integrations.engine.cpu.onednn_limit import allows_pairs
 
 _OPTIONS: Final[dict[str, Any]] = {
     "nogil": True,
@@ -21,10 +25,25 @@ _OPTIONS: Final[dict[str, Any]] = {
 }
 
 
+def _compiles_for(feature: str) -> bool:
+    """Return whether numba compiles for a feature of the processor, by the name that LLVM gives it."""
+    features: str | None = getattr(config, "CPU_FEATURES", None)  # a setting of the user
+    if features is not None:
+        return f"+{feature}" in features.split(",")
+    try:
+        return bool(binding.get_host_cpu_features().get(feature))
+    except RuntimeError:  # LLVM cannot detect the features on this platform
+        return False
+
+
+HAS_PAIRS: Final = allows_pairs(os.environ) and _compiles_for("avx512bf16")
+"""Whether kernels may multiply pairs of bfloat16; see `bfloat16_pairs`."""
+
+
 @cache
 def _sources() -> str:
-    """Return a digest of every file that the kernels are compiled from: the Python files of this folder."""
-    digest = hashlib.sha256()
+    """Return a digest of everything that the kernels are compiled from: this folder, and `HAS_PAIRS`."""
+    digest = hashlib.sha256(repr(HAS_PAIRS).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.cpu.attention_tiles import (
     attend_tile,
     make_buffers,
-    query_factor,
+    store_results,
     transpose_keys,
 )
 from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
@@ -38,13 +38,13 @@ def _flatten(rows: Tensor) -> tuple[npt.NDArray[np.float32], int]:
 
 
 @inlined
-def _take(source, step, first, count, column, head, factor, rows):
-    """Copy `count` rows of one head, times `factor`, to the flat array `rows`."""
+def _take(source, step, first, count, column, head, rows):
+    """Copy `count` rows of one head to the flat array `rows`."""
     for i in range(count):
         start = (first + i) * step + column
         part, target = source[start : start + head], rows[i * head : (i + 1) * head]
         for d in range(head):
-            target[d] = part[d] * factor
+            target[d] = part[d]
 
 
 @compiled("void(f4[::1], i8, f4[::1], i8, f4[::1], i8, i4[::1], i4[::1], i8, f4[:,::1])")
@@ -65,20 +65,18 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
     """
     widest_vectors()
     head = attended.shape[1] // num_heads
-    queries, keys, values, keys_by_column, weights, sums, shares = make_buffers(kv_cu_seqlens, head)
-    factor, one = query_factor(head), np.float32(1)
+    buffers = make_buffers(kv_cu_seqlens, head)
+    queries, keys, values, _, _, _, _, _ = buffers
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
             column = h * head
-            _take(k, k_step, kv_begin, length, column, head, one, keys)
-            _take(v, v_step, kv_begin, length, column, head, one, values)
-            transpose_keys(keys, length, head, keys_by_column)
+            _take(k, k_step, kv_begin, length, column, head, keys)
+            _take(v, v_step, kv_begin, length, column, head, values)
+            transpose_keys(buffers, length, head)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q, q_step, first, count, column, head, factor, queries)
-                attend_tile(
-                    queries, count, keys_by_column, values, length, head, weights, sums, shares,
-                    attended, first, column,
-                )  # fmt: skip
+                _take(q, q_step, first, count, column, head, queries)
+                attend_tile(buffers, count, length, head)
+                store_results(buffers, count, head, attended, first, column)

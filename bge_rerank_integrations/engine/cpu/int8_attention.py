@@ -6,25 +6,35 @@ import numpy as np
 
 from bge_rerank_integrations.engine.cpu.attention_tiles import (
     attend_tile,
+    attend_tile_in_pairs,
     make_buffers,
-    query_factor,
+    store_results,
     transpose_keys,
 )
-from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
+from bge_rerank_integrations.engine.cpu.bfloat16_pairs import pack_columns, pack_row
+from bge_rerank_integrations.engine.cpu.compiler import HAS_PAIRS, compiled, inlined
 from bge_rerank_integrations.engine.cpu.int8_kernels import quantize_row
-from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, widest_vectors
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, WIDTH, widest_vectors
 
 
 @inlined
-def _take(product, affine, offset, bias, first, count, column, width, factor, rows):
-    """Restore the values of `count` rows of one head, times `factor`, in the flat array `rows`."""
+def _take(product, affine, offset, bias, first, count, column, width, rows):
+    """Restore the values of `count` rows of one head in the flat array `rows`."""
     for i in range(count):
         scale, low = affine[first + i, 0], affine[first + i, 1]
         source = product[first + i, column : column + width]
         offsets, biases = offset[column : column + width], bias[column : column + width]
         target = rows[i * width : (i + 1) * width]
         for d in range(width):
-            target[d] = (scale * source[d] + (low * offsets[d] + biases[d])) * factor
+            target[d] = scale * source[d] + (low * offsets[d] + biases[d])
+
+
+@inlined
+def _pair_values(values, length, head, pairs):
+    """Store the values of each two neighbouring rows as pairs of bfloat16."""
+    values[length * head : (length + 1) * head] = np.float32(0)  # the last pair may have one row
+    for j in range(0, length, 2):
+        pack_columns(values, j * head, (j + 1) * head, pairs, j // 2 * head, head)
 
 
 @compiled(
@@ -48,7 +58,10 @@ def attend(
     codes,
     affine,
 ):
-    """Compute bidirectional attention within each of B sequences in float32, and quantize the result.
+    """Compute bidirectional attention within each of B sequences, and quantize the result.
+
+    Products are in bfloat16 if the processor multiplies pairs of them and the width of a head is a multiple
+    of 2 * WIDTH, else in float32. Sums and the softmax are in float32.
 
     The inputs are products of codes with int8 weights. `scale * product + low * offset + bias` restores the
     values, as described in `int8_kernels`.
@@ -74,34 +87,31 @@ def attend(
     widest_vectors()
     width = codes.shape[1]
     head = width // num_heads
-    queries, keys, values, keys_by_column, weights, sums, shares = make_buffers(kv_cu_seqlens, head)
-    factor, one = query_factor(head), np.float32(1)
+    buffers = make_buffers(kv_cu_seqlens, head)
+    queries, keys, values, _, pairs, _, _, _ = buffers
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
             column = h * head
             k_start = k_column + column
-            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, one, keys)
-            _take(
-                kv_product,
-                kv_affine,
-                kv_offset,
-                kv_bias,
-                kv_begin,
-                length,
-                k_start + width,
-                head,
-                one,
-                values,
-            )
-            transpose_keys(keys, length, head, keys_by_column)
+            v_start = k_start + width
+            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, keys)
+            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, v_start, head, values)
+            if HAS_PAIRS and head % (2 * WIDTH) == 0:
+                pack_row(keys, 0, keys, 0, length * head)
+                transpose_keys(buffers, length, head // 2)
+                _pair_values(values, length, head, pairs)
+            else:
+                transpose_keys(buffers, length, head)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, factor, queries)
-                attend_tile(
-                    queries, count, keys_by_column, values, length, head, weights, sums, shares,
-                    attended, first, column,
-                )  # fmt: skip
+                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, queries)
+                if HAS_PAIRS and head % (2 * WIDTH) == 0:
+                    pack_row(queries, 0, queries, 0, count * head)
+                    attend_tile_in_pairs(buffers, count, length, head)
+                else:
+                    attend_tile(buffers, count, length, head)
+                store_results(buffers, count, head, attended, first, column)
         for i in range(begin, end):
             quantize_row(attended[i], codes[i], affine[i])

@@ -24,8 +24,14 @@ PANEL = 4 * WIDTH
 NOTHING = -3e38
 """Stands for minus infinity, which code compiled with fast-math must not contain."""
 
-_FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR, _INTS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
+LONG = ir.IntType(64)
+"""Type of an index."""
+VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+"""Type of a vector of floats."""
+INTS = ir.VectorType(ir.IntType(32), WIDTH)
+"""Type of a vector of integers, each as wide as a float."""
+
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 # Coefficients of a polynomial for 2 to the power of x, from -0.5 to 0.5, highest degree first.
 _EXP2 = (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
 _FUSE = ("contract",)  # a product and a sum may become one instruction
@@ -58,11 +64,16 @@ def widest_vectors(typing_context):
     return types.void(), generate
 
 
-def _make_multiply(num_vectors: int) -> Any:
+def make_multiply(num_vectors: int, multiply_add: Callable[[Any, Any, Any, Any], Any]) -> Any:
     """Return a function that computes c = a b for ROWS rows and `num_vectors` vectors of columns.
 
     For each matrix, its arguments are a flat float32 array, the index of the first element of the matrix in
     it, and the distance between two rows. The last argument is the depth, at least 1.
+
+    Args:
+        num_vectors: Number of vectors of columns.
+        multiply_add: Emits the sum of a vector and the product of two others. Its arguments are the builder,
+            the sum so far, an element of a row of a in every place, and a vector of a row of b.
     """
 
     @intrinsic
@@ -77,37 +88,36 @@ def _make_multiply(num_vectors: int) -> Any:
 
             a, b, c = (pointer(position) for position in (0, 3, 6))
             a_step, b_step, c_step, depth = (arguments[position] for position in (2, 5, 8, 9))
-            a_rows = [builder.gep(a, [builder.mul(a_step, _LONG(row))]) for row in range(ROWS)]
+            a_rows = [builder.gep(a, [builder.mul(a_step, LONG(row))]) for row in range(ROWS)]
             before = builder.block
             loop, after = builder.append_basic_block("depth"), builder.append_basic_block("done")
             builder.branch(loop)
 
             builder.position_at_end(loop)
-            k = builder.phi(_LONG)
-            k.add_incoming(_LONG(0), before)
-            sums = [[builder.phi(_VECTOR) for _ in range(num_vectors)] for _ in range(ROWS)]
+            k = builder.phi(LONG)
+            k.add_incoming(LONG(0), before)
+            sums = [[builder.phi(VECTOR) for _ in range(num_vectors)] for _ in range(ROWS)]
             b_row = builder.gep(b, [builder.mul(k, b_step)])
-            vectors = [_load(builder, b_row, column) for column in range(num_vectors)]
+            vectors = [load_vector(builder, b_row, column) for column in range(num_vectors)]
             results = []
             for a_row, row_sums in zip(a_rows, sums, strict=True):
                 factor = _spread(builder, builder.load(builder.gep(a_row, [k])))
-                products = [builder.fmul(factor, vector, flags=_FUSE) for vector in vectors]
                 results.append(
-                    [builder.fadd(s, p, flags=_FUSE) for s, p in zip(row_sums, products, strict=True)]
+                    [multiply_add(builder, s, factor, v) for s, v in zip(row_sums, vectors, strict=True)]
                 )
             for row_sums, row_results in zip(sums, results, strict=True):
                 for phi, result in zip(row_sums, row_results, strict=True):
                     phi.add_incoming(_all(0), before)
                     phi.add_incoming(result, loop)
-            next_k = builder.add(k, _LONG(1))
+            next_k = builder.add(k, LONG(1))
             k.add_incoming(next_k, loop)
             builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, after)
 
             builder.position_at_end(after)
             for row, row_results in enumerate(results):
-                c_row = builder.gep(c, [builder.mul(c_step, _LONG(row))])
+                c_row = builder.gep(c, [builder.mul(c_step, LONG(row))])
                 for column, result in enumerate(row_results):
-                    _store(builder, result, c_row, column)
+                    store_vector(builder, result, c_row, column)
             return context.get_dummy_value()
 
         return signature, generate
@@ -115,18 +125,22 @@ def _make_multiply(num_vectors: int) -> Any:
     return multiply
 
 
-multiply_64, multiply_32, multiply_16 = (_make_multiply(num_vectors) for num_vectors in (4, 2, 1))
+def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    return builder.fadd(total, builder.fmul(a, b, flags=_FUSE), flags=_FUSE)
+
+
+multiply_64, multiply_32, multiply_16 = (make_multiply(count, _multiply_add) for count in (4, 2, 1))
 
 
 @intrinsic
-def powers_of_2(typing_context, row, start, count):
-    """Replace each x of a row by 2 ** (x - greatest of the row), and return the sum.
+def powers_of_2(typing_context, row, start, count, factor):
+    """Replace each x of a row by 2 ** (factor * (x - greatest of the row)), and return the sum.
 
-    The relative error is at most 4e-6. The integer part of the exponent is set in the bits of the float, and
-    a polynomial computes the rest. `count`, the number of floats, is a positive multiple of WIDTH.
-    Differences below -126 are raised to -126, where the power is practically zero.
+    The integer part of an exponent is set in the bits of the float, and a polynomial computes the rest, with
+    a relative error of at most 4e-6. `count`, the number of floats, is a positive multiple of WIDTH, and
+    `factor` is from 0 to 1. Exponents below -126 are raised to -126, where the power is practically zero.
     """
-    signature = types.float32(row, types.intp, types.intp)
+    signature = types.float32(row, types.intp, types.intp, types.float32)
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -136,13 +150,15 @@ def powers_of_2(typing_context, row, start, count):
             return _maximum(builder, carried, builder.load(address, align=4))
 
         def add_power(carried: Any, address: Any) -> Any:
-            above = builder.fsub(builder.load(address, align=4), greatest)
+            scaled = builder.fmul(builder.load(address, align=4), factor, flags=_FUSE)
+            above = builder.fsub(scaled, greatest, flags=_FUSE)
             power = _exp2(builder, _maximum(builder, above, _all(-126)))
             builder.store(power, address, align=4)
             return builder.fadd(carried, power)
 
         found = _walk(builder, row, count, NOTHING, greater)
-        greatest = _spread(builder, _fold(builder, found, partial(_maximum, builder)))
+        factor = _spread(builder, arguments[3])
+        greatest = builder.fmul(_spread(builder, _fold(builder, found, partial(_maximum, builder))), factor)
         return _fold(builder, _walk(builder, row, count, 0, add_power), builder.fadd)
 
     return signature, generate
@@ -157,10 +173,10 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
     def generate(context, builder, signature, arguments):
         def row(position: int, number: int) -> Any:
             array = context.make_array(signature.args[position])(context, builder, arguments[position])
-            start = builder.add(arguments[position + 1], builder.mul(arguments[position + 2], _LONG(number)))
+            start = builder.add(arguments[position + 1], builder.mul(arguments[position + 2], LONG(number)))
             return builder.gep(array.data, [start])
 
-        rows = [_load(builder, row(0, number), 0) for number in range(WIDTH)]
+        rows = [load_vector(builder, row(0, number), 0) for number in range(WIDTH)]
         step = WIDTH // 2
         while step:
             # Two rows at a distance of `step` exchange their off-diagonal blocks of `step` columns.
@@ -169,11 +185,11 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
             for first in (number for number in range(WIDTH) if not number & step):
                 pair = rows[first], rows[first + step]
                 rows[first], rows[first + step] = (
-                    builder.shuffle_vector(*pair, ir.Constant(_INTS, mask)) for mask in (lower, upper)
+                    builder.shuffle_vector(*pair, ir.Constant(INTS, mask)) for mask in (lower, upper)
                 )
             step //= 2
         for number, vector in enumerate(rows):
-            _store(builder, vector, row(3, number), 0)
+            store_vector(builder, vector, row(3, number), 0)
         return context.get_dummy_value()
 
     return signature, generate
@@ -185,10 +201,10 @@ def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any,
     loop, after = builder.append_basic_block("walk"), builder.append_basic_block("walked")
     builder.branch(loop)
     builder.position_at_end(loop)
-    index, carried = builder.phi(_LONG), builder.phi(_VECTOR)
-    result = step(carried, builder.bitcast(builder.gep(row, [index]), _VECTOR.as_pointer()))
-    following = builder.add(index, _LONG(WIDTH))
-    for phi, initial, next_ in ((index, _LONG(0), following), (carried, _all(first), result)):
+    index, carried = builder.phi(LONG), builder.phi(VECTOR)
+    result = step(carried, builder.bitcast(builder.gep(row, [index]), VECTOR.as_pointer()))
+    following = builder.add(index, LONG(WIDTH))
+    for phi, initial, next_ in ((index, LONG(0), following), (carried, _all(first), result)):
         phi.add_incoming(initial, before)
         phi.add_incoming(next_, loop)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
@@ -201,7 +217,7 @@ def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
     step = WIDTH // 2
     while step:
         mask = [(i + step) % WIDTH for i in range(WIDTH)]
-        other = builder.shuffle_vector(vector, vector, ir.Constant(_INTS, mask))
+        other = builder.shuffle_vector(vector, vector, ir.Constant(INTS, mask))
         vector = combine(vector, other)
         step //= 2
     return builder.extract_element(vector, _INT(0))
@@ -209,14 +225,14 @@ def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
 
 def _exp2(builder: Any, x: Any) -> Any:
     """Return 2 to the power of each x, for x from -126 to 0."""
-    whole = builder.fptosi(builder.fsub(x, _all(0.5)), _INTS)
-    rest = builder.fsub(x, builder.sitofp(whole, _VECTOR))
+    whole = builder.fptosi(builder.fsub(x, _all(0.5)), INTS)
+    rest = builder.fsub(x, builder.sitofp(whole, VECTOR))
     power = _all(_EXP2[0])
     for coefficient in _EXP2[1:]:
         power = builder.fadd(builder.fmul(power, rest, flags=_FUSE), _all(coefficient), flags=_FUSE)
-    exponent = builder.add(whole, ir.Constant(_INTS, [127] * WIDTH))
-    bits = builder.shl(exponent, ir.Constant(_INTS, [23] * WIDTH))
-    return builder.fmul(power, builder.bitcast(bits, _VECTOR))
+    exponent = builder.add(whole, ir.Constant(INTS, [127] * WIDTH))
+    bits = builder.shl(exponent, ir.Constant(INTS, [23] * WIDTH))
+    return builder.fmul(power, builder.bitcast(bits, VECTOR))
 
 
 def _maximum(builder: Any, a: Any, b: Any) -> Any:
@@ -224,21 +240,23 @@ def _maximum(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _all(value: float) -> Any:
-    return ir.Constant(_VECTOR, [float(np.float32(value))] * WIDTH)
+    return ir.Constant(VECTOR, [float(np.float32(value))] * WIDTH)
 
 
-def _load(builder: Any, row: Any, vector: int) -> Any:
-    address = builder.bitcast(builder.gep(row, [_LONG(vector * WIDTH)]), _VECTOR.as_pointer())
+def load_vector(builder: Any, row: Any, vector: int) -> Any:
+    """Emit a load of one vector of a row, given the address of the row and the number of the vector."""
+    address = builder.bitcast(builder.gep(row, [LONG(vector * WIDTH)]), VECTOR.as_pointer())
     return builder.load(address, align=4)
 
 
-def _store(builder: Any, value: Any, row: Any, vector: int) -> None:
-    address = builder.bitcast(builder.gep(row, [_LONG(vector * WIDTH)]), _VECTOR.as_pointer())
+def store_vector(builder: Any, value: Any, row: Any, vector: int) -> None:
+    """Emit a store into one vector of a row; see `load_vector`."""
+    address = builder.bitcast(builder.gep(row, [LONG(vector * WIDTH)]), VECTOR.as_pointer())
     builder.store(value, address, align=4)
 
 
 def _spread(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    undefined = ir.Constant(VECTOR, ir.Undefined)
     first = builder.insert_element(undefined, value, _INT(0))
-    zeros = ir.Constant(_INTS, [0] * WIDTH)
+    zeros = ir.Constant(INTS, [0] * WIDTH)
     return builder.shuffle_vector(first, undefined, zeros)

@@ -1,0 +1,105 @@
+"""Attention in bfloat16 on register tiles; see `attention_tiles`."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations.engine.cpu.attention_tiles import (
+    attend_tile_in_pairs,
+    make_buffers,
+    transpose_keys,
+)
+from bge_rerank_integrations.engine.cpu.bfloat16_pairs import pack_row
+from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, widest_vectors
+from bge_rerank_integrations.engine.packing import Seqlens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
+    """Compute attention within each sequence on the calling thread; see `VarlenAttention`."""
+    output = torch.empty(q.shape, dtype=q.dtype)
+    output[sum(q_seqlens.lengths) :].zero_()
+    pairs = output.view(-1).view(torch.float32).numpy()
+    cu_seqlens = q_seqlens.cu_seqlens.numpy(), kv_seqlens.cu_seqlens.numpy()
+    _attend(*_flatten(q), *_flatten(k), *_flatten(v), *cu_seqlens, q.shape[1], q.shape[2], pairs)
+    return output
+
+
+def _flatten(rows: Tensor) -> tuple[npt.NDArray[np.uint16], int]:
+    """Return the bits from the first to the last of the rows, and the distance between two of them."""
+    num_rows, num_heads, head = rows.shape
+    if rows.stride()[1:] != (head, 1):
+        rows = rows.contiguous()
+    step = rows.stride(0)
+    flat = rows.as_strided(((num_rows - 1) * step + num_heads * head,), (1,))
+    bits: npt.NDArray[np.uint16] = flat.view(torch.int16).numpy().view(np.uint16)
+    return bits, step
+
+
+@inlined
+def _take(source, step, first, count, column, head, rows):
+    """Copy `count` rows of one head to the flat array `rows`."""
+    bits = rows.view(np.uint16)
+    for i in range(count):
+        start = (first + i) * step + column
+        part, target = source[start : start + head], bits[i * head : (i + 1) * head]
+        for d in range(head):
+            target[d] = part[d]
+
+
+@inlined
+def _pair_values(source, step, first, count, column, head, pairs):
+    """Store the values of one head in each two neighbouring rows as pairs."""
+    bits = pairs.view(np.uint32)
+    for i in range(0, count, 2):
+        start = (first + i) * step + column
+        low, target = source[start : start + head], bits[i // 2 * head : (i // 2 + 1) * head]
+        if i + 1 < count:
+            high = source[start + step : start + step + head]
+            for d in range(head):
+                target[d] = np.uint32(low[d]) | (np.uint32(high[d]) << np.uint32(16))
+        else:
+            for d in range(head):
+                target[d] = np.uint32(low[d])
+
+
+@compiled("void(u2[::1], i8, u2[::1], i8, u2[::1], i8, i4[::1], i4[::1], i8, i8, f4[::1])")
+def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_heads, head, attended):
+    """Compute bidirectional attention within each of B sequences.
+
+    Args:
+        q: Bits of rows of queries, each `num_heads` heads next to each other, at a distance of `q_step`.
+        q_step: See `q`.
+        k: Rows of keys.
+        k_step: See `q`.
+        v: Rows of values.
+        v_step: See `q`.
+        q_cu_seqlens: int32 [B + 1]. Sequence i takes the rows from q_cu_seqlens[i] to q_cu_seqlens[i + 1].
+        kv_cu_seqlens: int32 [B + 1], the rows of the same sequences in `k` and `v`.
+        num_heads: Number of heads.
+        head: Width of a head, a multiple of 2 * WIDTH.
+        attended: [Tq * num_heads * head // 2], output, pairs of bfloat16.
+    """
+    widest_vectors()
+    buffers = make_buffers(kv_cu_seqlens, head)
+    queries, keys, _, _, pairs, _, sums, shares = buffers
+    for b in range(kv_cu_seqlens.shape[0] - 1):
+        begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
+        length = kv_cu_seqlens[b + 1] - kv_begin
+        for h in range(num_heads):
+            column = h * head
+            _take(k, k_step, kv_begin, length, column, head, keys)
+            _pair_values(v, v_step, kv_begin, length, column, head, pairs)
+            transpose_keys(buffers, length, head // 2)
+            for first in range(begin, end, ROWS):
+                count = min(ROWS, end - first)
+                _take(q, q_step, first, count, column, head, queries)
+                attend_tile_in_pairs(buffers, count, length, head)
+                for i in range(count):
+                    for d in range(head):
+                        sums[i * head + d] *= shares[i]
+                    place = ((first + i) * num_heads + h) * head // 2
+                    pack_row(sums, i * head, attended, place, head)
