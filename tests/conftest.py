@@ -27,6 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint with heads of 32, the narrowest for products of attention in pairs of bfloat16."""
+    return build_random_checkpoint(tmp_path_factory.mktemp("wide-checkpoint"), num_heads=2)
+
+
+@pytest.fixture(scope="session")
 def scorer(checkpoint: Path) -> Iterator[Scorer]:
     """Return a float32 scorer on the CPU."""
     with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:

@@ -28,6 +28,7 @@ ROWS = [
     # The modules that the folders of the engine use.
     "engine.cpu.onednn_limit",
     "engine.cpu.amx",
+    "engine.cpu.bfloat16_support",
     "engine.cpu.cores",
     "engine.packing",
     "engine.current_device",
@@ -81,7 +82,7 @@ ALLOWED_IN = {
     "llvmlite": [
         "engine.cpu.vector_intrinsics",
         "engine.cpu.bfloat16_pairs",
-        "engine.cpu.compiler",
+        "engine.cpu.bfloat16_support",
         "engine.cpu.int8_support",
     ],
     "transformers": ["engine.checkpoint.model_config"],

@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 # one is encoded. The first part is small, so that an idle device starts soon.
 _NUM_FIRST_PAIRS: Final = 32
 _NUM_PAIRS_AT_ONCE: Final = 512
-# The rest is divided even if it fits into one part, if it has this many pairs. The device then does not wait
+# From this many pairs on, the rest is divided even if it fits into one part. The device then does not wait
 # until all of them are encoded.
 _NUM_DIVIDED_PAIRS: Final = 64
 # Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.

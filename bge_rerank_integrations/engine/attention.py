@@ -19,7 +19,7 @@ from bge_rerank_integrations.engine.attention_by_length import (
     sdpa_attention,
 )
 from bge_rerank_integrations.engine.attention_trial import try_attention
-from bge_rerank_integrations.engine.cpu.amx import has_amx
+from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
 from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP, PAIRS_STEP
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
@@ -72,10 +72,10 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
         torch.cuda.OutOfMemoryError: The device has no memory left.
     """
     for candidate in CANDIDATES:
-        if not candidate.fits(device, dtype, head_dim):
-            continue
         name = name_of(candidate.attention)
         try:
+            if not candidate.fits(device, dtype, head_dim):
+                continue
             try_attention(
                 candidate.attention, device, dtype, head_dim, in_graphs=candidate.reads_tensors_only
             )
@@ -209,7 +209,7 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqle
 def bfloat16_tile_attention(
     q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens
 ) -> Tensor:
-    """Run this package's own kernel in bfloat16, one call for the whole batch; on CPUs with AVX-512 BF16."""
+    """Run this package's own kernel in bfloat16, one call for the whole batch; on AMD CPUs since Zen 4."""
     if q_seqlens.max_seqlen == 1:
         return matmul_attention(q, k, v, q_seqlens, kv_seqlens)
     from bge_rerank_integrations.engine.cpu.bfloat16_attention import attend
@@ -240,8 +240,8 @@ class Candidate(NamedTuple):
         fits: Whether it may run on a device, in a precision and with a width of heads. A false answer only
             avoids a trial that is known to fail.
         reads_tensors_only: Whether it reads nothing of a `Seqlens` on the host except `max_seqlen`.
-        where_shared: The implementation to use instead where torch shares its operations between threads. It
-            is None unless the calling thread does all work of this one.
+        where_shared: The implementation to use instead where torch shares its operations between threads.
+            None if the implementation shares its own work between them.
     """
 
     attention: VarlenAttention
@@ -294,12 +294,11 @@ def _fits_matmul(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
 
 def _fits_bfloat16_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    if not _fits_matmul(device, dtype, head_dim) or head_dim % PAIRS_STEP or find_spec("numba") is None:
+    if not (_fits_matmul(device, dtype, head_dim) and head_dim % PAIRS_STEP == 0 and has_fast_pairs()):
         return False
-    from bge_rerank_integrations.engine.cpu.compiler import HAS_PAIRS
+    from bge_rerank_integrations.engine.cpu.compiler import HAS_PAIRS  # this imports numba
 
-    # Products with AMX may be faster. Nobody has compared them with this kernel.
-    return HAS_PAIRS and not has_amx()
+    return HAS_PAIRS
 
 
 def _fits_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -347,7 +346,7 @@ CANDIDATES: Final = (
     Candidate(flash_attention, _fits_flash, reads_tensors_only=True),
     Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
     Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
-    # On an AMD processor, it takes 0.3 to 0.7 times as long as `matmul_attention`.
+    # On an AMD processor, it takes 0.3 to 0.7 times as long as `matmul_attention` (benchmarks/LOG.md, 36).
     Candidate(bfloat16_tile_attention, _fits_bfloat16_tiles, where_shared=matmul_attention),
     Candidate(matmul_attention, _fits_matmul),
     # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`.

@@ -107,10 +107,11 @@ def build_model(spec: ModelSpec) -> Model:
     model.forward(pack([ids], padding_idx=padding_idx, device=spec.device, num_rows=model.num_rows))
     # Per token and layer, attention takes 4 * width * length operations and the matrix products take
     # 24 * width^2, at different speeds. The length at which both take the same time was measured at a width
-    # of 768: 1,360 in int8 and 5,600 in float32 on an Intel processor, and on an AMD one about 1,500 in
-    # bfloat16, and in float32 1,100 with `sdpa_attention` and 4,000 to 8,000 with `tile_attention`. A wrong
-    # length makes the split uneven by a few per cent at most.
-    length_of_double_cost = (5 if spec.dtype is torch.float32 else 2) * spec.shape.hidden_size
+    # of 768: 1,360 in int8 and 5,600 in float32 on an Intel processor; on an AMD one 2,200 to 3,700 in int8,
+    # 1,500 in bfloat16 with `matmul_attention` and 3,400 with `bfloat16_tile_attention`, and in float32 1,100
+    # with `sdpa_attention` and 4,000 to 8,000 with `tile_attention`. A wrong length makes the split uneven by
+    # a few per cent at most.
+    length_of_double_cost = (5 if spec.dtype is torch.float32 else 3) * spec.shape.hidden_size
     threads = resolve_num_threads(spec.config)
     return model._replace(forward=SplitForward(model.forward, threads, length_of_double_cost, model.num_rows))
 

@@ -1,4 +1,4 @@
-"""Tokenizes a long text only as far as its tokens can be kept."""
+"""Chooses how much of a long text to tokenize: about as much as gives the tokens that can be kept."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _LONG_GAP: Final = re.compile(f"[{_WHITE_SPACE}]{{256,}}")
 
 
 class DistinctTexts:
-    """Distinct texts and, as far as they are known, their first token ids.
+    """Distinct texts, and the token ids that are kept of each.
 
-    The caller tokenizes the strings of `strings` and gives their ids to `take`, until no text is left. Nearly
-    always one round is enough.
+    The caller tokenizes the strings of `strings` and gives their ids to `take`, until `strings` is empty.
+    Nearly always one round is enough.
 
     Args:
         texts: The texts. Each distinct text counts once.
         prefix: Text that is put in front of each text.
         limit: Maximum number of ids to keep. None keeps all.
-        end_prefix_ids: The ids of the prefix, if they and the last ids of a text are kept instead of the
-            first ids. None keeps the first ids.
+        end_prefix_ids: The ids of the prefix. If they are given, these and the last ids of a text are kept.
+            None keeps the first ids.
 
     Attributes:
         encoded: The kept ids of each text, and whether the text has more ids.

@@ -137,6 +137,7 @@ class PairTokenizer:
             pairs: The pairs.
             part_sizes: Number of pairs in each part, at least one part. The sum is the number of pairs.
         """
+        assert sum(part_sizes) == len(pairs)
         known = _Known({}, {})
         for size, end in zip(part_sizes, accumulate(part_sizes), strict=True):
             part = pairs[end - size : end]
@@ -205,7 +206,7 @@ class PairTokenizer:
 
 
 class _Known(NamedTuple):
-    """The ids of the texts of a call that are encoded.
+    """The ids of all texts that a call has encoded so far.
 
     Attributes:
         queries: The ids of queries, with `<s>` before and `</s></s>` after them.

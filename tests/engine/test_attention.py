@@ -177,7 +177,7 @@ def test_a_model_with_kernels_for_whole_batches_gives_the_same_logits(
 
 HALF_ON_CUDA = [flash_attention, varlen_attention, efficient_attention, sdpa_attention, product_attention]
 ON_CPU = [sdpa_attention, product_attention]
-BFLOAT16_ON_CPU = [matmul_attention, *ON_CPU]
+WITH_PRODUCTS = [matmul_attention, *ON_CPU]
 OLDER = [efficient_attention, sdpa_attention, product_attention]
 
 
@@ -206,11 +206,10 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CPU, torch.float32, 64, {"numba": False, "cpu": "AVX512"}, ON_CPU),
         (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX2"}, ON_CPU),
         (CPU, torch.float32, 24, {"numba": True, "cpu": "AVX512"}, ON_CPU),
-        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True}, [bfloat16_tile_attention, *BFLOAT16_ON_CPU]),
-        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True, "amx": True}, BFLOAT16_ON_CPU),
-        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": False}, BFLOAT16_ON_CPU),
-        (CPU, torch.bfloat16, 48, {"numba": True, "pairs": True}, BFLOAT16_ON_CPU),
-        (CPU, torch.bfloat16, 64, {"numba": False, "pairs": True}, BFLOAT16_ON_CPU),
+        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True}, [bfloat16_tile_attention, *WITH_PRODUCTS]),
+        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": False}, WITH_PRODUCTS),
+        (CPU, torch.bfloat16, 48, {"numba": True, "pairs": True}, WITH_PRODUCTS),
+        (CPU, torch.bfloat16, 64, {"numba": False, "pairs": True}, WITH_PRODUCTS),
     ],
 )  # fmt: skip
 def test_candidates_of_each_device(
@@ -235,9 +234,9 @@ def test_candidates_of_each_device(
         "numba": machine.get("numba") or None,
     }
     monkeypatch.setattr(attention_module, "find_spec", found.get)
-    monkeypatch.setattr(attention_module, "has_amx", lambda: machine.get("amx", False))
+    monkeypatch.setattr(attention_module, "has_fast_pairs", lambda: machine.get("pairs", False))
     compiler: Any = ModuleType("compiler")
-    compiler.HAS_PAIRS = machine.get("pairs", False)
+    compiler.HAS_PAIRS = machine.get("numba", False)
     monkeypatch.setitem(sys.modules, "bge_rerank_integrations.engine.cpu.compiler", compiler)
     fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]
     assert list(map(name_of, fitting)) == list(map(name_of, expected))
@@ -325,7 +324,7 @@ def test_bfloat16_tiles_pass_the_trial(head_dim: int) -> None:
 
 
 @needs_pairs
-@pytest.mark.parametrize("lengths", [[1], [2], [15, 16, 17], [31, 33, 64, 65], [512, 3]])
+@pytest.mark.parametrize("lengths", [[2], [15, 16, 17], [31, 33, 64, 65], [512, 3]])
 def test_bfloat16_tiles_are_nearer_to_the_exact_result_than_products(lengths: list[int]) -> None:
     """Scores and sums stay in float32. Only the softmax weights and the result are rounded."""
     seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=CPU).seqlens
@@ -337,6 +336,50 @@ def test_bfloat16_tiles_are_nearer_to_the_exact_result_than_products(lengths: li
         return (attention(q, k, v, seqlens, seqlens).double() - exact).abs().mean().item()
 
     assert error(bfloat16_tile_attention) <= error(matmul_attention) + 1e-9
+
+
+TILES = [
+    pytest.param(tile_attention, torch.float32, marks=needs_numba),
+    pytest.param(bfloat16_tile_attention, torch.bfloat16, marks=needs_pairs),
+]
+
+
+@pytest.mark.parametrize(("attention", "dtype"), TILES)
+@pytest.mark.parametrize("wrong", [0, 1, 2])  # queries, keys, values
+def test_tiles_keep_what_is_not_finite(attention: VarlenAttention, dtype: torch.dtype, wrong: int) -> None:
+    """A score that could be wrong must become NaN, so that it is refused."""
+    seqlens = pack(random_ids([20, 37], 100), padding_idx=1, device=CPU).seqlens
+    rows = torch.randn(57, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[30, wrong, 1, 7] = torch.nan
+    q, k, v = rows.unbind(1)
+    exact = sdpa_attention(q.double(), k.double(), v.double(), seqlens, seqlens)
+    assert torch.equal(attention(q, k, v, seqlens, seqlens).isfinite(), exact.isfinite())
+
+
+@pytest.mark.parametrize(("attention", "dtype"), TILES)
+@pytest.mark.parametrize("scale", [1e2, 1e5])
+def test_tiles_are_right_for_large_scores(
+    attention: VarlenAttention, dtype: torch.dtype, scale: float
+) -> None:
+    seqlens = pack(random_ids([20, 37], 100), padding_idx=1, device=CPU).seqlens
+    rows = torch.randn(57, 3, 2, 64, generator=torch.Generator().manual_seed(0))
+    rows[:, :2] *= scale
+    q, k, v = rows.to(dtype).unbind(1)
+    exact = sdpa_attention(q.double(), k.double(), v.double(), seqlens, seqlens)
+    difference = (attention(q, k, v, seqlens, seqlens).double() - exact).abs().max().item()
+    assert difference <= (2e-2 if dtype is torch.bfloat16 else 1e-3)
+
+
+def test_a_candidate_whose_library_is_broken_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fits(*_: object) -> bool:
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    candidates = (Candidate(failing_attention, fits), Candidate(sdpa_attention, lambda *_: True))
+    monkeypatch.setattr(attention_module, "CANDIDATES", candidates)
+    assert resolve_attention(CPU, torch.float32, 64) is sdpa_attention
+    assert "failing_attention is not used (ImportError: Numba needs NumPy" in caplog.text
 
 
 def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operations(

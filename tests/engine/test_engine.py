@@ -91,13 +91,16 @@ def test_logits_of_mixed_and_equal_lengths_match_transformers(
     assert max_difference(score_all(runner, sequences), theirs) <= LOGIT_TOLERANCE[torch.float32]
 
 
-def test_bfloat16_logits_match_transformers(checkpoint: Path, plain_model: Any, vocab_size: int) -> None:
+@pytest.mark.parametrize("name", ["checkpoint", "wide_checkpoint"])
+def test_bfloat16_logits_match_transformers(
+    name: str, request: pytest.FixtureRequest, vocab_size: int
+) -> None:
     """The logits are within the tolerance of float32, and of transformers in bfloat16."""
-    config = ScorerConfig(device="cpu", dtype="bfloat16")
-    runner = load_runner(config, checkpoint, read_shape(checkpoint))
+    folder: Path = request.getfixturevalue(name)
+    runner = load_runner(ScorerConfig(device="cpu", dtype="bfloat16"), folder, read_shape(folder))
     sequences = random_ids([*range(2, 513, 5)], vocab_size, seed=2)
-    truth = plain_logits(plain_model, sequences)
-    theirs = plain_logits(load_plain_model(checkpoint, torch.bfloat16), sequences)
+    truth = plain_logits(load_plain_model(folder), sequences)
+    theirs = plain_logits(load_plain_model(folder, torch.bfloat16), sequences)
     ours = score_all(runner, sequences)
     assert max_difference(ours, truth) <= LOGIT_TOLERANCE[torch.bfloat16]
     assert max_difference(ours, theirs) <= LOGIT_TOLERANCE[torch.bfloat16]

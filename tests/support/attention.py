@@ -19,7 +19,6 @@ from bge_rerank_integrations.engine.attention import (
     flash_attention,
     varlen_attention,
 )
-from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.packing import Seqlens
 
 needs_num_splits = pytest.mark.skipif(
@@ -45,8 +44,8 @@ def _has_pairs() -> bool:
 
 HAS_PAIRS = _has_pairs()
 """Whether the kernels of numba multiply pairs of bfloat16 on this machine."""
-needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="needs numba and a CPU with AVX-512 BF16")
-BFLOAT16_ON_CPU = "bfloat16_tile_attention" if HAS_PAIRS and not has_amx() else "matmul_attention"
+needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="needs numba and an AMD CPU since Zen 4")
+BFLOAT16_ON_CPU = "bfloat16_tile_attention" if HAS_PAIRS else "matmul_attention"
 """Name of the implementation that this machine uses in bfloat16 on its CPU, for heads of 64."""
 WHOLE_BATCH = [
     flash_attention,

@@ -387,16 +387,19 @@ def windows_of(parts: Iterable[list[EncodedPair]]) -> list[list[int]]:
 @pytest.mark.parametrize("sizes", [[0], [1], [2, 3, 1], [6, 0], [1] * 6])
 @pytest.mark.parametrize("has_cache", [False, True])
 def test_parts_give_what_the_whole_gives(path: Path, sizes: list[int], has_cache: bool) -> None:
-    """Queries and passages occur in several parts, a long one too, of which only the beginning is read."""
+    """Texts occur in several parts, also a long one and one that is tokenized in two rounds."""
     cache = TokenCache(100_000) if has_cache else None
     tokenizer = PairTokenizer(path, ScorerConfig(max_length=64), cache)
     long = "word " * 5000
-    all_pairs = [("a", "one"), ("a", long), ("b", "one"), ("a", "two"), (long, long), ("b", "three")]
+    gap = " " * 20_000 + "word"
+    all_pairs = [(gap, gap), ("a", long), ("b", gap), ("a", "two"), (long, long), (gap, "three")]
     pairs = all_pairs[: sum(sizes)]
     parts = list(tokenizer.stream(pairs, sizes))
     assert list(map(len, parts)) == sizes
     whole = PairTokenizer(path, ScorerConfig(max_length=64))
-    assert windows_of(parts) == windows_of([whole.encode([q for q, _ in pairs], [p for _, p in pairs])])
+    encoded = whole.encode([query for query, _ in pairs], [passage for _, passage in pairs])
+    assert windows_of(parts) == windows_of([encoded])
+    assert [pair[1:] for part in parts for pair in part] == [pair[1:] for pair in encoded]
     assert windows_of(tokenizer.stream(pairs, sizes)) == windows_of(parts), "again, from the cache"
 
 

@@ -85,18 +85,18 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
     """
     widest_vectors()
     buffers = make_buffers(kv_cu_seqlens, head)
-    queries, keys, _, _, pairs, _, sums, shares = buffers
+    sums, shares = buffers.sums, buffers.shares
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
             column = h * head
-            _take(k, k_step, kv_begin, length, column, head, keys)
-            _pair_values(v, v_step, kv_begin, length, column, head, pairs)
+            _take(k, k_step, kv_begin, length, column, head, buffers.keys)
+            _pair_values(v, v_step, kv_begin, length, column, head, buffers.pairs)
             transpose_keys(buffers, length, head // 2)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q, q_step, first, count, column, head, queries)
+                _take(q, q_step, first, count, column, head, buffers.queries)
                 attend_tile_in_pairs(buffers, count, length, head)
                 for i in range(count):
                     for d in range(head):

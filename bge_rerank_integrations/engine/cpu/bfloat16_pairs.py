@@ -1,7 +1,7 @@
 """Matrix products of bfloat16 values, two of which are stored as a pair in the bits of a float.
 
 One instruction of AVX-512 BF16 multiplies 16 pairs with 16 others, and adds both products of each to a float.
-Other processors cannot run these functions.
+Processors without it cannot run the products.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     store_vector,
 )
 
+# It is declared with integers, as in the LLVM of the oldest numba. Newer releases of LLVM accept this too.
 _INSTRUCTION: Final = "llvm.x86.avx512bf16.dpbf16ps.512"
 _SHORTS = ir.VectorType(ir.IntType(16), WIDTH)
 
@@ -105,7 +106,10 @@ def _for_each_vector(builder: Any, count: Any, emit: Callable[[Any], None]) -> N
 
 
 def _load_rounded(builder: Any, array: Any, start: Any) -> Any:
-    """Load a vector of floats, round it to the nearest bfloat16, ties to even, and return the bits."""
+    """Load a vector of floats, round it to the nearest bfloat16, ties to even, and return the bits.
+
+    NaN stays NaN if it is a result of arithmetic, which sets the first bit of the mantissa only.
+    """
     bits = builder.bitcast(load_vector(builder, builder.gep(array, [start]), 0), INTS)
     last = builder.and_(builder.lshr(bits, _all(16)), _all(1))
     rounded = builder.add(builder.add(bits, _all(0x7FFF)), last)

@@ -6,16 +6,15 @@ The kernels start no threads, and they release the interpreter's lock.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from llvmlite import binding
 from numba import config, njit
+from numba.core.codegen import get_host_cpu_features
 
-from bge_rerank_integrations.engine.cpu.onednn_limit import allows_pairs
+from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
 
 _OPTIONS: Final[dict[str, Any]] = {
     "nogil": True,
@@ -26,18 +25,16 @@ _OPTIONS: Final[dict[str, Any]] = {
 
 
 def _compiles_for(feature: str) -> bool:
-    """Return whether numba compiles for a feature of the processor, by the name that LLVM gives it."""
-    features: str | None = getattr(config, "CPU_FEATURES", None)  # a setting of the user
-    if features is not None:
-        return f"+{feature}" in features.split(",")
-    try:
-        return bool(binding.get_host_cpu_features().get(feature))
-    except RuntimeError:  # LLVM cannot detect the features on this platform
-        return False
+    """Return whether numba compiles for a feature of the processor, by the name that LLVM gives it.
+
+    Settings of numba can exclude features. An instruction of an excluded feature would end the process.
+    """
+    features: str | None = config.CPU_FEATURES
+    return f"+{feature}" in (get_host_cpu_features() if features is None else features).split(",")
 
 
-HAS_PAIRS: Final = allows_pairs(os.environ) and _compiles_for("avx512bf16")
-"""Whether kernels may multiply pairs of bfloat16; see `bfloat16_pairs`."""
+HAS_PAIRS: Final = has_fast_pairs() and _compiles_for("avx512bf16")
+"""Whether kernels multiply pairs of bfloat16; see `bfloat16_pairs`."""
 
 
 @cache

@@ -66,17 +66,16 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
     widest_vectors()
     head = attended.shape[1] // num_heads
     buffers = make_buffers(kv_cu_seqlens, head)
-    queries, keys, values, _, _, _, _, _ = buffers
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
             column = h * head
-            _take(k, k_step, kv_begin, length, column, head, keys)
-            _take(v, v_step, kv_begin, length, column, head, values)
+            _take(k, k_step, kv_begin, length, column, head, buffers.keys)
+            _take(v, v_step, kv_begin, length, column, head, buffers.values)
             transpose_keys(buffers, length, head)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q, q_step, first, count, column, head, queries)
+                _take(q, q_step, first, count, column, head, buffers.queries)
                 attend_tile(buffers, count, length, head)
                 store_results(buffers, count, head, attended, first, column)

@@ -30,11 +30,12 @@ def _take(product, affine, offset, bias, first, count, column, width, rows):
 
 
 @inlined
-def _pair_values(values, length, head, pairs):
+def _pair_values(buffers, length, head):
     """Store the values of each two neighbouring rows as pairs of bfloat16."""
+    values = buffers.values
     values[length * head : (length + 1) * head] = np.float32(0)  # the last pair may have one row
     for j in range(0, length, 2):
-        pack_columns(values, j * head, (j + 1) * head, pairs, j // 2 * head, head)
+        pack_columns(values, j * head, (j + 1) * head, buffers.pairs, j // 2 * head, head)
 
 
 @compiled(
@@ -60,8 +61,8 @@ def attend(
 ):
     """Compute bidirectional attention within each of B sequences, and quantize the result.
 
-    Products are in bfloat16 if the processor multiplies pairs of them and the width of a head is a multiple
-    of 2 * WIDTH, else in float32. Sums and the softmax are in float32.
+    Products are in bfloat16 if `HAS_PAIRS` is set and the width of a head is a multiple of 2 * WIDTH, else in
+    float32. Sums and the softmax are in float32.
 
     The inputs are products of codes with int8 weights. `scale * product + low * offset + bias` restores the
     values, as described in `int8_kernels`.
@@ -88,7 +89,6 @@ def attend(
     width = codes.shape[1]
     head = width // num_heads
     buffers = make_buffers(kv_cu_seqlens, head)
-    queries, keys, values, _, pairs, _, _, _ = buffers
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
@@ -96,19 +96,19 @@ def attend(
             column = h * head
             k_start = k_column + column
             v_start = k_start + width
-            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, keys)
-            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, v_start, head, values)
+            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, buffers.keys)
+            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, v_start, head, buffers.values)
             if HAS_PAIRS and head % (2 * WIDTH) == 0:
-                pack_row(keys, 0, keys, 0, length * head)
+                pack_row(buffers.keys, 0, buffers.keys, 0, length * head)
                 transpose_keys(buffers, length, head // 2)
-                _pair_values(values, length, head, pairs)
+                _pair_values(buffers, length, head)
             else:
                 transpose_keys(buffers, length, head)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, queries)
+                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, buffers.queries)
                 if HAS_PAIRS and head % (2 * WIDTH) == 0:
-                    pack_row(queries, 0, queries, 0, count * head)
+                    pack_row(buffers.queries, 0, buffers.queries, 0, count * head)
                     attend_tile_in_pairs(buffers, count, length, head)
                 else:
                     attend_tile(buffers, count, length, head)

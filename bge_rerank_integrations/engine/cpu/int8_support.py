@@ -8,9 +8,9 @@ import torch
 
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
 
-# The attention kernels, in int8 and float32, process a head in vectors of this many floats.
+# Attention kernels whose products are in float32 process a head in vectors of this many floats.
 HEAD_STEP = 16
-# With products in bfloat16, they process a head in vectors of this many values.
+# Attention kernels whose products are in bfloat16 process a head in vectors of this many values.
 PAIRS_STEP = 2 * HEAD_STEP
 _CPU_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 

@@ -1,7 +1,7 @@
 """Which instructions oneDNN may use in this process.
 
 oneDNN reads `ONEDNN_MAX_CPU_ISA`, or else `DNNL_MAX_CPU_ISA`, once, at its first use. It ignores a value that
-it does not know. The kernels of this package follow the same limit.
+it does not know. The kernels of this package that multiply pairs of bfloat16 follow the same limit.
 """
 
 from __future__ import annotations

@@ -133,33 +133,42 @@ multiply_64, multiply_32, multiply_16 = (make_multiply(count, _multiply_add) for
 
 
 @intrinsic
-def powers_of_2(typing_context, row, start, count, factor):
+def powers_of_2(typing_context, row, start, length, factor):
     """Replace each x of a row by 2 ** (factor * (x - greatest of the row)), and return the sum.
 
     The integer part of an exponent is set in the bits of the float, and a polynomial computes the rest, with
-    a relative error of at most 4e-6. `count`, the number of floats, is a positive multiple of WIDTH, and
-    `factor` is from 0 to 1. Exponents below -126 are raised to -126, where the power is practically zero.
+    a relative error of at most 4e-6. Exponents below -126 are raised to -126, where the power is practically
+    zero. `length`, the number of floats, is positive, and `factor` is from 0 to 1. Floats after the row, up
+    to a multiple of WIDTH, become zero.
     """
     signature = types.float32(row, types.intp, types.intp, types.float32)
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        row, count = builder.gep(array.data, [arguments[1]]), arguments[2]
+        row, length = builder.gep(array.data, [arguments[1]]), arguments[2]
 
-        def greater(carried: Any, address: Any) -> Any:
-            return _maximum(builder, carried, builder.load(address, align=4))
+        def is_in_row(index: Any) -> Any:
+            rest = _spread(builder, builder.trunc(builder.sub(length, index), _INT))
+            return builder.icmp_signed("<", ir.Constant(INTS, list(range(WIDTH))), rest)
 
-        def add_power(carried: Any, address: Any) -> Any:
-            scaled = builder.fmul(builder.load(address, align=4), factor, flags=_FUSE)
-            above = builder.fsub(scaled, greatest, flags=_FUSE)
-            power = _exp2(builder, _maximum(builder, above, _all(-126)))
+        def greater(carried: Any, index: Any, address: Any) -> Any:
+            # Do not store a value that stands for no token: a load of a vector has to wait for stores of
+            # single floats to the same place.
+            x = builder.select(is_in_row(index), builder.load(address, align=4), _all(NOTHING))
+            return _maximum(builder, carried, x)
+
+        def add_power(carried: Any, index: Any, address: Any) -> Any:
+            above = builder.fmul(builder.fsub(builder.load(address, align=4), greatest), factors)
+            # In this order, the maximum keeps NaN.
+            power = _exp2(builder, _maximum(builder, _all(-126), above))
+            power = builder.select(is_in_row(index), power, _all(0))
             builder.store(power, address, align=4)
             return builder.fadd(carried, power)
 
-        found = _walk(builder, row, count, NOTHING, greater)
-        factor = _spread(builder, arguments[3])
-        greatest = builder.fmul(_spread(builder, _fold(builder, found, partial(_maximum, builder))), factor)
-        return _fold(builder, _walk(builder, row, count, 0, add_power), builder.fadd)
+        factors = _spread(builder, arguments[3])
+        found = _walk(builder, row, length, NOTHING, greater)
+        greatest = _spread(builder, _fold(builder, found, partial(_maximum, builder)))
+        return _fold(builder, _walk(builder, row, length, 0, add_power), builder.fadd)
 
     return signature, generate
 
@@ -195,14 +204,18 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
     return signature, generate
 
 
-def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any, Any], Any]) -> Any:
-    """Call `step` with a carried vector and the address of each vector of a row; return the last result."""
+def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any, Any, Any], Any]) -> Any:
+    """Call `step` with a carried vector, and the index and address of each vector of a row.
+
+    Returns:
+        The result of the last call. The result of each call is the carried vector of the next one.
+    """
     before = builder.block
     loop, after = builder.append_basic_block("walk"), builder.append_basic_block("walked")
     builder.branch(loop)
     builder.position_at_end(loop)
     index, carried = builder.phi(LONG), builder.phi(VECTOR)
-    result = step(carried, builder.bitcast(builder.gep(row, [index]), VECTOR.as_pointer()))
+    result = step(carried, index, builder.bitcast(builder.gep(row, [index]), VECTOR.as_pointer()))
     following = builder.add(index, LONG(WIDTH))
     for phi, initial, next_ in ((index, LONG(0), following), (carried, _all(first), result)):
         phi.add_incoming(initial, before)
@@ -256,7 +269,7 @@ def store_vector(builder: Any, value: Any, row: Any, vector: int) -> None:
 
 
 def _spread(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(VECTOR, ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(value.type, WIDTH), ir.Undefined)
     first = builder.insert_element(undefined, value, _INT(0))
     zeros = ir.Constant(INTS, [0] * WIDTH)
     return builder.shuffle_vector(first, undefined, zeros)
