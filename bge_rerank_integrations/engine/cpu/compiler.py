@@ -29,7 +29,7 @@ def _compiles_for(feature: str) -> bool:
 
     Settings of numba can exclude features. An instruction of an excluded feature would end the process.
     """
-    features: str | None = config.CPU_FEATURES
+    features: str | None = getattr(config, "CPU_FEATURES", None)
     return f"+{feature}" in (get_host_cpu_features() if features is None else features).split(",")
 
 
