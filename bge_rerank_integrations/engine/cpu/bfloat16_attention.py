@@ -14,6 +14,7 @@ from bge_rerank_integrations.engine.cpu.attention_tiles import (
 )
 from bge_rerank_integrations.engine.cpu.bfloat16_pairs import pack_row
 from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
+from bge_rerank_integrations.engine.cpu.head_rows import flatten_rows, take_rows
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, widest_vectors
 from bge_rerank_integrations.engine.packing import Seqlens
 
@@ -29,25 +30,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seql
 
 
 def _flatten(rows: Tensor) -> tuple[npt.NDArray[np.uint16], int]:
-    """Return the bits from the first to the last of the rows, and the distance between two of them."""
-    num_rows, num_heads, head = rows.shape
-    if rows.stride()[1:] != (head, 1):
-        rows = rows.contiguous()
-    step = rows.stride(0)
-    flat = rows.as_strided(((num_rows - 1) * step + num_heads * head,), (1,))
+    """Do the same as `flatten_rows` for the bits of the values."""
+    flat, step = flatten_rows(rows)
     bits: npt.NDArray[np.uint16] = flat.view(torch.int16).numpy().view(np.uint16)
     return bits, step
-
-
-@inlined
-def _take(source, step, first, count, column, head, rows):
-    """Copy `count` rows of one head to the flat array `rows`."""
-    bits = rows.view(np.uint16)
-    for i in range(count):
-        start = (first + i) * step + column
-        part, target = source[start : start + head], bits[i * head : (i + 1) * head]
-        for d in range(head):
-            target[d] = part[d]
 
 
 @inlined
@@ -85,18 +71,19 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
     """
     widest_vectors()
     buffers = make_buffers(kv_cu_seqlens, head)
+    queries, keys = buffers.queries.view(np.uint16), buffers.keys.view(np.uint16)
     sums, shares = buffers.sums, buffers.shares
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
             column = h * head
-            _take(k, k_step, kv_begin, length, column, head, buffers.keys)
+            take_rows(k, k_step, kv_begin, length, column, head, keys)
             _pair_values(v, v_step, kv_begin, length, column, head, buffers.pairs)
             transpose_keys(buffers, length, head // 2)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q, q_step, first, count, column, head, buffers.queries)
+                take_rows(q, q_step, first, count, column, head, queries)
                 attend_tile_in_pairs(buffers, count, length, head)
                 for i in range(count):
                     for d in range(head):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+from bge_rerank_integrations.engine.cpu.llvm_features import host_features
 from bge_rerank_integrations.engine.cpu.onednn_limit import allows_pairs
 
 
@@ -19,8 +20,4 @@ def has_fast_pairs() -> bool:
         return False
     from llvmlite import binding
 
-    try:
-        features = binding.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot detect the features on this platform
-        return False
-    return bool(features.get("avx512bf16")) and binding.get_host_cpu_name().startswith("znver")
+    return bool(host_features().get("avx512bf16")) and binding.get_host_cpu_name().startswith("znver")

@@ -13,7 +13,8 @@ from bge_rerank_integrations.engine.cpu.attention_tiles import (
     store_results,
     transpose_keys,
 )
-from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
+from bge_rerank_integrations.engine.cpu.compiler import compiled
+from bge_rerank_integrations.engine.cpu.head_rows import flatten_rows, take_rows
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, widest_vectors
 from bge_rerank_integrations.engine.packing import Seqlens
 
@@ -29,22 +30,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seql
 
 
 def _flatten(rows: Tensor) -> tuple[npt.NDArray[np.float32], int]:
-    """Return the memory from the first to the last of the rows, and the distance between two of them."""
-    num_rows, num_heads, head = rows.shape
-    if rows.stride()[1:] != (head, 1):
-        rows = rows.contiguous()
-    step = rows.stride(0)
-    return rows.as_strided(((num_rows - 1) * step + num_heads * head,), (1,)).numpy(), step
-
-
-@inlined
-def _take(source, step, first, count, column, head, rows):
-    """Copy `count` rows of one head to the flat array `rows`."""
-    for i in range(count):
-        start = (first + i) * step + column
-        part, target = source[start : start + head], rows[i * head : (i + 1) * head]
-        for d in range(head):
-            target[d] = part[d]
+    flat, step = flatten_rows(rows)
+    return flat.numpy(), step
 
 
 @compiled("void(f4[::1], i8, f4[::1], i8, f4[::1], i8, i4[::1], i4[::1], i8, f4[:,::1])")
@@ -71,11 +58,11 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
             column = h * head
-            _take(k, k_step, kv_begin, length, column, head, buffers.keys)
-            _take(v, v_step, kv_begin, length, column, head, buffers.values)
+            take_rows(k, k_step, kv_begin, length, column, head, buffers.keys)
+            take_rows(v, v_step, kv_begin, length, column, head, buffers.values)
             transpose_keys(buffers, length, head)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                _take(q, q_step, first, count, column, head, buffers.queries)
+                take_rows(q, q_step, first, count, column, head, buffers.queries)
                 attend_tile(buffers, count, length, head)
                 store_results(buffers, count, head, attended, first, column)

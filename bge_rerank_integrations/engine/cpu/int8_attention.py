@@ -98,6 +98,8 @@ def attend(
             v_start = k_start + width
             _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, buffers.keys)
             _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, v_start, head, buffers.values)
+            # The constant stands in both conditions, so that numba never compiles an instruction that the
+            # processor does not have.
             if HAS_PAIRS and head % (2 * WIDTH) == 0:
                 pack_row(buffers.keys, 0, buffers.keys, 0, length * head)
                 transpose_keys(buffers, length, head // 2)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from bge_rerank_integrations.engine.cpu.llvm_features import host_features
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
 
 # Attention kernels whose products are in float32 process a head in vectors of this many floats.
@@ -53,12 +54,7 @@ def _has_int8_instructions() -> bool:
     if find_spec("llvmlite") is None:  # the extra `int8` is not installed, but might be worth installing
         return bool(torch.cpu._is_vnni_supported())
     # Ask LLVM, since numba compiles for the features that LLVM detects, and not every torch reports them.
-    from llvmlite import binding
-
-    try:
-        features = binding.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot detect the features on this platform
-        return False
+    features = host_features()
     return any(features.get(name) for name in _CPU_FEATURES)
 
 
