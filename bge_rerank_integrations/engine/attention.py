@@ -19,6 +19,7 @@ from bge_rerank_integrations.engine.attention_by_length import (
     sdpa_attention,
 )
 from bge_rerank_integrations.engine.attention_trial import try_attention
+from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
 from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP, PAIRS_STEP
 from bge_rerank_integrations.engine.packing import Seqlens
@@ -209,7 +210,7 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqle
 def bfloat16_tile_attention(
     q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens
 ) -> Tensor:
-    """Run this package's own kernel in bfloat16, one call for the whole batch; on AMD CPUs since Zen 4."""
+    """Run this package's own kernel in bfloat16, one call for a batch; with AMX, or on AMD since Zen 4."""
     if q_seqlens.max_seqlen == 1:
         return matmul_attention(q, k, v, q_seqlens, kv_seqlens)
     from bge_rerank_integrations.engine.cpu.bfloat16_attention import attend
@@ -294,7 +295,9 @@ def _fits_matmul(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
 
 def _fits_bfloat16_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    if not (_fits_matmul(device, dtype, head_dim) and head_dim % PAIRS_STEP == 0 and has_fast_pairs()):
+    if not (_fits_matmul(device, dtype, head_dim) and head_dim % PAIRS_STEP == 0):
+        return False
+    if find_spec("numba") is None or not (has_amx() or has_fast_pairs()):
         return False
     from bge_rerank_integrations.engine.cpu.compiler import HAS_PAIRS  # this imports numba
 
@@ -347,6 +350,7 @@ CANDIDATES: Final = (
     Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
     Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
     # On an AMD processor, it takes 0.3 to 0.7 times as long as `matmul_attention` (benchmarks/LOG.md, 36).
+    # With AMX, its time is not measured yet (benchmarks/LOG.md, 37).
     Candidate(bfloat16_tile_attention, _fits_bfloat16_tiles, where_shared=matmul_attention),
     Candidate(matmul_attention, _fits_matmul),
     # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`.

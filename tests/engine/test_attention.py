@@ -207,9 +207,11 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CPU, torch.float32, 64, {"numba": True, "cpu": "AVX2"}, ON_CPU),
         (CPU, torch.float32, 24, {"numba": True, "cpu": "AVX512"}, ON_CPU),
         (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True}, [bfloat16_tile_attention, *WITH_PRODUCTS]),
+        (CPU, torch.bfloat16, 64, {"numba": True, "amx": True}, [bfloat16_tile_attention, *WITH_PRODUCTS]),
         (CPU, torch.bfloat16, 64, {"numba": True, "pairs": False}, WITH_PRODUCTS),
         (CPU, torch.bfloat16, 48, {"numba": True, "pairs": True}, WITH_PRODUCTS),
         (CPU, torch.bfloat16, 64, {"numba": False, "pairs": True}, WITH_PRODUCTS),
+        (CPU, torch.bfloat16, 64, {"numba": False, "amx": True}, WITH_PRODUCTS),
     ],
 )  # fmt: skip
 def test_candidates_of_each_device(
@@ -235,6 +237,7 @@ def test_candidates_of_each_device(
     }
     monkeypatch.setattr(attention_module, "find_spec", found.get)
     monkeypatch.setattr(attention_module, "has_fast_pairs", lambda: machine.get("pairs", False))
+    monkeypatch.setattr(attention_module, "has_amx", lambda: machine.get("amx", False))
     compiler: Any = ModuleType("compiler")
     compiler.HAS_PAIRS = machine.get("numba", False)
     monkeypatch.setitem(sys.modules, "bge_rerank_integrations.engine.cpu.compiler", compiler)
@@ -346,9 +349,12 @@ TILES = [
 
 @pytest.mark.parametrize(("attention", "dtype"), TILES)
 @pytest.mark.parametrize("wrong", [0, 1, 2])  # queries, keys, values
-def test_tiles_keep_what_is_not_finite(attention: VarlenAttention, dtype: torch.dtype, wrong: int) -> None:
-    """A score that could be wrong must become NaN, so that it is refused."""
-    seqlens = pack(random_ids([20, 37], 100), padding_idx=1, device=CPU).seqlens
+@pytest.mark.parametrize("lengths", [[20, 37], [37, 20]])
+def test_tiles_keep_what_is_not_finite(
+    attention: VarlenAttention, dtype: torch.dtype, wrong: int, lengths: list[int]
+) -> None:
+    """A score that could be wrong must become NaN, so that it is refused. Others must not change."""
+    seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=CPU).seqlens
     rows = torch.randn(57, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows[30, wrong, 1, 7] = torch.nan
     q, k, v = rows.unbind(1)

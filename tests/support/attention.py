@@ -44,7 +44,7 @@ def _has_pairs() -> bool:
 
 HAS_PAIRS = _has_pairs()
 """Whether the kernels of numba multiply pairs of bfloat16 on this machine."""
-needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="needs numba and an AMD CPU since Zen 4")
+needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="needs numba, and AMX or an AMD CPU since Zen 4")
 BFLOAT16_ON_CPU = "bfloat16_tile_attention" if HAS_PAIRS else "matmul_attention"
 """Name of the implementation that this machine uses in bfloat16 on its CPU, for heads of 64."""
 WHOLE_BATCH = [

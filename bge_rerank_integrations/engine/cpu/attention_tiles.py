@@ -1,7 +1,7 @@
 """Attention of one head on register tiles, for kernels that numba compiles.
 
-A kernel puts the rows of one head of a sequence into `Buffers`. Products of the tiles are
-in float32, or in bfloat16 with sums in float32.
+A kernel puts the rows of one head of a sequence into `Buffers`. Products of the tiles are in float32, or in
+bfloat16 with sums in float32. Products in bfloat16 use AMX if the processor has it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bge_rerank_integrations.engine.cpu.amx_products import (
+    AMX_ROWS,
+    begin_amx,
+    end_amx,
+    multiply_on_amx_16,
+    multiply_on_amx_32,
+    multiply_on_amx_64,
+)
 from bge_rerank_integrations.engine.cpu.bfloat16_pairs import (
     multiply_pairs_16,
     multiply_pairs_32,
     multiply_pairs_64,
     pack_row,
 )
-from bge_rerank_integrations.engine.cpu.compiler import inlined
+from bge_rerank_integrations.engine.cpu.compiler import HAS_AMX, inlined
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     PANEL,
     ROWS,
@@ -28,6 +36,9 @@ from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     transpose_16,
 )
 
+ROWS_IN_PAIRS = AMX_ROWS if HAS_AMX else ROWS
+"""Rows of a tile whose products are in bfloat16."""
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -35,14 +46,14 @@ class Buffers(NamedTuple):
     """Flat arrays for one head of a sequence.
 
     Attributes:
-        queries: Rows of ROWS queries, which the kernel fills.
+        queries: Rows of the queries of a tile, which the kernel fills.
         keys: Rows of keys, which the kernel fills.
         values: Rows of values, which the kernel fills.
         columns: The transposed keys, in panels of PANEL columns, so that a tile reads memory that lies close
             together.
         pairs: The values in pairs of one row and the next, for products in bfloat16. The kernel fills it.
-        weights: Scores, and then weights of the softmax that are not normalized, of ROWS queries.
-        sums: Weighted sums of values of ROWS queries.
+        weights: Scores, and then weights of the softmax that are not normalized, of the queries.
+        sums: Weighted sums of values of the queries.
         shares: For each query, the factor that normalizes its sums.
     """
 
@@ -57,38 +68,47 @@ class Buffers(NamedTuple):
 
 
 @inlined
-def make_buffers(cu_seqlens, head):
-    """Return `Buffers` for heads of a width, and for the longest of some sequences."""
+def make_buffers(cu_seqlens, head, rows):
+    """Return `Buffers` for the longest of some sequences, a width of heads, and the rows of a tile."""
     longest = 0
     for b in range(cu_seqlens.shape[0] - 1):
         longest = max(longest, cu_seqlens[b + 1] - cu_seqlens[b])
-    most = (longest + WIDTH - 1) // WIDTH * WIDTH
+    most = _round_up(longest, 2 * WIDTH)
     return Buffers(
         # A tile that is not full also reads rows after the last one. Their results are not used.
-        np.zeros(ROWS * head, np.float32),
+        np.zeros(rows * head, np.float32),
         np.zeros(most * head, np.float32),
         np.empty((most + 1) * head, np.float32),
-        np.empty(head * ((most + PANEL - 1) // PANEL * PANEL), np.float32),
+        np.empty(head * _round_up(most, PANEL), np.float32),
         np.empty(most // 2 * head, np.float32),
-        np.empty(ROWS * most, np.float32),
-        np.empty(ROWS * head, np.float32),
-        np.empty(ROWS, np.float32),
+        np.empty(rows * (most + WIDTH), np.float32),
+        np.empty(rows * head, np.float32),
+        np.empty(rows, np.float32),
     )
 
 
 @inlined
 def transpose_keys(buffers, length, width):
     """Write the transpose of the keys of one head of a sequence, `width` floats or pairs each, in panels."""
-    for j in range(0, (length + WIDTH - 1) // WIDTH * WIDTH, WIDTH):
+    for j in range(0, length, WIDTH):
         start = j // PANEL * PANEL * width + j % PANEL
         for d in range(0, width, WIDTH):
             transpose_16(buffers.keys, j * width + d, width, buffers.columns, start + d * PANEL, PANEL)
 
 
+@inlined
+def prepare_pairs(buffers, length, head):
+    """Complete the keys and values of one head of a sequence, which are pairs, for `attend_tile_in_pairs`."""
+    transpose_keys(buffers, length, head // 2)
+    if HAS_AMX:
+        # The weights of these rows are zero, and zero times what an earlier sequence has left may be NaN.
+        buffers.pairs[(length + 1) // 2 * head : _round_up(length, 2 * WIDTH) // 2 * head] = np.float32(0)
+
+
 def _make_product(multiply_64, multiply_32, multiply_16):
     @inlined
     def multiply(a, a_step, b, b_step, panel_step, columns, c, c_step, depth):
-        """Compute c = a b for ROWS rows of a and `columns` columns of b, which are a multiple of WIDTH.
+        """Compute c = a b for all rows of a tile and `columns` columns of b, which are a multiple of WIDTH.
 
         `panel_step` is the distance between two panels of PANEL columns in b.
         """
@@ -109,6 +129,7 @@ def _make_product(multiply_64, multiply_32, multiply_16):
 
 _multiply = _make_product(multiply_64, multiply_32, multiply_16)
 _multiply_pairs = _make_product(multiply_pairs_64, multiply_pairs_32, multiply_pairs_16)
+_multiply_on_amx = _make_product(multiply_on_amx_64, multiply_on_amx_32, multiply_on_amx_16)
 
 
 @inlined
@@ -118,7 +139,7 @@ def attend_tile(buffers, count, length, head):
     The result of query i is row i of `buffers.sums` times `buffers.shares[i]`.
     """
     weights = buffers.weights
-    step = (length + WIDTH - 1) // WIDTH * WIDTH
+    step = _round_up(length, WIDTH)
     factor = _score_factor(head)
     _multiply(buffers.queries, head, buffers.columns, PANEL, PANEL * head, step, weights, step, head)
     for i in range(count):
@@ -127,13 +148,9 @@ def attend_tile(buffers, count, length, head):
 
 
 @inlined
-def attend_tile_in_pairs(buffers, count, length, head):
-    """Do the same as `attend_tile` with products in bfloat16.
-
-    The head is a multiple of 2 * WIDTH. The queries and the transposed keys are pairs of neighbours in a row.
-    """
+def _attend_by_vectors(buffers, count, length, head):
     weights = buffers.weights
-    step = (length + WIDTH - 1) // WIDTH * WIDTH
+    step = _round_up(length, WIDTH)
     depth = head // 2
     factor = _score_factor(head)
     _multiply_pairs(buffers.queries, depth, buffers.columns, PANEL, PANEL * depth, step, weights, step, depth)
@@ -141,6 +158,53 @@ def attend_tile_in_pairs(buffers, count, length, head):
         buffers.shares[i] = np.float32(1) / powers_of_2(weights, i * step, length, factor)
         pack_row(weights, i * step, weights, i * step, step)
     _multiply_pairs(weights, step, buffers.pairs, head, PANEL, head, buffers.sums, head, (length + 1) // 2)
+
+
+@inlined
+def _attend_on_amx(buffers, count, length, head):
+    weights = buffers.weights
+    filled, padded = _round_up(length, WIDTH), _round_up(length, 2 * WIDTH)
+    # Rows at a distance of a power of two would compete for the same few places in the cache.
+    step = padded + WIDTH
+    depth = head // 2
+    factor = _score_factor(head)
+    _multiply_on_amx(
+        buffers.queries, depth, buffers.columns, PANEL, PANEL * depth, filled, weights, step, depth
+    )
+    for i in range(count):
+        start = i * step
+        buffers.shares[i] = np.float32(1) / powers_of_2(weights, start, length, factor)
+        weights[start + filled : start + padded] = np.float32(0)
+        pack_row(weights, start, weights, start, padded)
+    _multiply_on_amx(weights, step, buffers.pairs, head, PANEL, head, buffers.sums, head, padded // 2)
+
+
+@inlined
+def attend_tile_in_pairs(buffers, count, length, head):
+    """Do the same as `attend_tile` for at most ROWS_IN_PAIRS queries, with products in bfloat16.
+
+    The head is a multiple of 2 * WIDTH. The queries are pairs of neighbours in a row. A kernel calls
+    `begin_pairs` first, `prepare_pairs` before the first tile of a head, and `end_pairs` at the end.
+    """
+    # Only one of the two is compiled, since the processor may lack the instructions of the other.
+    if HAS_AMX:
+        _attend_on_amx(buffers, count, length, head)
+    else:
+        _attend_by_vectors(buffers, count, length, head)
+
+
+@inlined
+def begin_pairs():
+    """Prepare this thread for `attend_tile_in_pairs`."""
+    if HAS_AMX:
+        begin_amx()
+
+
+@inlined
+def end_pairs():
+    """Undo `begin_pairs`."""
+    if HAS_AMX:
+        end_amx()
 
 
 @inlined
@@ -155,3 +219,8 @@ def store_results(buffers, count, head, attended, first, column):
 def _score_factor(head):
     """Return the factor of scores that makes powers of 2 the weights of softmax attention."""
     return np.float32(_LOG2_E / np.sqrt(head))
+
+
+@inlined
+def _round_up(number, multiple):
+    return (number + multiple - 1) // multiple * multiple

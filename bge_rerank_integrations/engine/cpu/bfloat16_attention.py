@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.attention_tiles import (
+    ROWS_IN_PAIRS,
     attend_tile_in_pairs,
+    begin_pairs,
+    end_pairs,
     make_buffers,
-    transpose_keys,
+    prepare_pairs,
 )
 from bge_rerank_integrations.engine.cpu.bfloat16_pairs import pack_row
 from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
 from bge_rerank_integrations.engine.cpu.head_rows import flatten_rows, take_rows
-from bge_rerank_integrations.engine.cpu.vector_intrinsics import ROWS, widest_vectors
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import widest_vectors
 from bge_rerank_integrations.engine.packing import Seqlens
 
 
@@ -70,7 +73,8 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
         attended: [Tq * num_heads * head // 2], output, pairs of bfloat16.
     """
     widest_vectors()
-    buffers = make_buffers(kv_cu_seqlens, head)
+    begin_pairs()
+    buffers = make_buffers(kv_cu_seqlens, head, ROWS_IN_PAIRS)
     queries, keys = buffers.queries.view(np.uint16), buffers.keys.view(np.uint16)
     sums, shares = buffers.sums, buffers.shares
     for b in range(kv_cu_seqlens.shape[0] - 1):
@@ -80,9 +84,9 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
             column = h * head
             take_rows(k, k_step, kv_begin, length, column, head, keys)
             _pair_values(v, v_step, kv_begin, length, column, head, buffers.pairs)
-            transpose_keys(buffers, length, head // 2)
-            for first in range(begin, end, ROWS):
-                count = min(ROWS, end - first)
+            prepare_pairs(buffers, length, head)
+            for first in range(begin, end, ROWS_IN_PAIRS):
+                count = min(ROWS_IN_PAIRS, end - first)
                 take_rows(q, q_step, first, count, column, head, queries)
                 attend_tile_in_pairs(buffers, count, length, head)
                 for i in range(count):
@@ -90,3 +94,4 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
                         sums[i * head + d] *= shares[i]
                     place = ((first + i) * num_heads + h) * head // 2
                     pack_row(sums, i * head, attended, place, head)
+    end_pairs()

@@ -14,6 +14,7 @@ from typing import Any, Final
 from numba import config, njit
 from numba.core.codegen import get_host_cpu_features
 
+from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
 
 _OPTIONS: Final[dict[str, Any]] = {
@@ -33,14 +34,16 @@ def _compiles_for(feature: str) -> bool:
     return f"+{feature}" in (get_host_cpu_features() if features is None else features).split(",")
 
 
-HAS_PAIRS: Final = has_fast_pairs() and _compiles_for("avx512bf16")
-"""Whether kernels multiply pairs of bfloat16; see `bfloat16_pairs`."""
+HAS_AMX: Final = has_amx() and _compiles_for("amx-bf16")
+"""Whether kernels multiply pairs of bfloat16 on AMX; see `amx_products`."""
+HAS_PAIRS: Final = HAS_AMX or (has_fast_pairs() and _compiles_for("avx512bf16"))
+"""Whether kernels multiply pairs of bfloat16, on AMX or by vectors; see `bfloat16_pairs`."""
 
 
 @cache
 def _sources() -> str:
-    """Return a digest of everything that the kernels are compiled from: this folder, and `HAS_PAIRS`."""
-    digest = hashlib.sha256(repr(HAS_PAIRS).encode())
+    """Return a digest of what the kernels are compiled from: this folder, and the constants above."""
+    digest = hashlib.sha256(repr((HAS_AMX, HAS_PAIRS)).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

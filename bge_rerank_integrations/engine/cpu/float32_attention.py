@@ -52,7 +52,7 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
     """
     widest_vectors()
     head = attended.shape[1] // num_heads
-    buffers = make_buffers(kv_cu_seqlens, head)
+    buffers = make_buffers(kv_cu_seqlens, head, ROWS)
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin

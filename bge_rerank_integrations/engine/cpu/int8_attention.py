@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from bge_rerank_integrations.engine.cpu.attention_tiles import (
+    ROWS_IN_PAIRS,
     attend_tile,
     attend_tile_in_pairs,
+    begin_pairs,
+    end_pairs,
     make_buffers,
+    prepare_pairs,
     store_results,
     transpose_keys,
 )
@@ -88,7 +92,9 @@ def attend(
     widest_vectors()
     width = codes.shape[1]
     head = width // num_heads
-    buffers = make_buffers(kv_cu_seqlens, head)
+    rows = ROWS_IN_PAIRS if HAS_PAIRS and head % (2 * WIDTH) == 0 else ROWS
+    buffers = make_buffers(kv_cu_seqlens, head, rows)
+    begin_pairs()
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
@@ -102,12 +108,12 @@ def attend(
             # processor does not have.
             if HAS_PAIRS and head % (2 * WIDTH) == 0:
                 pack_row(buffers.keys, 0, buffers.keys, 0, length * head)
-                transpose_keys(buffers, length, head // 2)
                 _pair_values(buffers, length, head)
+                prepare_pairs(buffers, length, head)
             else:
                 transpose_keys(buffers, length, head)
-            for first in range(begin, end, ROWS):
-                count = min(ROWS, end - first)
+            for first in range(begin, end, rows):
+                count = min(rows, end - first)
                 _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, buffers.queries)
                 if HAS_PAIRS and head % (2 * WIDTH) == 0:
                     pack_row(buffers.queries, 0, buffers.queries, 0, count * head)
@@ -117,3 +123,4 @@ def attend(
                 store_results(buffers, count, head, attended, first, column)
         for i in range(begin, end):
             quantize_row(attended[i], codes[i], affine[i])
+    end_pairs()
