@@ -22,12 +22,13 @@ from bge_rerank_integrations.engine.cpu.bfloat16_pairs import (
     multiply_pairs_16,
     multiply_pairs_32,
     multiply_pairs_64,
-    pack_row,
+    packed_powers_of_2,
 )
 from bge_rerank_integrations.engine.cpu.compiler import HAS_AMX, inlined
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     PANEL,
     ROWS,
+    STEP,
     WIDTH,
     multiply_16,
     multiply_32,
@@ -73,7 +74,7 @@ def make_buffers(cu_seqlens, head, rows):
     longest = 0
     for b in range(cu_seqlens.shape[0] - 1):
         longest = max(longest, cu_seqlens[b + 1] - cu_seqlens[b])
-    most = _round_up(longest, 2 * WIDTH)
+    most = _round_up(longest, STEP)
     return Buffers(
         # A tile that is not full also reads rows after the last one. Their results are not used.
         np.zeros(rows * head, np.float32),
@@ -81,7 +82,7 @@ def make_buffers(cu_seqlens, head, rows):
         np.empty((most + 1) * head, np.float32),
         np.empty(head * _round_up(most, PANEL), np.float32),
         np.empty(most // 2 * head, np.float32),
-        np.empty(rows * (most + WIDTH), np.float32),
+        np.empty(rows * _distance(longest), np.float32),
         np.empty(rows * head, np.float32),
         np.empty(rows, np.float32),
     )
@@ -102,7 +103,7 @@ def prepare_pairs(buffers, length, head):
     transpose_keys(buffers, length, head // 2)
     if HAS_AMX:
         # The weights of these rows are zero, and zero times what an earlier sequence has left may be NaN.
-        buffers.pairs[(length + 1) // 2 * head : _round_up(length, 2 * WIDTH) // 2 * head] = np.float32(0)
+        buffers.pairs[(length + 1) // 2 * head : _round_up(length, STEP) // 2 * head] = np.float32(0)
 
 
 def _make_product(multiply_64, multiply_32, multiply_16):
@@ -128,8 +129,12 @@ def _make_product(multiply_64, multiply_32, multiply_16):
 
 
 _multiply = _make_product(multiply_64, multiply_32, multiply_16)
-_multiply_pairs = _make_product(multiply_pairs_64, multiply_pairs_32, multiply_pairs_16)
-_multiply_on_amx = _make_product(multiply_on_amx_64, multiply_on_amx_32, multiply_on_amx_16)
+# Only one of the two is compiled, since the processor may lack the instructions of the other.
+_multiply_pairs = (
+    _make_product(multiply_on_amx_64, multiply_on_amx_32, multiply_on_amx_16)
+    if HAS_AMX
+    else _make_product(multiply_pairs_64, multiply_pairs_32, multiply_pairs_16)
+)
 
 
 @inlined
@@ -139,44 +144,12 @@ def attend_tile(buffers, count, length, head):
     The result of query i is row i of `buffers.sums` times `buffers.shares[i]`.
     """
     weights = buffers.weights
-    step = _round_up(length, WIDTH)
+    columns, step = _round_up(length, WIDTH), _distance(length)
     factor = _score_factor(head)
-    _multiply(buffers.queries, head, buffers.columns, PANEL, PANEL * head, step, weights, step, head)
+    _multiply(buffers.queries, head, buffers.columns, PANEL, PANEL * head, columns, weights, step, head)
     for i in range(count):
         buffers.shares[i] = np.float32(1) / powers_of_2(weights, i * step, length, factor)
     _multiply(weights, step, buffers.values, head, PANEL, head, buffers.sums, head, length)
-
-
-@inlined
-def _attend_by_vectors(buffers, count, length, head):
-    weights = buffers.weights
-    step = _round_up(length, WIDTH)
-    depth = head // 2
-    factor = _score_factor(head)
-    _multiply_pairs(buffers.queries, depth, buffers.columns, PANEL, PANEL * depth, step, weights, step, depth)
-    for i in range(count):
-        buffers.shares[i] = np.float32(1) / powers_of_2(weights, i * step, length, factor)
-        pack_row(weights, i * step, weights, i * step, step)
-    _multiply_pairs(weights, step, buffers.pairs, head, PANEL, head, buffers.sums, head, (length + 1) // 2)
-
-
-@inlined
-def _attend_on_amx(buffers, count, length, head):
-    weights = buffers.weights
-    filled, padded = _round_up(length, WIDTH), _round_up(length, 2 * WIDTH)
-    # Rows at a distance of a power of two would compete for the same few places in the cache.
-    step = padded + WIDTH
-    depth = head // 2
-    factor = _score_factor(head)
-    _multiply_on_amx(
-        buffers.queries, depth, buffers.columns, PANEL, PANEL * depth, filled, weights, step, depth
-    )
-    for i in range(count):
-        start = i * step
-        buffers.shares[i] = np.float32(1) / powers_of_2(weights, start, length, factor)
-        weights[start + filled : start + padded] = np.float32(0)
-        pack_row(weights, start, weights, start, padded)
-    _multiply_on_amx(weights, step, buffers.pairs, head, PANEL, head, buffers.sums, head, padded // 2)
 
 
 @inlined
@@ -186,11 +159,17 @@ def attend_tile_in_pairs(buffers, count, length, head):
     The head is a multiple of 2 * WIDTH. The queries are pairs of neighbours in a row. A kernel calls
     `begin_pairs` first, `prepare_pairs` before the first tile of a head, and `end_pairs` at the end.
     """
-    # Only one of the two is compiled, since the processor may lack the instructions of the other.
-    if HAS_AMX:
-        _attend_on_amx(buffers, count, length, head)
-    else:
-        _attend_by_vectors(buffers, count, length, head)
+    weights = buffers.weights
+    columns, step, depth = _round_up(length, WIDTH), _distance(length), head // 2
+    factor = _score_factor(head)
+    _multiply_pairs(
+        buffers.queries, depth, buffers.columns, PANEL, PANEL * depth, columns, weights, step, depth
+    )
+    for i in range(count):
+        buffers.shares[i] = np.float32(1) / packed_powers_of_2(weights, i * step, length, factor)
+    # AMX multiplies as many pairs of rows as a step of the softmax fills with weights.
+    num_pairs = _round_up(length, STEP) // 2 if HAS_AMX else (length + 1) // 2
+    _multiply_pairs(weights, step, buffers.pairs, head, PANEL, head, buffers.sums, head, num_pairs)
 
 
 @inlined
@@ -224,3 +203,10 @@ def _score_factor(head):
 @inlined
 def _round_up(number, multiple):
     return (number + multiple - 1) // multiple * multiple
+
+
+@inlined
+def _distance(length):
+    """Return the distance between two rows of weights. A step of the softmax may write behind a row."""
+    # Rows at a distance of a power of two would compete for the same few places in the cache.
+    return _round_up(length, STEP) + WIDTH

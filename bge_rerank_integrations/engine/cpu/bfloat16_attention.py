@@ -15,7 +15,7 @@ from bge_rerank_integrations.engine.cpu.attention_tiles import (
     make_buffers,
     prepare_pairs,
 )
-from bge_rerank_integrations.engine.cpu.bfloat16_pairs import pack_row
+from bge_rerank_integrations.engine.cpu.bfloat16_pairs import pack_row, pair_columns
 from bge_rerank_integrations.engine.cpu.compiler import compiled, inlined
 from bge_rerank_integrations.engine.cpu.head_rows import flatten_rows, take_rows
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import widest_vectors
@@ -42,17 +42,14 @@ def _flatten(rows: Tensor) -> tuple[npt.NDArray[np.uint16], int]:
 @inlined
 def _pair_values(source, step, first, count, column, head, pairs):
     """Store the values of one head in each two neighbouring rows as pairs."""
-    bits = pairs.view(np.uint32)
-    for i in range(0, count, 2):
-        start = (first + i) * step + column
-        low, target = source[start : start + head], bits[i // 2 * head : (i // 2 + 1) * head]
-        if i + 1 < count:
-            high = source[start + step : start + step + head]
-            for d in range(head):
-                target[d] = np.uint32(low[d]) | (np.uint32(high[d]) << np.uint32(16))
-        else:
-            for d in range(head):
-                target[d] = np.uint32(low[d])
+    start = first * step + column
+    for i in range(0, count - 1, 2):
+        pair_columns(source, start + i * step, start + (i + 1) * step, pairs, i // 2 * head, head)
+    if count % 2:
+        row = start + (count - 1) * step
+        last, target = source[row : row + head], pairs.view(np.uint32)[count // 2 * head :]
+        for d in range(head):
+            target[d] = last[d]
 
 
 @compiled("void(u2[::1], i8, u2[::1], i8, u2[::1], i8, i4[::1], i4[::1], i8, i8, f4[::1])")

@@ -1,12 +1,13 @@
-"""Matrix products of bfloat16 values, two of which are stored as a pair in the bits of a float.
+"""Operations on bfloat16 values, two of which are stored as a pair in the bits of a float.
 
 One instruction of AVX-512 BF16 multiplies 16 pairs with 16 others, and adds both products of each to a float.
-Processors without it cannot run the products.
+Another one rounds 32 floats to bfloat16. Processors without AVX-512 BF16 cannot run these functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from llvmlite import ir
@@ -17,21 +18,24 @@ from numba.extending import intrinsic
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     INTS,
     LONG,
+    STEP,
     VECTOR,
     WIDTH,
     load_vector,
     make_multiply,
+    make_powers_of_2,
     store_vector,
 )
 
-# It is declared with integers, as in the LLVM of the oldest numba. Newer releases of LLVM accept this too.
-_INSTRUCTION: Final = "llvm.x86.avx512bf16.dpbf16ps.512"
-_SHORTS = ir.VectorType(ir.IntType(16), WIDTH)
+# They are declared with integers, as in the LLVM of the oldest numba. Newer releases of LLVM accept this too.
+_MULTIPLY: Final = "llvm.x86.avx512bf16.dpbf16ps.512"
+_ROUND: Final = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+_SHORTS = ir.VectorType(ir.IntType(16), STEP)
 
 
 def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
     function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(VECTOR, [VECTOR, INTS, INTS]), _INSTRUCTION
+        builder.module, ir.FunctionType(VECTOR, [VECTOR, INTS, INTS]), _MULTIPLY
     )
     return builder.call(function, [total, builder.bitcast(a, INTS), builder.bitcast(b, INTS)])
 
@@ -46,7 +50,7 @@ multiply_pairs_64, multiply_pairs_32, multiply_pairs_16 = (
 def pack_row(typing_context, source, source_start, target, target_start, count):
     """Round a row of floats to bfloat16, and store each two neighbours as a pair.
 
-    `count`, the number of floats, is a multiple of WIDTH. The target may be the beginning of the source.
+    `count`, the number of floats, is a multiple of STEP. The target may be the beginning of the source.
     """
     index = types.intp
     signature = types.void(source, index, target, index, index)
@@ -56,65 +60,95 @@ def pack_row(typing_context, source, source_start, target, target_start, count):
             context.make_array(signature.args[place])(context, builder, arguments[place]).data
             for place in (0, 2)
         )
-
-        def pack(start: Any) -> None:
-            rounded = _load_rounded(builder, source, builder.add(arguments[1], start))
-            place = builder.add(arguments[3], builder.sdiv(start, LONG(2)))
-            address = builder.bitcast(builder.gep(target, [place]), _SHORTS.as_pointer())
-            builder.store(rounded, address, align=4)
-
-        _for_each_vector(builder, arguments[4], pack)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def pack_columns(typing_context, source, first, second, target, target_start, count):
-    """Round two rows of floats to bfloat16, and store the two values of each column as a pair.
-
-    `first` and `second` are the starts of the rows in the flat array `source`. `count`, the number of
-    columns, is a multiple of WIDTH.
-    """
-    index = types.intp
-    signature = types.void(source, index, index, target, index, index)
-
-    def generate(context, builder, signature, arguments):
-        source, target = (
-            context.make_array(signature.args[place])(context, builder, arguments[place]).data
-            for place in (0, 3)
+        source_row, target_row = (
+            builder.gep(array, [arguments[place]]) for array, place in ((source, 1), (target, 3))
         )
-
-        def pack(start: Any) -> None:
-            low, high = (
-                builder.zext(_load_rounded(builder, source, builder.add(row, start)), INTS)
-                for row in (arguments[1], arguments[2])
-            )
-            pairs = builder.bitcast(builder.or_(low, builder.shl(high, _all(16))), VECTOR)
-            store_vector(builder, pairs, builder.gep(target, [builder.add(arguments[4], start)]), 0)
-
-        _for_each_vector(builder, arguments[5], pack)
+        with _steps(builder, arguments[4], STEP) as start:
+            first = builder.gep(source_row, [start])
+            vectors = [load_vector(builder, first, number) for number in range(STEP // WIDTH)]
+            _store_pairs(builder, vectors, target_row, start)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _for_each_vector(builder: Any, count: Any, emit: Callable[[Any], None]) -> None:
-    """Emit a loop over the starts of the vectors of `count` floats."""
-    with cgutils.for_range(builder, builder.sdiv(count, LONG(WIDTH)), intp=LONG) as loop:
-        emit(builder.mul(loop.index, LONG(WIDTH)))
+def _make_pair_columns(take: Callable[[Any, Any, Any], Any]) -> Any:
+    """Return a function that stores the values of each column of two rows as a pair.
 
+    Its arguments are a flat array, the starts of the two rows in it, a flat float32 array for the pairs, the
+    start of the pairs in it, and the number of columns, a multiple of WIDTH.
 
-def _load_rounded(builder: Any, array: Any, start: Any) -> Any:
-    """Load a vector of floats, round it to the nearest bfloat16, ties to even, and return the bits.
-
-    NaN stays NaN if it is a result of arithmetic, which sets the first bit of the mantissa only.
+    Args:
+        take: Emits a vector of WIDTH bfloat16 values of the first row, and as many of the second one. Its
+            arguments are the builder and the addresses of the values in the array.
     """
-    bits = builder.bitcast(load_vector(builder, builder.gep(array, [start]), 0), INTS)
-    last = builder.and_(builder.lshr(bits, _all(16)), _all(1))
-    rounded = builder.add(builder.add(bits, _all(0x7FFF)), last)
-    return builder.trunc(builder.lshr(rounded, _all(16)), _SHORTS)
+
+    @intrinsic
+    def pair_columns(typing_context, source, first, second, target, target_start, count):
+        index = types.intp
+        signature = types.void(source, index, index, target, index, index)
+
+        def generate(context, builder, signature, arguments):
+            source, target = (
+                context.make_array(signature.args[place])(context, builder, arguments[place]).data
+                for place in (0, 3)
+            )
+            order = [place for column in range(WIDTH) for place in (column, WIDTH + column)]
+            mask = ir.Constant(_ints(STEP), order)
+            with _steps(builder, arguments[5], WIDTH) as start:
+                addresses = [builder.gep(source, [builder.add(row, start)]) for row in arguments[1:3]]
+                values = take(builder, *addresses)
+                pairs = builder.bitcast(builder.shuffle_vector(values, values, mask), VECTOR)
+                store_vector(builder, pairs, builder.gep(target, [builder.add(arguments[4], start)]), 0)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return pair_columns
 
 
-def _all(value: int) -> Any:
-    return ir.Constant(INTS, [value] * WIDTH)
+def _take_floats(builder: Any, first: Any, second: Any) -> Any:
+    return _round(builder, *(load_vector(builder, row, 0) for row in (first, second)))
+
+
+def _take_bits(builder: Any, first: Any, second: Any) -> Any:
+    kind = ir.VectorType(ir.IntType(16), WIDTH).as_pointer()
+    rows = [builder.load(builder.bitcast(row, kind), align=2) for row in (first, second)]
+    return builder.shuffle_vector(*rows, ir.Constant(_ints(STEP), list(range(STEP))))
+
+
+def _ints(count: int) -> Any:
+    return ir.VectorType(ir.IntType(32), count)
+
+
+@contextmanager
+def _steps(builder: Any, count: Any, step: int) -> Iterator[Any]:
+    """Emit a loop, and yield the index of the first float of each step."""
+    with cgutils.for_range_slice(builder, LONG(0), count, LONG(step), intp=LONG) as (start, _):
+        yield start
+
+
+def _store_pairs(builder: Any, vectors: list[Any], row: Any, index: Any) -> None:
+    """Emit the store of STEP floats as pairs, given the place in the row that the floats would have."""
+    pairs = builder.bitcast(_round(builder, *vectors), VECTOR)
+    store_vector(builder, pairs, builder.gep(row, [builder.sdiv(index, LONG(2))]), 0)
+
+
+def _round(builder: Any, low: Any, high: Any) -> Any:
+    """Emit the rounding of two vectors to the nearest bfloat16, ties to even. NaN stays NaN.
+
+    Floats below 2 ** -126 become zero.
+    """
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_SHORTS, [VECTOR, VECTOR]), _ROUND
+    )
+    return builder.call(function, [high, low])
+
+
+pack_columns = _make_pair_columns(_take_floats)
+"""Pairs the columns of rows of floats, which it rounds to bfloat16."""
+pair_columns = _make_pair_columns(_take_bits)
+"""Pairs the columns of rows of bfloat16, whose bits are in a uint16 array."""
+
+# The powers take the beginning of the row, as pairs.
+packed_powers_of_2 = make_powers_of_2(_store_pairs)

@@ -7,12 +7,13 @@ instructions on vectors of 16 floats: one register of AVX-512, or two of AVX2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 ROWS = 6
@@ -21,6 +22,8 @@ WIDTH = 16
 """Number of floats in a vector."""
 PANEL = 4 * WIDTH
 """Columns of a tile."""
+STEP = 2 * WIDTH
+"""Number of floats of a row that the softmax computes at a time."""
 NOTHING = -3e38
 """Stands for minus infinity, which code compiled with fast-math must not contain."""
 
@@ -32,8 +35,11 @@ INTS = ir.VectorType(ir.IntType(32), WIDTH)
 """Type of a vector of integers, each as wide as a float."""
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-# Coefficients of a polynomial for 2 to the power of x, from -0.5 to 0.5, highest degree first.
-_EXP2 = (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+# Coefficients of the polynomial with the smallest relative error for 2 to the power of x, from -0.5 to 0.5,
+# highest degree first.
+_EXP2 = (9.57053155e-3, 5.59186637e-2, 2.40247354e-1, 6.93121672e-1, 9.99999285e-1)
+# A float whose last bit is worth 1, plus the exponent that stands for 2 to the power of 0.
+_ROUNDING = 1.5 * 2**23 + 127
 _FUSE = ("contract",)  # a product and a sum may become one instruction
 
 
@@ -132,45 +138,76 @@ def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
 multiply_64, multiply_32, multiply_16 = (make_multiply(count, _multiply_add) for count in (4, 2, 1))
 
 
-@intrinsic
-def powers_of_2(typing_context, row, start, length, factor):
-    """Replace each x of a row by 2 ** (factor * (x - greatest of the row)), and return the sum.
+def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
+    """Return a function that replaces each x of a row by 2 ** (factor * (x - greatest of the row)).
+
+    Its arguments are a flat float32 array, the index of the first float of the row, the number of floats,
+    which is positive, and the factor, from 0 to 1. It returns the sum of the powers. Floats after the row, up
+    to a multiple of STEP, are replaced by zero.
 
     The integer part of an exponent is set in the bits of the float, and a polynomial computes the rest, with
     a relative error of at most 4e-6. Exponents below -126 are raised to -126, where the power is practically
-    zero. `length`, the number of floats, is positive, and `factor` is from 0 to 1. Floats after the row, up
-    to a multiple of WIDTH, become zero.
+    zero.
+
+    Args:
+        store: Emits the store of STEP powers. Its arguments are the builder, the vectors of powers, the
+            address of the row, and the index of the first power in the row.
     """
-    signature = types.float32(row, types.intp, types.intp, types.float32)
 
-    def generate(context, builder, signature, arguments):
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        row, length = builder.gep(array.data, [arguments[1]]), arguments[2]
+    @intrinsic
+    def powers_of_2(typing_context, row, start, length, factor):
+        signature = types.float32(row, types.intp, types.intp, types.float32)
 
-        def is_in_row(index: Any) -> Any:
-            rest = _spread(builder, builder.trunc(builder.sub(length, index), _INT))
-            return builder.icmp_signed("<", ir.Constant(INTS, list(range(WIDTH))), rest)
+        def generate(context, builder, signature, arguments):
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            row, length = builder.gep(array.data, [arguments[1]]), arguments[2]
+            factors = _spread(builder, arguments[3])
 
-        def greater(carried: Any, index: Any, address: Any) -> Any:
-            # Do not store a value that stands for no token: a load of a vector has to wait for stores of
-            # single floats to the same place.
-            x = builder.select(is_in_row(index), builder.load(address, align=4), _all(NOTHING))
-            return _maximum(builder, carried, x)
+            def masks(index: Any) -> list[Any]:
+                """Return which floats from an index on are in the row, for each vector of a step."""
+                rest = _spread(builder, builder.trunc(builder.sub(length, index), _INT))
+                places = [ir.Constant(INTS, list(range(i, i + WIDTH))) for i in range(0, STEP, WIDTH)]
+                return [builder.icmp_signed("<", each, rest) for each in places]
 
-        def add_power(carried: Any, index: Any, address: Any) -> Any:
-            above = builder.fmul(builder.fsub(builder.load(address, align=4), greatest), factors)
-            # In this order, the maximum keeps NaN.
-            power = _exp2(builder, _maximum(builder, _all(-126), above))
-            power = builder.select(is_in_row(index), power, _all(0))
-            builder.store(power, address, align=4)
-            return builder.fadd(carried, power)
+            def load(index: Any) -> list[Any]:
+                first = builder.gep(row, [index])
+                return [load_vector(builder, first, number) for number in range(STEP // WIDTH)]
 
-        factors = _spread(builder, arguments[3])
-        found = _walk(builder, row, length, NOTHING, greater)
-        greatest = _spread(builder, _fold(builder, found, partial(_maximum, builder)))
-        return _fold(builder, _walk(builder, row, length, 0, add_power), builder.fadd)
+            def raise_greatest(index: Any, is_last: bool) -> None:
+                vectors = load(index)
+                if is_last:
+                    vectors = _select(builder, masks(index), vectors, NOTHING)
+                _update(builder, greatest, vectors, partial(_maximum, builder))
 
-    return signature, generate
+            def add_powers(index: Any, is_last: bool) -> None:
+                powers = []
+                for x in load(index):
+                    above = builder.fmul(builder.fsub(x, most), factors)
+                    # In this order, the maximum keeps NaN.
+                    powers.append(_exp2(builder, _maximum(builder, _all(-126), above)))
+                if is_last:
+                    powers = _select(builder, masks(index), powers, 0)
+                store(builder, powers, row, index)
+                _update(builder, sums, powers, builder.fadd)
+
+            greatest = _carried(builder, NOTHING)
+            _walk(builder, length, raise_greatest)
+            most = _spread(builder, _fold(builder, greatest, partial(_maximum, builder)))
+            sums = _carried(builder, 0)
+            _walk(builder, length, add_powers)
+            return _fold(builder, sums, builder.fadd)
+
+        return signature, generate
+
+    return powers_of_2
+
+
+def _store_powers(builder: Any, powers: list[Any], row: Any, index: Any) -> None:
+    for number, vector in enumerate(powers):
+        store_vector(builder, vector, builder.gep(row, [index]), number)
+
+
+powers_of_2 = make_powers_of_2(_store_powers)
 
 
 @intrinsic
@@ -204,29 +241,41 @@ def transpose_16(typing_context, source, source_start, source_step, target, targ
     return signature, generate
 
 
-def _walk(builder: Any, row: Any, count: Any, first: float, step: Callable[[Any, Any, Any], Any]) -> Any:
-    """Call `step` with a carried vector, and the index and address of each vector of a row.
+def _walk(builder: Any, length: Any, emit: Callable[[Any, bool], None]) -> None:
+    """Emit a loop over the steps of a row.
 
-    Returns:
-        The result of the last call. The result of each call is the carried vector of the next one.
+    `emit` receives the index of the first float of a step, and whether the step is the last one, which may
+    contain floats after the row.
     """
-    before = builder.block
-    loop, after = builder.append_basic_block("walk"), builder.append_basic_block("walked")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index, carried = builder.phi(LONG), builder.phi(VECTOR)
-    result = step(carried, index, builder.bitcast(builder.gep(row, [index]), VECTOR.as_pointer()))
-    following = builder.add(index, LONG(WIDTH))
-    for phi, initial, next_ in ((index, LONG(0), following), (carried, _all(first), result)):
-        phi.add_incoming(initial, before)
-        phi.add_incoming(next_, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return result
+    full = builder.and_(length, LONG(-STEP))
+    with cgutils.for_range_slice(builder, LONG(0), full, LONG(STEP), intp=LONG) as (index, _):
+        emit(index, False)
+    with builder.if_then(builder.icmp_signed("<", full, length)):
+        emit(full, True)
 
 
-def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """Reduce the floats of a vector to one."""
+def _carried(builder: Any, value: float) -> list[Any]:
+    """Return variables, one for each vector of a step, that LLVM keeps in registers."""
+    variables = [cgutils.alloca_once(builder, VECTOR) for _ in range(STEP // WIDTH)]
+    for variable in variables:
+        builder.store(_all(value), variable)
+    return variables
+
+
+def _update(
+    builder: Any, variables: list[Any], vectors: list[Any], combine: Callable[[Any, Any], Any]
+) -> None:
+    for variable, vector in zip(variables, vectors, strict=True):
+        builder.store(combine(builder.load(variable), vector), variable)
+
+
+def _select(builder: Any, masks: list[Any], vectors: list[Any], otherwise: float) -> list[Any]:
+    return [builder.select(*each, _all(otherwise)) for each in zip(masks, vectors, strict=True)]
+
+
+def _fold(builder: Any, variables: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """Reduce the floats of some vectors to one."""
+    vector = reduce(combine, [builder.load(variable) for variable in variables])
     step = WIDTH // 2
     while step:
         mask = [(i + step) % WIDTH for i in range(WIDTH)]
@@ -238,13 +287,13 @@ def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
 
 def _exp2(builder: Any, x: Any) -> Any:
     """Return 2 to the power of each x, for x from -126 to 0."""
-    whole = builder.fptosi(builder.fsub(x, _all(0.5)), INTS)
-    rest = builder.fsub(x, builder.sitofp(whole, VECTOR))
+    # The sum is so large that it has no fractional bits, and its lowest bits are the exponent of a float.
+    shifted = builder.fadd(x, _all(_ROUNDING), flags=_FUSE)
+    rest = builder.fsub(x, builder.fsub(shifted, _all(_ROUNDING), flags=_FUSE), flags=_FUSE)
     power = _all(_EXP2[0])
     for coefficient in _EXP2[1:]:
         power = builder.fadd(builder.fmul(power, rest, flags=_FUSE), _all(coefficient), flags=_FUSE)
-    exponent = builder.add(whole, ir.Constant(INTS, [127] * WIDTH))
-    bits = builder.shl(exponent, ir.Constant(INTS, [23] * WIDTH))
+    bits = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * WIDTH))
     return builder.fmul(power, builder.bitcast(bits, VECTOR))
 
 
