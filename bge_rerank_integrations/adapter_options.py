@@ -126,11 +126,12 @@ class RerankOptions(BaseModel):
         timeout: Maximum duration of a call in seconds, without the time to load the model. None means no
             limit. When the timeout expires, the call raises `RequestTimeoutError`, and sequences that have
             not started are dropped. Call `warmup` to load the model in advance.
-        scorer: A scorer of your own: a `Scorer`, a `RemoteScorer`, or an object with the methods `rank` and
-            `arank` of `SupportsRank`. None, the default, uses the scorer that the process shares for these
-            settings, and loads it at first use. A scorer of your own has its own settings, so the options
-            from `model` to `blank_passages` cannot be combined with it. `normalize` and `timeout` apply to a
-            `Scorer` and a `RemoteScorer`. Another object must normalize its scores and limit its time itself.
+        scorer: A scorer of your own: a `Scorer`, a `RemoteScorer`, a `ServeScorer`, or an object with the
+            methods `rank` and `arank` of `SupportsRank`. None, the default, uses the scorer that the process
+            shares for these settings, and loads it at first use. A scorer of your own has its own settings, so
+            the options from `model` to `blank_passages` cannot be combined with it. `normalize` and `timeout`
+            apply to a scorer of this package. Another object must normalize its scores and limit its time
+            itself.
             A dump of the adapter does not contain the scorer, because it may hold an address or a key. An
             adapter that is loaded from such a dump raises `ConfigError` until `scorer` is set again.
 
@@ -188,8 +189,8 @@ class RerankOptions(BaseModel):
                 raise ConfigError(f"{given} cannot be combined with scorer, which has its own settings")
             if self.timeout is not None and not isinstance(self.scorer, OwnScorer | MissingScorer):
                 raise ConfigError(
-                    "timeout cannot be combined with a scorer that is not a Scorer or RemoteScorer; "
-                    "limit the time in the scorer"
+                    "timeout cannot be combined with a scorer that is not a Scorer, RemoteScorer or "
+                    "ServeScorer; limit the time in the scorer"
                 )
         self._check_threshold()
         return self

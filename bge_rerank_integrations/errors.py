@@ -2,7 +2,7 @@
 
 ```
 RerankError
-├── ConfigError (ValueError)            a setting is unknown, out of range or contradicts another
+├── ConfigError (ValueError)            a setting is out of range or contradicts another one
 ├── InputError (ValueError)             an argument of a call is invalid; has .index
 │   └── InputTypeError (TypeError)      an argument of a call has the wrong type
 ├── CheckpointError                     the model cannot be used
@@ -69,7 +69,7 @@ class RerankError(Exception):
 
 
 class ConfigError(RerankError, ValueError):
-    """A setting is unknown, out of range, or contradicts another setting."""
+    """A setting is out of range or contradicts another one, or a dictionary has an unknown setting."""
 
 
 class InputError(RerankError, ValueError):

@@ -32,14 +32,15 @@ _PATH: Final = "/v1/rank"
 
 
 class RemoteScorer(OwnScorer):
-    """Scores pairs on a server that `bge-rerank serve` runs. It can replace a `Scorer`.
+    """Scores pairs on a server that `bge-rerank serve` runs. The adapters take it in place of a `Scorer`.
 
-    The methods have the arguments, results and errors of `Scorer`. Any number of threads and asyncio tasks
+    `rank`, `rank_many`, `score` and their asynchronous forms have the arguments, results and errors of those
+    of `Scorer`, but no `progress`. Any number of threads and asyncio tasks
     can use one instance. It has one pool of connections for sync calls, and one for each event loop.
 
-    An HTTP request is repeated if the connection fails, if the server answers with status 429, 502, 503 or
+    An HTTP request is retried if the connection fails, if the server answers with status 429, 502, 503 or
     504, or if a proxy answers 500. The delay before the next attempt is the one in the header `Retry-After`,
-    or a random delay that grows with each attempt. There are at most `max_retries` repetitions, and none
+    or a random delay that grows with each attempt. There are at most `max_retries` retries, and none
     starts after the request's `timeout` or the timeout of the call. A long list of passages is sent in
     several HTTP requests, one after the other.
 
@@ -51,8 +52,8 @@ class RemoteScorer(OwnScorer):
             behind a proxy.
         api_key: The API key of the server, as a string or a `SecretStr`. None uses the environment variable
             `BGE_RERANK_API_KEY`, if it is set.
-        timeout: Maximum duration of each HTTP request in seconds, repetitions included. None means no limit.
-        max_retries: Maximum number of repetitions of one HTTP request.
+        timeout: Maximum duration of each HTTP request in seconds, retries included. None means no limit.
+        max_retries: Maximum number of retries of one HTTP request.
         normalize: Whether to apply a sigmoid to the scores. The default is False, as in `Scorer`.
         client: A client for the sync methods. It stays open. None creates a client at first use.
         async_client: The same for the async methods.

@@ -1,6 +1,7 @@
 """Exports the statistics of a scorer to Prometheus and OpenTelemetry, with their own client libraries.
 
-Both call `Scorer.stats()` and `Scorer.health()` when metrics are collected. Scoring has no extra work.
+Both call `Scorer.stats()` and `Scorer.health()` when metrics are collected. Scoring itself does no extra
+work.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def require_int8(head_dim: int) -> None:
 def int8_obstacle() -> str | None:
     """Return why int8 products do not work on this machine; None if they work."""
     if not _has_int8_instructions():
-        return "it needs a CPU with VNNI instructions (x86 since about 2019)"
+        return "it needs a CPU with VNNI instructions (Intel since about 2019, AMD since Zen 4)"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return f"torch {torch.__version__} does not include oneDNN's int8 products"
     if not _multiplies_correctly():
