@@ -128,10 +128,10 @@ class RerankOptions(BaseModel):
             not started are dropped. Call `warmup` to load the model in advance.
         scorer: A scorer of your own: a `Scorer`, a `RemoteScorer`, a `ServeScorer`, or an object with the
             methods `rank` and `arank` of `SupportsRank`. None, the default, uses the scorer that the process
-            shares for these settings, and loads it at first use. A scorer of your own has its own settings, so
-            the options from `model` to `blank_passages` cannot be combined with it. `normalize` and `timeout`
-            apply to a scorer of this package. Another object must normalize its scores and limit its time
-            itself.
+            shares for these settings, and loads it at first use. A scorer of your own has its own settings,
+            so the options from `model` to `blank_passages` cannot be combined with it. `normalize` and
+            `timeout` apply to a scorer of this package. Another object must normalize its scores and limit
+            its time itself.
             A dump of the adapter does not contain the scorer, because it may hold an address or a key. An
             adapter that is loaded from such a dump raises `ConfigError` until `scorer` is set again.
 

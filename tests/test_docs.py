@@ -25,7 +25,13 @@ PAGES = sorted(
 # tests/adapters/test_recipes.py runs the code of this page, with stand-ins for servers.
 ELSEWHERE = ["docs/recipes.md"]
 # Pages with blocks that are compiled and not run, for the reason in the comment above the block.
-NOT_RUN = {"docs/core.md": 1, "docs/index.md": 1, "docs/migrating.md": 1, "docs/ray.md": 3, "docs/server.md": 1}
+NOT_RUN = {
+    "docs/core.md": 1,
+    "docs/index.md": 1,
+    "docs/migrating.md": 1,
+    "docs/ray.md": 3,
+    "docs/server.md": 1,
+}
 
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?"
