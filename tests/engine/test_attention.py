@@ -209,6 +209,8 @@ OLDER = [efficient_attention, sdpa_attention, product_attention]
         (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True}, [bfloat16_tile_attention, *WITH_PRODUCTS]),
         (CPU, torch.bfloat16, 64, {"numba": True, "amx": True}, [bfloat16_tile_attention, *WITH_PRODUCTS]),
         (CPU, torch.bfloat16, 64, {"numba": True, "pairs": False}, WITH_PRODUCTS),
+        (CPU, torch.bfloat16, 64, {"numba": True, "pairs": True, "compiled": False}, WITH_PRODUCTS),
+        (CPU, torch.bfloat16, 64, {"numba": True, "amx": True, "compiled": False}, WITH_PRODUCTS),
         (CPU, torch.bfloat16, 48, {"numba": True, "pairs": True}, WITH_PRODUCTS),
         (CPU, torch.bfloat16, 64, {"numba": False, "pairs": True}, WITH_PRODUCTS),
         (CPU, torch.bfloat16, 64, {"numba": False, "amx": True}, WITH_PRODUCTS),
@@ -239,7 +241,7 @@ def test_candidates_of_each_device(
     monkeypatch.setattr(attention_module, "has_fast_pairs", lambda: machine.get("pairs", False))
     monkeypatch.setattr(attention_module, "has_amx", lambda: machine.get("amx", False))
     compiler: Any = ModuleType("compiler")
-    compiler.HAS_PAIRS = machine.get("numba", False)
+    compiler.HAS_PAIRS = machine.get("compiled", machine.get("numba", False))
     monkeypatch.setitem(sys.modules, "bge_rerank_integrations.engine.cpu.compiler", compiler)
     fitting = [each.attention for each in CANDIDATES if each.fits(device, dtype, head_dim)]
     assert list(map(name_of, fitting)) == list(map(name_of, expected))
@@ -349,16 +351,18 @@ TILES = [
 
 @pytest.mark.parametrize(("attention", "dtype"), TILES)
 @pytest.mark.parametrize("wrong", [0, 1, 2])  # queries, keys, values
-@pytest.mark.parametrize("lengths", [[20, 37], [37, 20]])
+@pytest.mark.parametrize("lengths", [[20, 37], [37, 20], [1, 2], [2, 1]])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_tiles_keep_what_is_not_finite(
-    attention: VarlenAttention, dtype: torch.dtype, wrong: int, lengths: list[int]
+    attention: VarlenAttention, dtype: torch.dtype, wrong: int, lengths: list[int], value: float
 ) -> None:
     """A score that could be wrong must become NaN, so that it is refused. Others must not change."""
     seqlens = pack(random_ids(lengths, 100), padding_idx=1, device=CPU).seqlens
-    rows = torch.randn(57, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows[30, wrong, 1, 7] = torch.nan
+    rows = torch.randn(sum(lengths), 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[sum(lengths) // 2, wrong, 1, 7] = value
     q, k, v = rows.unbind(1)
-    exact = sdpa_attention(q.double(), k.double(), v.double(), seqlens, seqlens)
+    # torch's own kernel returns zero where all scores of a query are NaN.
+    exact = product_attention(q, k, v, seqlens, seqlens)
     assert torch.equal(attention(q, k, v, seqlens, seqlens).isfinite(), exact.isfinite())
 
 

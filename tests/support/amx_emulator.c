@@ -1,7 +1,8 @@
 /* Emulates the instructions of AMX that multiply bfloat16 values, on processors without AMX.
  *
  * Such a processor raises SIGILL at each of them. The handler decodes the instruction, does what Intel's manual
- * (Software Developer's Manual, volume 2) says, and continues after it. All other instructions run natively.
+ * (Software Developer's Manual, volume 2) says, and continues after it. Products differ from the manual in their
+ * rounding: they are added one after the other. All other instructions run natively.
  */
 #define _GNU_SOURCE
 #include <signal.h>
@@ -155,5 +156,8 @@ int emulate_amx(void) {
     struct sigaction action = {.sa_sigaction = handle, .sa_flags = SA_SIGINFO | SA_NODEFER};
     return sigaction(SIGILL, &action, NULL);
 }
+
+/* Returns whether the tile registers of this thread are in use. */
+int is_configured(void) { return own.configured; }
 
 long count_products(void) { return __atomic_load_n(&products, __ATOMIC_RELAXED); }

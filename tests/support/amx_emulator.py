@@ -1,7 +1,7 @@
 """Runs tests as on a processor with AMX: `python -m tests.support.amx_emulator LIBRARY [ARGUMENT OF PYTEST ...]`.
 
 The kernels are compiled for AMX, and the library of `amx_emulator.c` executes the instructions of AMX. The
-exit status is that of pytest, or 1 if no kernel used AMX.
+exit status is that of pytest, or 1 if no kernel used AMX or one has not released the tile registers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(library: str, arguments: list[str]) -> int:
         raise OSError("the handler of SIGILL cannot be set")
     # Python's fault handler would replace the handler of SIGILL.
     status = pytest.main(["-p", "no:faulthandler", "-p", "no:cacheprovider", *arguments])
-    return int(status) or int(emulator.count_products() == 0)
+    return int(status) or int(emulator.count_products() == 0 or emulator.is_configured())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ LOGIT_TOLERANCE: Final = {
     # over twelve seeds of random ids.
     torch.bfloat16: 0.087,
     torch.float16: 0.013,
-    # Every product rounds its input to 1/255 of the spread of a row.
-    torch.int8: 0.15,
-    # Every product rounds to three bits of mantissa. The random checkpoint is narrow, so few errors cancel out.
+    # Every product rounds its input to 1/255 of the spread of a row. The random checkpoint is narrow, so few
+    # errors cancel out.
+    torch.int8: 0.2,
+    # Every product rounds to three bits of mantissa.
     torch.float8_e4m3fn: 0.6,
 }

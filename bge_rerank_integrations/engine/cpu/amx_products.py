@@ -4,8 +4,8 @@ AMX has eight tile registers of 16 rows of 64 bytes. One instruction multiplies 
 rows of 16 pairs each, and adds the products to a third one, which holds 16 rows of 16 floats. See the chapter
 on AMX in volume 1 of Intel's Software Developer's Manual.
 
-Processors without AMX cannot run these functions, and Linux ends a process that has not asked for the tile
-registers; see `has_amx`.
+Processors without AMX cannot run these functions. Linux ends a process that uses the tile registers without
+having asked for them; see `has_amx`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AMX_ROWS: Final = 16
 _NUM_TILES: Final = 8
 _PAIRS: Final = 16  # pairs, or floats, in a row of a tile register
 _BYTES: Final = 4  # in a pair or a float
-# Four tile registers hold sums. Vectors of b take turns in three, so that a load need not wait for a product.
+# Four tile registers hold sums. Tiles of b take turns in three, so that a load need not wait for a product.
 _A: Final = 4
 _B: Final = (5, 6, 7)
 _SHORT = ir.IntType(8)

@@ -207,6 +207,6 @@ def _round_up(number, multiple):
 
 @inlined
 def _distance(length):
-    """Return the distance between two rows of weights. A step of the softmax may write behind a row."""
+    """Return the distance between two rows of weights. The softmax may write past the end of a row."""
     # Rows at a distance of a power of two would compete for the same few places in the cache.
     return _round_up(length, STEP) + WIDTH

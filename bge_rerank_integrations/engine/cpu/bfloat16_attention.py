@@ -70,10 +70,10 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
         attended: [Tq * num_heads * head // 2], output, pairs of bfloat16.
     """
     widest_vectors()
-    begin_pairs()
     buffers = make_buffers(kv_cu_seqlens, head, ROWS_IN_PAIRS)
     queries, keys = buffers.queries.view(np.uint16), buffers.keys.view(np.uint16)
     sums, shares = buffers.sums, buffers.shares
+    begin_pairs()
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin

@@ -137,7 +137,7 @@ def _store_pairs(builder: Any, vectors: list[Any], row: Any, index: Any) -> None
 def _round(builder: Any, low: Any, high: Any) -> Any:
     """Emit the rounding of two vectors to the nearest bfloat16, ties to even. NaN stays NaN.
 
-    Floats below 2 ** -126 become zero.
+    Denormal floats become zero.
     """
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_SHORTS, [VECTOR, VECTOR]), _ROUND

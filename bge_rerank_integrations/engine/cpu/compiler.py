@@ -34,9 +34,11 @@ def _compiles_for(feature: str) -> bool:
     return f"+{feature}" in (get_host_cpu_features() if features is None else features).split(",")
 
 
-HAS_AMX: Final = has_amx() and _compiles_for("amx-bf16")
+# All kernels with pairs round by an instruction of AVX-512 BF16.
+_ROUNDS_PAIRS: Final = _compiles_for("avx512bf16")
+HAS_AMX: Final = has_amx() and _ROUNDS_PAIRS and _compiles_for("amx-bf16")
 """Whether kernels multiply pairs of bfloat16 on AMX; see `amx_products`."""
-HAS_PAIRS: Final = HAS_AMX or (has_fast_pairs() and _compiles_for("avx512bf16"))
+HAS_PAIRS: Final = HAS_AMX or (has_fast_pairs() and _ROUNDS_PAIRS)
 """Whether kernels multiply pairs of bfloat16, on AMX or by vectors; see `bfloat16_pairs`."""
 
 

@@ -94,7 +94,8 @@ def attend(
     head = width // num_heads
     rows = ROWS_IN_PAIRS if HAS_PAIRS and head % (2 * WIDTH) == 0 else ROWS
     buffers = make_buffers(kv_cu_seqlens, head, rows)
-    begin_pairs()
+    if HAS_PAIRS and head % (2 * WIDTH) == 0:
+        begin_pairs()
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
@@ -123,4 +124,5 @@ def attend(
                 store_results(buffers, count, head, attended, first, column)
         for i in range(begin, end):
             quantize_row(attended[i], codes[i], affine[i])
-    end_pairs()
+    if HAS_PAIRS and head % (2 * WIDTH) == 0:
+        end_pairs()

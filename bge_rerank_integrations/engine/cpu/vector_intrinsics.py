@@ -24,8 +24,6 @@ PANEL = 4 * WIDTH
 """Columns of a tile."""
 STEP = 2 * WIDTH
 """Number of floats of a row that the softmax computes at a time."""
-NOTHING = -3e38
-"""Stands for minus infinity, which code compiled with fast-math must not contain."""
 
 LONG = ir.IntType(64)
 """Type of an index."""
@@ -40,7 +38,11 @@ _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _EXP2 = (9.57053155e-3, 5.59186637e-2, 2.40247354e-1, 6.93121672e-1, 9.99999285e-1)
 # A float whose last bit is worth 1, plus the exponent that stands for 2 to the power of 0.
 _ROUNDING = 1.5 * 2**23 + 127
-_FUSE = ("contract",)  # a product and a sum may become one instruction
+# The least exponent for which no result of the polynomial is a denormal float.
+_LEAST = -125
+# A product and a sum may become one instruction. Without any flag, numba would set the flag `fast`, which
+# permits LLVM to drop NaN and to cancel sums.
+_FUSE = ("contract",)
 
 
 @intrinsic
@@ -146,8 +148,8 @@ def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
     to a multiple of STEP, are replaced by zero.
 
     The integer part of an exponent is set in the bits of the float, and a polynomial computes the rest, with
-    a relative error of at most 4e-6. Exponents below -126 are raised to -126, where the power is practically
-    zero.
+    a relative error of at most 4e-6. Exponents below -125 are raised to -125, where the power is practically
+    zero. Smaller powers could be denormal floats, which are slow to multiply.
 
     Args:
         store: Emits the store of STEP powers. Its arguments are the builder, the vectors of powers, the
@@ -176,26 +178,29 @@ def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
             def raise_greatest(index: Any, is_last: bool) -> None:
                 vectors = load(index)
                 if is_last:
-                    vectors = _select(builder, masks(index), vectors, NOTHING)
+                    vectors = _select(builder, masks(index), vectors, first)
                 _update(builder, greatest, vectors, partial(_maximum, builder))
 
             def add_powers(index: Any, is_last: bool) -> None:
                 powers = []
                 for x in load(index):
-                    above = builder.fmul(builder.fsub(x, most), factors)
+                    above = builder.fmul(builder.fsub(x, most, flags=_FUSE), factors, flags=_FUSE)
                     # In this order, the maximum keeps NaN.
-                    powers.append(_exp2(builder, _maximum(builder, _all(-126), above)))
+                    powers.append(_exp2(builder, _maximum(builder, _all(_LEAST), above)))
                 if is_last:
-                    powers = _select(builder, masks(index), powers, 0)
+                    powers = _select(builder, masks(index), powers, _all(0))
                 store(builder, powers, row, index)
-                _update(builder, sums, powers, builder.fadd)
+                _update(builder, sums, powers, add)
 
-            greatest = _carried(builder, NOTHING)
+            add = partial(builder.fadd, flags=_FUSE)
+            # Where all floats are minus infinity, the greatest is too, and the powers are NaN.
+            first = _spread(builder, builder.load(row))
+            greatest = _carried(builder, first)
             _walk(builder, length, raise_greatest)
             most = _spread(builder, _fold(builder, greatest, partial(_maximum, builder)))
-            sums = _carried(builder, 0)
+            sums = _carried(builder, _all(0))
             _walk(builder, length, add_powers)
-            return _fold(builder, sums, builder.fadd)
+            return _fold(builder, sums, add)
 
         return signature, generate
 
@@ -254,11 +259,11 @@ def _walk(builder: Any, length: Any, emit: Callable[[Any, bool], None]) -> None:
         emit(full, True)
 
 
-def _carried(builder: Any, value: float) -> list[Any]:
-    """Return variables, one for each vector of a step, that LLVM keeps in registers."""
+def _carried(builder: Any, value: Any) -> list[Any]:
+    """Return variables with an initial value, one for each vector of a step. LLVM keeps them in registers."""
     variables = [cgutils.alloca_once(builder, VECTOR) for _ in range(STEP // WIDTH)]
     for variable in variables:
-        builder.store(_all(value), variable)
+        builder.store(value, variable)
     return variables
 
 
@@ -269,8 +274,8 @@ def _update(
         builder.store(combine(builder.load(variable), vector), variable)
 
 
-def _select(builder: Any, masks: list[Any], vectors: list[Any], otherwise: float) -> list[Any]:
-    return [builder.select(*each, _all(otherwise)) for each in zip(masks, vectors, strict=True)]
+def _select(builder: Any, masks: list[Any], vectors: list[Any], otherwise: Any) -> list[Any]:
+    return [builder.select(*each, otherwise) for each in zip(masks, vectors, strict=True)]
 
 
 def _fold(builder: Any, variables: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
@@ -286,7 +291,7 @@ def _fold(builder: Any, variables: list[Any], combine: Callable[[Any, Any], Any]
 
 
 def _exp2(builder: Any, x: Any) -> Any:
-    """Return 2 to the power of each x, for x from -126 to 0."""
+    """Return 2 to the power of each x, for x from `_LEAST` to 0."""
     # The sum is so large that it has no fractional bits, and its lowest bits are the exponent of a float.
     shifted = builder.fadd(x, _all(_ROUNDING), flags=_FUSE)
     rest = builder.fsub(x, builder.fsub(shifted, _all(_ROUNDING), flags=_FUSE), flags=_FUSE)
@@ -294,11 +299,12 @@ def _exp2(builder: Any, x: Any) -> Any:
     for coefficient in _EXP2[1:]:
         power = builder.fadd(builder.fmul(power, rest, flags=_FUSE), _all(coefficient), flags=_FUSE)
     bits = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * WIDTH))
-    return builder.fmul(power, builder.bitcast(bits, VECTOR))
+    return builder.fmul(power, builder.bitcast(bits, VECTOR), flags=_FUSE)
 
 
 def _maximum(builder: Any, a: Any, b: Any) -> Any:
-    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+    """Emit the greater of each two floats; the one of b if one of them is NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b, flags=_FUSE), a, b)
 
 
 def _all(value: float) -> Any:
