@@ -40,7 +40,7 @@ def _copy_value(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception:
-        return {key: _copy_value(each) for key, each in value.items()} if type(value) is dict else value
+        return {key: _copy_value(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def marks_of(passage: RankedPassage) -> dict[str, bool]:

@@ -30,6 +30,7 @@ from bge_rerank_integrations.splitting import (
     split_requests,
 )
 from bge_rerank_integrations.validation import (
+    MAX_TIMEOUT_S,
     check_pairs,
     check_passages,
     check_query,
@@ -116,8 +117,8 @@ class DividedCalls(Generic[Step, Outcome]):
         timed_out: str,
     ) -> None:
         is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-        if timeout is not None and not (is_number and 0 < timeout < math.inf):
-            raise ConfigError("timeout must be a positive number of seconds or None")
+        if timeout is not None and not (is_number and 0 < timeout <= MAX_TIMEOUT_S):
+            raise ConfigError(f"timeout must be above 0 and at most {MAX_TIMEOUT_S:,} seconds, or None")
         if not isinstance(max_retries, int) or isinstance(max_retries, bool) or max_retries < 0:
             raise ConfigError("max_retries must be an integer of at least 0")
         if not isinstance(normalize, bool):
@@ -224,6 +225,7 @@ class DividedCalls(Generic[Step, Outcome]):
             left_s = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
             if left_s == 0:
                 raise RequestTimeoutError(self._timed_out)
+            self._check_open()
             outcome = yield self._send(part, left_s)
             answer = self._read(part, outcome, attempt)
             if isinstance(answer, list):

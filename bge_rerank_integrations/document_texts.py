@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from string import Formatter
 from typing import Any
 
@@ -81,8 +81,8 @@ def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) 
 
 
 def _is_missing(value: Any) -> bool:
-    # pandas represents an empty cell as NaN.
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    # pandas represents an empty cell as NaN, in a type that depends on the column.
+    return value is None or (isinstance(value, Number) and value != value)
 
 
 class _Empty:
@@ -98,11 +98,15 @@ class _Empty:
 def _template_fields(template: str) -> set[str]:
     """Return the names of the fields of a format string. Fields must be plain names."""
     fields = set()
-    for _, name, spec, _ in Formatter().parse(template):
+    for _, name, spec, conversion in Formatter().parse(template):
         if name is not None:
+            if conversion not in (None, "", "r", "s", "a"):
+                raise ValueError(f"!{conversion} is not a conversion; use !r, !s or !a")
             # Attributes, items and nested fields would give a template access to the inside of objects.
             if not name.isidentifier() or "{" in (spec or ""):
                 raise ValueError(f"{name!r} is not the name of a metadata field")
+            if name == "page_content":
+                format("", spec or "")  # raises ValueError unless the specification fits a string
             fields.add(name)
     return fields
 

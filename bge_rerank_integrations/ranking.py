@@ -131,7 +131,13 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
 
 
 def check_selection(top_n: int | None, threshold: float | None, *, normalize: bool) -> Selection:
-    """Check the arguments of a ranking with `check_top_n` and `check_threshold`, and return them."""
+    """Check the arguments of a ranking, and return them.
+
+    Raises:
+        InputError: An argument is out of range, or has the wrong type.
+    """
+    if not isinstance(normalize, bool):
+        raise InputTypeError("normalize must be True, False or None")
     check_top_n(top_n)
     check_threshold(threshold, normalize=normalize)
     return Selection(top_n, threshold, normalize)

@@ -19,7 +19,6 @@ from bge_rerank_integrations.remote_wire import (
     check_base_url,
     error_of,
     parse_rankings,
-    raise_unusable,
     retry_delay,
 )
 from bge_rerank_integrations.validation import acheck_stream
@@ -79,7 +78,7 @@ class RemoteScorer(OwnScorer):
         async_client: httpx.AsyncClient | None = None,
     ) -> None:
         self._base_url = check_base_url(base_url)
-        self._key = ApiKey(os.environ.get(_API_KEY_VARIABLE) if api_key is None else api_key)
+        self._key = ApiKey((os.environ.get(_API_KEY_VARIABLE) or None) if api_key is None else api_key)
         self._timeout = timeout
         self._max_retries = max_retries
         self._normalize = normalize
@@ -259,7 +258,8 @@ class RemoteScorer(OwnScorer):
     def close(self) -> None:
         """Reject new calls and close the connections of sync calls. It is safe to call this twice.
 
-        Connections of async calls belong to their event loop. `aclose` closes them.
+        An HTTP request that another thread is sending is finished first, but it is not retried. Connections
+        of async calls belong to their event loop. `aclose` closes them.
         """
         self._is_closed = True
         self._transport.close()
@@ -309,10 +309,7 @@ def _send(part: Part, timeout_s: float | None) -> Send:
 
 def _read(part: Part, outcome: Outcome, attempt: int) -> list[Ranking] | Failure:
     if isinstance(outcome, Answer) and outcome.status == 200:
-        rankings = parse_rankings(outcome.content)
-        if len(rankings) != len(part.requests):
-            raise_unusable()
-        return rankings
+        return parse_rankings(outcome.content, part)
     error = error_of(outcome)
     if isinstance(outcome, Exception):
         error.__cause__ = outcome

@@ -7,10 +7,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from bge_rerank_integrations.errors import missing_extra
+from bge_rerank_integrations.errors import ScorerClosedError, missing_extra
 
 try:
     import httpx
@@ -30,8 +31,8 @@ class Send(NamedTuple):
     timeout_s: float | None
 
 
-Outcome = Answer | httpx.TransportError
-"""The result of a step: a response, or the error of the connection."""
+Outcome = Answer | httpx.RequestError
+"""The result of a step: a response, or the error of the request."""
 
 Steps = Generator[Send | Sleep, Outcome, T]
 """A call as a generator of steps; see `runtime.steps`."""
@@ -55,7 +56,8 @@ class Transport:
         self._given_client = client
         self._given_async_client = async_client
         self._lock = threading.Lock()
-        self._client: tuple[int, httpx.Client] | None = None  # with the id of the process that created it
+        self._is_closed = False
+        self._client: _SharedClient | None = None
         self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
             weakref.WeakKeyDictionary()
         )
@@ -74,11 +76,13 @@ class Transport:
         return await arun_steps(steps, self._atake)
 
     def close(self) -> None:
-        """Close the connections of sync calls."""
+        """Reject new sync calls, and close their connections as soon as no thread uses them."""
         with self._lock:
+            self._is_closed = True
             client, self._client = self._client, None
-        if client is not None and client[0] == os.getpid():
-            client[1].close()
+            is_unused = client is not None and client.is_own and client.num_calls == 0
+        if client is not None and is_unused:
+            client.client.close()
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
@@ -89,7 +93,10 @@ class Transport:
     def _take(self, step: Send) -> Outcome:
         deadline = None if step.timeout_s is None else time.monotonic() + step.timeout_s
         try:
-            with self._sync_client().stream("POST", self._url, **self._options(step)) as response:
+            with (
+                self._sync_client() as client,
+                client.stream("POST", self._url, **self._options(step)) as response,
+            ):
                 content = bytearray()
                 for chunk in response.iter_bytes():
                     content += chunk
@@ -99,7 +106,7 @@ class Transport:
                 return Answer(response.status_code, response.headers, bytes(content))
         except httpx.DecodingError:
             raise_unusable()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             return error
 
     async def _atake(self, step: Send) -> Outcome:
@@ -111,24 +118,39 @@ class Transport:
             return httpx.ReadTimeout("the response took too long")
         except httpx.DecodingError:
             raise_unusable()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             return error
 
     def _options(self, step: Send) -> dict[str, Any]:
         headers = {"content-type": "application/json", **self._key.headers()}
         return {"content": step.content, "headers": headers, "timeout": step.timeout_s}
 
-    def _sync_client(self) -> httpx.Client:
+    @contextmanager
+    def _sync_client(self) -> Iterator[httpx.Client]:
         if self._given_client is not None:
-            return self._given_client
+            _check_usable(self._given_client)
+            yield self._given_client
+            return
         with self._lock:
+            if self._is_closed:
+                raise ScorerClosedError("this scorer was closed during the call")
             # A forked child process must not write into the connections of its parent.
-            if self._client is None or self._client[0] != os.getpid():
-                self._client = os.getpid(), httpx.Client()
-            return self._client[1]
+            if self._client is None or not self._client.is_own:
+                self._client = _SharedClient()
+            shared = self._client
+            shared.num_calls += 1
+        try:
+            yield shared.client
+        finally:
+            with self._lock:
+                shared.num_calls -= 1
+                is_last = self._is_closed and shared.num_calls == 0
+            if is_last:
+                shared.client.close()
 
     def _async_client(self) -> httpx.AsyncClient:
         if self._given_async_client is not None:
+            _check_usable(self._given_async_client)
             return self._given_async_client
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -136,3 +158,22 @@ class Transport:
             if client is None:
                 client = self._async_clients[loop] = httpx.AsyncClient()
             return client
+
+
+class _SharedClient:
+    """A client of this process, and the number of calls that are using it."""
+
+    def __init__(self) -> None:
+        self.client = httpx.Client()
+        self.num_calls = 0
+        self._process = os.getpid()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process created the client."""
+        return self._process == os.getpid()
+
+
+def _check_usable(client: httpx.Client | httpx.AsyncClient) -> None:
+    if client.is_closed:
+        raise ScorerClosedError("the client that this scorer was given is closed")

@@ -7,10 +7,11 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
-from bge_rerank_integrations.divided_calls import random_delay_s
+from bge_rerank_integrations.divided_calls import Part, random_delay_s
 from bge_rerank_integrations.errors import (
     AuthenticationError,
     ConfigError,
@@ -87,7 +88,10 @@ class ApiKey:
     """An API key that neither `repr` nor a pickle contains."""
 
     def __init__(self, key: str | SupportsSecretValue | None) -> None:
-        value = key if key is None or isinstance(key, str) else key.get_secret_value()
+        read = getattr(key, "get_secret_value", None)
+        value = key if read is None else read()
+        if value is not None and not isinstance(value, str):
+            raise ConfigError("api_key must be a string, a secret such as pydantic's SecretStr, or None")
         if value is not None and not (value and all("!" <= character <= "~" for character in value)):
             raise ConfigError("api_key must be printable ASCII without spaces, and not empty")
         self._value = value
@@ -111,6 +115,10 @@ def check_base_url(base_url: str) -> str:
         raise ConfigError("base_url is not a URL") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("base_url must begin with http:// or https:// and contain a host")
+    try:
+        url.host.encode("idna")  # the connection does this too
+    except UnicodeError:
+        raise ConfigError("the host of base_url is not a valid name") from None
     if url.userinfo:
         raise ConfigError("base_url must not contain credentials; pass the key as api_key")
     if url.query or url.fragment:
@@ -121,7 +129,7 @@ def check_base_url(base_url: str) -> str:
     return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
 
 
-def error_of(outcome: Answer | httpx.TransportError) -> RerankError:
+def error_of(outcome: Answer | httpx.RequestError) -> RerankError:
     """Return the error of this package for a failed attempt."""
     if isinstance(outcome, httpx.TimeoutException):
         return RequestTimeoutError("the server did not answer within the timeout")
@@ -148,7 +156,7 @@ def _error_fields(content: bytes) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def retry_delay(outcome: Answer | httpx.TransportError, error: RerankError, attempt: int) -> float | None:
+def retry_delay(outcome: Answer | httpx.RequestError, error: RerankError, attempt: int) -> float | None:
     """Return the delay in seconds before the next attempt, or None if the error is final."""
     own = random_delay_s(attempt)
     if isinstance(error, RequestTimeoutError) and _was_ours(outcome):
@@ -165,7 +173,7 @@ def retry_delay(outcome: Answer | httpx.TransportError, error: RerankError, atte
     return own
 
 
-def _was_ours(outcome: Answer | httpx.TransportError) -> bool:
+def _was_ours(outcome: Answer | httpx.RequestError) -> bool:
     return not isinstance(outcome, Answer) or "type" in _error_fields(outcome.content)
 
 
@@ -175,27 +183,51 @@ def _retry_after(value: str) -> float | None:
         seconds = float(value)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
+            date = parsedate_to_datetime(value)
+            # HTTP dates are in UTC. The oldest of their formats does not say so.
+            seconds = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def parse_rankings(content: bytes) -> list[Ranking]:
-    """Read the rankings of a response. Unknown fields, which a newer server may send, are ignored."""
+def parse_rankings(content: bytes, part: Part) -> list[Ranking]:
+    """Read the rankings of a part. Unknown fields, which a newer server may send, are ignored.
+
+    Raises:
+        RemoteError: The content is not one complete ranking of raw logits for each request of the part.
+    """
     try:
-        return [
-            Ranking(
-                [
-                    RankedPassage(**{name: value for name, value in each.items() if name in _PASSAGE_FIELDS})
-                    for each in ranking["passages"]
-                ],
-                **{name: value for name, value in ranking["counts"].items() if name in _COUNTS},
-            )
-            for ranking in json.loads(content)["rankings"]
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        rankings = [_read_ranking(each) for each in json.loads(content)["rankings"]]
+        for (_, passages), ranking in zip(part.requests, rankings, strict=True):
+            _check_ranking(ranking, len(passages), part.top_n)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise_unusable()
+    return rankings
+
+
+def _read_ranking(fields: Mapping[str, Any]) -> Ranking:
+    counts = {name: value for name, value in fields["counts"].items() if name in _COUNTS}
+    if any(type(count) is not int or count < 0 for count in counts.values()):
+        raise ValueError
+    return Ranking(map(_read_passage, fields["passages"]), **counts)
+
+
+def _read_passage(fields: Mapping[str, Any]) -> RankedPassage:
+    passage = RankedPassage(**{name: value for name, value in fields.items() if name in _PASSAGE_FIELDS})
+    flags, numbers = (passage.truncated, passage.blank), (passage.index, passage.windows)
+    if any(type(flag) is not bool for flag in flags) or any(type(number) is not int for number in numbers):
+        raise TypeError
+    if type(passage.score) not in (int, float) or not math.isfinite(passage.score):
+        raise ValueError
+    return dataclasses.replace(passage, score=float(passage.score))
+
+
+def _check_ranking(ranking: Ranking, num_passages: int, top_n: int | None) -> None:
+    expected = num_passages if top_n is None else min(top_n, num_passages)
+    indices = {passage.index for passage in ranking}
+    if not len(ranking) == len(indices) == expected or not indices <= set(range(num_passages)):
+        raise ValueError
 
 
 def raise_unusable() -> NoReturn:

@@ -101,7 +101,7 @@ _METRICS: Final = (
 )
 
 
-def prometheus_collector(scorer: Scorer) -> Collector:
+def prometheus_collector(scorer: Scorer, *, model_name: str | None = None) -> Collector:
     """Return a Prometheus collector for a scorer. Its metrics are named `bge_rerank_*`.
 
     Every metric has a label `model`. For a closed scorer, the only metric is `bge_rerank_up` with the value
@@ -109,6 +109,8 @@ def prometheus_collector(scorer: Scorer) -> Collector:
 
     Args:
         scorer: The scorer to observe.
+        model_name: Value of the label `model`. None uses the option `model`, which may be the path of a
+            folder.
 
     Returns:
         A collector, to be registered in a registry of prometheus-client.
@@ -125,6 +127,8 @@ def prometheus_collector(scorer: Scorer) -> Collector:
     except ImportError as error:
         raise missing_extra("prometheus", "prometheus-client") from error
 
+    label = scorer.config.model if model_name is None else model_name
+
     class ScorerCollector(Collector):
         def collect(self) -> Iterable[Metric]:
             stats = _read(scorer)
@@ -139,17 +143,18 @@ def prometheus_collector(scorer: Scorer) -> Collector:
                 families.append(make(name, metric.description, labels=["model"]))
                 values.append(metric.read(stats))
             for family, value in zip(families, values, strict=True):
-                family.add_metric([scorer.config.model], value)
+                family.add_metric([label], value)
             return families
 
     return ScorerCollector()
 
 
-def prometheus_exposition(scorer: Scorer | None) -> tuple[bytes, str]:
+def prometheus_exposition(scorer: Scorer | None, *, model_name: str | None = None) -> tuple[bytes, str]:
     """Return the metrics of a scorer in the text format of Prometheus.
 
     Args:
         scorer: The scorer. None gives no metrics.
+        model_name: As in `prometheus_collector`.
 
     Returns:
         The text and its content type.
@@ -164,7 +169,7 @@ def prometheus_exposition(scorer: Scorer | None) -> tuple[bytes, str]:
 
     registry = CollectorRegistry(auto_describe=False)
     if scorer is not None:
-        registry.register(prometheus_collector(scorer))
+        registry.register(prometheus_collector(scorer, model_name=model_name))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 

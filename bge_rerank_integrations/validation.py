@@ -32,8 +32,12 @@ def is_blank(text: str) -> bool:
     )
 
 
-def check_query(query: Any) -> str:
-    """Return the query of a ranking unchanged, if it is valid.
+def check_query(query: Any, *, may_be_blank: bool = False) -> str:
+    """Return a query unchanged, if it is valid.
+
+    Args:
+        query: The query.
+        may_be_blank: Whether it may be blank, as in pairs to score. The query of a ranking may not.
 
     Raises:
         InputTypeError: The query is not a string.
@@ -41,7 +45,7 @@ def check_query(query: Any) -> str:
     """
     if not isinstance(query, str):
         raise InputTypeError(f"the query must be a string, not {_kind(query)}")
-    if is_blank(query):
+    if not may_be_blank and is_blank(query):
         raise InputError(BLANK_QUERY)
     return query
 
@@ -114,7 +118,7 @@ async def acheck_stream(pairs: AsyncIterable[Pair], num_pairs: int) -> AsyncIter
 
 
 def check_requests(
-    requests: Any, check: Callable[[Any], list[str]] | None = None
+    requests: Any, check: Callable[[Any], list[str]] | None = None, *, may_be_blank: bool = False
 ) -> list[tuple[str, list[str]]]:
     """Return requests as a list of (query, passages) tuples.
 
@@ -122,6 +126,7 @@ def check_requests(
         requests: An iterable of (query, passages) requests.
         check: Checks the passages of one request and returns them as a list of strings. None stands for
             `check_passages`.
+        may_be_blank: As in `check_query`.
 
     Raises:
         InputError: A request is invalid; `.index` says which one.
@@ -135,7 +140,8 @@ def check_requests(
                 f"request {index} must be a (query, passages) tuple, not {_kind(request)}", index=index
             )
         try:
-            checked.append((check_query(request[0]), (check or check_passages)(request[1])))
+            query = check_query(request[0], may_be_blank=may_be_blank)
+            checked.append((query, (check or check_passages)(request[1])))
         except InputError as error:
             raise type(error)(f"request {index}: {error}", index=index) from None
     return checked

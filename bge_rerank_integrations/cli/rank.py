@@ -211,11 +211,19 @@ def rerank_run_command(
     """
     if not tag or len(tag.split()) != 1:
         raise click.UsageError("--tag must be one word without spaces")
-    inputs = [run, folder / "corpus.jsonl", folder / "queries.jsonl"]
-    if output is not None and output.resolve() in [path.resolve() for path in inputs]:
-        raise click.UsageError(f"{output} is one of the inputs; choose another output file")
+    inputs = [path.resolve() for path in (run, folder / "corpus.jsonl", folder / "queries.jsonl")]
     if output is None:
         require_stdout()
+    else:
+        output = output.resolve()  # keep a symbolic link
+        partial = output.with_name(output.name + ".partial")
+        if output in inputs or partial in inputs:
+            raise click.UsageError(
+                f"{output} or {partial.name} is one of the inputs; choose another output file"
+            )
+        # A folder that is read-only must fail before the work begins.
+        partial.touch()
+        partial.unlink()
     first = {query_id: dict(list(scores.items())[:depth]) for query_id, scores in read_run(run).items()}
     corpus, queries = read_corpus(folder), read_queries(folder)
     with Scorer.from_config(config) as scorer:
@@ -225,9 +233,8 @@ def rerank_run_command(
     if output is None:
         click.echo(text, nl=False)
     else:
-        temporary = output.with_name(output.name + ".partial")
-        temporary.write_bytes(text)
-        temporary.replace(output)
+        partial.write_bytes(text)
+        partial.replace(output)
     summary = [
         describe_truncation(reranked.num_truncated, reranked.num_truncated_queries, config),
         describe_precision_used(config),

@@ -174,7 +174,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{path}, line {number}: not valid JSON") from error
         if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
             raise DatasetError(f"{path}, line {number}: not an object with a string `_id`")

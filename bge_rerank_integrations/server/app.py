@@ -76,7 +76,7 @@ def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None 
     app = Starlette(
         routes=[
             *endpoints,
-            *probe_routes(service),
+            *probe_routes(service, settings),
             *information_routes(service, settings, check_key),
             *page_routes(),
         ],

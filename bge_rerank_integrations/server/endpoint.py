@@ -185,7 +185,8 @@ class RerankEndpoint:
 
     async def _score(self, work: Work, receive: Receive) -> list[Ranking]:
         """Rank the work. Stop early if the time is over or the client disconnects."""
-        timeout_s = min(self._settings.timeout_s, work.timeout_s or self._settings.timeout_s)
+        limits = (self._settings.timeout_s, work.timeout_s)
+        timeout_s = min(limit for limit in limits if limit is not None)
         scoring = asyncio.ensure_future(self._service.rank(work))
         disconnect = asyncio.ensure_future(_disconnected(receive))
         try:

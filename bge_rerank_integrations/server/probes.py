@@ -16,7 +16,7 @@ from bge_rerank_integrations.server.settings import ServerSettings
 from bge_rerank_integrations.telemetry import prometheus_exposition
 
 
-def probe_routes(service: Service) -> list[Route]:
+def probe_routes(service: Service, settings: ServerSettings) -> list[Route]:
     """Return the routes that need no key: `/health`, `/health/ready`, `/health/live`, `/metrics`."""
 
     async def live(_: Request) -> Response:
@@ -26,7 +26,9 @@ def probe_routes(service: Service) -> list[Route]:
         return _health(is_ok=service.is_ready, service=service)
 
     async def metrics(_: Request) -> Response:
-        content, content_type = prometheus_exposition(service.scorer)
+        scorer = service.scorer
+        name = None if scorer is None else model_name(settings, scorer.config.model)
+        content, content_type = prometheus_exposition(scorer, model_name=name)
         return Response(content, headers={"content-type": content_type})
 
     return [

@@ -29,6 +29,7 @@ _MAX_CHARACTERS: Final = 4_000_000
 _NUM_PARTS_AT_ONCE: Final = 2
 # A part takes at most this share of the queue. It then fits as soon as other requests have ended.
 _MAX_QUEUE_SHARE: Final = 0.5
+_RETRY_S: Final = 0.01
 
 _Part = list[Fragment]
 _Run = Callable[[Scorer, _Part], Awaitable[list[Ranking]]]
@@ -206,6 +207,8 @@ class Service:
                 self._part_ended = asyncio.Event()
             if self._num_running:
                 await self._part_ended.wait()
+            else:  # other users of the scorer fill the queue, and nothing tells when it has room again
+                await asyncio.sleep(_RETRY_S)
 
 
 async def _rank_all(scorer: Scorer, part: _Part) -> list[Ranking]:

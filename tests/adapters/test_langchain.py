@@ -7,12 +7,16 @@ import copy
 import json
 import pickle
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
+import numpy as np
 import pytest
 import torch
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -1217,3 +1221,27 @@ class TestStandardRetriever(RetrieversIntegrationTests):
     @property
     def retriever_query_example(self) -> str:
         return QUERY
+
+
+@pytest.mark.parametrize(
+    "missing", [float("nan"), np.float32("nan"), np.float64("nan"), Decimal("nan"), None]
+)
+def test_every_kind_of_nan_is_a_missing_field(missing: object) -> None:
+    scorer = TableScorer()
+    document = Document(page_content=PANDA, metadata={"year": missing})
+    BGEReranker(scorer=scorer, rank_fields=["year"]).compress_documents([document], "q")
+    assert scorer.asked == [("q", [PANDA])]
+
+
+@pytest.mark.parametrize("template", ["{page_content!z}", "{page_content:d}", "{a!z} {page_content}"])
+def test_a_template_that_no_text_fits_is_refused(template: str) -> None:
+    with pytest.raises(ValidationError, match="not a valid format string"):
+        BGEReranker(document_template=template)
+
+
+def test_metadata_of_another_type_of_dict_with_values_that_cannot_be_copied() -> None:
+    document = Document(page_content=PANDA)
+    document.metadata = defaultdict(list, {"lock": threading.Lock()})
+    (ranked,) = BGEReranker(scorer=TableScorer()).compress_documents([document], "q")
+    assert "relevance_score" in ranked.metadata
+    assert list(document.metadata) == ["lock"]

@@ -98,6 +98,7 @@ def test_a_beir_folder_is_read(folder: Path) -> None:
         ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": 5, "text": "t"}\n', "line 2: not an object"),
         ("corpus.jsonl", '{"_id": "a"}\n', "line 1: title and text"),
         ("corpus.jsonl", "\n{\n", "line 2: not valid JSON"),
+        ("corpus.jsonl", '{"_id": "a", "m": ' + "[" * 100_000 + "\n", "line 1: not valid JSON"),
         ("queries.jsonl", '{"_id": "a"}\n', "line 1: text must"),
         ("queries.jsonl", '{"_id": "a", "text": "t"}\n', "no relevant passage"),
         (

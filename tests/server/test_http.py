@@ -334,9 +334,10 @@ def test_health_and_metrics(local: Scorer, open_url: str) -> None:
         {"status": "ok", "queued_requests": 0, "queued_tokens": 0},
     )
     metrics = httpx.get(open_url + "/metrics")
+    name = Path(local.config.model).name  # anybody may read the metrics, so they do not contain the path
     assert metrics.headers["content-type"].startswith("text/plain")
-    assert f'bge_rerank_up{{model="{local.config.model}"}} 1.0' in metrics.text
-    assert f'bge_rerank_pairs_total{{model="{local.config.model}"}}' in metrics.text
+    assert f'bge_rerank_up{{model="{name}"}} 1.0' in metrics.text
+    assert f'bge_rerank_pairs_total{{model="{name}"}}' in metrics.text
 
 
 def test_health_of_a_lost_device_and_of_a_drain() -> None:
@@ -423,3 +424,14 @@ def test_a_scorer_that_normalizes_is_refused(checkpoint: Path) -> None:
         pytest.raises(ConfigError, match="normalize=False"),
     ):
         create_app(normalizing)
+
+
+@pytest.mark.parametrize("raw", [{"raw_scores": True}, {"use_activation": False}])
+def test_raw_scores_and_rank_fields_work_with_top_k_too(
+    client: httpx.Client, local: Scorer, raw: dict[str, bool]
+) -> None:
+    documents = [{"title": "a", "text": "b"}, {"title": "c"}]
+    body = {"query": "q", "documents": documents, "rank_fields": ["title"], "top_k": 1, **raw}
+    (result,) = client.post("/v1/rerank", json=body).json()["results"]
+    best = local.rank("q", ["a", "c"], top_n=1)[0]
+    assert (result["index"], result["relevance_score"]) == (best.index, pytest.approx(best.score, abs=1e-5))

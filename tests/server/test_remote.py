@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import http.server
 import json
+import math
 import pickle
 import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     ServerUnreachableError,
 )
-from bge_rerank_integrations.remote_wire import Answer, retry_delay
+from bge_rerank_integrations.remote_wire import Answer, _retry_after, retry_delay
 from bge_rerank_integrations.server import create_app
 from tests.server.conftest import KEY
 from tests.support.servers import HeldScorer, running, wait_until
@@ -265,14 +268,15 @@ def test_arguments_are_checked_before_anything_is_sent() -> None:
 
 def ranked(request: httpx.Request) -> httpx.Response:
     """Return descending scores, and fields that a later version may have."""
+    sent = json.loads(request.content)
     rankings = [
         {
             "passages": [
                 {"index": index, "score": -float(index), "unheard_of": 1} for index in range(len(passages))
-            ],
+            ][: sent.get("top_n")],
             "counts": {"num_pairs": len(passages), "num_tokens": 3, "num_unheard_of": 1},
         }
-        for _, passages in json.loads(request.content)["requests"]
+        for _, passages in sent["requests"]
     ]
     return httpx.Response(200, json={"rankings": rankings})
 
@@ -552,8 +556,8 @@ def test_each_process_and_each_event_loop_has_one_pool(scorer: RemoteScorer) -> 
     for thread in threads:
         thread.join()
     assert len(results) == 8
-    client = scorer._transport._sync_client()
-    assert client is scorer._transport._sync_client()
+    with scorer._transport._sync_client() as client, scorer._transport._sync_client() as same:
+        assert client is same
 
     async def twice() -> httpx.AsyncClient:
         await asyncio.gather(scorer.arank("a", ["b"]), scorer.arank("a", ["c"]))
@@ -569,7 +573,8 @@ async def test_a_closed_scorer(keyed_url: str) -> None:
     scorer = RemoteScorer(keyed_url, api_key=KEY)
     scorer.rank("a", ["b"])
     await scorer.arank("a", ["b"])
-    client, async_client = scorer._transport._sync_client(), scorer._transport._async_client()
+    with scorer._transport._sync_client() as client:
+        async_client = scorer._transport._async_client()
     await scorer.aclose()
     scorer.close()
     assert client.is_closed
@@ -587,3 +592,144 @@ def test_a_given_client_stays_open_and_cannot_be_pickled() -> None:
     assert not scorer._transport._given_client.is_closed
     with pytest.raises(ConfigError, match="cannot be pickled"):
         pickle.dumps(scorer)
+
+
+def passage(**fields: Any) -> dict[str, Any]:
+    return {"index": 0, "score": 1.0, **fields}
+
+
+@pytest.mark.parametrize(
+    "passages",
+    [
+        [],
+        [passage()],
+        [passage(), passage()],
+        [passage(), passage(index=2)],
+        [passage(), passage(index=-1)],
+        [passage(), passage(index="1")],
+        [passage(), passage(index=1, score="high")],
+        [passage(), passage(index=1, score=None)],
+        [passage(), passage(index=1, score=10**400)],
+        [passage(), passage(index=1, score=math.nan)],
+        [passage(), passage(index=1, score=math.inf)],
+        [passage(), passage(index=1, truncated="no")],
+    ],
+)
+def test_an_answer_that_is_not_a_ranking_of_the_passages_is_refused(passages: list[Any]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(
+            200, content=json.dumps({"rankings": [{"passages": passages, "counts": {"num_pairs": 2}}]})
+        )
+
+    with pytest.raises(RemoteError, match="not a ranking"):
+        stub(answer).rank("q", ["a", "b"])
+    with pytest.raises(RemoteError, match="not a ranking"):
+        stub(answer).score([("q", "a"), ("q", "b")])
+
+
+def test_counts_that_are_no_numbers_are_refused() -> None:
+    ranking = {"passages": [passage()], "counts": {"num_pairs": "x"}}
+    with pytest.raises(RemoteError):
+        stub(lambda _: httpx.Response(200, json={"rankings": [ranking]})).rank("q", ["a"])
+
+
+def test_pairs_with_a_blank_query_are_scored_as_by_a_local_scorer(
+    scorer: RemoteScorer, local: Scorer
+) -> None:
+    pairs = [("q", "a"), ("", "text"), (" ", ""), ("q", "b")]
+    assert scorer.score(pairs) == pytest.approx(local.score(pairs), abs=1e-5)
+
+
+def test_closing_during_calls_of_other_threads() -> None:
+    """Each call ends at once: with a result, or because the scorer is closed."""
+    entered, go_on = threading.Barrier(5), threading.Event()
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            entered.wait()
+            go_on.wait()
+            content = ranked(httpx.Request("POST", "http://x", content=body)).content
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        scorer = RemoteScorer(f"http://127.0.0.1:{server.server_port}", timeout=30.0)
+        with ThreadPoolExecutor() as pool:
+            calls = [pool.submit(scorer.rank, "q", ["a"]) for _ in range(4)]
+            entered.wait(30)
+            with scorer._transport._sync_client() as client:
+                scorer.close()
+                assert not client.is_closed
+            go_on.set()
+            assert [len(call.result(20)) for call in calls] == [1, 1, 1, 1]
+        assert client.is_closed
+        assert scorer._transport._client is None
+        server.shutdown()
+
+
+def test_a_closed_scorer_does_not_try_again() -> None:
+    def close_and_fail(request: httpx.Request) -> httpx.Response:
+        closing.close()
+        return httpx.Response(503, headers={"retry-after": "0"})
+
+    closing = stub(close_and_fail)
+    with pytest.raises(ScorerClosedError):
+        closing.rank("q", ["a"])
+
+
+def test_a_given_client_that_is_closed_or_redirects_forever() -> None:
+    closed = httpx.Client()
+    closed.close()
+    with pytest.raises(ScorerClosedError, match="given"):
+        RemoteScorer("http://host", client=closed).rank("q", ["a"])
+    transport = httpx.MockTransport(
+        lambda _: httpx.Response(307, headers={"location": "http://host/v1/rank"})
+    )
+    looping = httpx.Client(transport=transport, follow_redirects=True)
+    with pytest.raises(ServerUnreachableError, match="TooManyRedirects"):
+        RemoteScorer("http://host", client=looping, max_retries=0).rank("q", ["a"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"timeout": 31_536_001}, {"timeout": 1e12}, {"api_key": 5}, {"api_key": b"abc"}]
+)
+def test_settings_that_no_call_could_use_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RemoteScorer("http://host", **settings)
+
+
+def test_hosts_that_are_no_names_are_refused() -> None:
+    for host in ("a..b", "a" * 64 + ".com"):
+        with pytest.raises(ConfigError, match="base_url"):
+            RemoteScorer(f"http://{host}")
+
+
+def test_an_empty_key_in_the_environment_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BGE_RERANK_API_KEY", "")
+    assert RemoteScorer("http://host")._key.headers() == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
+        ("Mon, 01 Jan 2024 00:00:00 +99999999999999", None),
+        (time.asctime(time.gmtime(time.time() + 100)), 100.0),
+    ],
+)
+def test_dates_of_retry_after(value: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        seconds = _retry_after(value)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert seconds == (None if expected is None else pytest.approx(expected, abs=3600))

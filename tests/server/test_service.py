@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -182,3 +183,25 @@ async def test_states_from_loading_to_lost() -> None:
     assert (service.is_live, service.is_ready) == (False, False)
     with pytest.raises(Refusal, match="could not be loaded"):
         await service.rank(work_of("1"))
+
+
+async def test_a_queue_that_others_fill_does_not_stop_the_event_loop() -> None:
+    """The later parts of a request wait until the other users of the scorer have left room."""
+    scorer = HeldScorer(is_held=False, max_queued_tokens=1000)
+    scorer.config = dataclasses.replace(scorer.config, max_length=512)
+    service = service_of(scorer)
+    rank = scorer.arank_many
+
+    async def rank_and_fill(requests: Any) -> Any:
+        rankings = await rank(requests)
+        scorer.queued_tokens = 1000  # of requests that the service does not know
+        return rankings
+
+    scorer.arank_many = rank_and_fill  # type: ignore[method-assign]
+    ranking = asyncio.ensure_future(service.rank(work_of("1", "2")))
+    await asyncio.sleep(0.1)  # the loop still runs
+    assert not ranking.done()
+    scorer.arank_many = rank  # type: ignore[method-assign]
+    scorer.queued_tokens = 0
+    ((first, second),) = await asyncio.wait_for(ranking, PATIENCE_S)
+    assert (first.index, second.index) == (1, 0)

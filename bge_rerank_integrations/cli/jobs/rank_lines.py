@@ -131,10 +131,11 @@ def _chunks(
     waiting: list[Request] = []
     num_pairs = 0
     for number, raw in enumerate(source, start=1):
-        if not raw.strip():
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if not line.strip():
             continue
         try:
-            request = parse_request(number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
+            request = parse_request(number, line)
         except MalformedLineError as error:
             try:
                 leave_out(error)

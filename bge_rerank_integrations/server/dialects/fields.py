@@ -132,3 +132,16 @@ def _text(value: Any, what: str, rank_fields: Sequence[str] = ("text",), index: 
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float)
+
+
+def read_raw_scores(body: Mapping[str, Any]) -> bool:
+    """Return whether a body asks for raw logits, by either of the two names of this option."""
+    return read_flag(body, "raw_scores") or not read_flag(body, "use_activation", default=True)
+
+
+def read_rank_fields(body: Mapping[str, Any]) -> list[str]:
+    """Return the names of the fields of document objects to score."""
+    names = body.get("rank_fields") or ["text"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputTypeError("the field 'rank_fields' must be a list of strings or null")
+    return names

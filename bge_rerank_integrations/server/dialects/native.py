@@ -25,11 +25,12 @@ def _parse(body: Body) -> Work:
     requests = body.get("requests")
     if not isinstance(requests, list):
         raise InputTypeError("the field 'requests' must be a list of [query, passages] pairs")
+    only_scores = read_flag(body, "only_scores")
     return Work(
-        requests=check_requests(requests),
+        requests=check_requests(requests, may_be_blank=only_scores),
         top_n=top_n,
         raw_scores=True,
-        only_scores=read_flag(body, "only_scores"),
+        only_scores=only_scores,
         timeout_s=timeout_s,
         model=read_model(body),
     )

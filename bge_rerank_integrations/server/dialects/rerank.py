@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, openai_error
 from bge_rerank_integrations.server.dialects.fields import (
     ACTIVATION_SCHEMA,
@@ -20,6 +19,8 @@ from bge_rerank_integrations.server.dialects.fields import (
     read_count,
     read_flag,
     read_model,
+    read_rank_fields,
+    read_raw_scores,
     read_text,
     read_texts,
 )
@@ -41,21 +42,14 @@ _FIELDS: Final = {
 
 
 def _parse(body: Body) -> Work:
-    documents = read_texts(body, "documents", _rank_fields(body))
+    documents = read_texts(body, "documents", read_rank_fields(body))
     return Work(
         requests=[(read_text(body, "query"), documents)],
         top_n=read_count(body, "top_n"),
-        raw_scores=read_flag(body, "raw_scores") or not read_flag(body, "use_activation", default=True),
+        raw_scores=read_raw_scores(body),
         return_documents=read_flag(body, "return_documents"),
         model=read_model(body),
     )
-
-
-def _rank_fields(body: Body) -> list[str]:
-    names = body.get("rank_fields") or ["text"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputTypeError("the field 'rank_fields' must be a list of strings or null")
-    return names
 
 
 def _render(reply: Reply) -> dict[str, Any]:

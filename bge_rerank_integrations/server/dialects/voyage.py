@@ -17,6 +17,8 @@ from bge_rerank_integrations.server.dialects.fields import (
     read_count,
     read_flag,
     read_model,
+    read_rank_fields,
+    read_raw_scores,
     read_text,
     read_texts,
 )
@@ -25,8 +27,9 @@ from bge_rerank_integrations.server.dialects.fields import (
 def _parse(body: Body) -> Work:
     top_k, top_n = read_count(body, "top_k"), read_count(body, "top_n")
     return Work(
-        requests=[(read_text(body, "query"), read_texts(body, "documents"))],
+        requests=[(read_text(body, "query"), read_texts(body, "documents", read_rank_fields(body)))],
         top_n=top_n if top_k is None else top_k,
+        raw_scores=read_raw_scores(body),
         return_documents=read_flag(body, "return_documents"),
         refuse_truncated=not read_flag(body, "truncation", default=True),
         model=read_model(body),
