@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from bge_rerank_integrations.cli.jobs.job_record import JobRecord, record_path
+from bge_rerank_integrations.cli.jobs.job_record import INPUT, JobRecord, record_path
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.errors import DatasetError
 
@@ -53,7 +53,7 @@ class FileJob:
         if input_path is not None and input_path.resolve() in (output, self._partial, record_path(output)):
             raise DatasetError(f"{input_path} is the input; choose another output file")
         input_sha256 = None if input_path is None else _sha256(input_path)
-        self._record = JobRecord(output, {**settings, "input_sha256": input_sha256})
+        self._record = JobRecord(output, {**settings, INPUT: input_sha256})
         self._can_go_on = input_path is not None
         self._overwrite = overwrite
 

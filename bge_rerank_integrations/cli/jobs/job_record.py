@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
 from bge_rerank_integrations.errors import DatasetError
+
+INPUT: Final = "input_sha256"
+"""Name of the setting with the digest of the input file."""
 
 
 def record_path(output: Path) -> Path:
@@ -70,6 +73,7 @@ class JobRecord:
         names = {*recorded, *self._settings}
         differing = sorted(name for name in names if recorded.get(name) != self._settings.get(name))
         if differing:
-            raise DatasetError(
-                f"{self._output} was started with other settings ({', '.join(differing)}); {advice}"
-            )
+            other = f"other settings ({', '.join(differing)})"
+            if differing == [INPUT]:
+                other = "another content of its input file"
+            raise DatasetError(f"{self._output} was started with {other}; {advice}")
