@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bge_rerank_integrations.engine.cpu.vector_intrinsics import LONG, WIDTH
+from bge_rerank_integrations.engine.cpu.vector_intrinsics import LONG, WIDTH, address_of
 
 AMX_ROWS: Final = 16
 """Rows of a tile register. Products have as many rows."""
@@ -81,10 +81,6 @@ def _make_multiply(num_blocks: int) -> Any:
         signature = types.void(a, index, index, b, index, index, c, index, index, index)
 
         def generate(context, builder, signature, arguments):
-            def pointer(position: int) -> Any:
-                array = context.make_array(signature.args[position])(context, builder, arguments[position])
-                return builder.gep(array.data, [arguments[position + 1]])
-
             def bytes_of(position: int) -> Any:
                 return builder.mul(arguments[position], LONG(_BYTES))
 
@@ -92,7 +88,7 @@ def _make_multiply(num_blocks: int) -> Any:
                 address = builder.bitcast(builder.gep(start, [offset]), cgutils.voidptr_t)
                 _call(builder, instruction, tile, address, step)
 
-            a, b, c = (pointer(position) for position in (0, 3, 6))
+            a, b, c = (address_of(context, builder, signature, arguments, place) for place in (0, 3, 6))
             a_bytes, b_bytes, c_bytes = (bytes_of(position) for position in (2, 5, 8))
             for block in range(num_blocks):
                 _call(builder, "tilezero", block)

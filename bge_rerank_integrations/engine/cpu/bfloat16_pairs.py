@@ -21,6 +21,7 @@ from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     STEP,
     VECTOR,
     WIDTH,
+    address_of,
     load_vector,
     make_multiply,
     make_powers_of_2,
@@ -56,12 +57,8 @@ def pack_row(typing_context, source, source_start, target, target_start, count):
     signature = types.void(source, index, target, index, index)
 
     def generate(context, builder, signature, arguments):
-        source, target = (
-            context.make_array(signature.args[place])(context, builder, arguments[place]).data
-            for place in (0, 2)
-        )
         source_row, target_row = (
-            builder.gep(array, [arguments[place]]) for array, place in ((source, 1), (target, 3))
+            address_of(context, builder, signature, arguments, place) for place in (0, 2)
         )
         with _steps(builder, arguments[4], STEP) as start:
             first = builder.gep(source_row, [start])

@@ -90,11 +90,7 @@ def make_multiply(num_vectors: int, multiply_add: Callable[[Any, Any, Any, Any],
         signature = types.void(a, index, index, b, index, index, c, index, index, index)
 
         def generate(context, builder, signature, arguments):
-            def pointer(position: int) -> Any:
-                array = context.make_array(signature.args[position])(context, builder, arguments[position])
-                return builder.gep(array.data, [arguments[position + 1]])
-
-            a, b, c = (pointer(position) for position in (0, 3, 6))
+            a, b, c = (address_of(context, builder, signature, arguments, place) for place in (0, 3, 6))
             a_step, b_step, c_step, depth = (arguments[position] for position in (2, 5, 8, 9))
             a_rows = [builder.gep(a, [builder.mul(a_step, LONG(row))]) for row in range(ROWS)]
             before = builder.block
@@ -161,8 +157,7 @@ def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
         signature = types.float32(row, types.intp, types.intp, types.float32)
 
         def generate(context, builder, signature, arguments):
-            array = context.make_array(signature.args[0])(context, builder, arguments[0])
-            row, length = builder.gep(array.data, [arguments[1]]), arguments[2]
+            row, length = address_of(context, builder, signature, arguments, 0), arguments[2]
             factors = _spread(builder, arguments[3])
 
             def masks(index: Any) -> list[Any]:
@@ -309,6 +304,12 @@ def _maximum(builder: Any, a: Any, b: Any) -> Any:
 
 def _all(value: float) -> Any:
     return ir.Constant(VECTOR, [float(np.float32(value))] * WIDTH)
+
+
+def address_of(context: Any, builder: Any, signature: Any, arguments: Any, place: int) -> Any:
+    """Emit the address of the element whose array and index are the arguments at `place` and after it."""
+    array = context.make_array(signature.args[place])(context, builder, arguments[place])
+    return builder.gep(array.data, [arguments[place + 1]])
 
 
 def load_vector(builder: Any, row: Any, vector: int) -> Any:
