@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -220,14 +219,10 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> PinnedTransfer:
     def empty(size: int, *, pin_memory: bool = False, device: object = None, **options: Any) -> Tensor:
         return real_empty(size, **options)
 
-    stream = SimpleNamespace(wait_event=lambda event: None)
     for name, value in {
         "Event": FakeEvent,
-        "Stream": lambda: stream,
-        "current_stream": lambda _: stream,
-        "stream": lambda _: nullcontext(),
+        "current_stream": lambda _: None,
         "device": lambda _: nullcontext(),
-        "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "empty", empty)

@@ -76,15 +76,15 @@ class PlainTransfer:
 class PinnedTransfer:
     """Asynchronous copies to and from a CUDA device.
 
-    Uploads run on a separate stream, so that the next batch is copied while the current one computes. Uploads
-    alternate between two slots. Each slot has a pinned buffer, in which the batch is laid out, and a buffer
-    on the device. Downloads run on the stream that computes. There, a download comes after its forward pass
-    and before the next one, which may overwrite the logits, as a CUDA graph does. A caller waits for an event
-    after its download, not for the stream, since the next batch may already be computing on it.
+    All copies run on the stream that computes, in the order of the calls. An upload comes after the forward
+    passes that were launched before it, so that it cannot overwrite what they read. A download comes after
+    its forward pass and before the next one, which may overwrite the logits, as a CUDA graph does. A caller
+    waits for an event after its download, not for the stream, since the next batch may already be computing
+    on it. Uploads alternate between two slots. The host can therefore lay out the next batch before the
+    previous one has been copied.
 
     All buffers are allocated once, in the constructor. So no request can fail because memory cannot be
-    pinned. It also avoids torch's allocators, which decide when a stream no longer needs the memory that
-    another stream wrote: after a failed capture of a CUDA graph they may never free such memory.
+    pinned.
 
     Args:
         device: The device.
@@ -101,20 +101,13 @@ class PinnedTransfer:
         self._device = device
         self._plain = PlainTransfer(device)
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()
             # A batch has ids, position ids and bounds of sequences. It has no more sequences than tokens.
             self._slots = deque(_Slot(3 * max_tokens + 1, device) for _ in range(self.depth))
-            # Earlier work that used this memory may still run, and uploads do not wait for it.
-            torch.cuda.synchronize()
         self._results = [torch.empty(max_tokens, pin_memory=True) for _ in range(self.depth)]
 
     def upload(self, parts: Sequence[IntArray]) -> Tensor:
         """See `Transfer`."""
         size = sum(map(len, parts))
-        computing = torch.cuda.current_stream(self._device)
-        # Everything that reads the previous slot was launched before now, even if a forward pass failed
-        # halfway. The upload after this one uses that slot again.
-        self._slots[-1].was_read.record(computing)
         if size > len(self._slots[0].array):
             return self._plain.upload(parts)
         slot = self._slots[0]
@@ -122,11 +115,8 @@ class PinnedTransfer:
         slot.has_left.synchronize()  # returns at once if the event was never recorded
         np.concatenate(parts, out=slot.array[:size])
         uploaded = slot.on_device[:size]
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(slot.was_read)
-            uploaded.copy_(slot.pinned[:size], non_blocking=True)
-            slot.has_left.record()
-        computing.wait_event(slot.has_left)
+        uploaded.copy_(slot.pinned[:size], non_blocking=True)
+        slot.has_left.record(torch.cuda.current_stream(self._device))
         return uploaded
 
     def download(self, logits: Tensor) -> Callable[[], list[float]]:
@@ -153,7 +143,6 @@ class _Slot:
 
     Attributes:
         has_left: Event after the last copy from the pinned buffer.
-        was_read: Event after all work that reads the buffer on the device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -161,7 +150,6 @@ class _Slot:
         self.array: IntArray = self.pinned.numpy()
         self.on_device = torch.empty(size, dtype=torch.int32, device=device)
         self.has_left = _event()
-        self.was_read = _event()
 
 
 def _event() -> torch.cuda.Event:
