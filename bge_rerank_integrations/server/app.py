@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 
 from bge_rerank_integrations.errors import missing_extra
 
@@ -13,7 +14,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
+    from starlette.routing import Match, Route
 except ImportError as error:
     raise missing_extra("server", "starlette") from error
 
@@ -95,8 +96,16 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, error.detail, "HttpError")
         headers |= error.headers or {}
+        if refusal.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = _allowed_methods(request)
     return JSONResponse(
         error_body(RERANK, refusal),
         status_code=refusal.status,
         headers={**headers, **refusal_headers(refusal)},
     )
+
+
+def _allowed_methods(request: Request) -> str:
+    """Return the methods of all routes with the path of a request. Starlette names those of the first one."""
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted(set().union(*(route.methods for route in routes))))

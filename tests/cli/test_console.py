@@ -253,6 +253,7 @@ def test_a_new_setting_becomes_an_option_by_itself(monkeypatch: pytest.MonkeyPat
         ("with careful=False", "with careful=False"),
         ("folder /data/max_length/x", "folder /data/max_length/x"),
         ("folder max_length/x.max_length", "folder max_length/x.max_length"),
+        ("query 'top_n', passage \"max_length\"", "query 'top_n', passage \"max_length\""),
     ],
 )
 def test_error_messages_name_options_instead_of_settings(message: str, shown: str) -> None:

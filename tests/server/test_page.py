@@ -112,6 +112,13 @@ def test_nothing_else_is_served(method: str, path: str, status: int, open_url: s
     assert httpx.request(method, open_url + path).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/", "GET, HEAD, POST"), ("/docs", "GET, HEAD"), ("/v1/rerank", "POST")]
+)
+def test_a_wrong_method_gets_all_methods_of_the_path(path: str, methods: str, open_url: str) -> None:
+    assert httpx.put(open_url + path).headers["allow"] == methods
+
+
 def test_post_keeps_the_format_of_tei(open_url: str, keyed_url: str) -> None:
     body = {"query": QUERY, "texts": PASSAGES}
     response = httpx.post(open_url + "/", json=body)
