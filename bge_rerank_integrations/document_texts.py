@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from numbers import Number
 from string import Formatter
 from typing import Any
@@ -81,8 +82,8 @@ def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) 
 
 
 def _is_missing(value: Any) -> bool:
-    # pandas represents an empty cell as NaN, in a type that depends on the column.
-    return value is None or (isinstance(value, Number) and value != value)
+    # pandas represents an empty cell as NaN or NaT, in a type that depends on the column. NaT is a date.
+    return value is None or (isinstance(value, Number | date) and value != value)
 
 
 class _Empty:
@@ -121,7 +122,7 @@ def _fill(template: str, document: Document, index: int) -> str:
         )
     try:
         return template.format_map(values)
-    except (TypeError, ValueError):  # the message may contain the value
+    except (TypeError, ValueError, OverflowError):  # the message may contain the value
         raise InputError(
             f"a metadata field of document {index} does not fit its format in document_template", index=index
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -121,7 +122,7 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
         return
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise InputTypeError("the score threshold must be a number or None")
-    if not math.isfinite(threshold):
+    if not abs(threshold) <= sys.float_info.max:  # also False for NaN
         raise InputError("the score threshold must be finite, not NaN or infinity; None keeps every score")
     if normalize and not 0 < threshold <= 1:
         effect = "nothing" if threshold > 1 else "everything"

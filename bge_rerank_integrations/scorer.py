@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 
 from bge_rerank_integrations.batching.inference import Pipeline, load_pipeline
 from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
+from bge_rerank_integrations.batching.timeouts import await_within, start_countdown
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_OVERLAP,
@@ -36,6 +37,7 @@ from bge_rerank_integrations.validation import (
     check_query,
     check_requests,
     check_stream,
+    check_timeout,
     group_pairs,
     is_single_pair,
 )
@@ -43,6 +45,10 @@ from bge_rerank_integrations.validation import (
 # Pairs that are read from an iterator at a time. They are enough to fill batches with pairs of similar
 # length, and few enough to keep two such lists in memory.
 _NUM_STREAMED_PAIRS: Final = 4096
+
+
+def _make_loaders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, "bge-rerank-load")
 
 
 class Scorer(OwnScorer):
@@ -71,7 +77,7 @@ class Scorer(OwnScorer):
 
     _shared: ClassVar[SharedObjects[ScorerConfig, Scorer]] = SharedObjects()
     # Async callers load models in these threads, so that the event loop's default pool stays free.
-    _loaders: ClassVar[ThreadPoolExecutor] = ThreadPoolExecutor(2, "bge-rerank-load")
+    _loaders: ClassVar[ThreadPoolExecutor] = _make_loaders()
 
     def __init__(
         self,
@@ -149,7 +155,8 @@ class Scorer(OwnScorer):
         Args:
             config: The settings.
             holder: The object that uses the scorer. It must call `release` when it no longer needs the
-                scorer. None, the default, keeps the scorer loaded until its `close` is called.
+                scorer. Python must be able to take weak references to it. None, the default, keeps the scorer
+                loaded until its `close` is called.
 
         Returns:
             The shared scorer.
@@ -169,11 +176,11 @@ class Scorer(OwnScorer):
         ready = cls._shared.get_ready(config, holder)
         if ready is not None:
             return ready
-        return await asyncio.get_running_loop().run_in_executor(cls._loaders, cls.shared, config, holder)
+        return await asyncio.get_running_loop().run_in_executor(Scorer._loaders, cls.shared, config, holder)
 
     @classmethod
     def release(cls, holder: object) -> None:
-        """Close the shared scorers that only this holder uses.
+        """Close the shared scorers that only this holder uses, and those whose holders have been deleted.
 
         Args:
             holder: The object that was given to `shared`. It may call `shared` again later.
@@ -330,9 +337,10 @@ class Scorer(OwnScorer):
             >>> [len(ranking) for ranking in rankings]
             [2, 1]
         """
+        remaining = start_countdown(timeout)
         selection = self._select(top_n, threshold, normalize)
         prepared = self._prepare_each(check_requests(requests))
-        logits = self._require_pipeline().run(prepared, timeout=timeout, progress=progress)
+        logits = self._require_pipeline().run(prepared, timeout=remaining(), progress=progress)
         return prepared.rankings(logits, selection)
 
     async def ascore(
@@ -344,7 +352,8 @@ class Scorer(OwnScorer):
         """Do the same as `score` without blocking the event loop.
 
         An iterator is read in a separate thread, and an asynchronous iterator in the caller's task. Both are
-        read while their pairs are scored.
+        read while their pairs are scored. On Python 3.10, a call with a timeout reads each item of an
+        asynchronous iterator in a task of its own.
         """
         pipeline = self._require_pipeline()
         if isinstance(pairs, AsyncIterable):
@@ -390,13 +399,14 @@ class Scorer(OwnScorer):
 
         An iterator is read in a separate thread.
         """
+        remaining = start_countdown(timeout)
         selection = self._select(top_n, threshold, normalize)
         if isinstance(requests, Iterator):
-            checked = await run_in_thread(check_requests, requests)
+            checked = await await_within(run_in_thread(check_requests, requests), remaining)
         else:
             checked = check_requests(requests)
         prepared = self._prepare_each(checked)
-        logits = await self._require_pipeline().arun(prepared, timeout=timeout)
+        logits = await self._require_pipeline().arun(prepared, timeout=remaining())
         return prepared.rankings(logits, selection)
 
     def warmup(self) -> None:
@@ -412,7 +422,7 @@ class Scorer(OwnScorer):
 
     async def awarmup(self) -> None:
         """Do the same as `warmup` without blocking the event loop."""
-        await asyncio.get_running_loop().run_in_executor(self._loaders, self.warmup)
+        await asyncio.get_running_loop().run_in_executor(Scorer._loaders, self.warmup)
 
     def stats(self) -> ScorerStats:
         """Return counts and durations since the scorer was created.
@@ -444,7 +454,11 @@ class Scorer(OwnScorer):
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
                 requests raise `ScorerClosedError`. None means no limit.
+
+        Raises:
+            InputError: The timeout is not a number of seconds in its range. Nothing is closed.
         """
+        check_timeout(timeout)
         Scorer._shared.discard(self.config, self)
         if self._pipeline is not None:
             self._pipeline.close(timeout)
@@ -500,3 +514,12 @@ class Scorer(OwnScorer):
         if pipeline is None:
             raise ScorerClosedError("this scorer is closed; create a new one")
         return pipeline
+
+
+def _renew_loaders() -> None:
+    """Replace the executor in a forked child, where it takes tasks, but has no threads."""
+    Scorer._loaders = _make_loaders()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_loaders)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any, Final
 
@@ -56,7 +56,8 @@ def check_passages(passages: Any) -> list[str]:
     Raises:
         InputTypeError: A passage is not a string; `.index` says which one.
     """
-    if isinstance(passages, str) or not isinstance(passages, Iterable):
+    # The items of these types are no passages, but characters, numbers or keys.
+    if isinstance(passages, str | bytes | bytearray | Mapping) or not isinstance(passages, Iterable):
         raise InputTypeError(f"passages must be a sequence of strings, not {_kind(passages)}")
     checked = list(passages)
     for index, passage in enumerate(checked):

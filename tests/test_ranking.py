@@ -74,6 +74,7 @@ def test_bad_top_n(top_n: Any, error: type[Exception]) -> None:
         (math.nan, InputError),
         (math.inf, InputError),
         (-math.inf, InputError),
+        (10**400, InputError),
         ("0.5", InputTypeError),
         (True, InputTypeError),
     ],

@@ -419,6 +419,8 @@ BAD_CALLS = [
     (lambda s: s.rank(None, ["p"]), "the query must be a string, not NoneType", None),
     (lambda s: s.rank(b"q", []), None, None),
     (lambda s: s.rank("q", "secret"), "passages must be a sequence of strings, not str", None),
+    (lambda s: s.rank("q", b"secret"), "passages must be a sequence of strings, not bytes", None),
+    (lambda s: s.rank("q", {"title": "secret"}), "passages must be a sequence of strings, not dict", None),
     (lambda s: s.rank("q", ["p", b"secret"]), "passage 1 must be a string, not bytes", 1),
     (lambda s: s.rank("q", [float("nan")]), "passage 0 must be a string, not float", 0),
     (lambda s: s.rank_many([("q", ["p"]), ("q", [3])]), "request 1: passage 0 must be a string", 1),
@@ -607,6 +609,13 @@ def test_other_settings_are_another_scorer(shared_config: ScorerConfig) -> None:
     assert own.config == shared.config
     own.close()
     assert Scorer.shared(shared_config) is shared, "closing one's own leaves the shared one"
+
+
+@pytest.mark.parametrize("timeout", [-1, float("inf"), "1"])
+def test_close_with_a_bad_timeout_closes_nothing(timeout: Any, scorer: Scorer) -> None:
+    with pytest.raises(InputError, match="timeout"):
+        scorer.close(timeout)
+    assert scorer.health().state == "ok"
 
 
 def test_close(shared_config: ScorerConfig) -> None:

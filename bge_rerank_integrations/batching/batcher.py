@@ -140,11 +140,11 @@ class MicroBatcher:
                 partial(_forget_cancelled, weakref.ref(self), weakref.ref(request))
             )
 
-    def check_open(self) -> None:
-        """Raise the exception that `submit` would raise for the smallest request, if any."""
+    def check_open(self, *, num_tokens: int) -> None:
+        """Raise the exception that `submit` would raise for a request of this many tokens, if any."""
         check_process()
         with self._changed:
-            self._check_open(1)
+            self._check_open(num_tokens)
 
     def close(self, timeout: float | None = None) -> None:
         """Reject new requests, finish the accepted ones and release the replicas.
@@ -166,7 +166,7 @@ class MicroBatcher:
         while (threads := self._live_threads()) and threading.current_thread() not in threads:
             if not join_until(threads, deadline):
                 break
-        self._fail_all(ScorerClosedError("the scorer was closed before this request was finished"))
+        self._fail_all("the scorer was closed before this request was finished")
         with self._changed:
             # Objects that still refer to this batcher, such as a traceback, must not keep the model in
             # memory.
@@ -440,12 +440,13 @@ class MicroBatcher:
         if is_first:
             request.future.set_exception(error)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, message: str) -> None:
         with self._changed:
             running = [r for worker in self._workers.values() for batch in worker.batches for r in batch]
             requests = dict.fromkeys([*running, *self._queue])
         for request in requests:
-            self._fail(request, error)
+            # Callers must not share an exception. Its traceback would refer to the frames of all of them.
+            self._fail(request, ScorerClosedError(message))
 
     def _end(self, request: Request) -> bool:
         """End a request. Return whether this call must set the result or the exception of its future."""

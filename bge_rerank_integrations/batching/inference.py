@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -30,6 +32,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.progress import OnProgress, progress_bar
+from bge_rerank_integrations.runtime.shutdown import join_until
 from bge_rerank_integrations.runtime.warn_once import warn_once
 from bge_rerank_integrations.text.pairs import PreparedPairs, one_part
 from bge_rerank_integrations.text.token_cache import TokenCache
@@ -101,7 +104,12 @@ class Pipeline:
         # rejected before any of it is computed.
         self._is_encoded_in_parts = config.max_queued_tokens is None
         self._batcher = _make_batcher(runners, config, is_device_lost)
-        self._executor = ThreadPoolExecutor(_NUM_TOKENIZERS, "bge-rerank-tokenize")
+        self._tokenizers = tokenizers = set[threading.Thread]()
+        self._executor = ThreadPoolExecutor(
+            _NUM_TOKENIZERS,
+            "bge-rerank-tokenize",
+            initializer=lambda: tokenizers.add(threading.current_thread()),
+        )
 
     def run(
         self, pairs: PreparedPairs, *, timeout: float | None = None, progress: bool = False
@@ -204,12 +212,18 @@ class Pipeline:
 
     def close(self, timeout: float | None = None) -> None:
         """Reject new requests, finish the accepted ones within `timeout` seconds, and release the model."""
-        self._executor.shutdown(wait=True)  # then all accepted requests are in the queue
-        self._batcher.close(timeout)
+        remaining = start_countdown(timeout)
+        self._executor.shutdown(wait=False)
+        seconds = remaining()
+        # When the threads have ended, all accepted requests are in the queue.
+        join_until(self._tokenizers, None if seconds is None else time.monotonic() + seconds)
+        self._batcher.close(remaining())
         self.runners = ()
 
     async def _afeed(self, pairs: PreparedPairs, remaining: Countdown) -> Future[list[float]]:
         """Encode and queue pairs in another thread. Return the future of their logits."""
+        # In a forked child the executor takes tasks, but it has no threads.
+        check_process()
         request = Request()
         try:
             feeding = self._executor.submit(self._feed, request, pairs, remaining)
@@ -233,7 +247,8 @@ class Pipeline:
         Returns:
             The future of the request, which gives the logits.
         """
-        self._batcher.check_open()  # check this before the work of tokenizing
+        # Check this before the work of tokenizing.
+        self._batcher.check_open(num_tokens=min(pairs.num_pairs, 1))
         num_windows = 0
         try:
             part_sizes = _part_sizes if self._is_encoded_in_parts else one_part

@@ -147,7 +147,8 @@ class Recorder:
         self.pairs += num_pairs
         self.tokens += num_tokens
         self._batch_requests += num_requests
-        self._fill_sum += num_tokens / budget
+        # A sequence that is longer than the budget is a batch of its own.
+        self._fill_sum += min(num_tokens / budget, 1.0)
         self._compute_s.append(compute_s)
 
     def stats(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final, TypeVar
@@ -59,9 +60,17 @@ async def await_future(future: Future[T], timeout: float | None) -> T:
 
 async def next_item(items: AsyncIterator[T], remaining: Countdown) -> T | None:
     """Return the next item, or None after the last one."""
+    return await await_within(anext(items, None), remaining)
+
+
+async def await_within(awaitable: Awaitable[T], remaining: Countdown) -> T:
+    """Await something in this task, and raise `RequestTimeoutError` when the time is over."""
     try:
-        return await asyncio.wait_for(anext(items, None), remaining())
+        if sys.version_info < (3, 11):
+            return await asyncio.wait_for(awaitable, remaining())  # in a task of its own
+        async with asyncio.timeout(remaining()):
+            return await awaitable
     except asyncio.TimeoutError:
         if remaining() == 0:
             raise RequestTimeoutError(_TIMED_OUT) from None
-        raise  # the iterator itself has raised this
+        raise  # the awaitable itself has raised this

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
+
+from bge_rerank_integrations.errors import InputTypeError
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -31,8 +34,14 @@ class _Entry(Generic[T]):
     def add(self, holder: object | None) -> None:
         if holder is None:
             self.is_pinned = True
-        else:
+            return
+        try:
             self.holders[id(holder)] = holder
+        except TypeError:
+            raise InputTypeError(
+                f"a {type(holder).__name__} cannot be a holder, because Python takes no weak references to "
+                "it; use an instance of a class of your own, or None"
+            ) from None
 
 
 class SharedObjects(Generic[K, T]):
@@ -46,7 +55,10 @@ class SharedObjects(Generic[K, T]):
 
     def __init__(self) -> None:
         self._entries: dict[K, _Entry[T]] = {}
-        self._lock = threading.Lock()
+        # The garbage collector may run the `__del__` of a holder, which calls `release`, in any thread.
+        self._lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._begin_anew)
 
     def get(self, key: K, holder: object | None, create: Callable[[K], T]) -> T:
         """Return the object of a key. The first call creates it, and other threads wait for it.
@@ -61,14 +73,16 @@ class SharedObjects(Generic[K, T]):
             The object.
 
         Raises:
+            InputTypeError: Python takes no weak references to the holder.
             BaseException: The exception of `create`. All waiting callers get it. The next call tries again.
         """
         with self._lock:
             entry = self._entries.get(key)
             is_first = entry is None
             if entry is None:
-                entry = self._entries[key] = _Entry()
+                entry = _Entry()
             entry.add(holder)
+            self._entries[key] = entry
         if is_first:
             try:
                 entry.future.set_result(create(key))
@@ -95,13 +109,18 @@ class SharedObjects(Generic[K, T]):
             return entry.future.result()
 
     def release(self, holder: object) -> list[T]:
-        """Remove a holder. Return the objects that nobody uses any more, which are dropped."""
+        """Remove a holder. Return the objects that nobody uses any more, which are dropped.
+
+        Among them are the objects whose holders have been deleted. A holder may be one of these itself: the
+        garbage collector removes weak references to an object before it runs the object's `__del__`.
+        """
         unused: list[Future[T]] = []
         with self._lock:
             for key, entry in list(self._entries.items()):
                 was_held = entry.holders.pop(id(holder), None) is not None
-                if was_held and not entry.holders and not entry.is_pinned:
-                    unused.append(self._entries.pop(key).future)
+                if (was_held or entry.future.done()) and not entry.holders and not entry.is_pinned:
+                    self._entries.pop(key, None)
+                    unused.append(entry.future)
         return [future.result() for future in unused if future.exception() is None]
 
     def discard(self, key: K, value: T) -> None:
@@ -110,3 +129,11 @@ class SharedObjects(Generic[K, T]):
             entry = self._entries.get(key)
             if entry is not None and entry.future.done() and entry.future.result() is value:
                 del self._entries[key]
+
+    def _begin_anew(self) -> None:
+        """Forget all objects in a forked child. Their threads and devices do not work there."""
+        # They stay in memory, because their threads and devices could not be released either. A thread of the
+        # parent may have held the lock, or may have been creating an object.
+        self._inherited = self._entries
+        self._entries = {}
+        self._lock = threading.RLock()

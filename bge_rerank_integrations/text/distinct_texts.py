@@ -59,7 +59,8 @@ class DistinctTexts:
 
     def strings(self) -> list[str]:
         """Return the string to tokenize for each text whose ids are not known yet."""
-        return [self._prefix + part for part, _, _ in self._reads.values()]
+        # `+` would call methods of subclasses of str.
+        return ["".join((self._prefix, part)) for part, _, _ in self._reads.values()]
 
     def take(self, all_ids: Iterator[list[int]]) -> None:
         """Take the ids of each string of `strings`, in order. Other ids stay in the iterator."""

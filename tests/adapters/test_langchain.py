@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
@@ -1223,14 +1224,32 @@ class TestStandardRetriever(RetrieversIntegrationTests):
         return QUERY
 
 
+class NotATime(datetime):
+    """Stands for pandas' NaT, a date that differs from itself."""
+
+    __hash__ = datetime.__hash__
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+
 @pytest.mark.parametrize(
-    "missing", [float("nan"), np.float32("nan"), np.float64("nan"), Decimal("nan"), None]
+    "missing",
+    [float("nan"), np.float32("nan"), np.float64("nan"), Decimal("nan"), NotATime(2000, 1, 1), None],
 )
 def test_every_kind_of_nan_is_a_missing_field(missing: object) -> None:
     scorer = TableScorer()
     document = Document(page_content=PANDA, metadata={"year": missing})
     BGEReranker(scorer=scorer, rank_fields=["year"]).compress_documents([document], "q")
     assert scorer.asked == [("q", [PANDA])]
+
+
+@pytest.mark.parametrize("value", ["x", 10**400])
+def test_a_value_that_does_not_fit_its_format_is_refused(value: object) -> None:
+    document = Document(page_content=PANDA, metadata={"size": value})
+    adapter = BGEReranker(scorer=TableScorer(), document_template="{size:.1f} {page_content}")
+    with pytest.raises(InputError, match="a metadata field of document 0 does not fit its format"):
+        adapter.compress_documents([document], "q")
 
 
 @pytest.mark.parametrize("template", ["{page_content!z}", "{page_content:d}", "{a!z} {page_content}"])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 import threading
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from bge_rerank_integrations.errors import (
     RequestTimeoutError,
     ScorerClosedError,
 )
-from bge_rerank_integrations.text.tokenization import PairTokenizer
+from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from tests.support.queues import PATIENCE_S, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -215,3 +218,77 @@ async def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoi
 
 def reading_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank-read")]
+
+
+@pytest.mark.parametrize(
+    "timeout",
+    [
+        None,
+        pytest.param(
+            600.0, marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="reads in a task of its own")
+        ),
+    ],
+)
+async def test_an_asynchronous_iterator_is_read_in_the_callers_task(
+    timeout: float | None, scorer: Scorer
+) -> None:
+    tasks = {asyncio.current_task()}
+
+    async def generate() -> AsyncIterator[tuple[str, str]]:
+        for pair in pairs(2 * PART):
+            tasks.add(asyncio.current_task())
+            yield pair
+
+    await scorer.ascore(generate(), timeout=timeout)
+    assert len(tasks) == 1
+
+
+async def test_reading_requests_counts_towards_the_timeout(scorer: Scorer) -> None:
+    may_end = threading.Event()
+
+    def generate() -> Iterator[tuple[str, list[str]]]:
+        may_end.wait(PATIENCE_S)
+        yield QUERY, ["a", "b"]
+
+    with pytest.raises(RequestTimeoutError):
+        await scorer.arank_many(generate(), timeout=0.05)
+    may_end.set()
+
+
+def test_reading_requests_counts_towards_the_timeout_of_a_thread(scorer: Scorer) -> None:
+    def generate() -> Iterator[tuple[str, list[str]]]:
+        time.sleep(0.1)
+        yield QUERY, ["a", "b"]
+
+    with pytest.raises(RequestTimeoutError):
+        scorer.rank_many(generate(), timeout=0.05)
+
+
+class HeldTokenizer:
+    """A tokenizer that waits before it encodes."""
+
+    def __init__(self, tokenizer: PairTokenizer, may_encode: threading.Event) -> None:
+        self._tokenizer = tokenizer
+        self._may_encode = may_encode
+        self.is_waiting = threading.Event()
+
+    def stream(self, *args: Any) -> Iterator[list[EncodedPair]]:
+        self.is_waiting.set()
+        assert self._may_encode.wait(PATIENCE_S)
+        return self._tokenizer.stream(*args)
+
+
+async def test_close_waits_for_tokenizing_no_longer_than_its_timeout(checkpoint: Path) -> None:
+    scorer = Scorer(checkpoint, device="cpu", dtype="float32")
+    pipeline, may_encode = scorer._pipeline, threading.Event()
+    assert pipeline is not None
+    held = HeldTokenizer(pipeline.tokenizer, may_encode)
+    pipeline.tokenizer = cast("PairTokenizer", held)
+    task = asyncio.create_task(scorer.ascore(pairs(3)))
+    assert await asyncio.to_thread(held.is_waiting.wait, PATIENCE_S)
+    closing = asyncio.create_task(asyncio.to_thread(scorer.close, 0.05))
+    done, _ = await asyncio.wait({closing}, timeout=PATIENCE_S / 2)  # the tokenizer still waits
+    may_encode.set()
+    assert done
+    with pytest.raises(ScorerClosedError):
+        await task

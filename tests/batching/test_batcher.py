@@ -76,7 +76,7 @@ def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroB
     assert (stats.requests, stats.pairs, stats.failed, stats.cancelled) == (60, 420, 0, 0)
     assert (stats.queued_requests, stats.queued_tokens) == (0, 0)
     assert stats.tokens == sum(len(sequence) for request in requests for sequence in request)
-    assert 0.0 < stats.fill <= 1.3
+    assert 0.0 < stats.fill <= 1
     assert stats.waiting.p99_ms >= stats.waiting.p50_ms >= 0.0
 
 
@@ -158,7 +158,7 @@ def test_a_full_queue_refuses_at_once_and_serves_accepted_requests(
             accepted.append(batcher.submit([sized(number, 10)]))
     assert len(accepted) == 5
     with pytest.raises(QueueFullError, match=r"40 tokens are waiting .* max_queued_tokens is 40"):
-        batcher.check_open()
+        batcher.check_open(num_tokens=1)
     gate.let_through()
     assert results(accepted) == [[1.0], [0.0], [1.0], [2.0], [3.0]]
     assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
@@ -491,6 +491,40 @@ def test_a_scorer_refuses_requests_beyond_max_queued_tokens(checkpoint: Path, te
         with pytest.raises(QueueFullError):
             scorer.score([("query", text) for text in texts])
         assert len(scorer.score([("query", texts[0])])) == 1
+
+
+def test_a_full_queue_takes_a_request_without_sequences(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate, max_queued_tokens=40)
+    futures = [batcher.submit([sized(1, 40)])]
+    gate.wait_until_entered()
+    futures.append(batcher.submit([sized(2, 40)]))
+    with pytest.raises(QueueFullError):
+        batcher.check_open(num_tokens=1)
+    batcher.check_open(num_tokens=0)
+    assert batcher.submit([]).result(PATIENCE_S) == []
+    gate.let_through()
+    assert results(futures) == [[1.0], [2.0]]
+
+
+def test_callers_of_a_closed_batcher_share_no_exception(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(gate)
+    futures = [batcher.submit([sized(number, 10)]) for number in range(3)]
+    gate.wait_until_entered()
+    batcher.close(timeout=0)
+    gate.let_through()
+    errors = [future.exception(PATIENCE_S) for future in futures]
+    assert [type(error) for error in errors] == [ScorerClosedError] * 3
+    assert len(set(map(id, errors))) == 3
+
+
+def test_a_sequence_beyond_the_budget_fills_a_batch_no_more_than_once(checkpoint: Path) -> None:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_batch_tokens=64) as scorer:
+        scorer.score([("query", "word " * 400)])
+        assert scorer.stats().fill == 1
 
 
 def test_stats_count_duplicates_and_truncations(checkpoint: Path, texts: list[str]) -> None:

@@ -478,3 +478,19 @@ def test_the_tokenizer_of_the_bge_rerankers_agrees_with_transformers(assets: Pat
         passages += [json.loads(line)["text"] for line in lines][: 2000 - len(passages)]
     assert len(passages) == 2000
     check_parity_with_transformers(assets / "xlmr-tokenizer", passages, 512)
+
+
+class Escaped(str):
+    """A string that changes what is put in front of it, as those of template engines do."""
+
+    def __radd__(self, other: str) -> str:
+        return "changed"
+
+
+def test_a_subclass_of_str_is_read_as_a_string(path: Path) -> None:
+    config = ScorerConfig(max_length=64, passage_instruction="Passage: ")
+    expected = PairTokenizer(path, config).encode(["a"], ["bear"])[0].windows[0]
+    assert (
+        PairTokenizer(path, config).encode(["a"], [Escaped("bear")])[0].windows[0].tolist()
+        == expected.tolist()
+    )

@@ -1,0 +1,114 @@
+"""Scorers that a process shares: their holders, and what a forked child gets."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from bge_rerank_integrations import Scorer, ScorerConfig
+from bge_rerank_integrations.errors import InputTypeError
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+# The parent defines `call`. A child that hangs is ended by a signal.
+FORK = """
+    import asyncio, os, signal, sys, threading, time
+    from bge_rerank_integrations import Scorer, ScorerConfig
+    from bge_rerank_integrations.errors import CheckpointNotFoundError, ForkedProcessError
+    from bge_rerank_integrations.runtime.shared_objects import SharedObjects
+
+    config = ScorerConfig(model=sys.argv[1], device="cpu", dtype="float32")
+    {parent}
+    time.sleep(0.2)  # the threads of the parent are idle
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            {call}
+            os._exit(7)
+        except ForkedProcessError:
+            os._exit(8)
+    print(os.waitpid(child, 0)[1] >> 8 or "killed")
+    os._exit(0)
+"""
+LOADED, FORKED = "7", "8"
+
+
+class Holder:
+    """An object that uses a scorer."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        self.scorer = Scorer.shared(config, self)
+        self.itself = self  # only the garbage collector deletes it
+
+    def __del__(self) -> None:
+        Scorer.release(self)
+
+
+def config_of(checkpoint: Path, **options: object) -> ScorerConfig:
+    return ScorerConfig(model=checkpoint, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("holder", [object(), "a string", (1, 2)])
+def test_a_holder_without_weak_references_is_refused_and_blocks_nobody(
+    checkpoint: Path, holder: object
+) -> None:
+    config = config_of(checkpoint, max_length=400)
+    with pytest.raises(InputTypeError, match=f"a {type(holder).__name__} cannot be a holder"):
+        Scorer.shared(config, holder)
+    with Scorer.shared(config) as scorer:
+        assert scorer.health().state == "ok"
+
+
+def test_a_holder_may_release_its_scorer_when_the_garbage_collector_deletes_it(checkpoint: Path) -> None:
+    scorer = Holder(config_of(checkpoint, max_length=401)).scorer
+    gc.collect()
+    assert scorer.health().state == "closed"
+
+
+def run_forked(parent: str, call: str, checkpoint: Path) -> str:
+    code = textwrap.dedent(FORK).format(parent=parent, call=call)
+    completed = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, timeout=200, check=True
+    )
+    return completed.stdout.strip()
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "call",
+    [
+        "asyncio.run(scorer.arank('a', ['b']))",
+        "asyncio.run(scorer.ascore([('a', 'b')], timeout=30))",
+        "asyncio.run(scorer.awarmup())",
+        "asyncio.run(Scorer.ashared(config))",
+        "Scorer.shared(config)",
+    ],
+)
+def test_a_forked_child_gets_the_same_error_from_async_calls(checkpoint: Path, call: str) -> None:
+    parent = "scorer = asyncio.run(Scorer.ashared(config)); asyncio.run(scorer.arank('a', ['b']))"
+    assert run_forked(parent, call, checkpoint) == FORKED
+
+
+@needs_fork
+def test_a_forked_child_loads_a_model_if_its_parent_has_loaded_none(checkpoint: Path) -> None:
+    missing = "asyncio.run(Scorer.ashared(ScorerConfig(model='/nonexistent/folder')))"
+    parent = f"try: {missing}\nexcept CheckpointNotFoundError: pass"
+    call = "asyncio.run(asyncio.run(Scorer.ashared(config)).arank('a', ['b']))"
+    assert run_forked(parent, call, checkpoint) == LOADED
+
+
+@needs_fork
+def test_a_forked_child_does_not_wait_for_an_object_that_its_parent_creates(checkpoint: Path) -> None:
+    parent = (
+        "shared = SharedObjects(); threading.Thread("
+        "target=shared.get, args=('key', None, lambda _: time.sleep(600)), daemon=True).start()"
+    )
+    call = "assert shared.get('key', None, str.upper) == 'KEY'"
+    assert run_forked(parent, call, checkpoint) == LOADED
