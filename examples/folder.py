@@ -24,7 +24,10 @@ except ImportError as error:
 MAX_FILE_BYTES = 64 * 2**20
 
 _REPOSITORY = Path(__file__).parents[1]
-DEFAULT_PATHS = tuple(_REPOSITORY / name for name in ("README.md", "docs", "examples", "benchmarks"))
+# Not the README of the examples: it contains the questions that it shows how to ask.
+DEFAULT_PATHS = tuple(
+    _REPOSITORY / name for name in ("README.md", "docs", "examples/corpus.jsonl", "benchmarks")
+)
 
 _HEADING = re.compile(r"(#{1,6})\s+(.+?)[\s#]*$")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")

@@ -124,4 +124,6 @@ def read_texts() -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m examples.random_checkpoint FOLDER")
     print(build_random_checkpoint(Path(sys.argv[1])))

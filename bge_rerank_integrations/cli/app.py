@@ -36,7 +36,7 @@ class _WrongUsage(click.UsageError):
     """Reports wrong usage, with a message wrapped to the terminal's width."""
 
     def format_message(self) -> str:
-        return wrap(f"Error: {self.message}").removeprefix("Error: ")
+        return wrap(f"Error: {self.message}")[len("Error: ") :]  # a line may end after the colon
 
 
 class _Commands(click.Group):

@@ -178,6 +178,10 @@ def rank_on_ray(
     if output is None:
         raise click.UsageError("--ray writes a folder; give its name with -o")
     folder = Path(source).resolve()
+    if folder in (output.resolve(), *output.resolve().parents):
+        raise click.UsageError(
+            "the output folder lies inside SOURCE, and would be read as input the next time"
+        )
     files, is_parquet = _find_files(folder)
     settings = {
         **_decisive(config),
@@ -302,7 +306,14 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
         raise MalformedInputError(f"{folder} contains no file that ends with .jsonl, .ndjson or .parquet")
     if len(kinds) > 1:
         raise click.UsageError(f"{folder} contains both JSONL and Parquet files; put them into two folders")
-    return files, kinds.pop()
+    is_parquet = kinds.pop()
+    parts = (part for path in files for part in path.relative_to(folder).parts[:-1] if "=" in part)
+    if is_parquet and (partition := next(parts, None)):
+        raise click.UsageError(
+            f"{folder} is partitioned into folders such as {partition}, whose column would be lost; read it "
+            "with ray.data.read_parquet and rank it with rerank_dataset"
+        )
+    return files, is_parquet
 
 
 def _decisive(config: ScorerConfig) -> dict[str, Any]:

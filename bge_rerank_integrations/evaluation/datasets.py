@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bge_rerank_integrations.errors import DatasetError
 
 Run = dict[str, dict[str, float]]
 """Maps a query id to its passages: passage id to score."""
+
+# Larger grades mean nothing, and pytrec_eval reserves memory for each grade up to the largest.
+_MAX_GRADE: Final = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +163,14 @@ def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
             continue
         try:
             query_id, passage_id, text = fields
-            yield number, query_id, passage_id, int(text)
+            grade = int(text)
         except ValueError as error:
             raise DatasetError(
                 f"{path}, line {number}: not `query-id TAB corpus-id TAB whole number`"
             ) from error
+        if abs(grade) > _MAX_GRADE:
+            raise DatasetError(f"{path}, line {number}: the grade is not from {-_MAX_GRADE} to {_MAX_GRADE}")
+        yield number, query_id, passage_id, grade
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -64,7 +64,11 @@ def measure(
         if scores
     }
     values = {name: dict.fromkeys(qrels, 0.0) for name in measures}
-    plain = {query_id: dict(judged) for query_id, judged in qrels.items()}
+    # trec_eval treats passages with negative grades as not relevant, but pytrec_eval may crash on them.
+    plain = {
+        query_id: {passage_id: max(grade, 0) for passage_id, grade in judged.items()}
+        for query_id, judged in qrels.items()
+    }
     for metric in ir_measures.iter_calc(list(parsed), plain, strict):
         values[parsed[metric.measure]][metric.query_id] = float(metric.value)
     return values
@@ -200,7 +204,9 @@ def evaluate(
     """
     queries = dataset.judged_queries()
     qrels = {query_id: dataset.qrels[query_id] for query_id in queries}
-    first = {query_id: dict(list(first.get(query_id, {}).items())[:depth]) for query_id in queries}
+    first = {
+        query_id: dict(list(sorted_run(first.get(query_id, {})).items())[:depth]) for query_id in queries
+    }
     num_unanswered = sum(not scores for scores in first.values())
     if num_unanswered == len(first):
         raise DatasetError("the run has no passage for any judged query; are its ids from another data set?")

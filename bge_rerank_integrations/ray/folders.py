@@ -29,6 +29,7 @@ from bge_rerank_integrations.ray.data import ROWS_OF_REQUESTS, ActorOptions, map
 from bge_rerank_integrations.scorer import Scorer
 
 ID_COLUMN: Final = "row_id"
+_ADDED_BY_RAY: Final = "Failed to apply UDF transform"
 """Number of a row among all rows of a folder. It is the same in every run over the same files."""
 
 # A row's number has these bits for its position in the file, and the bits above for the file.
@@ -131,11 +132,20 @@ def rank_parquet_folder(
         checkpoint: The folder that records which rows are written.
 
     Raises:
-        ConfigError: A file has a column that the job adds.
+        ConfigError: A file is not a Parquet file, lacks a column, or has a column that the job adds. Or two
+            files have columns of the same name and types that do not fit together.
     """
-    for file in files:
-        if ID_COLUMN in pq.read_schema(file).names:
+    schemas = [_read_schema(file) for file in files]
+    for file, schema in zip(files, schemas, strict=True):
+        if ID_COLUMN in schema.names:
             raise ConfigError(f"{file} already has the column {ID_COLUMN!r}; rename it first")
+        for column in (query_column, passages_column):
+            if column not in schema.names:
+                raise ConfigError(f"{file} has no column {column!r}; its columns are {schema.names}")
+    try:
+        pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ConfigError(f"the files have columns of different types: {error}") from None
     ds = _read(files, _read_parquet, actors.rows_per_block or ROWS_OF_REQUESTS, checkpoint)
     ranked = rerank_dataset(
         ds,
@@ -148,6 +158,13 @@ def rank_parquet_folder(
         actors=actors,
     )
     return _write(ranked, _ParquetSink(output))
+
+
+def _read_schema(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except pa.ArrowInvalid:
+        raise ConfigError(f"{file} is not a Parquet file, or it is damaged") from None
 
 
 class _FolderSource(Datasource):
@@ -251,6 +268,9 @@ def _write(ds: Dataset, sink: _CountingSink) -> Written:
         ds.write_datasink(sink)
     except RayTaskError as error:
         if isinstance(error.cause, RerankError):
+            # Ray adds how often it has tried, and how to change that.
+            message = str(error.cause).partition(_ADDED_BY_RAY)[0].rstrip()
+            error.cause.args = (message, *error.cause.args[1:])
             raise error.cause from None
         raise
     return sink.written

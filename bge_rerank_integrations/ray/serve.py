@@ -118,6 +118,8 @@ class ServeArguments(BaseModel):
                 raise ValueError("num_replicas and max_replicas cannot both be given")
             if self.min_replicas > self.max_replicas:
                 raise ValueError("min_replicas must be at most max_replicas")
+        elif ignored := sorted({"min_replicas", "target_ongoing_requests"} & self.model_fields_set):
+            raise ValueError(f"{' and '.join(ignored)} can only be used with max_replicas")
         self.scorer_config()
         return self
 

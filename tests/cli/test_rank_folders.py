@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,8 @@ def test_a_job_is_complete_once(tmp_path: Path) -> None:
         assert not job.is_resumed
         job.checkpoint.mkdir()
         (job.checkpoint / "rows.parquet").touch()
+        output.mkdir()
+        (output / "rows.jsonl").touch()
     with FolderJob(output, SETTINGS, [file]) as job:
         assert job.begin()
         assert job.is_resumed
@@ -120,6 +124,49 @@ def test_a_job_is_complete_once(tmp_path: Path) -> None:
     with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
         assert job.begin()
     assert not output.exists()
+
+
+def test_a_job_starts_over_if_its_output_was_deleted(tmp_path: Path) -> None:
+    file, output = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_text("{}")
+    for _ in range(2):
+        with FolderJob(output, SETTINGS, [file]) as job:
+            assert job.begin()
+            assert not job.is_resumed
+            for folder in (job.checkpoint, output):
+                folder.mkdir()
+                (folder / "rows.jsonl").touch()
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("deleted", [0, 1])
+def test_overwriting_that_was_killed_is_not_resumed(
+    deleted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_text("{}")
+    with FolderJob(output, SETTINGS, [file]) as job:
+        assert job.begin()
+        for folder in (job.checkpoint, output):
+            folder.mkdir()
+            (folder / "rows.jsonl").touch()
+    rmtree, calls = shutil.rmtree, count()
+
+    def killed(*args: Any, **options: Any) -> None:
+        if next(calls) == deleted:
+            raise KeyboardInterrupt
+        rmtree(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt), FolderJob(output, SETTINGS, [file], overwrite=True) as job:
+            job.begin()
+    with FolderJob(output, SETTINGS, [file]) as job, pytest.raises(DatasetError, match="--overwrite"):
+        job.begin()
+    with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
+        assert job.begin()
+    assert not output.exists()
+    assert not job.checkpoint.exists()
 
 
 @pytest.mark.parametrize("change", ["settings", "input"])

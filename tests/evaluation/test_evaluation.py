@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import math
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -315,3 +318,35 @@ def test_queries_without_a_relevant_passage_do_not_count() -> None:
         corpus={"a": "x"}, queries={"q": "x", "r": "x"}, qrels={"q": {"a": 1}, "r": {"a": 0}}
     )
     assert list(dataset.judged_queries()) == ["q"]
+
+
+@pytest.mark.parametrize("grade", ["1001", "-1001", "4294967296", "99999999999999999999"])
+def test_grades_that_mean_nothing_are_refused(grade: str, folder: Path) -> None:
+    (folder / "qrels" / "test.tsv").write_text(f"q1\tp1\t{grade}\n")
+    with pytest.raises(DatasetError, match="line 1: the grade is not from -1000 to 1000"):
+        read_beir(folder)
+
+
+def test_negative_grades_are_not_relevant() -> None:
+    """pytrec_eval may crash if all grades of a query are -2 or less."""
+    code = """
+        from bge_rerank_integrations.evaluation.measures import measure
+        judged = {"relevant": {"p0": 3}, "harmful": {f"p{number}": -3 for number in range(5)}}
+        run = {"relevant": {"p0": 1.0}, "harmful": {f"p{number}": -number for number in range(40)}}
+        for _ in range(300):
+            values = measure(judged, run, ("nDCG@10", "MAP", "MRR@10"))
+        assert all(each == {"relevant": 1.0, "harmful": 0.0} for each in values.values()), values
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=200)
+
+
+def test_the_best_passages_of_a_run_are_reranked_whatever_their_order(scorer: Scorer) -> None:
+    dataset = BeirDataset(
+        corpus={"a": "one", "b": "two", "c": "three"},
+        queries={"q": "which?"},
+        qrels={"q": {"a": 1}},
+        num_repeated=0,
+        num_conflicting=0,
+    )
+    report = evaluate(scorer, dataset, {"q": {"b": 1.0, "c": 2.0, "a": 9.0}}, 2, progress=False)
+    assert report.before["R@2"] == 1

@@ -124,7 +124,7 @@ def test_a_folder_of_parquet_files(on: list[str], checkpoint: Path, scorer: Scor
         assert row["scores"] == pytest.approx([each.score for each in expected], abs=TOLERANCE)
     missing = run(*arguments[:-1], "nonsense", "--overwrite", *on)
     assert missing.exit_code == 2
-    assert "no column ['nonsense']" in flat(missing.output)
+    assert "no column 'nonsense'" in flat(missing.output)
     strict = run(*arguments, "--overwrite", "--strict", *on)
     assert strict.exit_code == 2
     assert "the query must be a string" in flat(strict.output)
@@ -179,9 +179,50 @@ def test_strict_and_empty_input(on: list[str], tmp_path: Path) -> None:
     (source / "a.jsonl").write_text(json.dumps(request(1)) + f"\n{{{CANARY}\n")
     strict = run("rank", "--ray", source, "-o", tmp_path / "out", "--strict", *on)
     assert strict.exit_code == 3
-    assert "Error: a.jsonl, line 2: not valid JSON" in strict.output
+    assert strict.stderr.endswith("Error: a.jsonl, line 2: not valid JSON\n")
     assert CANARY not in strict.output
     (source / "a.jsonl").write_text("nonsense\n")
     useless = run("rank", "--ray", source, "-o", tmp_path / "out2", *on)
     assert useless.exit_code == 3
     assert "no row of the input is a request" in flat(useless.output)
+
+
+def test_an_output_folder_inside_the_input_is_refused(on: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(request(1)))
+    for output in (tmp_path, tmp_path / "out"):
+        result = run("rank", "--ray", tmp_path, "-o", output, *on)
+        assert result.exit_code == 2
+        assert "the output folder lies inside SOURCE" in flat(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (b"not Parquet", "b.parquet is not a Parquet file"),
+        ({"query": [QUERY], "id": [1]}, "b.parquet has no column 'passages'"),
+        ({"query": [QUERY], "passages": [["a"]], "id": ["1"]}, "the files have columns of different types"),
+    ],
+)
+def test_parquet_files_are_checked_before_any_row_is_ranked(
+    second: Any, message: str, on: list[str], tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    pq.write_table(pa.table({"query": [QUERY], "passages": [["a"]], "id": [1]}), source / "a.parquet")
+    if isinstance(second, bytes):
+        (source / "b.parquet").write_bytes(second)
+    else:
+        pq.write_table(pa.table(second), source / "b.parquet")
+    result = run("rank", "--ray", source, "-o", tmp_path / "out", *on)
+    assert (result.exit_code, message in flat(result.stderr)) == (2, True), result.stderr
+    assert result.stderr.count("Error:") == 1
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_columns_of_partition_folders_are_not_lost_silently(on: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "lang=en"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"query": [QUERY], "passages": [["a"]]}), folder / "a.parquet")
+    result = run("rank", "--ray", tmp_path / "in", "-o", tmp_path / "out", *on)
+    assert result.exit_code == 2
+    assert "partitioned into folders such as lang=en" in flat(result.stderr)

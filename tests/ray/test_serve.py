@@ -252,6 +252,8 @@ def test_autoscaling_and_resources() -> None:
         ({"max_length": 3}, "max_length must be an integer from"),
         ({"num_replicas": 0}, "num_replicas"),
         ({"num_replicas": 2, "max_replicas": 3}, "cannot both be given"),
+        ({"min_replicas": 4}, "min_replicas can only be used with max_replicas"),
+        ({"target_ongoing_requests": 4}, "target_ongoing_requests can only be used with max_replicas"),
         ({"min_replicas": 4, "max_replicas": 3}, "min_replicas must be at most max_replicas"),
         ({"timeout_s": "nan"}, "timeout_s"),
     ],

@@ -75,11 +75,14 @@ class FolderJob:
             DatasetError: The folder contains files of a job with other settings or inputs, or of no job.
         """
         if self._overwrite:
-            self._delete()
+            self._start_over()
         elif self._record.path.exists():
             self._record.check("use the same settings and inputs, another output folder, or --overwrite")
             if (self._output / _COMPLETE).exists():
                 return False
+            if not self._has_rows():
+                # Somebody has deleted the output. Without its checkpoint, all rows are written again.
+                shutil.rmtree(self.checkpoint, ignore_errors=True)
         elif self._output.exists() and any(self._output.iterdir()):
             raise DatasetError(f"{self._output} is not empty; choose another output folder")
         # The record comes first, so that a folder with results always has one.
@@ -97,12 +100,18 @@ class FolderJob:
         (self._output / _COMPLETE).touch()
         shutil.rmtree(self.checkpoint, ignore_errors=True)
 
-    def _delete(self) -> None:
-        if self._output.exists() and any(self._output.iterdir()):
-            if not self._record.path.exists():
-                raise DatasetError(
-                    f"{self._output} is not empty and was not written by a ranking job; choose another "
-                    "output folder"
-                )
-            shutil.rmtree(self._output)
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+    def _has_rows(self) -> bool:
+        return self._output.is_dir() and any(file.is_file() for file in self._output.rglob("*"))
+
+    def _start_over(self) -> None:
+        if self._has_rows() and not self._record.path.exists():
+            raise DatasetError(
+                f"{self._output} is not empty and was not written by a ranking job; choose another "
+                "output folder"
+            )
+        # If this process is killed here, the folder and its checkpoint no longer fit together. With this
+        # record, no job resumes them without --overwrite.
+        JobRecord(self._output, {"overwriting": True}).write()
+        (self._output / _COMPLETE).unlink(missing_ok=True)
+        for folder in (self._output, self.checkpoint):
+            shutil.rmtree(folder, ignore_errors=True)
