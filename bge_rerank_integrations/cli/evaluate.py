@@ -99,6 +99,9 @@ def evaluate_command(
             "different grade. The highest grade counts."
         )
         click.echo(wrap(repeated), err=True)
+    if num_unknown := len(dataset.qrels.keys() - dataset.queries.keys()):
+        unknown = f"Judged queries without a text in queries.jsonl: {num_unknown}. They are left out."
+        click.echo(wrap(unknown), err=True)
     first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
@@ -141,7 +144,7 @@ def _table(report: Report, dataset: BeirDataset, stage: str, config: ScorerConfi
     )
     yield ""
     if report.num_unanswered:
-        yield f"{report.num_unanswered} queries have no passage to rerank. They count as 0."
+        yield f"Queries without a passage to rerank: {report.num_unanswered}. They count as 0."
         yield ""
     other = report.compared
     name = "" if other is None else cut(other.name, _MAX_NAME_COLUMNS)

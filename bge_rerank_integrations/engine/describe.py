@@ -180,7 +180,7 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         attention_reason=_summary(attention),
         linear=name_of(linear),
         linear_reason=_summary(linear),
-        between_products=ops.name,
+        between_products="kernels compiled by numba" if dtype is torch.int8 else ops.name,
         max_graph_tokens=max_graph_tokens,
         threads=threads,
         threads_reason=threads_reason,

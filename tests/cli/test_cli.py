@@ -390,6 +390,14 @@ def test_eval_prints_a_table_and_json(on: list[str], folder: Path) -> None:
     assert "<svg" in plot.read_text(encoding="utf-8")
 
 
+def test_eval_says_how_many_judged_queries_have_no_text(on: list[str], folder: Path) -> None:
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.write("q8\ta\t1\nq9\ta\t1\n")
+    result = run("eval", folder, *on)
+    assert result.exit_code == 0
+    assert flat(result.stderr) == "Judged queries without a text in queries.jsonl: 2. They are left out."
+
+
 def test_eval_counts_repeated_judgements_on_one_line(on: list[str], folder: Path) -> None:
     with (folder / "qrels" / "test.tsv").open("a") as file:
         file.write("q1\ta\t1\nq2\tc\t0\n")

@@ -19,6 +19,7 @@ from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import PAIRS_STEP, int8_obstacle
+from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.runner import load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
 from examples.random_checkpoint import build_random_checkpoint
@@ -346,6 +347,13 @@ def test_int8_refuses_heads_whose_width_is_not_a_multiple_of_16(tmp_path: Path) 
     folder = build_random_checkpoint(tmp_path, hidden_size=32, num_heads=4)
     with pytest.raises(UnsupportedCheckpointError, match="multiple of 16"):
         Scorer(folder, device="cpu", dtype="int8")
+
+
+@needs_int8
+def test_int8_is_described_by_its_own_kernels() -> None:
+    report = describe_machine(ScorerConfig(device="cpu", dtype="int8"))
+    assert (report.dtype, report.between_products) == ("int8", "kernels compiled by numba")
+    assert report.attention_reason.startswith("Compute bidirectional attention within each sequence")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])

@@ -63,7 +63,7 @@ def attend(
     codes,
     affine,
 ):
-    """Compute bidirectional attention within each of B sequences, and quantize the result.
+    """Compute bidirectional attention within each sequence, and quantize the result.
 
     Products are in bfloat16 if `HAS_PAIRS` is set and the width of a head is a multiple of 2 * WIDTH, else in
     float32. Sums and the softmax are in float32.
@@ -76,7 +76,8 @@ def attend(
         q_affine: [Tq, 2], scale and low of each row of codes that was multiplied.
         q_offset: [at least width], offset of the query weight.
         q_bias: [at least width], bias of the query projection.
-        q_cu_seqlens: int32 [B + 1]. Sequence i takes the rows from q_cu_seqlens[i] to q_cu_seqlens[i + 1].
+        q_cu_seqlens: int32 [B + 1], for B sequences. Sequence i takes the rows from q_cu_seqlens[i] to
+            q_cu_seqlens[i + 1].
         kv_product: [Tkv, k_column + 2 * width], products for the keys, from `k_column` on, and then the
             values.
         kv_affine: [Tkv, 2], scale and low of each row of codes that was multiplied.
