@@ -26,6 +26,7 @@ from bge_rerank_integrations.errors import ScorerClosedError
 from bge_rerank_integrations.protocols import OwnScorer as OwnScorer
 from bge_rerank_integrations.protocols import SupportsRank as SupportsRank
 from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
+from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
 from bge_rerank_integrations.runtime.reader_threads import read_in_thread, run_in_thread
 from bge_rerank_integrations.runtime.shared_objects import SharedObjects
 from bge_rerank_integrations.text.pairs import PreparedPairs, find_blank, find_blank_in_each
@@ -521,5 +522,4 @@ def _renew_loaders() -> None:
     Scorer._loaders = _make_loaders()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_loaders)
+call_in_forked_children(_renew_loaders)

@@ -214,9 +214,8 @@ class Pipeline:
         """Reject new requests, finish the accepted ones within `timeout` seconds, and release the model."""
         remaining = start_countdown(timeout)
         self._executor.shutdown(wait=False)
-        seconds = remaining()
         # When the threads have ended, all accepted requests are in the queue.
-        join_until(self._tokenizers, None if seconds is None else time.monotonic() + seconds)
+        join_until(self._tokenizers, None if timeout is None else time.monotonic() + timeout)
         self._batcher.close(remaining())
         self.runners = ()
 

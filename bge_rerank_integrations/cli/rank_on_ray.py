@@ -178,7 +178,7 @@ def rank_on_ray(
     if output is None:
         raise click.UsageError("--ray writes a folder; give its name with -o")
     folder = Path(source).resolve()
-    if folder in (output.resolve(), *output.resolve().parents):
+    if output.resolve().is_relative_to(folder):
         raise click.UsageError(
             "the output folder lies inside SOURCE, and would be read as input the next time"
         )

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final, Literal, get_args
 
@@ -279,7 +279,7 @@ def _score_table(scorer: Scorer, table: pa.Table, *, columns: tuple[str, str], o
 def _rows(
     table: pa.Table, columns: tuple[str, str], added: Mapping[str, pa.DataType]
 ) -> list[tuple[object, object]]:
-    _check_columns(table.column_names, columns, added)
+    check_columns("the dataset", table.column_names, columns, added)
     first, second = (table.column(name).to_pylist() for name in columns)
     return list(zip(first, second, strict=True))
 
@@ -311,16 +311,24 @@ def _check_known_columns(ds: Dataset, needed: Sequence[str], added: Mapping[str,
     """Check the columns before the job runs, if the dataset knows them without reading anything."""
     schema = ds.schema(fetch_if_missing=False)
     if schema is not None:
-        _check_columns(schema.names, needed, added)
+        check_columns("the dataset", schema.names, needed, added)
 
 
-def _check_columns(names: Sequence[str], needed: Sequence[str], added: Mapping[str, pa.DataType]) -> None:
+def check_columns(source: str, names: Sequence[str], needed: Iterable[str], added: Iterable[str]) -> None:
+    """Raise `ConfigError` unless a source has the columns that are needed, and none that will be added.
+
+    Args:
+        source: What has the columns, for the message.
+        names: Its columns.
+        needed: Columns that it must have.
+        added: Columns that it must not have.
+    """
     missing = [name for name in needed if name not in names]
     if missing:
-        raise ConfigError(f"the dataset has no column {missing}; its columns are {list(names)}")
+        raise ConfigError(f"{source} has no column {missing}; its columns are {list(names)}")
     taken = [name for name in added if name in names]
     if taken:
-        raise ConfigError(f"the dataset already has the column {taken}; rename it first")
+        raise ConfigError(f"{source} already has the column {taken}; rename it first")
 
 
 def _num_cpus(actors: ActorOptions, *, has_checkpoints: bool) -> float | None:

@@ -25,12 +25,19 @@ except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.ray.data import ROWS_OF_REQUESTS, ActorOptions, map_with_scorer, rerank_dataset
+from bge_rerank_integrations.ray.data import (
+    ROWS_OF_REQUESTS,
+    ActorOptions,
+    check_columns,
+    map_with_scorer,
+    rerank_dataset,
+)
 from bge_rerank_integrations.scorer import Scorer
 
 ID_COLUMN: Final = "row_id"
-_ADDED_BY_RAY: Final = "Failed to apply UDF transform"
 """Number of a row among all rows of a folder. It is the same in every run over the same files."""
+
+_ADDED_BY_RAY: Final = "Failed to apply UDF transform"
 
 # A row's number has these bits for its position in the file, and the bits above for the file.
 _BITS_FOR_ROW: Final = 40
@@ -137,11 +144,7 @@ def rank_parquet_folder(
     """
     schemas = [_read_schema(file) for file in files]
     for file, schema in zip(files, schemas, strict=True):
-        if ID_COLUMN in schema.names:
-            raise ConfigError(f"{file} already has the column {ID_COLUMN!r}; rename it first")
-        for column in (query_column, passages_column):
-            if column not in schema.names:
-                raise ConfigError(f"{file} has no column {column!r}; its columns are {schema.names}")
+        check_columns(str(file), schema.names, (query_column, passages_column), (ID_COLUMN,))
     try:
         pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from bge_rerank_integrations.errors import ForkedProcessError
 
@@ -29,3 +30,9 @@ def check_process() -> None:
             "hook, on Celery's worker_process_init signal, or in the worker_init_fn of a "
             "torch DataLoader. Alternatively, start child processes with the 'spawn' method"
         )
+
+
+def call_in_forked_children(function: Callable[[], object]) -> None:
+    """Call a function in each process that is forked from this one, before anything else runs there."""
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=function)

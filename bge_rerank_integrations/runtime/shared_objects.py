@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -57,8 +57,7 @@ class SharedObjects(Generic[K, T]):
         self._entries: dict[K, _Entry[T]] = {}
         # The garbage collector may run the `__del__` of a holder, which calls `release`, in any thread.
         self._lock = threading.RLock()
-        if hasattr(os, "register_at_fork"):  # not on Windows
-            os.register_at_fork(after_in_child=self._begin_anew)
+        call_in_forked_children(self._begin_anew)
 
     def get(self, key: K, holder: object | None, create: Callable[[K], T]) -> T:
         """Return the object of a key. The first call creates it, and other threads wait for it.

@@ -124,7 +124,7 @@ def test_a_folder_of_parquet_files(on: list[str], checkpoint: Path, scorer: Scor
         assert row["scores"] == pytest.approx([each.score for each in expected], abs=TOLERANCE)
     missing = run(*arguments[:-1], "nonsense", "--overwrite", *on)
     assert missing.exit_code == 2
-    assert "no column 'nonsense'" in flat(missing.output)
+    assert "no column ['nonsense']" in flat(missing.output)
     strict = run(*arguments, "--overwrite", "--strict", *on)
     assert strict.exit_code == 2
     assert "the query must be a string" in flat(strict.output)
@@ -199,7 +199,7 @@ def test_an_output_folder_inside_the_input_is_refused(on: list[str], tmp_path: P
     ("second", "message"),
     [
         (b"not Parquet", "b.parquet is not a Parquet file"),
-        ({"query": [QUERY], "id": [1]}, "b.parquet has no column 'passages'"),
+        ({"query": [QUERY], "id": [1]}, "b.parquet has no column ['passages']"),
         ({"query": [QUERY], "passages": [["a"]], "id": ["1"]}, "the files have columns of different types"),
     ],
 )

@@ -80,10 +80,10 @@ class FolderJob:
             self._record.check("use the same settings and inputs, another output folder, or --overwrite")
             if (self._output / _COMPLETE).exists():
                 return False
-            if not self._has_rows():
+            if not _has_content(self._output):
                 # Somebody has deleted the output. Without its checkpoint, all rows are written again.
-                shutil.rmtree(self.checkpoint, ignore_errors=True)
-        elif self._output.exists() and any(self._output.iterdir()):
+                _delete(self.checkpoint)
+        elif _has_content(self._output):
             raise DatasetError(f"{self._output} is not empty; choose another output folder")
         # The record comes first, so that a folder with results always has one.
         self._record.write()
@@ -92,7 +92,7 @@ class FolderJob:
     @property
     def is_resumed(self) -> bool:
         """Whether an earlier run of the job has written rows."""
-        return self.checkpoint.is_dir() and any(self.checkpoint.iterdir())
+        return _has_content(self.checkpoint)
 
     def finish(self) -> None:
         """Mark the output as complete, and delete the checkpoint."""
@@ -100,11 +100,8 @@ class FolderJob:
         (self._output / _COMPLETE).touch()
         shutil.rmtree(self.checkpoint, ignore_errors=True)
 
-    def _has_rows(self) -> bool:
-        return self._output.is_dir() and any(file.is_file() for file in self._output.rglob("*"))
-
     def _start_over(self) -> None:
-        if self._has_rows() and not self._record.path.exists():
+        if _has_content(self._output) and not self._record.path.exists():
             raise DatasetError(
                 f"{self._output} is not empty and was not written by a ranking job; choose another "
                 "output folder"
@@ -113,5 +110,15 @@ class FolderJob:
         # record, no job resumes them without --overwrite.
         JobRecord(self._output, {"overwriting": True}).write()
         (self._output / _COMPLETE).unlink(missing_ok=True)
-        for folder in (self._output, self.checkpoint):
-            shutil.rmtree(folder, ignore_errors=True)
+        _delete(self._output)
+        _delete(self.checkpoint)
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder if it exists. Raise an error if a file stays: the new run would use it."""
+    if folder.exists():
+        shutil.rmtree(folder)
