@@ -92,7 +92,7 @@ def check_quantizing(
             # Triton's interpreter drops the carry if a number rounds up to a power of two, and truncates
             # subnormal numbers instead of rounding them. Devices round correctly.
             nearest = scaled.to(torch.float8_e4m3fn).float()
-            carries = (nearest.frexp().mantissa.abs() == 0.5) & (scaled.abs() < nearest.abs())
+            carries = (nearest.frexp().mantissa.abs() == 0.5) & (scaled.abs() < 1.0001 * nearest.abs())
             wrong &= ~(carries | (scaled.abs() < 1.01 * 2**-6))
         assert not wrong.any()
 
