@@ -198,7 +198,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_
 
 
 def tile_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-    """Run this package's own kernel in float32, one call for the whole batch; on CPUs with AVX-512."""
+    """Run this package's own kernel in float32, one call for the whole batch; on CPUs with AVX2."""
     if q_seqlens.max_seqlen == 1:
         # The kernel transposes the keys first, which takes longer than it saves for a single query.
         return sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
@@ -309,7 +309,7 @@ def _fits_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
         device.type == "cpu"
         and dtype is torch.float32
         and head_dim % HEAD_STEP == 0
-        and "AVX512" in torch.backends.cpu.get_cpu_capability()
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
         and find_spec("numba") is not None
     )
 

@@ -119,6 +119,11 @@ def build_model(spec: ModelSpec) -> Model:
 def _build_floating(spec: ModelSpec) -> Model:
     """Build a model in float32, float16 or bfloat16."""
     linear = resolve_linear(spec.device, spec.dtype)
+    if (spec.device.type, spec.dtype) == ("cpu", torch.bfloat16) and linear is not onednn_linear:
+        logger.warning(
+            "bfloat16 is much slower than float32 on this CPU, which has no instructions for it; use "
+            "dtype='float32' or 'int8'"
+        )
     if linear is onednn_linear:
         return _build_packed(spec, RowBlocks(PlainBlocks(linear)), round_up_to_step)
     blocks = resolve_fused_blocks(spec.device, spec.dtype, spec.shape) or PlainBlocks(linear)

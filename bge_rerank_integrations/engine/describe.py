@@ -19,7 +19,7 @@ from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
 from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
 from bge_rerank_integrations.engine.cpu.amx import has_amx
-from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle, require_int8
+from bge_rerank_integrations.engine.cpu.int8_support import is_faster_in_int8, require_int8
 from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_product
 from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import can_capture, plan_buckets
@@ -218,7 +218,7 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
 def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return the name of a precision that is faster than `dtype` on a device; None if there is none."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        if int8_obstacle() is None:
+        if is_faster_in_int8():
             return "int8"
         return "bfloat16" if dtype is torch.float32 and has_amx() else None
     return "float16" if device.type == "cuda" and dtype is torch.float32 else None
@@ -231,9 +231,9 @@ def _implementations(
     if dtype is torch.int8:
         require_int8(_BGE_HEAD_DIM)
         from bge_rerank_integrations.engine.cpu.int8_attention import attend
-        from bge_rerank_integrations.engine.cpu.int8_model import Int8Linear
+        from bge_rerank_integrations.engine.cpu.int8_linear import resolve_product
 
-        return attend, Int8Linear
+        return attend, resolve_product()
     attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)
     if dtype is torch.float8_e4m3fn:
         return attention, scaled_product

@@ -86,4 +86,7 @@ def _has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype is torch.float32
+    # On CPUs without AVX-512, MKL multiplies floats faster (benchmarks/LOG.md, 39).
+    return dtype is torch.float32 and not (
+        torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    )

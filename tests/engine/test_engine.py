@@ -141,7 +141,7 @@ def test_each_implementation_of_linear_layers_matches_transformers(
     linear: LinearFactory,
     wrap: Callable[[Blocks], Blocks],
 ) -> None:
-    if linear is onednn_linear and resolve_linear(CPU, torch.float32) is not onednn_linear:
+    if linear is onednn_linear and not torch.backends.mkldnn.is_available():
         pytest.skip("needs a torch built with oneDNN")
     shape = read_shape(checkpoint)
     weights = load_weights(checkpoint, shape, device=CPU, dtype=torch.float32)
@@ -272,6 +272,42 @@ def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture)
         resolve_linear(CPU, torch.float32)
     assert "sdpa_attention" in caplog.text
     assert "linear layers on cpu" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_mkl", "expected"),
+    [
+        ("AVX512", True, onednn_linear),
+        ("AVX2", True, plain_linear),
+        ("AVX2", False, onednn_linear),
+        ("DEFAULT", False, onednn_linear),
+    ],
+)
+def test_mkl_multiplies_floats_where_there_is_no_avx_512(
+    capability: str, has_mkl: bool, expected: LinearFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("needs a torch built with oneDNN")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    assert resolve_linear(CPU, torch.float32) is expected
+
+
+def test_a_slow_precision_is_logged_as_a_warning(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "resolve_linear", lambda *_: plain_linear)
+    shape = read_shape(checkpoint)
+    expected: dict[DType, list[str]] = {
+        "float32": [],
+        "bfloat16": ["bfloat16 is much slower than float32 on this CPU"],
+    }
+    for dtype, warnings in expected.items():
+        caplog.clear()
+        config = ScorerConfig(device="cpu", dtype=dtype, max_batch_tokens=779)  # no other test uses it
+        with caplog.at_level(logging.WARNING, "bge_rerank_integrations"):
+            load_runner(config, checkpoint, shape)
+        assert [record.getMessage().partition(",")[0] for record in caplog.records] == warnings
 
 
 def test_every_precision_of_the_config_has_a_builder() -> None:

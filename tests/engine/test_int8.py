@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
-from bge_rerank_integrations.engine.cpu.int8_support import PAIRS_STEP, int8_obstacle
+from bge_rerank_integrations.engine.cpu.int8_support import PAIRS_STEP, has_onednn_products, int8_obstacle
 from bge_rerank_integrations.engine.describe import describe_machine
 from bge_rerank_integrations.engine.runner import load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
@@ -270,21 +271,111 @@ def test_widest_vectors_sets_the_attribute_for_llvm() -> None:
     assert any('"prefer-vector-width"="512"' in text for text in double.inspect_llvm().values())
 
 
-@needs_int8
-@pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 32), (16, 384, 1536), (130, 100, 7)])
-def test_int8_products_are_exact(rows: int, width: int, out: int) -> None:
-    from bge_rerank_integrations.engine.cpu.int8_model import Int8Linear
+def products() -> list[Any]:
+    """Return the implementations of products that this machine can run."""
+    if REASON is not None:
+        return []
+    from bge_rerank_integrations.engine.cpu.compiler import HAS_AVX2
+    from bge_rerank_integrations.engine.cpu.int8_linear import int16_product, onednn_product
 
-    weight, bias = torch.from_numpy(normal(out, width)), torch.from_numpy(normal(out))
+    return [onednn_product] * has_onednn_products() + [int16_product] * HAS_AVX2
+
+
+@pytest.fixture(params=[1, 3])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Set the number of threads that share an operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+SHAPES = [(1, 64, 32), (1, 1, 1), (16, 384, 1536), (130, 100, 7), (7, 33, 50), (400, 1024, 17), (3, 4097, 16)]
+
+
+@needs_int8
+@pytest.mark.parametrize(("rows", "width", "out"), SHAPES)
+@pytest.mark.parametrize("make_product", products())
+@pytest.mark.usefixtures("num_threads")
+def test_int8_products_are_exact(make_product: Any, rows: int, width: int, out: int) -> None:
+    weight = torch.from_numpy(RNG.integers(-127, 128, (out, width), dtype=np.int8))
+    scale = torch.from_numpy(np.abs(normal(out)) + 0.1)
+    codes = torch.from_numpy(RNG.integers(0, 256, (rows, width), dtype=np.uint8))
+    codes[0] = 255  # the largest possible sums
+    weight[0] = 127
+    if out > 1:
+        weight[1] = -127
+    product = make_product(weight, scale)
+    for _ in range(2):
+        expected = (codes.double() @ weight.double().T) * scale.double()
+        np.testing.assert_allclose(product(codes), expected.numpy(), rtol=1e-6, atol=1e-5)
+        codes = codes.flip(0)[: max(1, rows // 2)].contiguous()
+
+
+@needs_int8
+def test_int8_weights_are_quantized_by_channel() -> None:
+    from bge_rerank_integrations.engine.cpu.int8_linear import Int8Linear
+
+    weight, bias = torch.from_numpy(normal(7, 100)), torch.from_numpy(normal(7))
     weight[0] = 0  # a channel of zeros
     linear = Int8Linear(weight.clone(), bias)
-    codes = torch.from_numpy(RNG.integers(0, 256, (rows, width), dtype=np.uint8))
+    codes = torch.from_numpy(RNG.integers(0, 256, (130, 100), dtype=np.uint8))
     scale = weight.abs().amax(1).clamp_min(1e-30) / 127
     integers = (weight / scale[:, None]).round()
     expected = (codes.double() @ integers.double().T) * scale.double()
     np.testing.assert_allclose(linear.product(codes), expected.numpy(), rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(linear.offset, (integers.sum(1) * scale).numpy(), rtol=1e-5, atol=1e-5)
     assert (linear.bias == bias.numpy()).all()
+
+
+@needs_int8
+def test_an_error_in_any_share_of_the_work_reaches_the_caller(num_threads: int) -> None:
+    from bge_rerank_integrations.engine.cpu.shared_work import share
+
+    for failing in range(num_threads):
+        done: list[range] = []
+
+        def work(start: int, end: int, failing: int = failing, done: list[range] = done) -> None:
+            if start <= failing * 7 // num_threads < end:
+                raise ValueError("no")
+            done.append(range(start, end))
+
+        with pytest.raises(ValueError, match="no"):
+            share(work, 7)
+        assert len(done) == num_threads - 1, "all other shares have ended"
+
+
+@needs_int8
+@pytest.mark.parametrize("num_items", [0, 1, 2, 7])
+@pytest.mark.usefixtures("num_threads")
+def test_each_item_is_in_one_share(num_items: int) -> None:
+    from bge_rerank_integrations.engine.cpu.shared_work import share
+
+    done: list[int] = []
+    share(lambda start, end: done.extend(range(start, end)), num_items)
+    assert sorted(done) == [*range(num_items)]
+
+
+@needs_int8
+def test_products_end_while_the_interpreter_exits() -> None:
+    code = """
+import threading, torch
+from bge_rerank_integrations.engine.cpu.shared_work import share
+torch.set_num_threads(3)
+done = []
+share(lambda start, end: done.extend(range(start, end)), 7)
+
+def late():
+    threading.main_thread().join()
+    torch.set_num_threads(3)
+    late = []
+    share(lambda start, end: late.extend(range(start, end)), 7)
+    print(sorted(late))
+
+threading.Thread(target=late).start()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "[0, 1, 2, 3, 4, 5, 6]\n", "")
 
 
 @pytest.fixture(params=["checkpoint", "wide_checkpoint"])
@@ -374,13 +465,33 @@ def test_int8_without_numba_names_the_command_to_install_it(checkpoint: Path, mi
     assert 'pip install "bge-rerank-integrations[int8]"' in run.stderr
 
 
-def test_int8_is_refused_on_a_cpu_without_vnni(checkpoint: Path) -> None:
+@needs_int8
+@pytest.mark.parametrize("limit", ["AVX2", "SSE41"])
+def test_int8_is_the_same_without_vnni(limit: str) -> None:
+    """With a limit, oneDNN has no right products, and this package multiplies in int16."""
     code = (
-        "from llvmlite import binding; binding.get_host_cpu_features = lambda: {'avx2': True}\n"
+        "from bge_rerank_integrations import Scorer\n"
+        "with Scorer('embedded', device='cpu', dtype='int8') as scorer:\n"
+        "    print(scorer.score([('what is a cat', 'A cat is an animal. ' * n) for n in range(1, 60)]))"
+    )
+    environments = {**os.environ}, {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    here, limited = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=each)
+        for each in environments
+    )
+    # On some processors, the limit also decides in which precision attention multiplies.
+    tolerance = 0.05 if HAS_PAIRS else 1e-5
+    np.testing.assert_allclose(eval(here.stdout), eval(limited.stdout), atol=tolerance)
+
+
+def test_int8_is_refused_on_a_cpu_without_its_instructions(checkpoint: Path) -> None:
+    code = (
+        "from llvmlite import binding\n"
+        "features = binding.FeatureMap({'sse2': True})\n"
+        "binding.get_host_cpu_features = lambda: features\n"
         "from bge_rerank_integrations import Scorer\n"
         f"Scorer({str(checkpoint)!r}, device='cpu', dtype='int8')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "DeviceError" in run.stderr
-    assert "VNNI" in run.stderr
+    assert "DeviceError: dtype 'int8' is not available: it needs an x86-64 CPU with AVX2" in run.stderr

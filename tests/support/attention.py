@@ -28,7 +28,7 @@ needs_num_splits = pytest.mark.skipif(
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
 FLOAT32_ON_CPU = (
     "tile_attention"
-    if find_spec("numba") is not None and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    if find_spec("numba") is not None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     else "sdpa_attention"
 )
 """Name of the implementation that this machine uses in float32 on its CPU, for heads of 64."""

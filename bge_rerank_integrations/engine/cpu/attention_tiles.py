@@ -21,7 +21,7 @@ from bge_rerank_integrations.engine.cpu.amx_products import (
 from bge_rerank_integrations.engine.cpu.bfloat16_pairs import (
     multiply_pairs_16,
     multiply_pairs_32,
-    multiply_pairs_64,
+    multiply_pairs_panel,
     packed_powers_of_2,
 )
 from bge_rerank_integrations.engine.cpu.compiler import HAS_AMX, inlined
@@ -32,7 +32,7 @@ from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     WIDTH,
     multiply_16,
     multiply_32,
-    multiply_64,
+    multiply_panel,
     powers_of_2,
     transpose_16,
 )
@@ -106,7 +106,7 @@ def prepare_pairs(buffers, length, head):
         buffers.pairs[(length + 1) // 2 * head : _round_up(length, STEP) // 2 * head] = np.float32(0)
 
 
-def _make_product(multiply_64, multiply_32, multiply_16):
+def _make_product(multiply_panel, multiply_32, multiply_16):
     @inlined
     def multiply(a, a_step, b, b_step, panel_step, columns, c, c_step, depth):
         """Compute c = a b for all rows of a tile and `columns` columns of b, which are a multiple of WIDTH.
@@ -115,7 +115,7 @@ def _make_product(multiply_64, multiply_32, multiply_16):
         """
         j, panel = 0, 0
         while columns - j >= PANEL:
-            multiply_64(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
+            multiply_panel(a, 0, a_step, b, panel, b_step, c, j, c_step, depth)
             j += PANEL
             panel += panel_step
         if columns - j >= 2 * WIDTH:
@@ -128,12 +128,12 @@ def _make_product(multiply_64, multiply_32, multiply_16):
     return multiply
 
 
-_multiply = _make_product(multiply_64, multiply_32, multiply_16)
+_multiply = _make_product(multiply_panel, multiply_32, multiply_16)
 # Only one of the two is compiled, since the processor may lack the instructions of the other.
 _multiply_pairs = (
     _make_product(multiply_on_amx_64, multiply_on_amx_32, multiply_on_amx_16)
     if HAS_AMX
-    else _make_product(multiply_pairs_64, multiply_pairs_32, multiply_pairs_16)
+    else _make_product(multiply_pairs_panel, multiply_pairs_32, multiply_pairs_16)
 )
 
 

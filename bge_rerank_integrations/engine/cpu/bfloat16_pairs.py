@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from bge_rerank_integrations.engine.cpu.vector_intrinsics import (
     INTS,
     LONG,
+    PANEL,
     STEP,
     VECTOR,
     WIDTH,
@@ -42,8 +43,8 @@ def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
 
 
 # A row of a, and a column of b, has one pair for each step of the depth.
-multiply_pairs_64, multiply_pairs_32, multiply_pairs_16 = (
-    make_multiply(count, _multiply_add) for count in (4, 2, 1)
+multiply_pairs_panel, multiply_pairs_32, multiply_pairs_16 = (
+    make_multiply(count, _multiply_add) for count in (PANEL // WIDTH, 2, 1)
 )
 
 

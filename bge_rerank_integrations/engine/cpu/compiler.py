@@ -25,7 +25,7 @@ _OPTIONS: Final[dict[str, Any]] = {
 }
 
 
-def _compiles_for(feature: str) -> bool:
+def compiles_for(feature: str) -> bool:
     """Return whether numba compiles for a feature of the processor, by the name that LLVM gives it.
 
     Settings of numba can exclude features. An instruction of an excluded feature would end the process.
@@ -35,9 +35,11 @@ def _compiles_for(feature: str) -> bool:
 
 
 # All kernels with pairs round by an instruction of AVX-512 BF16.
-_ROUNDS_PAIRS: Final = _compiles_for("avx512bf16")
-HAS_AMX: Final = has_amx() and _ROUNDS_PAIRS and _compiles_for("amx-bf16")
+_ROUNDS_PAIRS: Final = compiles_for("avx512bf16")
+HAS_AMX: Final = has_amx() and _ROUNDS_PAIRS and compiles_for("amx-bf16")
 """Whether kernels multiply pairs of bfloat16 on AMX; see `amx_products`."""
+HAS_AVX2: Final = compiles_for("avx2")
+"""Whether kernels multiply int16 values; see `int16_products`."""
 HAS_PAIRS: Final = HAS_AMX or (has_fast_pairs() and _ROUNDS_PAIRS)
 """Whether kernels multiply pairs of bfloat16, on AMX or by vectors; see `bfloat16_pairs`."""
 

@@ -15,19 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.int8_attention import attend
 from bge_rerank_integrations.engine.cpu.int8_kernels import add_norm_quantize, gelu_quantize, quantize
+from bge_rerank_integrations.engine.cpu.int8_linear import Floats, Int8Linear
 from bge_rerank_integrations.engine.linear import plain_linear, round_up_rows
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
-
-Floats = npt.NDArray[np.float32]
 
 # Rows of one block. With more rows, a weight is read from memory fewer times. With fewer rows, the values
 # between two products stay in the cache.
@@ -35,7 +33,6 @@ _BLOCK_ROWS = 256
 # oneDNN keeps a kernel for each number of rows. In int8 a kernel takes half a megabyte, less than in float32,
 # so twice as many sizes are affordable.
 _ROWS_IN_OCTAVE = 16
-_MAX_WEIGHT = 127
 
 
 class Int8CrossEncoder:
@@ -75,47 +72,6 @@ class Int8CrossEncoder:
             layer(rows, batch.seqlens)
         first = self._last_layer(rows, batch.seqlens)
         return self._out_proj(torch.tanh(self._dense(first))).squeeze(-1)
-
-
-class Int8Linear:
-    """A linear layer whose weight is int8 with a scale for each output channel.
-
-    Args:
-        weight: float32 [out, in].
-        bias: float32 [out].
-
-    Attributes:
-        bias: float32 [out].
-        offset: float32 [out], the product of a row of ones with the weight.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / _MAX_WEIGHT
-        codes = (weight / scale[:, None]).round().to(torch.int8)
-        self.bias: Floats = bias.numpy()
-        self.offset: Floats = (codes.sum(1, dtype=torch.int32) * scale).numpy()
-        self._scale = scale
-        self._zero_points = torch.zeros(len(scale), dtype=torch.int32)
-        self._packed = torch.ops.onednn.qlinear_prepack(codes, [_BLOCK_ROWS, codes.shape[1]])
-
-    def product(self, codes: Tensor) -> Floats:
-        """Multiply uint8 codes [rows, in] with the weight: float32 [rows, out]."""
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes,
-            1.0,
-            0,
-            self._packed,
-            self._scale,
-            self._zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return product.numpy()
 
 
 class _Codes:

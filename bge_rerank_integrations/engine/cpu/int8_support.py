@@ -1,7 +1,8 @@
-"""Checks whether this machine can multiply in int8, by running a small product."""
+"""Checks whether this machine can multiply in int8, and how."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -13,7 +14,7 @@ from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointErr
 HEAD_STEP = 16
 # Attention kernels whose products are in bfloat16 process a head in vectors of this many values.
 PAIRS_STEP = 2 * HEAD_STEP
-_CPU_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
+_VNNI_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 
 
 def require_int8(head_dim: int) -> None:
@@ -31,7 +32,7 @@ def require_int8(head_dim: int) -> None:
         raise missing_extra("int8", "numba")
     reason = int8_obstacle()
     if reason is not None:
-        raise DeviceError(f"dtype 'int8' is not available: {reason}; use 'float32' or 'bfloat16'")
+        raise DeviceError(f"dtype 'int8' is not available: {reason}; use 'float32'")
     if head_dim % HEAD_STEP:
         raise UnsupportedCheckpointError(
             f"dtype 'int8' needs attention heads whose width is a multiple of {HEAD_STEP}, but this model's "
@@ -41,21 +42,47 @@ def require_int8(head_dim: int) -> None:
 
 def int8_obstacle() -> str | None:
     """Return why int8 products do not work on this machine; None if they work."""
-    if not _has_int8_instructions():
-        return "it needs a CPU with VNNI instructions (Intel since about 2019, AMD since Zen 4)"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return f"torch {torch.__version__} does not include oneDNN's int8 products"
-    if not _multiplies_correctly():
-        return f"torch {torch.__version__} computes wrong int8 products on this CPU"
-    return None
+    if has_onednn_products() or _has_int16_products():
+        return None
+    return "it needs an x86-64 CPU with AVX2 (Intel since 2013, AMD since 2015)"
 
 
-def _has_int8_instructions() -> bool:
-    if find_spec("llvmlite") is None:  # the extra `int8` is not installed, but might be worth installing
+@cache
+def has_onednn_products() -> bool:
+    """Return whether oneDNN multiplies int8 fast and correctly on this machine."""
+    return (
+        _has_vnni()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        and _multiplies_correctly()
+    )
+
+
+def is_faster_in_int8() -> bool:
+    """Return whether int8 is faster than float32 on this machine.
+
+    Without VNNI, an instruction of AVX2 multiplies twice as many int16 values as another one multiplies
+    floats. On processors with AVX-512, the instructions for floats are as fast.
+    """
+    return has_onednn_products() or (
+        _has_int16_products() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    )
+
+
+def _has_int16_products() -> bool:
+    if find_spec("numba") is None:  # the extra `int8` is not installed, but might be worth installing
+        return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    from bge_rerank_integrations.engine.cpu.compiler import HAS_AVX2  # this imports numba
+
+    return HAS_AVX2
+
+
+def _has_vnni() -> bool:
+    if find_spec("llvmlite") is None:
         return bool(torch.cpu._is_vnni_supported())
     # Ask LLVM, since numba compiles for the features that LLVM detects, and not every torch reports them.
     features = host_features()
-    return any(features.get(name) for name in _CPU_FEATURES)
+    return any(features.get(name) for name in _VNNI_FEATURES)
 
 
 def _multiplies_correctly() -> bool:

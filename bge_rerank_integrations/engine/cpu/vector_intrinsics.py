@@ -16,12 +16,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bge_rerank_integrations.engine.cpu.compiler import compiles_for
+
 ROWS = 6
-"""Rows of a tile. A tile of 6 rows and 64 columns keeps its sums in 24 of 32 registers."""
+"""Rows of a tile."""
 WIDTH = 16
 """Number of floats in a vector."""
-PANEL = 4 * WIDTH
-"""Columns of a tile."""
+PANEL = 4 * WIDTH if compiles_for("avx512f") else WIDTH
+"""Columns of a tile. Its sums take 24 of 32 registers of AVX-512, or 12 of 16 registers of AVX2."""
 STEP = 2 * WIDTH
 """Number of floats of a row that the softmax computes at a time."""
 
@@ -72,7 +74,15 @@ def widest_vectors(typing_context):
     return types.void(), generate
 
 
-def make_multiply(num_vectors: int, multiply_add: Callable[[Any, Any, Any, Any], Any]) -> Any:
+def _keep(builder: Any, total: Any, after: Any, column: int) -> Any:
+    return total
+
+
+def make_multiply(
+    num_vectors: int,
+    multiply_add: Callable[[Any, Any, Any, Any], Any],
+    finish: Callable[[Any, Any, Any, int], Any] = _keep,
+) -> Any:
     """Return a function that computes c = a b for ROWS rows and `num_vectors` vectors of columns.
 
     For each matrix, its arguments are a flat float32 array, the index of the first element of the matrix in
@@ -82,6 +92,8 @@ def make_multiply(num_vectors: int, multiply_add: Callable[[Any, Any, Any, Any],
         num_vectors: Number of vectors of columns.
         multiply_add: Emits the sum of a vector and the product of two others. Its arguments are the builder,
             the sum so far, an element of a row of a in every place, and a vector of a row of b.
+        finish: Emits what to store for a sum. Its arguments are the builder, the sum, the address of the row
+            of b after the last one, and the number of the vector. By default, it is the sum.
     """
 
     @intrinsic
@@ -118,10 +130,11 @@ def make_multiply(num_vectors: int, multiply_add: Callable[[Any, Any, Any, Any],
             builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, after)
 
             builder.position_at_end(after)
+            b_after = builder.gep(b, [builder.mul(depth, b_step)])
             for row, row_results in enumerate(results):
                 c_row = builder.gep(c, [builder.mul(c_step, LONG(row))])
                 for column, result in enumerate(row_results):
-                    store_vector(builder, result, c_row, column)
+                    store_vector(builder, finish(builder, result, b_after, column), c_row, column)
             return context.get_dummy_value()
 
         return signature, generate
@@ -133,7 +146,9 @@ def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
     return builder.fadd(total, builder.fmul(a, b, flags=_FUSE), flags=_FUSE)
 
 
-multiply_64, multiply_32, multiply_16 = (make_multiply(count, _multiply_add) for count in (4, 2, 1))
+multiply_panel, multiply_32, multiply_16 = (
+    make_multiply(count, _multiply_add) for count in (PANEL // WIDTH, 2, 1)
+)
 
 
 def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
