@@ -107,8 +107,8 @@ class ScorerConfig:
             little. With `auto` the scores depend on the machine. Name a precision to get the same scores on
             every machine. float16 is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8
             needs a CUDA device of compute capability 8.9 or later. It computes matrix products in e4m3 with
-            one scale per row, and everything else in bfloat16 or float32. int8 needs a CPU with VNNI
-            instructions and the extra `int8`. It computes matrix products in int8, the products of attention
+            one scale per row, and everything else in bfloat16 or float32. int8 needs an x86-64
+            CPU with AVX2 and the extra `int8`. It computes matrix products in int8, the products of attention
             in bfloat16 or float32, and everything else in float32.
         max_length: Maximum length of a pair in tokens, including its four special tokens. The default is 512
             for every model, as in FlagReranker. `bge-reranker-v2-m3` accepts up to 8192.

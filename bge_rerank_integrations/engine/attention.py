@@ -353,7 +353,8 @@ CANDIDATES: Final = (
     # With AMX, its time is not measured yet (benchmarks/LOG.md, 37).
     Candidate(bfloat16_tile_attention, _fits_bfloat16_tiles, where_shared=matmul_attention),
     Candidate(matmul_attention, _fits_matmul),
-    # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`.
+    # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`, and 0.5 to 1.0 times on one
+    # without AVX-512 (benchmarks/LOG.md, 39).
     Candidate(tile_attention, _fits_tiles, where_shared=sdpa_attention),
     Candidate(sdpa_attention, _fits_others),
     Candidate(contiguous_sdpa_attention, _fits_mps),

@@ -41,8 +41,8 @@ def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
 def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
     """Run oneDNN with a weight that is reordered once at load time, as torch's own compiler does.
 
-    `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors, and bfloat16 reorders
-    the weight in each call.
+    `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors with AVX-512, and
+    bfloat16 reorders the weight in each call.
 
     oneDNN compiles a kernel of about a megabyte for each number of rows, and keeps it, which would add up to
     gigabytes. To limit the number of kernels, the layer pads its input to one of a few numbers of rows. An

@@ -19,8 +19,9 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cpu import int8_support
 from bge_rerank_integrations.engine.cpu.int8_support import PAIRS_STEP, has_onednn_products, int8_obstacle
-from bge_rerank_integrations.engine.describe import describe_machine
+from bge_rerank_integrations.engine.describe import describe_machine, describe_precision
 from bge_rerank_integrations.engine.runner import load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError
 from examples.random_checkpoint import build_random_checkpoint
@@ -482,6 +483,20 @@ def test_int8_is_the_same_without_vnni(limit: str) -> None:
     # On some processors, the limit also decides in which precision attention multiplies.
     tolerance = 0.05 if HAS_PAIRS else 1e-5
     np.testing.assert_allclose(eval(here.stdout), eval(limited.stdout), atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("has_vnni", "capability", "expected"),
+    [(True, "AVX512", True), (False, "AVX2", True), (False, "AVX512", False), (False, "DEFAULT", False)],
+)
+def test_int8_is_recommended_where_it_is_faster(
+    has_vnni: bool, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_support, "has_onednn_products", lambda: has_vnni)
+    monkeypatch.setattr(int8_support, "find_spec", lambda _: None)  # only the CPU counts
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    report = describe_precision(ScorerConfig(device="cpu", dtype="float32"))
+    assert (report.faster == "int8") is expected
 
 
 def test_int8_is_refused_on_a_cpu_without_its_instructions(checkpoint: Path) -> None:
