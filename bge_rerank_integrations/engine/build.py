@@ -122,7 +122,7 @@ def _build_floating(spec: ModelSpec) -> Model:
     if (spec.device.type, spec.dtype) == ("cpu", torch.bfloat16) and linear is not onednn_linear:
         logger.warning(
             "bfloat16 is much slower than float32 on this CPU, which has no instructions for it; use "
-            "dtype='float32' or 'int8'"
+            "dtype='float32' or dtype='int8'"
         )
     if linear is onednn_linear:
         return _build_packed(spec, RowBlocks(PlainBlocks(linear)), round_up_to_step)
