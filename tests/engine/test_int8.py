@@ -181,6 +181,23 @@ def test_settings_that_exclude_the_instructions_are_followed(setting: dict[str, 
     assert run.stdout == "False\n"
 
 
+def test_int8_works_or_is_refused_if_numba_may_not_use_avx() -> None:
+    code = (
+        "from bge_rerank_integrations import Scorer\n"
+        "with Scorer('embedded', device='cpu', dtype='int8') as scorer: print(scorer.score([('a', 'b')]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_ENABLE_AVX": "0"},
+    )
+    if has_onednn_products():
+        assert run.returncode == 0, run.stderr
+    else:
+        assert "DeviceError: dtype 'int8' is not available" in run.stderr
+
+
 @needs_pairs
 def test_pairs_are_rounded_like_torch() -> None:
     import numba

@@ -1,8 +1,8 @@
 """Matrix products of uint8 codes and int8 weights on CPUs with AVX2, for kernels that numba compiles.
 
-AVX2 has an instruction that multiplies 16 pairs of int16 values and adds both products of each pair to an
-int32. It never overflows on codes and weights. Another instruction multiplies twice as many pairs of uint8
-and int8 values, but it adds both products of a pair as int16, where large ones overflow.
+An instruction of AVX2 multiplies 16 int16 values with 16 others, and adds each two neighbouring products as an
+int32. These sums never overflow. Another instruction multiplies 32 uint8 values with 32 int8 values, but it
+adds each two neighbouring products as an int16, and cuts off large sums.
 
 Processors with VNNI have better instructions, which oneDNN uses.
 """

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.int8_support import has_onednn_products
-from bge_rerank_integrations.engine.cpu.int16_products import multiply_panels, pack_panels
 from bge_rerank_integrations.engine.cpu.shared_work import share
 
 Floats = npt.NDArray[np.float32]
@@ -69,6 +68,9 @@ def onednn_product(weight: Tensor, scale: Tensor) -> Product:
 
 def int16_product(weight: Tensor, scale: Tensor) -> Product:
     """Run this package's own products in int16, on CPUs with AVX2 that lack VNNI."""
+    # Compiled only where it is used, since the processor, or a setting of numba, may exclude its instructions.
+    from bge_rerank_integrations.engine.cpu.int16_products import multiply_panels, pack_panels
+
     num_channels = len(weight)
     factors = scale.numpy()
     panels = pack_panels(weight.numpy())
