@@ -1,8 +1,8 @@
 """Matrix products of uint8 codes and int8 weights on CPUs with AVX2, for kernels that numba compiles.
 
-An instruction of AVX2 multiplies 16 int16 values with 16 others, and adds each two neighbouring products as an
-int32. These sums never overflow. Another instruction multiplies 32 uint8 values with 32 int8 values, but it
-adds each two neighbouring products as an int16, and cuts off large sums.
+An instruction of AVX2 multiplies 16 int16 values with 16 others, and adds each two neighbouring products as
+an int32. These sums never overflow. Another instruction multiplies 32 uint8 values with 32 int8 values, but
+it adds each two neighbouring products as an int16, and cuts off large sums.
 
 Processors with VNNI have better instructions, which oneDNN uses.
 """

@@ -68,7 +68,7 @@ def onednn_product(weight: Tensor, scale: Tensor) -> Product:
 
 def int16_product(weight: Tensor, scale: Tensor) -> Product:
     """Run this package's own products in int16, on CPUs with AVX2 that lack VNNI."""
-    # Compiled only where it is used, since the processor, or a setting of numba, may exclude its instructions.
+    # Compiled only where it is used. The processor, or a setting of numba, may exclude its instructions.
     from bge_rerank_integrations.engine.cpu.int16_products import multiply_panels, pack_panels
 
     num_channels = len(weight)
