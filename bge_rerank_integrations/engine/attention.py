@@ -350,7 +350,7 @@ CANDIDATES: Final = (
     Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
     Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
     # On an AMD processor, it takes 0.3 to 0.7 times as long as `matmul_attention` (benchmarks/LOG.md, 36).
-    # With AMX, its time is not measured yet (benchmarks/LOG.md, 37).
+    # With AMX, it is the fastest at every length (benchmarks/LOG.md, 38).
     Candidate(bfloat16_tile_attention, _fits_bfloat16_tiles, where_shared=matmul_attention),
     Candidate(matmul_attention, _fits_matmul),
     # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`, and 0.5 to 1.0 times on one
