@@ -76,7 +76,8 @@ class Scorer(OwnScorer):
         [RankedPassage(index=1, score=..., truncated=False, windows=1, blank=False)]
     """
 
-    _shared: ClassVar[SharedObjects[ScorerConfig, Scorer]] = SharedObjects()
+    # By class and settings, because a subclass may score differently.
+    _shared: ClassVar[SharedObjects[tuple[type[Scorer], ScorerConfig], Scorer]] = SharedObjects()
     # Async callers load models in these threads, so that the event loop's default pool stays free.
     _loaders: ClassVar[ThreadPoolExecutor] = _make_loaders()
 
@@ -169,12 +170,12 @@ class Scorer(OwnScorer):
             >>> Scorer.shared(ScorerConfig(model="embedded")) is Scorer.shared(ScorerConfig(model="embedded"))
             True
         """
-        return cls._shared.get(config, holder, cls.from_config)
+        return cls._shared.get((cls, config), holder, _load)
 
     @classmethod
     async def ashared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
         """Do the same as `shared` without blocking the event loop."""
-        ready = cls._shared.get_ready(config, holder)
+        ready = cls._shared.get_ready((cls, config), holder)
         if ready is not None:
             return ready
         return await asyncio.get_running_loop().run_in_executor(Scorer._loaders, cls.shared, config, holder)
@@ -460,7 +461,7 @@ class Scorer(OwnScorer):
             InputError: The timeout is not a number of seconds in its range. Nothing is closed.
         """
         check_timeout(timeout)
-        Scorer._shared.discard(self.config, self)
+        Scorer._shared.discard((type(self), self.config), self)
         if self._pipeline is not None:
             self._pipeline.close(timeout)
         self._pipeline = None
@@ -484,7 +485,7 @@ class Scorer(OwnScorer):
         return self
 
     def __reduce__(self) -> tuple[Callable[[ScorerConfig], Scorer], tuple[ScorerConfig]]:
-        return Scorer.shared, (self.config,)
+        return type(self).shared, (self.config,)
 
     def _normalizes(self, normalize: bool | None) -> bool:
         return self._config.normalize if normalize is None else normalize
@@ -515,6 +516,11 @@ class Scorer(OwnScorer):
         if pipeline is None:
             raise ScorerClosedError("this scorer is closed; create a new one")
         return pipeline
+
+
+def _load(key: tuple[type[Scorer], ScorerConfig]) -> Scorer:
+    kind, config = key
+    return kind.from_config(config)
 
 
 def _renew_loaders() -> None:

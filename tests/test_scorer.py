@@ -611,6 +611,23 @@ def test_other_settings_are_another_scorer(shared_config: ScorerConfig) -> None:
     assert Scorer.shared(shared_config) is shared, "closing one's own leaves the shared one"
 
 
+class OtherScorer(Scorer):
+    """A subclass without changes."""
+
+
+async def test_a_subclass_shares_scorers_of_its_own(shared_config: ScorerConfig) -> None:
+    shared = Scorer.shared(shared_config)
+    other = OtherScorer.shared(shared_config)
+    assert type(other) is OtherScorer
+    assert OtherScorer.shared(shared_config) is await OtherScorer.ashared(shared_config) is other
+    assert pickle.loads(pickle.dumps(other)) is other
+    other.close()
+    assert Scorer.shared(shared_config) is shared, "closing the other one leaves this one"
+    renewed = await OtherScorer.ashared(shared_config)
+    assert (type(renewed), renewed is other) == (OtherScorer, False)
+    renewed.close()
+
+
 @pytest.mark.parametrize("timeout", [-1, float("inf"), "1"])
 def test_close_with_a_bad_timeout_closes_nothing(timeout: Any, scorer: Scorer) -> None:
     with pytest.raises(InputError, match="timeout"):

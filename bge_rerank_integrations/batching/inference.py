@@ -34,9 +34,9 @@ from bge_rerank_integrations.runtime.fork_guard import check_process, mark_proce
 from bge_rerank_integrations.runtime.progress import OnProgress, progress_bar
 from bge_rerank_integrations.runtime.shutdown import join_until
 from bge_rerank_integrations.runtime.warn_once import warn_once
-from bge_rerank_integrations.text.pairs import PreparedPairs, one_part
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
-from bge_rerank_integrations.text.tokenization import PairTokenizer
+from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
 from bge_rerank_integrations.validation import Pair, group_pairs
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ class Pipeline:
         self._cache = cache
         self._query_max_length = config.effective_query_max_length
         self._lost_query_part = "end" if config.query_truncation_side == "right" else "beginning"
-        # With a limit on the queue, a request is encoded in one part. A request that does not fit is then
+        # With a limit on the queue, a request is queued as a whole. A request that does not fit is then
         # rejected before any of it is computed.
-        self._is_encoded_in_parts = config.max_queued_tokens is None
+        self._is_queued_in_parts = config.max_queued_tokens is None
         self._batcher = _make_batcher(runners, config, is_device_lost)
         self._tokenizers = tokenizers = set[threading.Thread]()
         self._executor = ThreadPoolExecutor(
@@ -249,13 +249,18 @@ class Pipeline:
         # Check this before the work of tokenizing.
         self._batcher.check_open(num_tokens=min(pairs.num_pairs, 1))
         num_windows = 0
+        waiting: list[IntArray] = []
         try:
-            part_sizes = _part_sizes if self._is_encoded_in_parts else one_part
-            for windows in pairs.encode(self.tokenizer, part_sizes):
+            for windows in pairs.encode(self.tokenizer, _part_sizes):
                 num_windows += len(windows)
+                waiting += windows
                 if set_total is not None:
                     set_total(num_windows + pairs.num_left)
-                self._batcher.add(request, windows, is_last=pairs.num_left == 0)
+                if self._is_queued_in_parts or not pairs.num_left:
+                    self._batcher.add(request, waiting, is_last=pairs.num_left == 0)
+                    waiting = []
+                else:
+                    self._batcher.check_open(num_tokens=sum(map(len, waiting)))
                 if pairs.num_left and (request.is_over or remaining() == 0):
                     return request.future  # the caller is about to get an exception or a timeout
         except BaseException:

@@ -21,8 +21,9 @@ from bge_rerank_integrations.cli.options import (
 )
 from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.errors import DatasetError
 from bge_rerank_integrations.evaluation.bm25 import Bm25
-from bge_rerank_integrations.evaluation.datasets import BeirDataset, read_beir, read_run
+from bge_rerank_integrations.evaluation.datasets import BeirDataset, Run, read_beir, read_run
 from bge_rerank_integrations.evaluation.measures import Change, Interval, Report, evaluate
 from bge_rerank_integrations.evaluation.plots import check_plot, plot_report
 from bge_rerank_integrations.scorer import Scorer
@@ -102,7 +103,7 @@ def evaluate_command(
     if num_unknown := len(dataset.qrels.keys() - dataset.queries.keys()):
         unknown = f"Judged queries without a text in queries.jsonl: {num_unknown}. They are left out."
         click.echo(wrap(unknown), err=True)
-    first = Bm25(dataset.corpus).search(dataset.judged_queries(), depth) if run is None else read_run(run)
+    first = _search(dataset, depth) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
         report = evaluate(scorer, dataset, first, depth, compared=compared, progress=shows_progress(quiet))
@@ -116,6 +117,17 @@ def evaluate_command(
             stage = f"{'BM25' if run is None else run.name}, top {depth}"
             for line in _table(report, dataset, stage, config):
                 click.echo(line)
+
+
+def _search(dataset: BeirDataset, depth: int) -> Run:
+    """Return what BM25 finds for the judged queries."""
+    found = Bm25(dataset.corpus).search(dataset.judged_queries(), depth)
+    if not any(found.values()):
+        raise DatasetError(
+            "BM25 finds nothing, because no passage shares a word with a judged query; give the run of "
+            "another first stage with --run"
+        )
+    return found
 
 
 def _record(report: Report, config: ScorerConfig, folder: Path) -> dict[str, object]:

@@ -292,21 +292,33 @@ def _parse(line: Line) -> Request | MalformedLineError:
 
 
 def _find_files(folder: Path) -> tuple[list[Path], bool]:
-    """Return the files of a folder in a fixed order, and whether they are Parquet files."""
-    files = sorted(
+    """Return the files of a folder in a fixed order, and whether they are Parquet files.
+
+    Other files are named on stderr.
+    """
+    found = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.suffix in _JSONL | _PARQUET
         # Other programs put files with these names beside their output, such as `_SUCCESS`.
         and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
     )
-    kinds = {path.suffix in _PARQUET for path in files}
+    files = [path for path in found if path.suffix.lower() in _JSONL | _PARQUET]
+    others = [path.relative_to(folder) for path in found if path.suffix.lower() not in _JSONL | _PARQUET]
+    for path in files:
+        _check_name(path.relative_to(folder))
+    kinds = {path.suffix.lower() in _PARQUET for path in files}
     if not kinds:
         raise MalformedInputError(f"{folder} contains no file that ends with .jsonl, .ndjson or .parquet")
     if len(kinds) > 1:
         raise click.UsageError(f"{folder} contains both JSONL and Parquet files; put them into two folders")
     is_parquet = kinds.pop()
+    if others:
+        not_read = (
+            f"{len(others)} file(s) are not read, because their names do not end with .jsonl, .ndjson or "
+            f".parquet. The first one is {click.format_filename(others[0])}."
+        )
+        click.echo(wrap(not_read), err=True)
     parts = (part for path in files for part in path.relative_to(folder).parts[:-1] if "=" in part)
     if is_parquet and (partition := next(parts, None)):
         raise click.UsageError(
@@ -314,6 +326,15 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
             "with ray.data.read_parquet and rank it with rerank_dataset"
         )
     return files, is_parquet
+
+
+def _check_name(path: Path) -> None:
+    """Raise an error if the path of a file cannot be written to the result, which is UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = click.format_filename(path)
+        raise click.UsageError(f"the file name {name} is not UTF-8; rename the file") from None
 
 
 def _decisive(config: ScorerConfig) -> dict[str, Any]:

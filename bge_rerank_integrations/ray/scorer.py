@@ -289,6 +289,12 @@ def _error_of(error: Exception) -> RerankError:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RerankError):
         return cause
+    if isinstance(error, RayTaskError) and type(cause) is RayServeException:
+        # The replica works, but it has no such method.
+        return RemoteError(
+            "the application does not rank; the handle must belong to an application that "
+            "`bge_rerank_integrations.ray:app` has built"
+        )
     if isinstance(cause, TimeoutError | asyncio.TimeoutError):
         return RequestTimeoutError(_TIMED_OUT)
     if isinstance(cause, BackPressureError):

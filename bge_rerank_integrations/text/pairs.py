@@ -68,8 +68,7 @@ def find_blank_in_each(
     return blank
 
 
-def one_part(num_pairs: int) -> list[int]:
-    """Return the number of pairs in each part, for pairs that are encoded in one part."""
+def _one_part(num_pairs: int) -> list[int]:
     return [num_pairs]
 
 
@@ -97,7 +96,7 @@ class PreparedPairs:
         self._encoded: dict[Pair, EncodedPair] = {}  # in the order of the distinct pairs
 
     def encode(
-        self, tokenizer: PairTokenizer, part_sizes: Callable[[int], Sequence[int]] = one_part
+        self, tokenizer: PairTokenizer, part_sizes: Callable[[int], Sequence[int]] = _one_part
     ) -> Iterator[list[IntArray]]:
         """Encode the distinct pairs in parts, and yield the windows of each part.
 
@@ -105,7 +104,8 @@ class PreparedPairs:
 
         Args:
             tokenizer: Encodes the pairs.
-            part_sizes: Divides a number of distinct pairs. It returns the number in each part.
+            part_sizes: Divides a number of distinct pairs. It returns the number in each part. By default,
+                all pairs are one part.
 
         Raises:
             InputError: `find_blank` has raised it.

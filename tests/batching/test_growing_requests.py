@@ -274,16 +274,22 @@ def test_duplicates_in_different_parts_are_encoded_and_scored_once(
     assert stats.cache_hit_rate == pytest.approx(2 / 3)
 
 
-def test_a_timeout_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
-    device = start()
+@pytest.mark.parametrize("settings", [{}, {"max_queued_tokens": 1_000_000}])
+def test_a_timeout_ends_the_encoding(
+    start: Callable[..., Device], passages: list[str], settings: dict[str, Any]
+) -> None:
+    device = start(**settings)
     with pytest.raises(RequestTimeoutError):
         device.score(pairs_of(passages), timeout=0.0)
     assert device.tokenizer.num_parts == 1
     assert device.pipeline.health().queued_tokens == 0
 
 
-async def test_cancellation_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
-    device = start()
+@pytest.mark.parametrize("settings", [{}, {"max_queued_tokens": 1_000_000}])
+async def test_cancellation_ends_the_encoding(
+    start: Callable[..., Device], passages: list[str], settings: dict[str, Any]
+) -> None:
+    device = start(**settings)
     reached, cancelled = threading.Event(), threading.Event()
 
     def before(_: int) -> None:
@@ -338,7 +344,22 @@ def test_a_full_queue_refuses_a_long_request_before_any_of_it_is_computed(
     with pytest.raises(QueueFullError):
         device.score(pairs_of(passages))
     assert device.num_sequences == 0
+    assert device.tokenizer.num_parts < len(_part_sizes(NUM_PAIRS)), "the rest is not encoded"
     assert len(device.score(pairs_of(passages[:100]))) == 100
+
+
+def test_a_request_is_queued_as_a_whole_if_the_queue_has_a_limit(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start(max_queued_tokens=1_000_000)
+    begun_before: list[bool] = []
+    device.tokenizer.before = lambda _: begun_before.append(device.begun.is_set())
+    scores = device.score(pairs_of(passages))
+    assert begun_before == [False, False, False]
+    device.tokenizer.before = lambda _: None
+    assert scores == lengths_of(device, pairs_of(passages))
+    stats = device.pipeline.stats()
+    assert (stats.requests, stats.pairs, stats.queued_tokens) == (1, NUM_PAIRS, 0)
 
 
 def test_a_pair_with_a_non_finite_score_is_named_in_any_part(

@@ -399,6 +399,14 @@ def test_eval_says_how_many_judged_queries_have_no_text(on: list[str], folder: P
     assert flat(result.stderr) == "Judged queries without a text in queries.jsonl: 2. They are left out."
 
 
+def test_eval_says_that_bm25_finds_nothing(folder: Path) -> None:
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "zebra"}\n')
+    result = run("eval", folder, "--model", "/no/such/model")
+    assert result.exit_code == 1
+    assert "BM25 finds nothing" in flat(result.stderr)
+    assert "--run" in result.stderr
+
+
 def test_eval_counts_repeated_judgements_on_one_line(on: list[str], folder: Path) -> None:
     with (folder / "qrels" / "test.tsv").open("a") as file:
         file.write("q1\ta\t1\nq2\tc\t0\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -64,21 +66,24 @@ def test_a_folder_of_jsonl_files(on: list[str], tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     (source / "sub").mkdir(parents=True)
     (source / "_ignored.jsonl").write_text("not a request")
+    (source / "c.jsonl.gz").write_bytes(b"compressed")
     first = [json.dumps(request(number)) for number in range(20)]
     (source / "a.jsonl").write_text("\ufeff" + "\n".join([*first, "", f"{{{CANARY}", ""]), encoding="utf-8")
     second = json.dumps({"query": QUERY, "passages": [5]}).encode()
-    (source / "sub" / "b.ndjson").write_bytes(b"\xff\n" + second + b"\n" + first[0].encode())
+    (source / "sub" / "b.NDJSON").write_bytes(b"\xff\n" + second + b"\n" + first[0].encode())
     result = run("rank", "--ray", source, "-o", output, "--rows-per-block", 8, "--return-texts", *on)
     assert result.exit_code == 0, result.output
     assert "21 request(s) ranked; 3 malformed." in result.output
+    assert "1 file(s) are not read" in flat(result.stderr)
+    assert "The first one is c.jsonl.gz." in flat(result.stderr)
     rows = {(row.pop("file"), row["line"]): row for row in read_rows(output)}
     assert sorted(rows) == [
         *(("a.jsonl", line) for line in [*range(1, 21), 22]),
-        *(("sub/b.ndjson", line) for line in (1, 2, 3)),
+        *(("sub/b.NDJSON", line) for line in (1, 2, 3)),
     ]
     assert rows["a.jsonl", 22]["error"] == "not valid JSON"
-    assert rows["sub/b.ndjson", 1]["error"] == "not UTF-8"
-    assert "`passages[0]` is neither" in rows["sub/b.ndjson", 2]["error"]
+    assert rows["sub/b.NDJSON", 1]["error"] == "not UTF-8"
+    assert "`passages[0]` is neither" in rows["sub/b.NDJSON", 2]["error"]
 
     single = tmp_path / "single.jsonl"
     (tmp_path / "requests.jsonl").write_text("\n".join(first), encoding="utf-8")
@@ -226,3 +231,13 @@ def test_columns_of_partition_folders_are_not_lost_silently(on: list[str], tmp_p
     result = run("rank", "--ray", tmp_path / "in", "-o", tmp_path / "out", *on)
     assert result.exit_code == 2
     assert "partitioned into folders such as lang=en" in flat(result.stderr)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are always UTF-8 there")
+def test_a_file_name_that_is_not_utf_8_is_refused(on: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    Path(os.fsdecode(os.fsencode(source / "a") + b"\xff.jsonl")).write_text(json.dumps(request(1)))
+    result = run("rank", "--ray", source, "-o", tmp_path / "out", *on)
+    assert result.exit_code == 2
+    assert "the file name a\ufffd.jsonl is not UTF-8" in flat(result.stderr)

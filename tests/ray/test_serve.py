@@ -34,7 +34,7 @@ from bge_rerank_integrations import (
     Scorer,
     ScorerConfig,
 )
-from bge_rerank_integrations.errors import ConfigError, InputTypeError, RequestTimeoutError
+from bge_rerank_integrations.errors import ConfigError, InputTypeError, RemoteError, RequestTimeoutError
 from bge_rerank_integrations.ray import ServeArguments, ServeScorer, app
 from bge_rerank_integrations.ray.replica import RerankReplica
 from tests.support.adapters import ADAPTER_TYPES, Ranked, arank_with, rank_with
@@ -285,3 +285,21 @@ def test_an_adapter_names_the_scorer_without_an_address(handle: Any) -> None:
     for adapter in (BGEReranker(scorer=scorer), BGERerankPostprocessor(scorer=scorer)):
         assert "ServeScorer" in repr(adapter)
         assert adapter.model_copy(deep=True).scorer is scorer
+
+
+class NoReranker:
+    """An application of somebody else."""
+
+    def __call__(self, request: Any) -> str:
+        return "hello"
+
+
+@pytest.mark.usefixtures("url")
+def test_a_handle_of_another_application_is_refused_at_once() -> None:
+    other: Any = serve.deployment(NoReranker)
+    scorer = ServeScorer(serve.run(other.bind(), name="other", route_prefix="/other"), max_retries=1000)
+    with pytest.raises(RemoteError, match="the application does not rank"):
+        scorer.rank(QUERY, ["a"])
+    with pytest.raises(RemoteError, match="the application does not rank"):
+        asyncio.run(scorer.arank(QUERY, ["a"]))
+    serve.delete("other")

@@ -111,6 +111,7 @@ def test_what_may_pass_is_tried_again(failure: Exception) -> None:
         (raised_by_replica(InputError("wrong", index=3)), InputError),
         (raised_by_replica(RequestTimeoutError("late")), RequestTimeoutError),
         (raised_by_replica(ValueError(CANARY)), RemoteError),
+        (raised_by_replica(RayServeException(CANARY)), RemoteError),
         (RayError(CANARY), RemoteError),
         (TimeoutError(CANARY), RequestTimeoutError),
     ],
