@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bge_rerank_integrations.engine.cpu.shared_work import share
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +23,13 @@ LinearFactory = Callable[[Tensor, Tensor], Linear]
 
 # oneDNN chooses the layout of a weight for this number of rows. The layout also works for other numbers.
 _TYPICAL_ROWS = 512
+# Largest absolute difference between two implementations for a product of a few small numbers.
+_TOLERANCE = 1e-3
 
 
 def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearFactory:
     """Choose the implementation of linear layers for a device and a precision, and log the choice."""
-    make = onednn_linear if _has_onednn(device, dtype) else plain_linear
+    make = _choose(device, dtype)
     logger.info("linear layers on %s in %s: %s", device, dtype, make.__name__)
     return make
 
@@ -41,8 +46,8 @@ def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
 def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
     """Run oneDNN with a weight that is reordered once at load time, as torch's own compiler does.
 
-    `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors with AVX-512, and
-    bfloat16 reorders the weight in each call.
+    On CPUs with AVX-512, `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors
+    with AVX-512, and bfloat16 reorders the weight in each call.
 
     oneDNN compiles a kernel of about a megabyte for each number of rows, and keeps it, which would add up to
     gigabytes. To limit the number of kernels, the layer pads its input to one of a few numbers of rows. An
@@ -57,6 +62,23 @@ def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
             x = F.pad(x, (0, 0, 0, num_missing))
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return result[:num_rows]
+
+    return linear
+
+
+def tile_linear(weight: Tensor, bias: Tensor) -> Linear:
+    """Run this package's own products on register tiles, on CPUs with AVX2."""
+    # numba is an optional dependency, and compiles the kernels in this module when it is imported.
+    from bge_rerank_integrations.engine.cpu.float32_products import multiply_panels, pack_panels
+
+    panels = pack_panels(weight.numpy(), bias.numpy())
+    num_channels = len(weight)
+
+    def linear(x: Tensor) -> Tensor:
+        result = torch.empty(len(x), num_channels)
+        rows, product = x.contiguous().numpy(), result.numpy()
+        share(lambda first, end: multiply_panels(rows, panels, first, end, product), len(panels))
+        return result
 
     return linear
 
@@ -79,14 +101,37 @@ def round_up_rows(num_rows: int, *, num_in_octave: int = 8) -> int:
     return -(-num_rows // step) * step
 
 
-def _has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def _choose(device: torch.device, dtype: torch.dtype) -> LinearFactory:
+    if device.type != "cpu":
+        return plain_linear
+    if dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        # Without AVX-512, oneDNN multiplies floats more slowly than both (benchmarks/LOG.md, 39 and 40).
+        if find_spec("numba") is not None and _tiles_work():
+            return tile_linear
+        if torch.backends.mkl.is_available():
+            return plain_linear
+    return onednn_linear if _has_onednn(dtype) else plain_linear
+
+
+def _tiles_work() -> bool:
+    """Return whether `tile_linear` agrees with `plain_linear`. If it does not, log why."""
+    generator = torch.Generator().manual_seed(0)
+    # More rows than a tile, and a last panel of the weight that is not full.
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((8, 40), (24, 40), (24,)))
+    try:
+        difference = (tile_linear(weight, bias)(x) - plain_linear(weight, bias)(x)).abs().max().item()
+        if not difference <= _TOLERANCE:
+            raise AssertionError(f"results differ by {difference:.2g}")
+    except Exception as error:  # numba may not fit the installed release of NumPy
+        reason = next(iter(str(error).splitlines()), "")
+        logger.warning("linear layers: tile_linear is not used (%s: %s)", type(error).__name__, reason)
         return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    return True
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # On CPUs without AVX-512, MKL multiplies floats faster (benchmarks/LOG.md, 39).
-    return dtype is torch.float32 and not (
-        torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    )
+    return dtype is torch.float32

@@ -19,6 +19,7 @@ from torch import Tensor
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.config import DType
 from bge_rerank_integrations.engine import build
+from bge_rerank_integrations.engine import linear as linear_module
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
     bfloat16_tile_attention,
@@ -43,6 +44,7 @@ from bge_rerank_integrations.engine.linear import (
     plain_linear,
     resolve_linear,
     round_up_rows,
+    tile_linear,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
@@ -133,7 +135,9 @@ def test_the_same_batch_twice_is_bit_identical(runner: Runner, vocab_size: int) 
 
 
 @pytest.mark.parametrize("wrap", [lambda blocks: blocks, RowBlocks], ids=["all rows", "blocks of rows"])
-@pytest.mark.parametrize("linear", [plain_linear, onednn_linear])
+@pytest.mark.parametrize(
+    "linear", [plain_linear, onednn_linear, pytest.param(tile_linear, marks=needs_numba)]
+)
 def test_each_implementation_of_linear_layers_matches_transformers(
     checkpoint: Path,
     plain_model: Any,
@@ -275,22 +279,73 @@ def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_mkl", "expected"),
+    ("capability", "has_numba", "has_mkl", "expected"),
     [
-        ("AVX512", True, onednn_linear),
-        ("AVX2", True, plain_linear),
-        ("AVX2", False, onednn_linear),
-        ("DEFAULT", False, onednn_linear),
+        ("AVX512", True, True, onednn_linear),
+        pytest.param("AVX2", True, True, tile_linear, marks=needs_numba),
+        ("AVX2", False, True, plain_linear),
+        ("AVX2", False, False, onednn_linear),
+        ("DEFAULT", True, True, onednn_linear),
     ],
 )
-def test_mkl_multiplies_floats_where_there_is_no_avx_512(
-    capability: str, has_mkl: bool, expected: LinearFactory, monkeypatch: pytest.MonkeyPatch
+def test_what_multiplies_floats_on_each_cpu(
+    capability: str,
+    has_numba: bool,
+    has_mkl: bool,
+    expected: LinearFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("needs a torch built with oneDNN")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(linear_module, "find_spec", {"numba": has_numba or None}.get)
     assert resolve_linear(CPU, torch.float32) is expected
+
+
+@pytest.mark.parametrize("error", [None, ImportError("numba needs another NumPy\nand more")])
+def test_tiles_that_do_not_work_are_not_used(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        if error is not None:
+            raise error
+        return lambda x: plain_linear(weight, bias)(x) * 1.01
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(linear_module, "find_spec", {"numba": True}.get)
+    monkeypatch.setattr(linear_module, "tile_linear", broken)
+    assert resolve_linear(CPU, torch.float32) is plain_linear
+    expected = (
+        "AssertionError: results differ by" if error is None else "ImportError: numba needs another NumPy)"
+    )
+    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert expected in record.getMessage()
+
+
+@needs_numba
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "out"), [(1, 1, 1), (6, 40, 16), (13, 33, 40), (300, 770, 2304)]
+)
+def test_tiles_match_float64_at_any_size(num_rows: int, width: int, out: int, num_threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((width, num_rows), (out, width), (out,))
+    )
+    x = x.t()  # not contiguous
+    x[-1, -1] = float("nan")
+    exact = x.double() @ weight.double().t() + bias.double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = tile_linear(weight, bias)(x)
+    finally:
+        torch.set_num_threads(before)
+    assert found[-1].isnan().all()
+    assert found.shape == exact.shape
+    assert torch.allclose(found[:-1].double(), exact[:-1], atol=1e-4)
 
 
 def test_a_slow_precision_is_logged_as_a_warning(

@@ -34,6 +34,12 @@ VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 INTS = ir.VectorType(ir.IntType(32), WIDTH)
 """Type of a vector of integers, each as wide as a float."""
 
+FUSE = ("contract",)
+"""Flags of an operation on floats: a product and a sum may become one instruction.
+
+Without any flag, numba would set the flag `fast`, which permits LLVM to drop NaN and to cancel sums.
+"""
+
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 # Coefficients of the polynomial with the smallest relative error for 2 to the power of x, from -0.5 to 0.5,
 # highest degree first.
@@ -42,9 +48,6 @@ _EXP2 = (9.57053155e-3, 5.59186637e-2, 2.40247354e-1, 6.93121672e-1, 9.99999285e
 _ROUNDING = 1.5 * 2**23 + 127
 # The least exponent for which no result of the polynomial is a denormal float.
 _LEAST = -125
-# A product and a sum may become one instruction. Without any flag, numba would set the flag `fast`, which
-# permits LLVM to drop NaN and to cancel sums.
-_FUSE = ("contract",)
 
 
 @intrinsic
@@ -142,12 +145,13 @@ def make_multiply(
     return multiply
 
 
-def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    return builder.fadd(total, builder.fmul(a, b, flags=_FUSE), flags=_FUSE)
+def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """Emit the sum of a vector of floats and the product of two others."""
+    return builder.fadd(total, builder.fmul(a, b, flags=FUSE), flags=FUSE)
 
 
 multiply_panel, multiply_32, multiply_16 = (
-    make_multiply(count, _multiply_add) for count in (PANEL // WIDTH, 2, 1)
+    make_multiply(count, multiply_add) for count in (PANEL // WIDTH, 2, 1)
 )
 
 
@@ -194,7 +198,7 @@ def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
             def add_powers(index: Any, is_last: bool) -> None:
                 powers = []
                 for x in load(index):
-                    above = builder.fmul(builder.fsub(x, most, flags=_FUSE), factors, flags=_FUSE)
+                    above = builder.fmul(builder.fsub(x, most, flags=FUSE), factors, flags=FUSE)
                     # In this order, the maximum keeps NaN.
                     powers.append(_exp2(builder, _maximum(builder, _all(_LEAST), above)))
                 if is_last:
@@ -202,7 +206,7 @@ def make_powers_of_2(store: Callable[[Any, list[Any], Any, Any], None]) -> Any:
                 store(builder, powers, row, index)
                 _update(builder, sums, powers, add)
 
-            add = partial(builder.fadd, flags=_FUSE)
+            add = partial(builder.fadd, flags=FUSE)
             # Where all floats are minus infinity, the greatest is too, and the powers are NaN.
             first = _spread(builder, builder.load(row))
             greatest = _carried(builder, first)
@@ -303,18 +307,18 @@ def _fold(builder: Any, variables: list[Any], combine: Callable[[Any, Any], Any]
 def _exp2(builder: Any, x: Any) -> Any:
     """Return 2 to the power of each x, for x from `_LEAST` to 0."""
     # The sum is so large that it has no fractional bits, and its lowest bits are the exponent of a float.
-    shifted = builder.fadd(x, _all(_ROUNDING), flags=_FUSE)
-    rest = builder.fsub(x, builder.fsub(shifted, _all(_ROUNDING), flags=_FUSE), flags=_FUSE)
+    shifted = builder.fadd(x, _all(_ROUNDING), flags=FUSE)
+    rest = builder.fsub(x, builder.fsub(shifted, _all(_ROUNDING), flags=FUSE), flags=FUSE)
     power = _all(_EXP2[0])
     for coefficient in _EXP2[1:]:
-        power = builder.fadd(builder.fmul(power, rest, flags=_FUSE), _all(coefficient), flags=_FUSE)
+        power = builder.fadd(builder.fmul(power, rest, flags=FUSE), _all(coefficient), flags=FUSE)
     bits = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * WIDTH))
-    return builder.fmul(power, builder.bitcast(bits, VECTOR), flags=_FUSE)
+    return builder.fmul(power, builder.bitcast(bits, VECTOR), flags=FUSE)
 
 
 def _maximum(builder: Any, a: Any, b: Any) -> Any:
     """Emit the greater of each two floats; the one of b if one of them is NaN."""
-    return builder.select(builder.fcmp_ordered(">", a, b, flags=_FUSE), a, b)
+    return builder.select(builder.fcmp_ordered(">", a, b, flags=FUSE), a, b)
 
 
 def _all(value: float) -> Any:
