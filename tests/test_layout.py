@@ -32,6 +32,7 @@ ROWS = [
     "engine.cpu.bfloat16_support",
     "engine.cpu.cores",
     "engine.packing",
+    "engine.padded_rows",
     "engine.current_device",
     "engine.attention_trial",
     "engine.attention_by_length",

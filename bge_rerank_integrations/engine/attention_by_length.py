@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.packing import Seqlens
+from bge_rerank_integrations.engine.padded_rows import round_up_rows
 
 # Most attention scores in one matrix product for each thread that computes it. In bfloat16 they take 2 MB, so
 # that they stay in the cache of a core until the softmax and the second product have read them.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.shared_work import share
+from bge_rerank_integrations.engine.padded_rows import round_up_rows
 
 logger = logging.getLogger(__name__)
 
@@ -81,24 +82,6 @@ def tile_linear(weight: Tensor, bias: Tensor) -> Linear:
         return result
 
     return linear
-
-
-def round_up_rows(num_rows: int, *, num_in_octave: int = 8) -> int:
-    """Round a number of rows up to one of a few sizes.
-
-    Args:
-        num_rows: The number of rows, at least 1.
-        num_in_octave: Number of sizes between a power of two and the next one. Sizes are at least 16 apart.
-
-    Returns:
-        The smallest of the sizes that is at least `num_rows`.
-
-    Example:
-        >>> [round_up_rows(n) for n in (1, 100, 300, 1100)]
-        [16, 112, 320, 1152]
-    """
-    step = max(16, (1 << (num_rows - 1).bit_length()) // (2 * num_in_octave))
-    return -(-num_rows // step) * step
 
 
 def _choose(device: torch.device, dtype: torch.dtype) -> LinearFactory:

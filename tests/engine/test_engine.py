@@ -43,11 +43,11 @@ from bge_rerank_integrations.engine.linear import (
     onednn_linear,
     plain_linear,
     resolve_linear,
-    round_up_rows,
     tile_linear,
 )
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
+from bge_rerank_integrations.engine.padded_rows import round_up_rows
 from bge_rerank_integrations.engine.runner import Runner, load_runner
 from tests.support.attention import BFLOAT16_ON_CPU, needs_numba, needs_pairs
 from tests.support.engine import (

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.parallel import SplitForward, select, split_evenly
-from bge_rerank_integrations.engine.linear import round_up_rows
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
+from bge_rerank_integrations.engine.padded_rows import round_up_rows
 from tests.support.engine import CPU, random_ids
 from tests.support.queues import PATIENCE_S
 

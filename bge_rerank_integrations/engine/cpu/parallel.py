@@ -170,6 +170,7 @@ class _Threads:
         self._ending = threading.Lock()
         self._has_ended = False
         ready = threading.Barrier(num_threads + 1)
+        torch_threads = torch.get_num_threads()
         self._threads = [
             threading.Thread(
                 target=_work, args=(self._tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True
@@ -179,9 +180,9 @@ class _Threads:
         for thread in self._threads:
             thread.start()
         ready.wait()
-        # In torch, a new thread starts with the number of threads that any other thread set last, which is 1
-        # after `_work`. Set it back to the number of this thread, which has not changed.
-        torch.set_num_threads(torch.get_num_threads())
+        # In torch, a thread starts with the number of threads that any other thread set last, which is 1 after
+        # `_work`. Set it back.
+        torch.set_num_threads(torch_threads)
         _live.add(self)
 
     def put(self, tasks: Sequence[_Task]) -> bool:
