@@ -118,7 +118,7 @@ def build_model(spec: ModelSpec) -> Model:
 
 def _build_floating(spec: ModelSpec) -> Model:
     """Build a model in float32, float16 or bfloat16."""
-    linear = resolve_linear(spec.device, spec.dtype)
+    linear = resolve_linear(spec.device, spec.dtype, resolve_num_threads(spec.config))
     if (spec.device.type, spec.dtype) == ("cpu", torch.bfloat16) and linear is not onednn_linear:
         logger.warning(
             "bfloat16 is much slower than float32 on this CPU, which has no instructions for it; use "

@@ -163,7 +163,7 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
     is_float8 = dtype is torch.float8_e4m3fn
     if is_float8:
         check_float8(device, _BGE_WIDTHS)
-    attention, linear = _implementations(device, dtype)
+    attention, linear = _implementations(device, dtype, threads)
     ops = resolve_fused(device, activation_dtype(dtype), _BGE_WIDTHS, quantizing=is_float8)
     max_batch_tokens = resolve_max_batch_tokens(config, device)
     max_graph_tokens = 0
@@ -225,7 +225,7 @@ def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _implementations(
-    device: torch.device, dtype: torch.dtype
+    device: torch.device, dtype: torch.dtype, num_threads: int
 ) -> tuple[Callable[..., object], Callable[..., object]]:
     """Return the implementations of attention and of linear layers."""
     if dtype is torch.int8:
@@ -237,7 +237,7 @@ def _implementations(
     attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)
     if dtype is torch.float8_e4m3fn:
         return attention, scaled_product
-    return attention, resolve_linear(device, dtype)
+    return attention, resolve_linear(device, dtype, num_threads)
 
 
 def _device_name(device: torch.device) -> str:

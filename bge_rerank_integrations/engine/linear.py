@@ -24,13 +24,22 @@ LinearFactory = Callable[[Tensor, Tensor], Linear]
 
 # oneDNN chooses the layout of a weight for this number of rows. The layout also works for other numbers.
 _TYPICAL_ROWS = 512
+# If a batch has fewer pairs than threads, the threads share each product. `share` takes 0.1 to 0.3 ms to
+# start and join them, and MKL less. With more threads than these, MKL is faster for a short pair.
+_MAX_TILE_THREADS = 4
 # Largest absolute difference between two implementations for a product of a few small numbers.
 _TOLERANCE = 1e-3
 
 
-def resolve_linear(device: torch.device, dtype: torch.dtype) -> LinearFactory:
-    """Choose the implementation of linear layers for a device and a precision, and log the choice."""
-    make = _choose(device, dtype)
+def resolve_linear(device: torch.device, dtype: torch.dtype, num_threads: int) -> LinearFactory:
+    """Choose the implementation of linear layers, and log the choice.
+
+    Args:
+        device: The device that the model runs on.
+        dtype: The precision of the products.
+        num_threads: Number of CPU threads that compute.
+    """
+    make = _choose(device, dtype, num_threads)
     logger.info("linear layers on %s in %s: %s", device, dtype, make.__name__)
     return make
 
@@ -84,12 +93,12 @@ def tile_linear(weight: Tensor, bias: Tensor) -> Linear:
     return linear
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> LinearFactory:
+def _choose(device: torch.device, dtype: torch.dtype, num_threads: int) -> LinearFactory:
     if device.type != "cpu":
         return plain_linear
     if dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2":
         # Without AVX-512, oneDNN multiplies floats more slowly than both (benchmarks/LOG.md, 39 and 40).
-        if find_spec("numba") is not None and _tiles_work():
+        if num_threads <= _MAX_TILE_THREADS and find_spec("numba") is not None and _tiles_work():
             return tile_linear
         if torch.backends.mkl.is_available():
             return plain_linear

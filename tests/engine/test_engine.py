@@ -273,25 +273,27 @@ def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture)
         # No width of 60 fits the tiles of `tile_attention`.
         assert resolve_attention(CPU, torch.float32, 60) is sdpa_attention
         assert name_of(resolve_attention(CPU, torch.bfloat16, 64)) == BFLOAT16_ON_CPU
-        resolve_linear(CPU, torch.float32)
+        resolve_linear(CPU, torch.float32, 1)
     assert "sdpa_attention" in caplog.text
     assert "linear layers on cpu" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_numba", "has_mkl", "expected"),
+    ("capability", "has_numba", "has_mkl", "num_threads", "expected"),
     [
-        ("AVX512", True, True, onednn_linear),
-        pytest.param("AVX2", True, True, tile_linear, marks=needs_numba),
-        ("AVX2", False, True, plain_linear),
-        ("AVX2", False, False, onednn_linear),
-        ("DEFAULT", True, True, onednn_linear),
+        ("AVX512", True, True, 2, onednn_linear),
+        pytest.param("AVX2", True, True, 4, tile_linear, marks=needs_numba),
+        ("AVX2", True, True, 5, plain_linear),
+        ("AVX2", False, True, 2, plain_linear),
+        ("AVX2", False, False, 2, onednn_linear),
+        ("DEFAULT", True, True, 2, onednn_linear),
     ],
 )
 def test_what_multiplies_floats_on_each_cpu(
     capability: str,
     has_numba: bool,
     has_mkl: bool,
+    num_threads: int,
     expected: LinearFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -300,7 +302,7 @@ def test_what_multiplies_floats_on_each_cpu(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
     monkeypatch.setattr(linear_module, "find_spec", {"numba": has_numba or None}.get)
-    assert resolve_linear(CPU, torch.float32) is expected
+    assert resolve_linear(CPU, torch.float32, num_threads) is expected
 
 
 @pytest.mark.parametrize("error", [None, ImportError("numba needs another NumPy\nand more")])
@@ -316,7 +318,7 @@ def test_tiles_that_do_not_work_are_not_used(
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(linear_module, "find_spec", {"numba": True}.get)
     monkeypatch.setattr(linear_module, "tile_linear", broken)
-    assert resolve_linear(CPU, torch.float32) is plain_linear
+    assert resolve_linear(CPU, torch.float32, 1) is plain_linear
     expected = (
         "AssertionError: results differ by" if error is None else "ImportError: numba needs another NumPy)"
     )

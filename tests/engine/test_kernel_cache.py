@@ -31,7 +31,7 @@ MOST_KERNELS = {"float32": 250, "bfloat16": 550}
 
 @pytest.mark.parametrize("dtype", sorted(MOST_KERNELS))
 def test_few_onednn_kernels_serve_all_lengths(checkpoint: Path, dtype: str) -> None:
-    if resolve_linear(torch.device("cpu"), getattr(torch, dtype)) is not onednn_linear:
+    if resolve_linear(torch.device("cpu"), getattr(torch, dtype), 2) is not onednn_linear:
         pytest.skip(f"oneDNN does not multiply {dtype} on this machine")
     child = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCORE_EVERY_LENGTH), str(checkpoint), dtype],

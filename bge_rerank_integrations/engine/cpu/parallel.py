@@ -180,8 +180,8 @@ class _Threads:
         for thread in self._threads:
             thread.start()
         ready.wait()
-        # In torch, a thread starts with the number of threads that any other thread set last, which is 1 after
-        # `_work`. Set it back.
+        # In torch, a thread starts with the number of threads that any other thread set last. After `_work`,
+        # this is 1. Set it back.
         torch.set_num_threads(torch_threads)
         _live.add(self)
 
