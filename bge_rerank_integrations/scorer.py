@@ -149,7 +149,7 @@ class Scorer(OwnScorer):
 
     @classmethod
     def shared(cls, config: ScorerConfig, holder: object | None = None) -> Scorer:
-        """Return the scorer that this process shares for a config. The first call loads it.
+        """Return the scorer of this class that the process shares for a config. The first call loads it.
 
         If several threads call this at the same time, the model is loaded once. If loading fails, all of them
         get the exception.

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-# A longer request is encoded in parts of at most this many pairs. The device computes a part while the next
-# one is encoded. The first part is small, so that an idle device starts soon.
+# A longer request is encoded in parts of at most this many pairs. Unless the queue has a limit, the device
+# computes a part while the next one is encoded. The first part is small, so that an idle device starts soon.
 _NUM_FIRST_PAIRS: Final = 32
 _NUM_PAIRS_AT_ONCE: Final = 512
 # From this many pairs on, the rest is divided even if it fits into one part. The device then does not wait
@@ -241,18 +241,22 @@ class Pipeline:
         remaining: Countdown,
         set_total: OnProgress | None = None,
     ) -> Future[list[float]]:
-        """Encode pairs in parts and queue each part, until all are queued or the request has ended.
+        """Encode pairs in parts, until all are queued or the request has ended.
+
+        Each part is queued when it is encoded. With `max_queued_tokens`, all parts are queued together at the
+        end.
 
         Returns:
             The future of the request, which gives the logits.
         """
         # Check this before the work of tokenizing.
         self._batcher.check_open(num_tokens=min(pairs.num_pairs, 1))
-        num_windows = 0
+        num_windows = num_tokens = 0
         waiting: list[IntArray] = []
         try:
             for windows in pairs.encode(self.tokenizer, _part_sizes):
                 num_windows += len(windows)
+                num_tokens += sum(map(len, windows))
                 waiting += windows
                 if set_total is not None:
                     set_total(num_windows + pairs.num_left)
@@ -260,7 +264,7 @@ class Pipeline:
                     self._batcher.add(request, waiting, is_last=pairs.num_left == 0)
                     waiting = []
                 else:
-                    self._batcher.check_open(num_tokens=sum(map(len, waiting)))
+                    self._batcher.check_open(num_tokens=num_tokens)
                 if pairs.num_left and (request.is_over or remaining() == 0):
                     return request.future  # the caller is about to get an exception or a timeout
         except BaseException:

@@ -37,6 +37,7 @@ _Command = Callable[..., None]
 
 _JSONL: Final = frozenset({".jsonl", ".ndjson"})
 _PARQUET: Final = frozenset({".parquet"})
+_READ: Final = _JSONL | _PARQUET
 # What `--ray` can be followed by. Anything else is the command's SOURCE.
 _ADDRESS: Final = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 _ANY_CLUSTER: Final = ""
@@ -294,7 +295,7 @@ def _parse(line: Line) -> Request | MalformedLineError:
 def _find_files(folder: Path) -> tuple[list[Path], bool]:
     """Return the files of a folder in a fixed order, and whether they are Parquet files.
 
-    Other files are named on stderr.
+    stderr says how many other files there are, and names the first one.
     """
     found = sorted(
         path
@@ -303,11 +304,11 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
         # Other programs put files with these names beside their output, such as `_SUCCESS`.
         and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
     )
-    files = [path for path in found if path.suffix.lower() in _JSONL | _PARQUET]
-    others = [path.relative_to(folder) for path in found if path.suffix.lower() not in _JSONL | _PARQUET]
+    files = [path for path in found if _suffix(path) in _READ]
+    others = [path.relative_to(folder) for path in found if _suffix(path) not in _READ]
     for path in files:
-        _check_name(path.relative_to(folder))
-    kinds = {path.suffix.lower() in _PARQUET for path in files}
+        _check_name(path)
+    kinds = {_suffix(path) in _PARQUET for path in files}
     if not kinds:
         raise MalformedInputError(f"{folder} contains no file that ends with .jsonl, .ndjson or .parquet")
     if len(kinds) > 1:
@@ -315,8 +316,8 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
     is_parquet = kinds.pop()
     if others:
         not_read = (
-            f"{len(others)} file(s) are not read, because their names do not end with .jsonl, .ndjson or "
-            f".parquet. The first one is {click.format_filename(others[0])}."
+            f"Files that are not read: {len(others)}, such as {click.format_filename(others[0])}. Only names "
+            "that end with .jsonl, .ndjson or .parquet are read."
         )
         click.echo(wrap(not_read), err=True)
     parts = (part for path in files for part in path.relative_to(folder).parts[:-1] if "=" in part)
@@ -328,13 +329,17 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
     return files, is_parquet
 
 
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def _check_name(path: Path) -> None:
-    """Raise an error if the path of a file cannot be written to the result, which is UTF-8."""
+    """Raise an error if a path is not UTF-8. Results in JSONL contain it, and pyarrow could not open it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         name = click.format_filename(path)
-        raise click.UsageError(f"the file name {name} is not UTF-8; rename the file") from None
+        raise click.UsageError(f"the file name {name} is not UTF-8; rename it") from None
 
 
 def _decisive(config: ScorerConfig) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def try_attention(
     generator = torch.Generator().manual_seed(0)
 
     def random(num_rows: int, num_parts: int) -> tuple[Tensor, ...]:
-        rows = torch.randn(num_rows, num_parts, _NUM_HEADS, head_dim, generator=generator)
+        rows = torch.randn(
+            num_rows, num_parts, _NUM_HEADS, head_dim, dtype=torch.float32, generator=generator
+        )
         return rows.to(device, dtype).unbind(1)
 
     with on_device(device):

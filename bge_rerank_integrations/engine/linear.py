@@ -25,7 +25,8 @@ LinearFactory = Callable[[Tensor, Tensor], Linear]
 # oneDNN chooses the layout of a weight for this number of rows. The layout also works for other numbers.
 _TYPICAL_ROWS = 512
 # If a batch has fewer pairs than threads, the threads share each product. `share` takes 0.1 to 0.3 ms to
-# start and join them, and MKL less. With more threads than these, MKL is faster for a short pair.
+# start and join them. By an estimate (benchmarks/LOG.md, 40), MKL is faster for a short pair with more
+# threads.
 _MAX_TILE_THREADS = 4
 # Largest absolute difference between two implementations for a product of a few small numbers.
 _TOLERANCE = 1e-3
@@ -56,8 +57,8 @@ def plain_linear(weight: Tensor, bias: Tensor) -> Linear:
 def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
     """Run oneDNN with a weight that is reordered once at load time, as torch's own compiler does.
 
-    On CPUs with AVX-512, `F.linear` is slower: float32 goes to MKL, which is half as fast on AMD processors
-    with AVX-512, and bfloat16 reorders the weight in each call.
+    On CPUs with AVX-512, `F.linear` is slower. It multiplies float32 with MKL, which is half as fast on AMD
+    processors. It reorders a bfloat16 weight in each call.
 
     oneDNN compiles a kernel of about a megabyte for each number of rows, and keeps it, which would add up to
     gigabytes. To limit the number of kernels, the layer pads its input to one of a few numbers of rows. An
@@ -85,7 +86,7 @@ def tile_linear(weight: Tensor, bias: Tensor) -> Linear:
     num_channels = len(weight)
 
     def linear(x: Tensor) -> Tensor:
-        result = torch.empty(len(x), num_channels)
+        result = torch.empty(len(x), num_channels, dtype=torch.float32)
         rows, product = x.contiguous().numpy(), result.numpy()
         share(lambda first, end: multiply_panels(rows, panels, first, end, product), len(panels))
         return result
@@ -97,20 +98,27 @@ def _choose(device: torch.device, dtype: torch.dtype, num_threads: int) -> Linea
     if device.type != "cpu":
         return plain_linear
     if dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        # Without AVX-512, oneDNN multiplies floats more slowly than both (benchmarks/LOG.md, 39 and 40).
-        if num_threads <= _MAX_TILE_THREADS and find_spec("numba") is not None and _tiles_work():
+        # oneDNN multiplies floats more slowly than MKL (benchmarks/LOG.md, 39), and MKL more slowly than
+        # `tile_linear` (40).
+        if num_threads <= _MAX_TILE_THREADS and find_spec("numba") is not None and _is_tile_linear_right():
             return tile_linear
         if torch.backends.mkl.is_available():
             return plain_linear
     return onednn_linear if _has_onednn(dtype) else plain_linear
 
 
-def _tiles_work() -> bool:
-    """Return whether `tile_linear` agrees with `plain_linear`. If it does not, log why."""
+def _is_tile_linear_right() -> bool:
+    """Return whether `tile_linear` agrees with `plain_linear` on vectors of AVX2. If not, log why."""
     generator = torch.Generator().manual_seed(0)
     # More rows than a tile, and a last panel of the weight that is not full.
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((8, 40), (24, 40), (24,)))
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float32, generator=generator) for shape in ((8, 40), (24, 40), (24,))
+    )
     try:
+        from bge_rerank_integrations.engine.cpu.compiler import HAS_AVX2
+
+        if not HAS_AVX2:
+            raise RuntimeError("the settings of numba exclude AVX2")
         difference = (tile_linear(weight, bias)(x) - plain_linear(weight, bias)(x)).abs().max().item()
         if not difference <= _TOLERANCE:
             raise AssertionError(f"results differ by {difference:.2g}")

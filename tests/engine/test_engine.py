@@ -36,6 +36,7 @@ from bge_rerank_integrations.engine.attention_by_length import (
 from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.cpu.row_blocks import RowBlocks, round_up_to_step
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
@@ -328,16 +329,20 @@ def test_tiles_that_do_not_work_are_not_used(
 
 @needs_numba
 @pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("nan_row", [None, 0, -1])
 @pytest.mark.parametrize(
-    ("num_rows", "width", "out"), [(1, 1, 1), (6, 40, 16), (13, 33, 40), (300, 770, 2304)]
+    ("num_rows", "width", "out"), [(1, 1, 1), (2, 40, 16), (6, 40, 17), (17, 33, 40), (305, 770, 2304)]
 )
-def test_tiles_match_float64_at_any_size(num_rows: int, width: int, out: int, num_threads: int) -> None:
+def test_tiles_match_float64_at_any_size(
+    num_rows: int, width: int, out: int, nan_row: int | None, num_threads: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(shape, generator=generator) for shape in ((width, num_rows), (out, width), (out,))
     )
     x = x.t()  # not contiguous
-    x[-1, -1] = float("nan")
+    if nan_row is not None:
+        x[nan_row, -1] = float("nan")
     exact = x.double() @ weight.double().t() + bias.double()
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -345,9 +350,38 @@ def test_tiles_match_float64_at_any_size(num_rows: int, width: int, out: int, nu
         found = tile_linear(weight, bias)(x)
     finally:
         torch.set_num_threads(before)
-    assert found[-1].isnan().all()
-    assert found.shape == exact.shape
-    assert torch.allclose(found[:-1].double(), exact[:-1], atol=1e-4)
+    assert found.isnan().any().item() == (nan_row is not None)
+    assert torch.allclose(found.double(), exact, rtol=0, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "bfloat16",
+        pytest.param("int8", marks=pytest.mark.skipif(int8_obstacle() is not None, reason="needs int8")),
+    ],
+)
+def test_the_default_dtype_of_torch_does_not_matter(
+    checkpoint: Path, vocab_size: int, dtype: DType, default: torch.dtype
+) -> None:
+    """transformers sets it while it loads a model, also for other threads."""
+    shape = read_shape(checkpoint)
+    sequences = random_ids([9, 120, 33, 5], vocab_size, seed=11)
+    config, other = (
+        ScorerConfig(device="cpu", dtype=dtype, num_threads=2, max_batch_tokens=budget)
+        for budget in (4321, 4322)  # no other test uses them
+    )
+    runner = load_runner(config, checkpoint, shape)
+    expected = score_all(runner, sequences)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert score_all(runner, sequences) == expected
+        assert score_all(load_runner(other, checkpoint, shape), sequences) == expected
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_slow_precision_is_logged_as_a_warning(

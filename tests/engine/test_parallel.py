@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -135,14 +135,28 @@ def test_parts_run_in_parallel_on_one_thread_each() -> None:
     assert seen == [1, 1, 1]
 
 
-def test_other_threads_keep_their_number_of_torch_threads() -> None:
-    before = torch.get_num_threads()
-    SplitForward(sums, 2, 1024)(batch_of([4, 5]))
-    seen: list[int] = []
-    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+def in_new_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function)
     thread.start()
     thread.join()
-    assert seen == [before]
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["a thread that has used torch", "a new thread"])
+def test_other_threads_keep_their_number_of_torch_threads(is_new: bool) -> None:
+    before = torch.get_num_threads()
+    batch = batch_of([4, 5])
+    seen: list[int] = []
+
+    def split() -> None:
+        SplitForward(sums, 2, 1024)(batch)
+        seen.append(torch.get_num_threads())
+
+    if is_new:
+        in_new_thread(split)
+    else:
+        split()
+    in_new_thread(lambda: seen.append(torch.get_num_threads()))
+    assert seen == [before, before]
     assert torch.get_num_threads() == before
 
 

@@ -298,8 +298,10 @@ class NoReranker:
 def test_a_handle_of_another_application_is_refused_at_once() -> None:
     other: Any = serve.deployment(NoReranker)
     scorer = ServeScorer(serve.run(other.bind(), name="other", route_prefix="/other"), max_retries=1000)
-    with pytest.raises(RemoteError, match="the application does not rank"):
-        scorer.rank(QUERY, ["a"])
-    with pytest.raises(RemoteError, match="the application does not rank"):
-        asyncio.run(scorer.arank(QUERY, ["a"]))
-    serve.delete("other")
+    try:
+        with pytest.raises(RemoteError, match="the application does not rank"):
+            scorer.rank(QUERY, ["a"])
+        with pytest.raises(RemoteError, match="the application does not rank"):
+            asyncio.run(scorer.arank(QUERY, ["a"]))
+    finally:
+        serve.delete("other")

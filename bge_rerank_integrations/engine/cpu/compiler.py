@@ -39,7 +39,7 @@ _ROUNDS_PAIRS: Final = compiles_for("avx512bf16")
 HAS_AMX: Final = has_amx() and _ROUNDS_PAIRS and compiles_for("amx-bf16")
 """Whether kernels multiply pairs of bfloat16 on AMX; see `amx_products`."""
 HAS_AVX2: Final = compiles_for("avx2")
-"""Whether kernels multiply int16 values; see `int16_products`."""
+"""Whether kernels use vectors of AVX2; see `int16_products` and `float32_products`."""
 HAS_PAIRS: Final = HAS_AMX or (has_fast_pairs() and _ROUNDS_PAIRS)
 """Whether kernels multiply pairs of bfloat16, on AMX or by vectors; see `bfloat16_pairs`."""
 

@@ -21,7 +21,7 @@ from bge_rerank_integrations.engine.packing import Seqlens
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
     """Compute attention within each sequence on the calling thread; see `VarlenAttention`."""
-    output = torch.empty(q.shape)
+    output = torch.empty(q.shape, dtype=torch.float32)
     output[sum(q_seqlens.lengths) :].zero_()
     flat = output.view(len(output), -1).numpy()
     cu_seqlens = q_seqlens.cu_seqlens.numpy(), kv_seqlens.cu_seqlens.numpy()

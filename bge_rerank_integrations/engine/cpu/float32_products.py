@@ -1,7 +1,7 @@
 """Matrix products in float32 on register tiles, for kernels that numba compiles.
 
-A tile has ROWS rows and COLUMNS columns. Its sums fill the registers of AVX2. MKL multiplies many rows just
-as fast, and few rows more slowly (benchmarks/LOG.md, 40).
+A tile has ROWS rows and COLUMNS columns. Its sums take 12 of the 16 registers of AVX2. MKL multiplies 2 to 64
+rows more slowly, and more rows about as fast (benchmarks/LOG.md, 40).
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class _Rows:
 
     def __init__(self, num_rows: int, width: int) -> None:
         total = round_up_rows(num_rows, num_in_octave=_ROWS_IN_OCTAVE)
-        self.x = torch.empty(total, width)
+        self.x = torch.empty(total, width, dtype=torch.float32)
         self.x[num_rows:].zero_()
         self.array = self.x.numpy()
         self.codes = _Codes(total, width)

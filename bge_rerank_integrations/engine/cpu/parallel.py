@@ -71,9 +71,9 @@ class SplitForward:
         futures = [future for _, _, future in tasks]
         # Wait for all parts, so that no part is still running when the error of another part is raised.
         wait(futures)
-        logits = torch.empty(len(lengths))
+        logits = torch.empty(len(lengths), dtype=torch.float32)
         for part, future in zip(parts, futures, strict=True):
-            logits[torch.tensor(part)] = torch.tensor(future.result())
+            logits[part] = torch.tensor(future.result(), dtype=torch.float32)
         return logits
 
     def _require_threads(self) -> _Threads:

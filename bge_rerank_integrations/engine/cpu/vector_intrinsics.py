@@ -83,7 +83,7 @@ def _keep(builder: Any, total: Any, after: Any, column: int) -> Any:
 
 def make_multiply(
     num_vectors: int,
-    multiply_add: Callable[[Any, Any, Any, Any], Any],
+    accumulate: Callable[[Any, Any, Any, Any], Any],
     finish: Callable[[Any, Any, Any, int], Any] = _keep,
 ) -> Any:
     """Return a function that computes c = a b for ROWS rows and `num_vectors` vectors of columns.
@@ -93,7 +93,7 @@ def make_multiply(
 
     Args:
         num_vectors: Number of vectors of columns.
-        multiply_add: Emits the sum of a vector and the product of two others. Its arguments are the builder,
+        accumulate: Emits the sum of a vector and the product of two others. Its arguments are the builder,
             the sum so far, an element of a row of a in every place, and a vector of a row of b.
         finish: Emits what to store for a sum. Its arguments are the builder, the sum, the address of the row
             of b after the last one, and the number of the vector. By default, it is the sum.
@@ -122,7 +122,7 @@ def make_multiply(
             for a_row, row_sums in zip(a_rows, sums, strict=True):
                 factor = _spread(builder, builder.load(builder.gep(a_row, [k])))
                 results.append(
-                    [multiply_add(builder, s, factor, v) for s, v in zip(row_sums, vectors, strict=True)]
+                    [accumulate(builder, s, factor, v) for s, v in zip(row_sums, vectors, strict=True)]
                 )
             for row_sums, row_results in zip(sums, results, strict=True):
                 for phi, result in zip(row_sums, row_results, strict=True):

@@ -126,11 +126,13 @@ def check_float8(device: torch.device, widths: tuple[int, int]) -> None:
 
 def _try_product(device: torch.device, num_inputs: int, num_outputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(num_outputs, num_inputs, generator=generator).to(device)
-    bias = torch.randn(num_outputs, generator=generator).to(device, torch.bfloat16)
+    matrix = torch.randn(num_outputs, num_inputs, dtype=torch.float32, generator=generator).to(device)
+    bias = torch.randn(num_outputs, dtype=torch.float32, generator=generator).to(device, torch.bfloat16)
     weight = PLAIN_OPS.quantize(matrix)
     for num_rows in _TRIED_ROWS:
-        rows = PLAIN_OPS.quantize(torch.randn(num_rows, num_inputs, generator=generator).to(device))
+        rows = PLAIN_OPS.quantize(
+            torch.randn(num_rows, num_inputs, dtype=torch.float32, generator=generator).to(device)
+        )
         expected = dequantize(rows) @ dequantize(weight).t()
         # The sums have terms of both signs, so a small result can have the absolute error of a large one.
         tolerance = 0.01 * expected.abs().max().item()

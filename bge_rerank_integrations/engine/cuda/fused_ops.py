@@ -136,7 +136,7 @@ def check_ops(
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return (2 * torch.randn(*size, generator=generator)).to(device, dtype)
+        return (2 * torch.randn(*size, dtype=torch.float32, generator=generator)).to(device, dtype)
 
     width, inner = widths
     x, residual, bias = random(_NUM_TRIED_ROWS, width), random(_NUM_TRIED_ROWS, width), random(width)

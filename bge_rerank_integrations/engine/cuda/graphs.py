@@ -282,7 +282,7 @@ class CudaCapture:
             self._index = torch.cuda.current_device()
             self._stream = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
-        self._scratch = torch.zeros(1, device=device)
+        self._scratch = torch.zeros(1, dtype=torch.float32, device=device)
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         """See `Capture`."""

@@ -139,9 +139,11 @@ def _inputs(
     width, inner = widths
     generator = torch.Generator().manual_seed(0)
     # Repeat a few rows: random numbers for thousands of rows would take longer than everything else here.
-    few = torch.randn(min(num_rows, _NUM_COMPARED_ROWS), width, generator=generator).to(device, dtype)
-    weight = torch.randn(inner, width, generator=generator).to(device) * width**-0.5
-    bias = torch.randn(inner, generator=generator).to(device, dtype)
+    few = torch.randn(min(num_rows, _NUM_COMPARED_ROWS), width, dtype=torch.float32, generator=generator).to(
+        device, dtype
+    )
+    weight = torch.randn(inner, width, dtype=torch.float32, generator=generator).to(device) * width**-0.5
+    bias = torch.randn(inner, dtype=torch.float32, generator=generator).to(device, dtype)
     return _repeat(few, num_rows), weight.to(dtype), bias
 
 

@@ -103,7 +103,9 @@ class PinnedTransfer:
         with torch.cuda.device(device):
             # A batch has ids, position ids and bounds of sequences. It has no more sequences than tokens.
             self._slots = deque(_Slot(3 * max_tokens + 1, device) for _ in range(self.depth))
-        self._results = [torch.empty(max_tokens, pin_memory=True) for _ in range(self.depth)]
+        self._results = [
+            torch.empty(max_tokens, dtype=torch.float32, pin_memory=True) for _ in range(self.depth)
+        ]
 
     def upload(self, parts: Sequence[IntArray]) -> Tensor:
         """See `Transfer`."""
