@@ -1,10 +1,14 @@
-"""Makes a CUDA device current for a thread."""
+"""What torch sets for a thread: the current CUDA device, the default device and autocast."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Final
 
 import torch
+
+_AUTOCAST_DEVICES: Final = ("cpu", "cuda", "mps")
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -14,3 +18,19 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     CUDA graphs use the current device instead.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def without_thread_settings() -> Iterator[None]:
+    """Load a model in this block as if the calling thread had not changed torch's settings.
+
+    A default device would hold tensors that are meant for the CPU. Autocast would change the precision of
+    products. Forward passes need no such block, since they run in threads of this package.
+    """
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

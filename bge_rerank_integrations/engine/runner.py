@@ -22,7 +22,7 @@ from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
-from bge_rerank_integrations.engine.current_device import on_device
+from bge_rerank_integrations.engine.current_device import on_device, without_thread_settings
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
@@ -230,6 +230,7 @@ def is_device_lost(error: BaseException) -> bool:
     )
 
 
+@without_thread_settings()
 def load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> list[Runner]:
     """Load a verified checkpoint onto each device that the config selects.
 

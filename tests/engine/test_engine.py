@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,7 +49,7 @@ from bge_rerank_integrations.engine.linear import (
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import Seqlens, pack
 from bge_rerank_integrations.engine.padded_rows import round_up_rows
-from bge_rerank_integrations.engine.runner import Runner, load_runner
+from bge_rerank_integrations.engine.runner import Runner, load_runner, load_runners
 from tests.support.attention import BFLOAT16_ON_CPU, needs_numba, needs_pairs
 from tests.support.engine import (
     CPU,
@@ -382,6 +382,31 @@ def test_the_default_dtype_of_torch_does_not_matter(
         assert score_all(load_runner(other, checkpoint, shape), sequences) == expected
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "setting", [lambda: torch.device("meta"), lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_loading_thread_has_set_in_torch_does_not_matter(
+    checkpoint: Path,
+    vocab_size: int,
+    dtype: DType,
+    setting: Callable[[], AbstractContextManager[object]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shape = read_shape(checkpoint)
+    sequences = random_ids([9, 120, 33, 5], vocab_size, seed=12)
+    config, other = (
+        ScorerConfig(device="cpu", dtype=dtype, max_batch_tokens=budget)
+        for budget in (5321, 5322)  # no other test uses them
+    )
+    (runner,) = load_runners(config, checkpoint, shape)
+    caplog.clear()
+    with setting():
+        (within,) = load_runners(other, checkpoint, shape)
+    assert score_all(within, sequences) == score_all(runner, sequences)
+    assert "is not used" not in caplog.text
 
 
 def test_a_slow_precision_is_logged_as_a_warning(
