@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 from bge_rerank_integrations.batching.queue import RequestQueue
@@ -321,9 +322,10 @@ class MicroBatcher:
                 self._wake_workers()
             num_left = len(self._replicas)
             self._changed.notify_all()
-        logger.error("a device was lost (%s); %d device(s) left", type(error).__name__, num_left)
         for request in failed:
             self._fail(request, _device_lost(error))
+        with suppress(Exception):  # a logging filter of the application may raise
+            logger.error("a device was lost (%s); %d device(s) left", type(error).__name__, num_left)
 
     # --- under the lock ----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final, NamedTuple, Protocol
@@ -170,8 +171,9 @@ class Worker:
             self._die(error)
 
     def _die(self, error: BaseException) -> None:
-        logger.error("a worker thread died of %s", type(error).__name__)
         self._work.remove(self)  # no caller may wait for a thread that has ended
+        with suppress(Exception):  # a logging filter of the application may raise
+            logger.error("a worker thread died of %s", type(error).__name__)
 
     def _launch(self, batch: Batch) -> None:
         launched_at = time.monotonic()

@@ -21,7 +21,7 @@ from bge_rerank_integrations.engine.attention_by_length import (
 from bge_rerank_integrations.engine.attention_trial import try_attention
 from bge_rerank_integrations.engine.cpu.amx import has_amx
 from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
-from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP, PAIRS_STEP
+from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP, PAIRS_STEP, has_avx2
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
 
@@ -309,7 +309,7 @@ def _fits_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
         device.type == "cpu"
         and dtype is torch.float32
         and head_dim % HEAD_STEP == 0
-        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and has_avx2()
         and find_spec("numba") is not None
     )
 

@@ -24,7 +24,7 @@ _MAX_SEQUENCES: Final = 16
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
     """Run `scaled_dot_product_attention` on each run of sequences of equal length."""
-    return _attend_runs(F.scaled_dot_product_attention, q, k, v, q_seqlens, kv_seqlens)
+    return _attend_runs(_attend_fused, q, k, v, q_seqlens, kv_seqlens)
 
 
 def contiguous_sdpa_attention(
@@ -82,6 +82,15 @@ def _attend_runs(
         output[q_start:q_end].unflatten(0, (count, -1)).copy_(attended.transpose(1, 2))
         q_start, kv_start, sequence = q_end, kv_end, sequence + count
     return output
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # `scaled_dot_product_attention` would call the same operator on CPUs. But it fails where the application
+    # has limited the kernels of the whole process with `torch.nn.attention.sdpa_kernel`, for a GPU.
+    attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+    return attended
 
 
 def _attend_contiguous(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -178,12 +178,13 @@ class Runner:
             self.max_batch_tokens = min(self.max_batch_tokens, max(num_tokens // 2, 1))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        logger.warning(
-            "out of memory with %d tokens in %d sequences; batches now hold at most %d tokens",
-            num_tokens,
-            num_sequences,
-            self.max_batch_tokens,
-        )
+        with suppress(Exception):  # a logging filter of the application may raise
+            logger.warning(
+                "out of memory with %d tokens in %d sequences; batches now hold at most %d tokens",
+                num_tokens,
+                num_sequences,
+                self.max_batch_tokens,
+            )
 
     def _launch(self, sequences: list[npt.NDArray[np.int32]]) -> Callable[[], list[float]]:
         graphs = self._graphs

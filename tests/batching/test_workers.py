@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -252,6 +253,34 @@ def test_no_request_waits_for_a_worker_that_died_with_two_batches(make: Callable
     device.error = None
     device.finish(10)
     assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+
+
+class RaisingFilter(logging.Filter):
+    """A filter that needs something that only the threads of an application have."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        raise RuntimeError("working outside of request context")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(SystemExit(), WorkerDiedError), (lost(), DeviceLostError)], ids=["death", "loss"]
+)
+def test_a_logging_filter_that_raises_keeps_no_request_waiting(
+    make: Callable[..., MicroBatcher], error: BaseException, expected: type[Exception]
+) -> None:
+    logger, raising = logging.getLogger("bge_rerank_integrations"), logging.StreamHandler()
+    raising.addFilter(RaisingFilter())
+    logger.addHandler(raising)
+    try:
+        device = AsyncDevice()
+        batcher = make(device)
+        futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+        wait_until(lambda: len(device.launched) == 2)
+        device.error = error
+        device.finish(1)
+        assert {type(future.exception(PATIENCE_S)) for future in futures} == {expected}
+    finally:
+        logger.removeHandler(raising)
 
 
 def test_close_waits_for_both_batches(make: Callable[..., MicroBatcher]) -> None:

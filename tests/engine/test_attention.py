@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -270,7 +271,9 @@ def test_kernels_for_whole_batches_can_be_captured() -> None:
 def test_the_trial_detects_the_faulty_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", metal_sdpa)
     with pytest.raises(AssertionError, match="results differ by"):
-        try_attention(sdpa_attention, CPU, torch.float32, 64, in_graphs=False)
+        try_attention(
+            partial(attention_by_length._attend_runs, metal_sdpa), CPU, torch.float32, 64, in_graphs=False
+        )
     try_attention(contiguous_sdpa_attention, CPU, torch.float32, 64, in_graphs=False)
     try_attention(product_attention, CPU, torch.float32, 64, in_graphs=False)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.config import DType
@@ -406,6 +407,25 @@ def test_what_the_loading_thread_has_set_in_torch_does_not_matter(
     with setting():
         (within,) = load_runners(other, checkpoint, shape)
     assert score_all(within, sequences) == score_all(runner, sequences)
+    assert "is not used" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_that_the_process_has_excluded_for_a_gpu_do_not_matter(
+    checkpoint: Path, vocab_size: int, dtype: DType, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = read_shape(checkpoint)
+    sequences = random_ids([9, 120, 33, 5], vocab_size, seed=13)
+    config, other = (
+        ScorerConfig(device="cpu", dtype=dtype, max_batch_tokens=budget)
+        for budget in (6321, 6322)  # no other test uses them
+    )
+    runner = load_runner(config, checkpoint, shape)
+    expected = score_all(runner, sequences)
+    caplog.clear()
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        assert score_all(runner, sequences) == expected
+        assert score_all(load_runner(other, checkpoint, shape), sequences) == expected
     assert "is not used" not in caplog.text
 
 

@@ -516,7 +516,20 @@ def test_int8_is_recommended_where_it_is_faster(
     assert (report.faster == "int8") is expected
 
 
-def test_int8_is_refused_on_a_cpu_without_its_instructions(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"ATEN_CPU_CAPABILITY": "default"}, "it needs an x86-64 CPU with AVX2"),
+        (
+            {"ATEN_CPU_CAPABILITY": "avx2"},
+            "the settings of numba (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES) exclude AVX2",
+        ),
+        ({"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set"),
+    ],
+)
+def test_int8_is_refused_on_a_cpu_without_its_instructions(
+    checkpoint: Path, environment: dict[str, str], reason: str
+) -> None:
     code = (
         "from llvmlite import binding\n"
         "features = binding.FeatureMap({'sse2': True})\n"
@@ -524,6 +537,12 @@ def test_int8_is_refused_on_a_cpu_without_its_instructions(checkpoint: Path) -> 
         "from bge_rerank_integrations import Scorer\n"
         f"Scorer({str(checkpoint)!r}, device='cpu', dtype='int8')"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 1
-    assert "DeviceError: dtype 'int8' is not available: it needs an x86-64 CPU with AVX2" in run.stderr
+    assert f"DeviceError: dtype 'int8' is not available: {reason}" in run.stderr

@@ -19,6 +19,7 @@ from bge_rerank_integrations.engine.attention import (
     flash_attention,
     varlen_attention,
 )
+from bge_rerank_integrations.engine.cpu.int8_support import has_avx2
 from bge_rerank_integrations.engine.packing import Seqlens
 
 needs_num_splits = pytest.mark.skipif(
@@ -26,11 +27,7 @@ needs_num_splits = pytest.mark.skipif(
     reason="needs a torch whose varlen_attn has num_splits",
 )
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba (pip install numba)")
-FLOAT32_ON_CPU = (
-    "tile_attention"
-    if find_spec("numba") is not None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    else "sdpa_attention"
-)
+FLOAT32_ON_CPU = "tile_attention" if find_spec("numba") is not None and has_avx2() else "sdpa_attention"
 """Name of the implementation that this machine uses in float32 on its CPU, for heads of 64."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -42,8 +43,12 @@ def require_int8(head_dim: int) -> None:
 
 def int8_obstacle() -> str | None:
     """Return why int8 products do not work on this machine; None if they work."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set, and its kernels must be compiled"
     if has_onednn_products() or _has_int16_products():
         return None
+    if has_avx2():
+        return "the settings of numba (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES) exclude AVX2"
     return "it needs an x86-64 CPU with AVX2 (Intel since 2013, AMD since 2015)"
 
 
@@ -69,9 +74,14 @@ def is_faster_in_int8() -> bool:
     )
 
 
+def has_avx2() -> bool:
+    """Return whether torch uses AVX2 on this machine, alone or with AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 def _has_int16_products() -> bool:
     if find_spec("numba") is None:  # the extra `int8` is not installed, but might be worth installing
-        return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return has_avx2()
     from bge_rerank_integrations.engine.cpu.compiler import HAS_AVX2  # this imports numba
 
     return HAS_AVX2
