@@ -355,6 +355,14 @@ def test_tiles_match_float64_at_any_size(
     assert torch.allclose(found.double(), exact, rtol=0, atol=1e-3, equal_nan=True)
 
 
+def two_configs(budget: int, dtype: DType, num_threads: int | None = None) -> list[ScorerConfig]:
+    """Return two configs whose scorers share no model. No other test may use the budget and the next one."""
+    return [
+        ScorerConfig(device="cpu", dtype=dtype, num_threads=num_threads, max_batch_tokens=max_batch_tokens)
+        for max_batch_tokens in (budget, budget + 1)
+    ]
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     "dtype",
@@ -370,10 +378,7 @@ def test_the_default_dtype_of_torch_does_not_matter(
     """transformers sets it while it loads a model, also for other threads."""
     shape = read_shape(checkpoint)
     sequences = random_ids([9, 120, 33, 5], vocab_size, seed=11)
-    config, other = (
-        ScorerConfig(device="cpu", dtype=dtype, num_threads=2, max_batch_tokens=budget)
-        for budget in (4321, 4322)  # no other test uses them
-    )
+    config, other = two_configs(4321, dtype, num_threads=2)
     runner = load_runner(config, checkpoint, shape)
     expected = score_all(runner, sequences)
     before = torch.get_default_dtype()
@@ -398,10 +403,7 @@ def test_what_the_loading_thread_has_set_in_torch_does_not_matter(
 ) -> None:
     shape = read_shape(checkpoint)
     sequences = random_ids([9, 120, 33, 5], vocab_size, seed=12)
-    config, other = (
-        ScorerConfig(device="cpu", dtype=dtype, max_batch_tokens=budget)
-        for budget in (5321, 5322)  # no other test uses them
-    )
+    config, other = two_configs(5321, dtype)
     (runner,) = load_runners(config, checkpoint, shape)
     caplog.clear()
     with setting():
@@ -416,10 +418,7 @@ def test_kernels_that_the_process_has_excluded_for_a_gpu_do_not_matter(
 ) -> None:
     shape = read_shape(checkpoint)
     sequences = random_ids([9, 120, 33, 5], vocab_size, seed=13)
-    config, other = (
-        ScorerConfig(device="cpu", dtype=dtype, max_batch_tokens=budget)
-        for budget in (6321, 6322)  # no other test uses them
-    )
+    config, other = two_configs(6321, dtype)
     runner = load_runner(config, checkpoint, shape)
     expected = score_all(runner, sequences)
     caplog.clear()
