@@ -24,6 +24,7 @@ from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
 from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP, PAIRS_STEP, has_avx2
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
+from bge_rerank_integrations.runtime.tracebacks import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a kernel that is missing, a driver that fails, or a wrong result
-            reason = next(iter(str(error).splitlines()), "")
+            reason = first_line(error)
             logger.warning(
                 "attention on %s in %s: %s is not used (%s: %s)",
                 device,

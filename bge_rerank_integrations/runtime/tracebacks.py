@@ -1,4 +1,4 @@
-"""Frees the objects that the traceback of a caught exception keeps alive."""
+"""What a caught exception says, and the objects that its traceback keeps alive."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def release_frames(error: BaseException) -> None:
             seen.add(id(current))
             traceback.clear_frames(current.__traceback__)
             pending += [current.__cause__, current.__context__]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for a log. The message may be empty."""
+    return next(iter(str(error).splitlines()), "")

@@ -17,6 +17,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.attention import reads_tensors_only
 from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
+from bge_rerank_integrations.runtime.tracebacks import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Graphs:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except Exception as error:  # an operator that cannot be captured, or a wrong result
-            reason = next(iter(str(error).splitlines()), "")
+            reason = first_line(error)
             logger.warning(
                 "CUDA graphs are disabled because a capture failed: %s: %s", type(error).__name__, reason
             )
