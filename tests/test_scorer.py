@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import io
 import logging
+import os
 import pickle
 import shutil
 import threading
@@ -679,6 +681,36 @@ def test_progress_shows_on_stderr_and_only_when_asked(scorer: Scorer, texts: lis
     with redirect_stderr(shown):
         assert scorer.score(pairs, progress=True) == quiet
     assert f"{len(texts)}/{len(texts)}" in shown.getvalue()
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str, /) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class LateFailure(FullDisk):
+    """Fails when the bar advances, but not when it appears."""
+
+    def write(self, text: str, /) -> int:
+        return super().write(text) if "%" in text and "  0%" not in text else len(text)
+
+
+def closed_file() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("stderr", [FullDisk(), LateFailure(), closed_file(), None])
+def test_a_bar_that_cannot_be_shown_does_not_fail_the_request(
+    scorer: Scorer, texts: list[str], stderr: io.StringIO | None
+) -> None:
+    pairs = [(QUERY, text) for text in texts]
+    with redirect_stderr(stderr):
+        scores = scorer.score(pairs, progress=True)
+        streamed = scorer.score(iter(pairs), progress=True)
+    assert scores == scorer.score(pairs)
+    assert streamed == pytest.approx(scores, abs=LOGIT_TOLERANCE[torch.float32])
 
 
 def test_arguments_are_not_changed(scorer: Scorer, texts: list[str]) -> None:

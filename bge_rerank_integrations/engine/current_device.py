@@ -1,12 +1,16 @@
-"""What torch sets for a thread: the current CUDA device, the default device and autocast."""
+"""What torch sets for a thread: the current CUDA device, the default device, autocast and compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _AUTOCAST_DEVICES: Final = ("cpu", "cuda", "mps")
 
@@ -34,3 +38,12 @@ def without_thread_settings() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def not_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Return a function that `torch.compile` does not compile, even if a compiled function calls it."""
+    # Without this module nothing is being compiled, and importing it takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return function
+    disabled: Callable[_P, _T] = torch.compiler.disable(function)
+    return disabled

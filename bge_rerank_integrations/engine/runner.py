@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -20,9 +21,10 @@ from torch import Tensor
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
+from bge_rerank_integrations.engine.cpu.thread_count import set_thread_count, thread_count
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
-from bge_rerank_integrations.engine.current_device import on_device, without_thread_settings
+from bge_rerank_integrations.engine.current_device import not_compiled, on_device, without_thread_settings
 from bge_rerank_integrations.engine.device import (
     resolve_device,
     resolve_dtype,
@@ -31,6 +33,7 @@ from bge_rerank_integrations.engine.device import (
 )
 from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
+from bge_rerank_integrations.runtime.fork_guard import is_child
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,8 @@ class Runner:
         padding_idx: Id of the padding token. Position ids start at `padding_idx + 1`.
         max_batch_tokens: Most tokens in one forward pass at the start.
         num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
-        num_threads: Number of CPU threads that compute; None for torch's current setting.
+        num_threads: Number of CPU threads that compute; None for torch's current setting. A thread that
+            launches a batch keeps this number.
         transfer: Copies to and from the device, and limits how many batches run at once; None for a
             `PlainTransfer`.
         graphs: Replays batches as CUDA graphs instead of calling `forward`, if they are captured.
@@ -158,7 +162,9 @@ class Runner:
         # for each run of equal lengths.
         positions = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         try:
-            with self._lock, _cpu_threads(self._num_threads), on_device(self.device):
+            with self._lock, on_device(self.device):
+                if self._num_threads is not None:
+                    set_thread_count(self._num_threads)
                 read = self._launch([sequences[index] for index in positions])
                 self._grow()
             return Pending(read, positions)
@@ -206,20 +212,6 @@ class Runner:
                 self.max_batch_tokens = min(2 * self.max_batch_tokens, self._full_budget)
 
 
-@contextmanager
-def _cpu_threads(num_threads: int | None) -> Iterator[None]:
-    """Compute with `num_threads` threads in this block. In torch this is a setting of the calling thread."""
-    before = torch.get_num_threads()
-    if num_threads is None or num_threads == before:
-        yield
-        return
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def is_device_lost(error: BaseException) -> bool:
     """Return whether every later forward pass in this process would fail too, given the error of one pass."""
     message = str(error)
@@ -231,13 +223,23 @@ def is_device_lost(error: BaseException) -> bool:
     )
 
 
-@without_thread_settings()
 def load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> list[Runner]:
     """Load a verified checkpoint onto each device that the config selects.
 
     Raises:
         RerankError: See `load_runner`.
     """
+    load = not_compiled(_load_runners)
+    if not is_child():
+        return load(config, folder, shape)
+    # If the thread that forked had computed with several threads in torch, it would wait for them for ever.
+    # They exist only in the parent. A new thread starts threads of its own.
+    with ThreadPoolExecutor(1, "bge-rerank-load") as executor:
+        return executor.submit(load, config, folder, shape).result()
+
+
+@without_thread_settings()
+def _load_runners(config: ScorerConfig, folder: Path, shape: EncoderShape) -> list[Runner]:
     first, *others = config.per_device()
     for other in others:
         resolve_device(other)  # raise for a missing device before loading the first model
@@ -275,7 +277,7 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
 
 def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
     device, max_batch_tokens = key.device, key.max_batch_tokens
-    with _cpu_threads(key.num_threads):  # loading computes too
+    with thread_count(key.num_threads):  # loading computes too
         model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
     runner = Runner(
         model.forward,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from bge_rerank_integrations.errors import ForkedProcessError
 
 _process_in_use: int | None = None
+_is_child = False
 
 
 def mark_process_in_use() -> None:
@@ -19,6 +20,11 @@ def mark_process_in_use() -> None:
 def was_forked() -> bool:
     """Return whether this process was forked from a process that had loaded a model."""
     return _process_in_use not in (None, os.getpid())
+
+
+def is_child() -> bool:
+    """Return whether this process was forked from another one after this module was imported."""
+    return _is_child
 
 
 def check_process() -> None:
@@ -36,3 +42,11 @@ def call_in_forked_children(function: Callable[[], object]) -> None:
     """Call a function in each process that is forked from this one, before anything else runs there."""
     if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(after_in_child=function)
+
+
+def _become_child() -> None:
+    global _is_child
+    _is_child = True
+
+
+call_in_forked_children(_become_child)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 OnProgress = Callable[[int], object]
+
+# What writing to stderr raises if it is closed or full. A bar that cannot be shown must not fail the request.
+_CANNOT_WRITE = (OSError, ValueError)
 
 
 @contextmanager
@@ -13,10 +17,22 @@ def progress_bar() -> Iterator[tuple[OnProgress, OnProgress]]:
     """Show a bar. Yield two functions: one sets the total of the bar, one advances it."""
     from tqdm.auto import tqdm
 
-    with tqdm(desc="scoring", unit="pair") as bar:
+    try:
+        bar = tqdm(desc="scoring", unit="pair", disable=sys.stderr is None)
+    except _CANNOT_WRITE:
+        bar = tqdm(disable=True)
 
-        def set_total(num_pairs: int) -> None:
-            bar.total = num_pairs
+    def set_total(num_pairs: int) -> None:
+        bar.total = num_pairs
+        with suppress(*_CANNOT_WRITE):
             bar.refresh()
 
-        yield set_total, bar.update
+    def advance(num_pairs: int) -> None:
+        with suppress(*_CANNOT_WRITE):
+            bar.update(num_pairs)
+
+    try:
+        yield set_total, advance
+    finally:
+        with suppress(*_CANNOT_WRITE):
+            bar.close()

@@ -632,3 +632,27 @@ def test_a_forked_child_gets_a_typed_error(checkpoint: Path, parent: str) -> Non
     completed = run_python(code, checkpoint, parent)
     assert (completed.returncode, completed.stdout.strip()) == (0, "0 1")
     assert ForkedProcessError.__name__ not in completed.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forked_child_loads_a_model_after_its_parent_has_used_several_threads(
+    checkpoint: Path, dtype: str
+) -> None:
+    code = """
+        import os, signal, sys
+        import torch
+        from bge_rerank_integrations import Scorer
+        torch.set_num_threads(2)
+        matrix = torch.ones(2000, 2000)
+        torch.nn.functional.gelu(matrix @ matrix)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            with Scorer(sys.argv[1], device="cpu", dtype=sys.argv[2], num_threads=2) as scorer:
+                scores = scorer.score([("a", "b")]) + scorer.score([("a", "b"), ("a", "c")])
+            os._exit(0 if len(scores) == 3 else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    completed = run_python(code, checkpoint, dtype)
+    assert (completed.returncode, completed.stdout.strip()) == (0, "0"), completed.stderr

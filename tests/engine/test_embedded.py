@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,3 +107,31 @@ def test_the_embedded_model_is_complete_and_small_and_its_card_says_what_it_is()
     ):  # the card describes these weights
         pass
     assert (root / "pyproject.toml").exists()
+
+
+def test_an_archive_of_the_package_gives_a_typed_error(tmp_path: Path) -> None:
+    archive, package = tmp_path / "package.zip", EMBEDDED_FOLDER.parent
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in package.rglob("*"):
+            if path.is_file() and path.suffix in {".py", ".json"}:
+                file.write(path, path.relative_to(package.parent))
+    code = """
+        import sys
+        import bge_rerank_integrations
+        from bge_rerank_integrations import CheckpointNotFoundError, Scorer
+        assert bge_rerank_integrations.__file__.startswith(sys.argv[1])
+        try:
+            Scorer("embedded", device="cpu")
+        except CheckpointNotFoundError as error:
+            print(error)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(archive)],
+        env={**os.environ, "PYTHONPATH": str(archive)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "it cannot read the model from a zip archive" in run.stdout

@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -413,6 +413,26 @@ def test_what_the_loading_thread_has_set_in_torch_does_not_matter(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_loads_in_a_function_that_torch_compiles(
+    checkpoint: Path, vocab_size: int, dtype: DType, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = read_shape(checkpoint)
+    sequences = random_ids([9, 120, 33, 5], vocab_size, seed=14)
+    config, other = two_configs(7321, dtype)
+    (runner,) = load_runners(config, checkpoint, shape)
+    loaded: list[Runner] = []
+
+    def load(number: Tensor) -> Tensor:
+        loaded.extend(load_runners(other, checkpoint, shape))
+        return number + 1
+
+    caplog.clear()
+    assert torch.compile(load, backend="eager")(torch.ones(1)) == 2
+    assert score_all(loaded[0], sequences) == score_all(runner, sequences)
+    assert "is not used" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_that_the_process_has_excluded_for_a_gpu_do_not_matter(
     checkpoint: Path, vocab_size: int, dtype: DType, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -449,25 +469,6 @@ def test_every_precision_of_the_config_has_a_builder() -> None:
     names = {"float8": "float8_e4m3fn"}
     dtypes = {getattr(torch, names.get(name, name)) for name in get_args(DType) if name != "auto"}
     assert set(build._BUILDERS) == dtypes
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_num_threads_applies_only_during_the_forward_pass(fails: bool) -> None:
-    before = torch.get_num_threads()
-    seen: list[int] = []
-
-    def forward(batch: Any) -> Tensor:
-        seen.append(torch.get_num_threads())
-        if fails:
-            raise RuntimeError("broken")
-        return torch.zeros(len(batch.seqlens.lengths))
-
-    wanted = before + 3
-    runner = Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=100, num_threads=wanted)
-    with pytest.raises(RuntimeError, match="broken") if fails else nullcontext():
-        score_all(runner, random_ids([5, 7], 100))
-    assert seen == [wanted]
-    assert torch.get_num_threads() == before
 
 
 def test_equal_configs_share_a_runner_until_the_last_one_is_freed(checkpoint: Path) -> None:

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +18,7 @@ from bge_rerank_integrations.engine.packing import PackedBatch, pack
 from bge_rerank_integrations.engine.padded_rows import round_up_rows
 from tests.support.engine import CPU, random_ids
 from tests.support.queues import PATIENCE_S
+from tests.support.threads import in_new_thread
 
 
 def batch_of(lengths: list[int], seed: int = 0) -> PackedBatch:
@@ -133,12 +134,6 @@ def test_parts_run_in_parallel_on_one_thread_each() -> None:
 
     SplitForward(forward, 3, 1024)(batch_of([4, 5, 6]))
     assert seen == [1, 1, 1]
-
-
-def in_new_thread(function: Callable[[], object]) -> None:
-    thread = threading.Thread(target=function)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("is_new", [False, True], ids=["a thread that has used torch", "a new thread"])

@@ -29,11 +29,12 @@ def find_checkpoint(config: ScorerConfig) -> Path:
 
     Raises:
         ConfigError: The config names a revision, but the model is a local folder.
-        CheckpointNotFoundError: The folder, repository or revision does not exist, or access is denied.
+        CheckpointNotFoundError: The folder, repository or revision does not exist, or access is denied. Or
+            this package is inside a zip archive.
         HubUnreachableError: The hub does not answer, and the cache does not contain the model.
     """
     if config.model == EMBEDDED_MODEL:
-        return EMBEDDED_FOLDER
+        return _require_embedded()
     try:
         path = Path(config.model).expanduser()
     except RuntimeError as error:  # the home folder of an unknown user, `~name`
@@ -47,6 +48,15 @@ def find_checkpoint(config: ScorerConfig) -> Path:
     if path.is_absolute() or config.model[0] in ".~" or (os.sep == "\\" and "\\" in config.model):
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist")
     return _download(config)
+
+
+def _require_embedded() -> Path:
+    if not EMBEDDED_FOLDER.is_dir():
+        raise CheckpointNotFoundError(
+            f"the embedded model is not in {EMBEDDED_FOLDER}. Install this package with pip: it cannot read "
+            "the model from a zip archive, or from an installation with Python modules only"
+        )
+    return EMBEDDED_FOLDER
 
 
 def _download(config: ScorerConfig) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # Imported for its side effect, which must be complete before a thread of this module computes.
 import bge_rerank_integrations.engine.cpu.first_calls  # noqa: F401
+from bge_rerank_integrations.engine.cpu.thread_count import kept_default
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.shutdown import end_at_exit, join_until
 from bge_rerank_integrations.runtime.tracebacks import release_frames
@@ -170,19 +171,16 @@ class _Threads:
         self._ending = threading.Lock()
         self._has_ended = False
         ready = threading.Barrier(num_threads + 1)
-        torch_threads = torch.get_num_threads()
         self._threads = [
             threading.Thread(
                 target=_work, args=(self._tasks, ready), name=f"bge-rerank-cpu-{number}", daemon=True
             )
             for number in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
-        ready.wait()
-        # In torch, a thread starts with the number of threads that any other thread set last. After `_work`,
-        # this is 1. Set it back.
-        torch.set_num_threads(torch_threads)
+        with kept_default():
+            for thread in self._threads:
+                thread.start()
+            ready.wait()
         _live.add(self)
 
     def put(self, tasks: Sequence[_Task]) -> bool:
@@ -212,7 +210,7 @@ _live: weakref.WeakSet[_Threads] = weakref.WeakSet()
 
 
 def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
-    torch.get_num_threads()  # the first use of torch in a thread overwrites its number of threads
+    torch.get_num_threads()  # the first use of torch in a thread overwrites its number
     torch.set_num_threads(1)
     ready.wait()
     while (task := tasks.get()) is not None:

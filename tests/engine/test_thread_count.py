@@ -1,0 +1,104 @@
+"""The number of torch threads: what this package sets for its own threads does not reach other threads."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bge_rerank_integrations import ScorerConfig
+from bge_rerank_integrations.engine import runner as runner_module
+from bge_rerank_integrations.engine.build import build_model
+from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
+from bge_rerank_integrations.engine.cpu.thread_count import kept_default, set_thread_count
+from bge_rerank_integrations.engine.runner import Runner, load_runners
+from tests.support.engine import CPU, random_ids, score_all
+from tests.support.threads import in_new_thread
+
+
+def default_threads() -> int:
+    """Return the number of torch threads that a new thread has."""
+    seen: list[int] = []
+    in_new_thread(lambda: seen.append(torch.get_num_threads()))
+    return seen[0]
+
+
+def test_num_threads_applies_to_the_thread_that_launches_and_to_no_other() -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def forward(batch: Any) -> Tensor:
+        seen.append(torch.get_num_threads())
+        in_new_thread(lambda: seen.append(torch.get_num_threads()))
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    wanted = before + 3
+    runner = Runner(forward, device=CPU, padding_idx=1, max_batch_tokens=100, num_threads=wanted)
+    in_new_thread(lambda: score_all(runner, random_ids([5, 7], 100)))
+    assert seen == [wanted, before]
+    in_new_thread(lambda: seen.append(torch.get_num_threads()))
+    assert seen == [wanted, before, before]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loading_leaves_the_number_of_torch_threads(
+    fails: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def build(spec: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        in_new_thread(lambda: seen.append(torch.get_num_threads()))
+        if fails:
+            raise RuntimeError("broken")
+        return build_model(spec)
+
+    monkeypatch.setattr(runner_module, "build_model", build)
+    config = ScorerConfig(model=checkpoint, device="cpu", dtype="float32", num_threads=before + 3)
+    with pytest.raises(RuntimeError, match="broken") if fails else nullcontext():
+        load_runners(config, checkpoint, read_shape(checkpoint))
+    in_new_thread(lambda: seen.append(torch.get_num_threads()))
+    assert seen == [before + 3, before, before]
+    assert torch.get_num_threads() == before
+
+
+def test_threads_that_set_their_number_at_the_same_time_keep_the_default() -> None:
+    before = default_threads()
+    meeting = threading.Barrier(8)
+    seen: list[int] = []
+
+    def change(num_threads: int) -> None:
+        meeting.wait()
+        set_thread_count(num_threads)
+        seen.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=change, args=(before + number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [before + number for number in range(8)]
+    assert default_threads() == before
+
+
+def test_the_default_is_kept_after_an_error() -> None:
+    before = default_threads()
+
+    def fail() -> None:
+        torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        raise RuntimeError("broken")
+
+    def change() -> None:
+        with suppress(RuntimeError), kept_default():
+            fail()
+
+    in_new_thread(change)
+    assert default_threads() == before
