@@ -404,6 +404,18 @@ def test_serve_measures_every_load_over_http_and_in_process() -> None:
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_the_cpu_script_measures_each_shape_with_and_without_amx() -> None:
+    settings = {"SHAPES": "tiny", "NUM_PAIRS": "4", "REPEATS": "1", "PYTHON": sys.executable}
+    result = run("sh", "benchmarks/cpu.sh", **settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    cpu = Path("/proc/cpuinfo")
+    assert len(reports) == (2 if cpu.exists() and "amx_int8" in cpu.read_text(encoding="utf-8") else 1)
+    for report in reports:
+        assert [workload["name"] for workload in report["workloads"]] == ["A", "C", "D"]
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
 def test_the_gpu_script_reaches_its_last_line_on_a_cpu() -> None:
     result = run("sh", "benchmarks/gpu.sh", DEVICE="cpu", SHAPE="tiny", PYTHON=sys.executable)
     assert result.returncode == 0, result.stdout + result.stderr
