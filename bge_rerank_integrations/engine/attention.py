@@ -20,8 +20,12 @@ from bge_rerank_integrations.engine.attention_by_length import (
 )
 from bge_rerank_integrations.engine.attention_trial import try_attention
 from bge_rerank_integrations.engine.cpu.amx import has_amx
-from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
-from bge_rerank_integrations.engine.cpu.int8_support import HEAD_STEP, PAIRS_STEP, has_avx2
+from bge_rerank_integrations.engine.cpu.vector_support import (
+    HEAD_STEP,
+    PAIRS_STEP,
+    has_avx2,
+    has_fast_pairs,
+)
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
 from bge_rerank_integrations.runtime.tracebacks import first_line

@@ -20,7 +20,8 @@ from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu import int8_support
-from bge_rerank_integrations.engine.cpu.int8_support import PAIRS_STEP, has_onednn_products, int8_obstacle
+from bge_rerank_integrations.engine.cpu.int8_support import has_onednn_products, int8_obstacle
+from bge_rerank_integrations.engine.cpu.vector_support import PAIRS_STEP
 from bge_rerank_integrations.engine.describe import describe_machine, describe_precision
 from bge_rerank_integrations.engine.runner import load_runner
 from bge_rerank_integrations.errors import ConfigError, UnsupportedCheckpointError

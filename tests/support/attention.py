@@ -19,7 +19,7 @@ from bge_rerank_integrations.engine.attention import (
     flash_attention,
     varlen_attention,
 )
-from bge_rerank_integrations.engine.cpu.int8_support import has_avx2
+from bge_rerank_integrations.engine.cpu.vector_support import has_avx2
 from bge_rerank_integrations.engine.packing import Seqlens
 
 needs_num_splits = pytest.mark.skipif(

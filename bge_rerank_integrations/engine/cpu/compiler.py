@@ -15,7 +15,7 @@ from numba import config, njit
 from numba.core.codegen import get_host_cpu_features
 
 from bge_rerank_integrations.engine.cpu.amx import has_amx
-from bge_rerank_integrations.engine.cpu.bfloat16_support import has_fast_pairs
+from bge_rerank_integrations.engine.cpu.vector_support import has_fast_pairs
 
 _OPTIONS: Final[dict[str, Any]] = {
     "nogil": True,

@@ -9,12 +9,9 @@ from importlib.util import find_spec
 import torch
 
 from bge_rerank_integrations.engine.cpu.llvm_features import host_features
+from bge_rerank_integrations.engine.cpu.vector_support import HEAD_STEP, has_avx2
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
 
-# Attention kernels whose products are in float32 process a head in vectors of this many floats.
-HEAD_STEP = 16
-# Attention kernels whose products are in bfloat16 process a head in vectors of this many values.
-PAIRS_STEP = 2 * HEAD_STEP
 _VNNI_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 
 
@@ -72,11 +69,6 @@ def is_faster_in_int8() -> bool:
     return has_onednn_products() or (
         _has_int16_products() and torch.backends.cpu.get_cpu_capability() == "AVX2"
     )
-
-
-def has_avx2() -> bool:
-    """Return whether torch uses AVX2 on this machine, alone or with AVX-512."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _has_int16_products() -> bool:

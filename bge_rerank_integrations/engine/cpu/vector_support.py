@@ -1,12 +1,25 @@
-"""Whether the processor multiplies pairs of bfloat16 fast."""
+"""Which vector instructions of this processor the kernels of this package may use."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Final
+
+import torch
 
 from bge_rerank_integrations.engine.cpu.llvm_features import host_features
 from bge_rerank_integrations.engine.cpu.onednn_limit import allows_pairs
+
+HEAD_STEP: Final = 16
+"""Attention kernels whose products are in float32 process a head in vectors of this many floats."""
+PAIRS_STEP: Final = 2 * HEAD_STEP
+"""Attention kernels whose products are in bfloat16 process a head in vectors of this many values."""
+
+
+def has_avx2() -> bool:
+    """Return whether torch uses AVX2 on this machine, alone or with AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def has_fast_pairs() -> bool:
