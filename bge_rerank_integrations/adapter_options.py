@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import Self
 
+from bge_rerank_integrations.adapter_results import check_ranking
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_OVERLAP,
@@ -36,7 +37,7 @@ from bge_rerank_integrations.errors import ConfigError, InputError
 from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
 from bge_rerank_integrations.scorer import Scorer
-from bge_rerank_integrations.validation import MAX_TIMEOUT_S
+from bge_rerank_integrations.validation import MAX_TIMEOUT_S, naming_request
 
 _SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
 # In a dump, the key of the name of a scorer. The dump does not contain the scorer itself.
@@ -243,18 +244,21 @@ class RerankOptions(BaseModel):
         """
         copied = super().model_copy(deep=deep)
         if update:
-            checked = type(self).model_validate({**copied.__dict__, **update})
+            extra = copied.__pydantic_extra__ or {}  # a subclass may allow more options
+            checked = type(self).model_validate({**copied.__dict__, **extra, **update})
             copied.__dict__.update(checked.__dict__)
+            extra.update(checked.__pydantic_extra__ or {})
             copied.__pydantic_fields_set__.update(update)
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.copy()
+        before, were_set = self.__dict__.copy(), self.model_fields_set.copy()
         try:
             super().__setattr__(name, value)
         except ValidationError:
             # Pydantic checks options against each other after it has set them. Restore the previous values.
             self.__dict__.update(before)
+            self.model_fields_set.intersection_update(were_set)
             raise
 
     def scorer_config(self) -> ScorerConfig:
@@ -321,7 +325,7 @@ class RerankOptions(BaseModel):
         """Rank texts with this adapter's `normalize` and `timeout`."""
         if isinstance(scorer, OwnScorer):
             return scorer.rank(query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize)
-        return scorer.rank(query, texts, top_n, threshold)
+        return check_ranking(scorer.rank(query, texts, top_n, threshold), len(texts), scorer)
 
     async def arank_texts(
         self,
@@ -336,7 +340,47 @@ class RerankOptions(BaseModel):
             return await scorer.arank(
                 query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
-        return await scorer.arank(query, texts, top_n, threshold)
+        return check_ranking(await scorer.arank(query, texts, top_n, threshold), len(texts), scorer)
+
+    def rank_requests(
+        self,
+        scorer: SupportsRank,
+        requests: Sequence[tuple[str, Sequence[str]]],
+        top_n: int | None,
+        threshold: float | None,
+    ) -> Sequence[Sequence[RankedPassage]]:
+        """Rank the texts of several queries, in one call if the scorer is one of this package.
+
+        Raises:
+            InputError: For the same reasons as `rank_texts`; `.index` says which request.
+        """
+        if isinstance(scorer, OwnScorer):
+            return scorer.rank_many(
+                requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
+            )
+        rankings = []
+        for number, (query, texts) in enumerate(requests):
+            with naming_request(number):
+                rankings.append(self.rank_texts(scorer, query, texts, top_n, threshold))
+        return rankings
+
+    async def arank_requests(
+        self,
+        scorer: SupportsRank,
+        requests: Sequence[tuple[str, Sequence[str]]],
+        top_n: int | None,
+        threshold: float | None,
+    ) -> Sequence[Sequence[RankedPassage]]:
+        """Do the same as `rank_requests` without blocking the event loop."""
+        if isinstance(scorer, OwnScorer):
+            return await scorer.arank_many(
+                requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
+            )
+        rankings = []
+        for number, (query, texts) in enumerate(requests):
+            with naming_request(number):
+                rankings.append(await self.arank_texts(scorer, query, texts, top_n, threshold))
+        return rankings
 
 
 # The options that do not apply to a scorer of your own. `normalize` does apply.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Sequence
+from numbers import Number
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
+from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -16,6 +19,10 @@ TRUNCATED_KEY: Final = "rerank_truncated"
 BLANK_KEY: Final = "rerank_blank"
 MARKS: Final = (TRUNCATED_KEY, BLANK_KEY)
 """Metadata keys that mark a document that the model did not read completely."""
+RETRIEVAL_RANK_KEY: Final = "retrieval_rank"
+RETRIEVAL_SCORE_KEY: Final = "retrieval_score"
+RETRIEVAL_KEYS: Final = (RETRIEVAL_RANK_KEY, RETRIEVAL_SCORE_KEY)
+"""Metadata keys that keep the result of the retriever."""
 
 
 def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
@@ -29,18 +36,73 @@ def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
         The copy.
     """
     copied = model.model_copy()
-    for name in copied.__dict__.keys() - set(shared):
-        copied.__dict__[name] = _copy_value(copied.__dict__[name])
+    copies: dict[int, dict[Any, Any]] = {}
+    for values in (copied.__dict__, copied.__pydantic_extra__, copied.__pydantic_private__):
+        for name in (values or {}).keys() - set(shared):
+            values[name] = _copy_value(values[name], copies)  # type: ignore[index]
     return copied
 
 
-def _copy_value(value: Any) -> Any:
+def _copy_value(value: Any, copies: dict[int, dict[Any, Any]]) -> Any:
+    """Copy a value. `copies` holds the copy of each dict so far by the id of the original, for cycles."""
     if type(value) is list and set(map(type, value)) <= {int, float, str}:
         return value.copy()  # for an embedding, `deepcopy` is a hundred times slower
+    if type(value) is not dict:
+        try:
+            return copy.deepcopy(value, dict(copies))
+        except Exception:
+            if not isinstance(value, dict):
+                return value
+    if id(value) not in copies:
+        copied = copies[id(value)] = {}
+        copied.update((key, _copy_value(each, copies)) for key, each in value.items())
+    return copies[id(value)]
+
+
+def type_of(value: object) -> str:
+    """Return the name of a value's type for an error message, with its module if it is not built in.
+
+    Both frameworks have a class `Document`.
+    """
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def is_score(value: object) -> bool:
+    """Return whether a value of metadata can be the score of a retriever: a number, but not NaN."""
+    return isinstance(value, Number) and not isinstance(value, bool) and value == value
+
+
+def check_ranking(
+    ranked: Sequence[RankedPassage], num_passages: int, scorer: object
+) -> Sequence[RankedPassage]:
+    """Return the ranking of a scorer that is not of this package.
+
+    Args:
+        ranked: What the scorer returned.
+        num_passages: Number of passages that it ranked.
+        scorer: The scorer.
+
+    Raises:
+        ConfigError: The scorer returned something else than passages with an index and a score, an index that
+            is out of range or comes twice, or NaN.
+    """
+    name = type(scorer).__name__
     try:
-        return copy.deepcopy(value)
-    except Exception:
-        return {key: _copy_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+        results = [(operator.index(passage.index), float(passage.score)) for passage in ranked]
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(
+            f"the scorer {name} must return RankedPassage objects, each with an integer index and a score"
+        ) from None
+    seen: set[int] = set()
+    for index, score in results:
+        if not 0 <= index < num_passages or index in seen:
+            again = " twice" if index in seen else ""
+            raise ConfigError(f"the scorer {name} returned index {index}{again} for {num_passages} passages")
+        if score != score:
+            raise ConfigError(f"the scorer {name} returned NaN for passage {index}")
+        seen.add(index)
+    return ranked
 
 
 def marks_of(passage: RankedPassage) -> dict[str, bool]:

@@ -8,8 +8,10 @@ from numbers import Number
 from string import Formatter
 from typing import Any
 
+import numpy as np
 from langchain_core.documents import Document
 
+from bge_rerank_integrations.adapter_results import type_of
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 
 TextSource = str | Mapping[str, Any] | Document
@@ -31,9 +33,24 @@ def texts_of(
     """
     if isinstance(documents, str | Mapping | Document) or not isinstance(documents, Iterable):
         raise InputTypeError("documents must be a sequence of strings, mappings or Documents")
-    if isinstance(rank_fields, str):
-        raise InputTypeError("rank_fields must be a sequence of names, not one string")
     return [_text(index, document, rank_fields, template) for index, document in enumerate(documents)]
+
+
+def check_fields(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of fields as a tuple. An iterator could be read for one document only.
+
+    Raises:
+        InputTypeError: The names are not strings.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InputTypeError(f"rank_fields must be a sequence of names, not {type(names).__name__}")
+    fields = tuple(names)
+    for position, name in enumerate(fields):
+        if not isinstance(name, str):
+            raise InputTypeError(
+                f"name {position} of rank_fields must be a string, not {type(name).__name__}", index=position
+            )
+    return fields
 
 
 def check_template(template: str) -> None:
@@ -57,7 +74,7 @@ def _text(index: int, document: TextSource, rank_fields: Sequence[str] | None, t
     if isinstance(document, Mapping):
         return "\n".join(_lines(document, document if rank_fields is None else rank_fields))
     raise InputTypeError(
-        f"document {index} must be a string, a mapping or a Document, not {type(document).__name__}",
+        f"document {index} must be a string, a mapping or a Document, not {type_of(document)}",
         index=index,
     )
 
@@ -82,8 +99,13 @@ def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) 
 
 
 def _is_missing(value: Any) -> bool:
-    # pandas represents an empty cell as NaN or NaT, in a type that depends on the column. NaT is a date.
-    return value is None or (isinstance(value, Number | date) and value != value)
+    # pandas represents an empty cell as NaN, NaT or NA, in a type that depends on the column. NaT is a date.
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    try:
+        return isinstance(value, Number | date | np.datetime64 | np.timedelta64) and bool(value != value)
+    except ArithmeticError:  # a signaling NaN of `decimal`
+        return True
 
 
 class _Empty:
@@ -104,8 +126,10 @@ def _template_fields(template: str) -> set[str]:
             if conversion not in (None, "", "r", "s", "a"):
                 raise ValueError(f"!{conversion} is not a conversion; use !r, !s or !a")
             # Attributes, items and nested fields would give a template access to the inside of objects.
-            if not name.isidentifier() or "{" in (spec or ""):
+            if not name.isidentifier():
                 raise ValueError(f"{name!r} is not the name of a metadata field")
+            if "{" in (spec or ""):
+                raise ValueError(f"the format specification of {name!r} contains another field")
             if name == "page_content":
                 format("", spec or "")  # raises ValueError unless the specification fits a string
             fields.add(name)

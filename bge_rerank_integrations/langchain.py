@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from types import EllipsisType
-from typing import Any, Final
+from typing import Any, TypeVar
 
 from bge_rerank_integrations.errors import missing_extra
 
@@ -23,18 +24,22 @@ from typing_extensions import Self
 from bge_rerank_integrations.adapter_options import Names, RerankOptions
 from bge_rerank_integrations.adapter_results import (
     MARKS,
+    RETRIEVAL_KEYS,
+    RETRIEVAL_RANK_KEY,
+    RETRIEVAL_SCORE_KEY,
     independent_copy,
+    is_score,
     marks_of,
     summarize,
     summarize_all,
+    type_of,
 )
-from bge_rerank_integrations.document_texts import TextSource, check_template, texts_of
-from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
-from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
+from bge_rerank_integrations.document_texts import TextSource, check_fields, check_template, texts_of
+from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError, NonFiniteScoreError
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
 from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
 
-_RETRIEVAL_KEYS: Final = ("retrieval_rank", "retrieval_score")
+PairError = TypeVar("PairError", InputError, NonFiniteScoreError)
 
 
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
@@ -79,7 +84,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
     @model_validator(mode="after")
     def _check_score_key(self) -> Self:
-        if self.keep_retrieval_score and self.score_key in _RETRIEVAL_KEYS:
+        if self.keep_retrieval_score and self.score_key in RETRIEVAL_KEYS:
             raise ConfigError(f"score_key {self.score_key!r} is a key that keep_retrieval_score sets")
         if self.mark_unread and self.score_key in MARKS:
             raise ConfigError(f"score_key {self.score_key!r} is a key that mark_unread sets")
@@ -161,7 +166,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             >>> reranker.rerank(["hi", "The giant panda is a bear."], "what is a panda?", top_n=1)
             [{'index': 1, 'relevance_score': ...}]
         """
-        texts = self._texts(documents, self.rank_fields if rank_fields is None else rank_fields)
+        texts = self._texts(documents, self._fields(rank_fields))
         return _as_dicts(self._rank(check_query(query), texts, self._top_n(top_n), None))
 
     async def arerank(
@@ -173,7 +178,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         top_n: int | EllipsisType | None = ...,
     ) -> list[dict[str, Any]]:
         """Do the same as `rerank` without blocking the event loop."""
-        texts = self._texts(documents, self.rank_fields if rank_fields is None else rank_fields)
+        texts = self._texts(documents, self._fields(rank_fields))
         return _as_dicts(await self._arank(check_query(query), texts, self._top_n(top_n), None))
 
     def rerank_many(
@@ -205,7 +210,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         with self._run(None, num_pairs) as outputs:
             rankings: Sequence[Sequence[RankedPassage]] = [[] for _ in prepared]
             if num_pairs and limit != 0:
-                rankings = self._rank_requests(self.resolve_scorer(), prepared, limit)
+                rankings = self.rank_requests(self.resolve_scorer(), prepared, limit, self.score_threshold)
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
@@ -223,7 +228,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         async with self._arun(None, num_pairs) as outputs:
             rankings: Sequence[Sequence[RankedPassage]] = [[] for _ in prepared]
             if num_pairs and limit != 0:
-                rankings = await self._arank_requests(await self.aresolve_scorer(), prepared, limit)
+                scorer = await self.aresolve_scorer()
+                rankings = await self.arank_requests(scorer, prepared, limit, self.score_threshold)
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
@@ -265,31 +271,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     def _requests(
         self, requests: Sequence[tuple[str, Sequence[TextSource]]], rank_fields: Sequence[str] | None
     ) -> list[tuple[str, list[str]]]:
-        fields = self.rank_fields if rank_fields is None else rank_fields
+        fields = self._fields(rank_fields)
         return check_requests(requests, lambda documents: self._texts(documents, fields))
-
-    def _rank_requests(
-        self, scorer: SupportsRank, requests: list[tuple[str, list[str]]], top_n: int | None
-    ) -> Sequence[Sequence[RankedPassage]]:
-        if isinstance(scorer, OwnScorer):
-            return scorer.rank_many(
-                requests, top_n, self.score_threshold, timeout=self.timeout, normalize=self.normalize
-            )
-        return [
-            self.rank_texts(scorer, query, texts, top_n, self.score_threshold) for query, texts in requests
-        ]
-
-    async def _arank_requests(
-        self, scorer: SupportsRank, requests: list[tuple[str, list[str]]], top_n: int | None
-    ) -> Sequence[Sequence[RankedPassage]]:
-        if isinstance(scorer, OwnScorer):
-            return await scorer.arank_many(
-                requests, top_n, self.score_threshold, timeout=self.timeout, normalize=self.normalize
-            )
-        return [
-            await self.arank_texts(scorer, query, texts, top_n, self.score_threshold)
-            for query, texts in requests
-        ]
 
     @contextmanager
     def _run(self, callbacks: Callbacks | None, num_pairs: int) -> Iterator[dict[str, Any]]:
@@ -319,6 +302,10 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     def _run_inputs(self, num_pairs: int) -> dict[str, Any]:
         return {"model": self.scorer_name(), "num_pairs": num_pairs}
 
+    def _fields(self, rank_fields: Iterable[str] | None) -> tuple[str, ...] | None:
+        names = self.rank_fields if rank_fields is None else rank_fields
+        return None if names is None else check_fields(names)
+
     def _top_n(self, top_n: int | EllipsisType | None) -> int | None:
         if isinstance(top_n, EllipsisType):
             return self.top_n
@@ -333,11 +320,11 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
                 metadata.pop(key, None)
             metadata |= marks_of(passage)
         if self.keep_retrieval_score:
-            metadata["retrieval_rank"] = passage.index
-            for key in (self.score_key, "score"):  # the keys that retrievers and other rerankers use
-                if key in metadata:
-                    metadata["retrieval_score"] = metadata[key]
-                    break
+            # The keys that retrievers and other rerankers use.
+            found = [metadata.get(key) for key in (self.score_key, "score") if is_score(metadata.get(key))]
+            metadata.pop(RETRIEVAL_SCORE_KEY, None)
+            metadata |= {RETRIEVAL_RANK_KEY: passage.index}
+            metadata |= {RETRIEVAL_SCORE_KEY: found[0]} if found else {}
         metadata[self.score_key] = float(passage.score)  # a scorer of the user may return a NumPy float
         return copied
 
@@ -354,21 +341,39 @@ class _CrossEncoderView(BaseCrossEncoder):
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one float for each (query, passage) pair, in order."""
         pairs = check_pairs(text_pairs)
-        scorer = self._reranker.resolve_scorer()
-        scores = [0.0] * len(pairs)
-        by_query: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, (query, _) in enumerate(pairs):
-            by_query.setdefault(query, []).append(index)
-        for query, indices in by_query.items():
-            texts = [pairs[index][1] for index in indices]
+            groups.setdefault(query, []).append(index)
+        scorer = self._reranker.resolve_scorer()
+        requests = [(query, [pairs[index][1] for index in indices]) for query, indices in groups.items()]
+        order = [index for indices in groups.values() for index in indices]
+        try:
+            rankings = self._reranker.rank_requests(scorer, check_requests(requests), None, None)
+        except NonFiniteScoreError as error:
+            raise _of_pair(error, order) from None
+        except InputError as error:
+            # The error says which query. An error of its passages alone says which passage.
+            query, texts = requests[error.index or 0]
             try:
-                ranked = self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
-            except InputError as error:
-                index = indices[error.index or 0]
-                raise type(error)(f"pair {index}: {error}", index=index) from None
-            for passage in ranked:
-                scores[indices[passage.index]] = float(passage.score)
-        return scores
+                self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
+            except InputError as exact:
+                raise _of_pair(exact, groups[query]) from None
+            raise
+        scores = {
+            indices[passage.index]: float(passage.score)
+            for indices, ranked in zip(groups.values(), rankings, strict=True)
+            for passage in ranked
+        }
+        if len(scores) < len(pairs):
+            raise ConfigError(f"the scorer {type(scorer).__name__} returned no score for some passages")
+        return [scores[index] for index in range(len(pairs))]
+
+
+def _of_pair(error: PairError, indices: Sequence[int]) -> PairError:
+    """Return an error that names a pair, given an error that names a position in `indices`."""
+    index = indices[error.index or 0]
+    message = re.sub(r"\b(passage|pair) \d+\b", "the passage", str(error), count=1)
+    return type(error)(f"pair {index}: {message}", index=index)
 
 
 def _inherited(callbacks: Callbacks | None) -> Callbacks:
@@ -382,9 +387,7 @@ def _check_documents(documents: Sequence[Document]) -> list[Document]:
     checked = list(documents)
     for index, document in enumerate(checked):
         if not isinstance(document, Document):
-            raise InputTypeError(
-                f"document {index} must be a Document, not {type(document).__name__}", index=index
-            )
+            raise InputTypeError(f"document {index} must be a Document, not {type_of(document)}", index=index)
     return checked
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from bge_rerank_integrations.errors import missing_extra
 
 try:
-    from llama_index.core.callbacks import CBEventType, EventPayload
+    from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
     from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -24,13 +24,23 @@ from pydantic import (
     SerializationInfo,
     SerializerFunctionWrapHandler,
     field_serializer,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from bge_rerank_integrations.adapter_options import RerankOptions
-from bge_rerank_integrations.adapter_results import MARKS, independent_copy, marks_of, summarize
-from bge_rerank_integrations.errors import InputError, InputTypeError
+from bge_rerank_integrations.adapter_results import (
+    MARKS,
+    RETRIEVAL_KEYS,
+    RETRIEVAL_RANK_KEY,
+    RETRIEVAL_SCORE_KEY,
+    independent_copy,
+    marks_of,
+    summarize,
+    type_of,
+)
+from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage
 from bge_rerank_integrations.validation import check_query
 
@@ -73,6 +83,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         if isinstance(data, dict) and data.get("class_name") == cls.class_name():
             return {name: value for name, value in data.items() if name != "class_name"}
         return data
+
+    @field_validator("callback_manager")
+    @classmethod
+    def _check_callback_manager(cls, manager: Any) -> CallbackManager:
+        if not isinstance(manager, CallbackManager):
+            raise ConfigError(f"callback_manager must be a CallbackManager, not {type_of(manager)}")
+        return manager
 
     @field_serializer("metadata_mode")
     def _serialize_mode(self, mode: MetadataMode) -> str:
@@ -134,6 +151,11 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     def _prepare(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> _Job:
         if query_bundle is None:
             raise InputError("Missing query bundle in extra info.")
+        if not isinstance(query_bundle, QueryBundle):
+            kind = type_of(query_bundle)
+            raise InputTypeError(
+                f"query_bundle must be a QueryBundle, not {kind}; pass a string as query_str="
+            )
         check_query(query_bundle.query_str)
         if isinstance(nodes, str | NodeWithScore) or not isinstance(nodes, Iterable):
             raise InputTypeError(f"nodes must be a list of NodeWithScore, not {type(nodes).__name__}")
@@ -142,10 +164,10 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         for index, node in enumerate(nodes):
             if not isinstance(node, NodeWithScore):
                 raise InputTypeError(
-                    f"node {index} must be a NodeWithScore, not {type(node).__name__}", index=index
+                    f"node {index} must be a NodeWithScore, not {type_of(node)}", index=index
                 )
             _check_node(node.node, index)
-            texts.append(node.node.get_content(metadata_mode=self.metadata_mode))
+            texts.append(_without_own_keys(node.node).get_content(metadata_mode=self.metadata_mode))
         return _Job(nodes, query_bundle, texts)
 
     @contextmanager
@@ -184,11 +206,12 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                 node.metadata.pop(key, None)
             added |= marks_of(passage)
         if self.keep_retrieval_score:
-            added["retrieval_rank"] = passage.index
+            node.metadata.pop(RETRIEVAL_SCORE_KEY, None)
+            added[RETRIEVAL_RANK_KEY] = passage.index
             if original.score is not None:
-                added["retrieval_score"] = original.score
+                added[RETRIEVAL_SCORE_KEY] = original.score
         if added:
-            # Excluded from both texts, so that no prompt, embedding or second reranker contains these keys.
+            # Excluded from both texts, so that no prompt and no embedding contains these keys.
             node = node.model_copy(
                 update={
                     "metadata": node.metadata | added,
@@ -197,7 +220,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                 }
             )
         score = float(passage.score)  # a scorer of the user may return a NumPy float
-        return original.model_copy(update={"node": node, "score": score})
+        copied = independent_copy(original, shared=("node",))
+        return copied.model_copy(update={"node": node, "score": score})
 
 
 @dataclass(frozen=True)
@@ -222,6 +246,19 @@ def _check_node(node: BaseNode, index: int) -> None:
         raise InputTypeError(
             f"the text of node {index} must be a string, not {type(text).__name__}", index=index
         )
+
+
+def _without_own_keys(node: BaseNode) -> BaseNode:
+    """Return a node without the keys that an earlier call of an adapter added. They are not part of its text.
+
+    `MetadataMode.ALL` would show them, since it ignores that they are excluded.
+    """
+    excluded = node.excluded_embed_metadata_keys
+    own = [key for key in (*MARKS, *RETRIEVAL_KEYS) if key in node.metadata and key in excluded]
+    if not own:
+        return node
+    metadata = {key: value for key, value in node.metadata.items() if key not in own}
+    return node.model_copy(update={"metadata": metadata})
 
 
 def _with(keys: list[str], more: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby, islice
 from typing import Any, Final
 
@@ -140,12 +141,19 @@ def check_requests(
             raise InputTypeError(
                 f"request {index} must be a (query, passages) tuple, not {_kind(request)}", index=index
             )
-        try:
+        with naming_request(index):
             query = check_query(request[0], may_be_blank=may_be_blank)
             checked.append((query, (check or check_passages)(request[1])))
-        except InputError as error:
-            raise type(error)(f"request {index}: {error}", index=index) from None
     return checked
+
+
+@contextmanager
+def naming_request(index: int) -> Iterator[None]:
+    """Let an `InputError` in this block say which request of a call is invalid."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"request {index}: {error}", index=index) from None
 
 
 def group_pairs(pairs: Iterable[Pair]) -> list[tuple[str, list[str]]]:

@@ -17,7 +17,7 @@ from bge_rerank_integrations.ranking import (
     sigmoid,
 )
 from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
-from bge_rerank_integrations.validation import BLANK_QUERY, Pair
+from bge_rerank_integrations.validation import BLANK_QUERY, Pair, naming_request
 
 FindBlank = Callable[[PairTokenizer], frozenset[str]]
 """Returns the passages that must not be scored, or raises `InputError`."""
@@ -61,10 +61,8 @@ def find_blank_in_each(
     """Do the same as `find_blank` for several rankings. `.index` of an `InputError` says which request."""
     blank: frozenset[str] = frozenset()
     for number, (query, passages) in enumerate(requests):
-        try:
+        with naming_request(number):
             blank |= find_blank(tokenizer, query, passages, refuse=refuse)
-        except InputError as error:  # noqa: PERF203
-            raise InputError(f"request {number}: {error}", index=number) from None
     return blank
 
 

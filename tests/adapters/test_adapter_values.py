@@ -23,7 +23,7 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, ScorerConfig
 from bge_rerank_integrations.adapter_options import RerankOptions
@@ -236,6 +236,50 @@ def test_values_that_cannot_be_copied_are_shared_and_the_rest_is_copied() -> Non
     returned.metadata["tags"].append(2)
     returned.metadata["nested"]["tags"].append(2)
     assert (metadata["tags"], metadata["nested"]) == ([1], {"lock": lock, "tags": [1]})
+
+
+class Loose(Document):
+    """A document type with fields that it does not declare, and with a private attribute."""
+
+    model_config = ConfigDict(extra="allow")
+    _notes: list[int] = PrivateAttr(default_factory=list)
+
+
+class LooseNode(NodeWithScore):
+    """A scored node with a field that it does not declare."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def test_undeclared_and_private_values_are_copied_too() -> None:
+    document = Loose(page_content=PANDA, extra={"tags": [1]})  # type: ignore[call-arg]
+    document._notes.append(1)
+    (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    assert isinstance(returned, Loose)
+    assert (returned.extra, returned._notes) == ({"tags": [1]}, [1])  # type: ignore[attr-defined]
+    returned.extra["tags"].append(2)  # type: ignore[attr-defined]
+    returned._notes.append(2)
+    assert (document.extra, document._notes) == ({"tags": [1]}, [1])  # type: ignore[attr-defined]
+    node = LooseNode(node=TextNode(text=PANDA), tags=[1])  # type: ignore[call-arg]
+    (scored,) = BGERerankPostprocessor(scorer=TableScorer()).postprocess_nodes([node], query_str=QUERY)
+    scored.tags.append(2)  # type: ignore[attr-defined]
+    assert node.tags == [1]  # type: ignore[attr-defined]
+
+
+def test_metadata_that_contains_itself_is_copied_with_values_that_cannot_be_copied() -> None:
+    parent: dict[str, Any] = {"lock": threading.Lock(), "tags": [1]}
+    parent["children"] = [{"parent": parent}]
+    parent["first"] = {"parent": parent}
+    document = Document(page_content=PANDA, metadata={"tree": parent, "again": parent})
+    (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    copied = returned.metadata["tree"]
+    assert (
+        copied is returned.metadata["again"] is copied["first"]["parent"] is copied["children"][0]["parent"]
+    )
+    assert copied is not parent
+    assert copied["lock"] is parent["lock"]
+    copied["tags"].append(2)
+    assert parent["tags"] == [1]
 
 
 def test_the_object_of_an_index_node_stays_the_same() -> None:

@@ -9,7 +9,7 @@ import pickle
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -36,11 +36,12 @@ from langchain_core.runnables.schema import StreamEvent
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.tracers.schemas import Run
 from langchain_tests.integration_tests import RetrieversIntegrationTests
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from tokenizers import Tokenizer
 
-from bge_rerank_integrations import BGEReranker, Scorer
-from bge_rerank_integrations.errors import InputError, InputTypeError
+from bge_rerank_integrations import BGEReranker, RankedPassage, Ranking, Scorer
+from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError, NonFiniteScoreError
+from bge_rerank_integrations.protocols import OwnScorer
 from tests.support.scorers import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -1012,6 +1013,196 @@ def test_cross_encoder_puts_blank_passages_lowest(reranker: BGEReranker, checkpo
         assert caught.value.index == index
 
 
+class Recorder(OwnScorer):
+    """A scorer like those of this package. It records the arguments of `rank_many`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> Ranking:
+        return Ranking(TableScorer().rank(query, passages, top_n, threshold))
+
+    async def arank(self, query: str, passages: Sequence[str], *args: Any, **kwargs: Any) -> Ranking:
+        raise NotImplementedError
+
+    def rank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        top_n: int | None = None,
+        threshold: float | None = None,
+        *,
+        timeout: float | None = None,
+        normalize: bool | None = None,
+    ) -> list[Ranking]:
+        requests = list(requests)
+        self.calls.append((requests, top_n, threshold, timeout, normalize))
+        return [self.rank(query, passages) for query, passages in requests]
+
+    async def arank_many(self, *args: Any, **kwargs: Any) -> list[Ranking]:
+        raise NotImplementedError
+
+
+def test_cross_encoder_ranks_all_queries_in_one_call() -> None:
+    scorer = Recorder()
+    encoder = BGEReranker(scorer=scorer, timeout=3, top_n=1, normalize=False).as_cross_encoder()
+    pairs = [("a", TEA), ("b", PANDA), ("a", PANDA), ("b", BEAR)]
+    assert encoder.score(pairs) == [0.1, 0.9, 0.9, 0.5]
+    assert scorer.calls == [([("a", [TEA, PANDA]), ("b", [PANDA, BEAR])], None, None, 3, False)]
+
+
+def test_cross_encoder_names_the_pair_whose_score_is_not_finite() -> None:
+    class Overflow(Recorder):
+        def rank_many(self, *args: Any, **kwargs: Any) -> list[Ranking]:
+            raise NonFiniteScoreError("the model's score of pair 2 is not finite", index=2)
+
+    encoder = BGEReranker(scorer=Overflow()).as_cross_encoder()
+    with pytest.raises(NonFiniteScoreError, match=r"^pair 1: the model's score of the passage is") as caught:
+        encoder.score([("a", TEA), ("b", PANDA), ("a", PANDA), ("b", BEAR)])
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize(
+    ("ranked", "message"),
+    [
+        (None, "must return RankedPassage objects"),
+        ([(0, 1.0)], "must return RankedPassage objects"),
+        ([RankedPassage(0.5, 1.0)], "must return RankedPassage objects"),  # type: ignore[arg-type]
+        ([RankedPassage(0, "high")], "must return RankedPassage objects"),  # type: ignore[arg-type]
+        ([RankedPassage(3, 1.0)], "returned index 3 for 3 passages"),
+        ([RankedPassage(-1, 1.0)], "returned index -1 for 3 passages"),
+        ([RankedPassage(1, 1.0), RankedPassage(1, 0.5)], "returned index 1 twice for 3 passages"),
+        ([RankedPassage(2, float("nan"))], "returned NaN for passage 2"),
+    ],
+)
+async def test_a_wrong_ranking_of_a_users_scorer_is_refused(
+    compress: Compress, ranked: Any, message: str
+) -> None:
+    class Wrong(TableScorer):
+        def rank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
+            return ranked  # type: ignore[no-any-return]
+
+    with pytest.raises(ConfigError, match=f"the scorer Wrong {message}"):
+        await compress(BGEReranker(scorer=Wrong()), documents())
+
+
+def test_cross_encoder_refuses_a_ranking_that_leaves_out_a_passage() -> None:
+    class Choosy(TableScorer):
+        def rank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
+            return super().rank(*args, **kwargs)[:1]
+
+    encoder = BGEReranker(scorer=Choosy()).as_cross_encoder()
+    with pytest.raises(ConfigError, match="the scorer Choosy returned no score for some passages"):
+        encoder.score([(QUERY, TEA), (QUERY, PANDA)])
+
+
+async def test_an_error_of_a_users_scorer_names_the_request() -> None:
+    class Picky(TableScorer):
+        def rank(self, query: str, passages: Sequence[str], *limits: Any) -> list[RankedPassage]:
+            if TEA in passages:
+                raise InputError("passage 0 is tea", index=0)
+            return super().rank(query, passages, *limits)
+
+    reranker = BGEReranker(scorer=Picky())
+    requests = [("a", [PANDA]), ("b", [TEA])]
+    with pytest.raises(InputError, match=r"^request 1: passage 0 is tea") as caught:
+        reranker.rerank_many(requests)
+    assert caught.value.index == 1
+    with pytest.raises(InputError, match=r"^request 1: passage 0 is tea") as caught:
+        await reranker.arerank_many(requests)
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize("names", [iter(["title"]), (name for name in ["title"]), ["title"]])
+def test_the_names_of_fields_may_come_from_an_iterator(names: Any) -> None:
+    scorer = TableScorer()
+    found = [{"id": 1, "title": TEA}, {"id": 2, "title": PANDA}]
+    requests = [("a", found), ("b", found)]
+    assert BGEReranker(scorer=scorer).rerank_many(requests, rank_fields=names)
+    assert scorer.asked == [(query, [f"title: {TEA}", f"title: {PANDA}"]) for query in ("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("names", "message", "index"),
+    [
+        (5, "rank_fields must be a sequence of names, not int", None),
+        ("title", "rank_fields must be a sequence of names, not str", None),
+        (["title", None], "name 1 of rank_fields must be a string, not NoneType", 1),
+    ],
+)
+def test_wrong_names_of_fields_are_refused(names: Any, message: str, index: int | None) -> None:
+    reranker = BGEReranker(scorer=TableScorer())
+    for call in (
+        lambda: reranker.rerank([TEA], QUERY, rank_fields=names),
+        lambda: reranker.rerank_many([(QUERY, [TEA])], rank_fields=names),
+    ):
+        with pytest.raises(InputTypeError, match=message) as caught:
+            call()
+        assert caught.value.index == index
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"relevance_score": 0.25, "score": 0.5}, 0.25),
+        ({"relevance_score": None, "score": 0.5}, 0.5),
+        ({"score": np.float32(0.5)}, 0.5),
+        ({"score": None}, None),
+        ({"score": float("nan")}, None),
+        ({"score": "3-1"}, None),
+        ({"score": True}, None),
+        ({"retrieval_score": 0.75}, None),
+    ],
+)
+async def test_only_a_number_is_kept_as_the_score_of_the_retriever(
+    compress: Compress, metadata: dict[str, Any], expected: float | None
+) -> None:
+    given = [Document(TEA, metadata=metadata)]
+    (returned,) = await compress(BGEReranker(scorer=TableScorer(), keep_retrieval_score=True), given)
+    assert returned.metadata.get("retrieval_score", None) == expected
+    assert ("retrieval_score" in returned.metadata) == (expected is not None)
+
+
+async def test_a_document_of_another_framework_is_named_with_its_module(compress: Compress) -> None:
+    class Document:
+        page_content = TEA
+
+    reranker = BGEReranker(scorer=TableScorer())
+    name = rf"{__name__}\.Document"
+    with pytest.raises(InputTypeError, match=f"document 0 must be a Document, not {name}"):
+        await compress(reranker, [Document()])  # type: ignore[list-item]
+    with pytest.raises(
+        InputTypeError, match=f"document 0 must be a string, a mapping or a Document, not {name}"
+    ):
+        reranker.rerank([Document()], QUERY)  # type: ignore[list-item]
+
+
+def test_a_refused_assignment_leaves_no_trace() -> None:
+    reranker = BGEReranker(model="embedded")
+    with pytest.raises(ValidationError):
+        reranker.score_threshold = 2.0
+    assert reranker.model_fields_set == {"model"}
+    assert "score_threshold" not in reranker.model_dump(exclude_unset=True)
+
+
+def test_a_copy_of_a_subclass_keeps_and_changes_undeclared_options() -> None:
+    class Loose(BGEReranker):
+        model_config = ConfigDict(extra="allow")
+
+    reranker = Loose(model="embedded", note="a", other="b")  # type: ignore[call-arg]
+    copied: Any = reranker.model_copy(update={"note": "c", "top_n": 3})
+    assert (copied.note, copied.other, copied.top_n) == ("c", "b", 3)
+    assert reranker.note == "a"  # type: ignore[attr-defined]
+
+
 def test_cross_encoder_names_a_bad_pair_by_index() -> None:
     encoder = BGEReranker(scorer=TableScorer()).as_cross_encoder()
     with pytest.raises(InputTypeError, match="pair 1") as caught:
@@ -1224,6 +1415,22 @@ class TestStandardRetriever(RetrieversIntegrationTests):
         return QUERY
 
 
+class NAType:
+    """Stands for pandas' NA. A comparison with it is neither true nor false."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
 class NotATime(datetime):
     """Stands for pandas' NaT, a date that differs from itself."""
 
@@ -1235,7 +1442,18 @@ class NotATime(datetime):
 
 @pytest.mark.parametrize(
     "missing",
-    [float("nan"), np.float32("nan"), np.float64("nan"), Decimal("nan"), NotATime(2000, 1, 1), None],
+    [
+        float("nan"),
+        np.float32("nan"),
+        np.float64("nan"),
+        np.datetime64("NaT"),
+        np.timedelta64("NaT"),
+        Decimal("nan"),
+        Decimal("snan"),
+        NotATime(2000, 1, 1),
+        NAType(),
+        None,
+    ],
 )
 def test_every_kind_of_nan_is_a_missing_field(missing: object) -> None:
     scorer = TableScorer()

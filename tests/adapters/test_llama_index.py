@@ -38,7 +38,7 @@ from llama_index.core.schema import (
 from pydantic import Field, ValidationError
 
 from bge_rerank_integrations import BGERerankPostprocessor, Scorer
-from bge_rerank_integrations.errors import InputError
+from bge_rerank_integrations.errors import InputError, InputTypeError
 from tests.support.scorers import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -315,6 +315,43 @@ async def test_a_second_reranker_scores_the_same_text_as_the_first(postprocess: 
         assert len(excluded) == len(set(excluded))
 
 
+@pytest.mark.parametrize("mode_value", list(MetadataMode))
+async def test_a_second_call_scores_the_same_text_in_every_metadata_mode(
+    postprocess: Postprocess, mode_value: MetadataMode
+) -> None:
+    scorer = TableScorer()
+    reranker = BGERerankPostprocessor(scorer=scorer, metadata_mode=mode_value, keep_retrieval_score=True)
+    nodes = [NodeWithScore(node=TextNode(text=text, metadata={"page": 1}), score=0.5) for text in BEST_FIRST]
+    nodes.append(NodeWithScore(node=TextNode(text=" "), score=0.5))
+    first = await postprocess(reranker, nodes)
+    await postprocess(reranker, first)
+    (_, before), (_, after) = scorer.asked
+    assert after == before  # `BEST_FIRST` is already sorted
+
+
+async def test_a_retrieval_score_of_an_earlier_call_is_removed(postprocess: Postprocess) -> None:
+    reranker = BGERerankPostprocessor(scorer=TableScorer(), keep_retrieval_score=True)
+    first = await postprocess(reranker, [NodeWithScore(node=TextNode(text=PANDA), score=0.5)])
+    first[0].score = None
+    (second,) = await postprocess(reranker, first)
+    assert second.node.metadata == {"retrieval_rank": 0}
+
+
+def test_a_query_string_in_the_place_of_a_bundle_is_refused() -> None:
+    reranker = BGERerankPostprocessor(scorer=TableScorer())
+    with pytest.raises(InputTypeError, match=r"query_bundle must be a QueryBundle, not str; .*query_str="):
+        reranker.postprocess_nodes(found(), "a query")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("manager", [None, 5])
+def test_a_wrong_callback_manager_is_refused(manager: Any) -> None:
+    with pytest.raises(ValidationError, match="callback_manager must be a CallbackManager"):
+        BGERerankPostprocessor(model="embedded", callback_manager=manager)
+    reranker = BGERerankPostprocessor(model="embedded")
+    with pytest.raises(ValidationError, match="callback_manager must be a CallbackManager"):
+        reranker.callback_manager = manager
+
+
 @pytest.mark.parametrize(("top_n", "expected"), [(None, 3), (0, 0), (1, 1), (2, 2), (10, 3)])
 async def test_top_n(postprocess: Postprocess, top_n: int | None, expected: int) -> None:
     returned = await postprocess(BGERerankPostprocessor(scorer=TableScorer(), top_n=top_n), found())
@@ -419,7 +456,11 @@ async def test_a_missing_query_raises_the_error_of_llama_index(
 @pytest.mark.parametrize(
     ("nodes", "query", "message"),
     [
-        ([*found(), TextNode(text=PANDA)], QUERY, "node 3 must be a NodeWithScore, not TextNode"),
+        (
+            [*found(), TextNode(text=PANDA)],
+            QUERY,
+            "node 3 must be a NodeWithScore, not llama_index.core.schema.TextNode",
+        ),
         ([*found(), PANDA], QUERY, "node 3 must be a NodeWithScore, not str"),
         (found(), " \n", "the query has nothing to read"),
         (found(), 3, "the query must be a string, not int"),
