@@ -30,6 +30,9 @@ class SupportsRank(Protocol):
     ) -> Sequence[RankedPassage]:
         """Return passages ranked best first; see `Scorer.rank`.
 
+        Each passage has the index of one of the given passages, and a score that is not NaN. The adapters
+        raise `ConfigError` otherwise.
+
         An implementation decides how it treats passages that have nothing to read. The adapters copy
         `RankedPassage.blank` and `RankedPassage.truncated` into the metadata of the document or node.
         """
