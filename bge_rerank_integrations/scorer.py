@@ -502,7 +502,7 @@ class Scorer(OwnScorer):
 
     def _prepare(self, query: str, passages: Sequence[str]) -> PreparedPairs:
         texts = check_passages(passages)
-        check_query(query)
+        query = check_query(query)
         refuse = self.config.blank_passages == "refuse"
         find = partial(find_blank, query=query, passages=texts, refuse=refuse)
         return PreparedPairs([(query, texts)], find)

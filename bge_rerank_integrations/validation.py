@@ -34,7 +34,7 @@ def is_blank(text: str) -> bool:
 
 
 def check_query(query: Any, *, may_be_blank: bool = False) -> str:
-    """Return a query unchanged, if it is valid.
+    """Return a query, if it is valid.
 
     Args:
         query: The query.
@@ -46,9 +46,10 @@ def check_query(query: Any, *, may_be_blank: bool = False) -> str:
     """
     if not isinstance(query, str):
         raise InputTypeError(f"the query must be a string, not {_kind(query)}")
-    if not may_be_blank and is_blank(query):
+    text = _plain(query)
+    if not may_be_blank and is_blank(text):
         raise InputError(BLANK_QUERY)
-    return query
+    return text
 
 
 def check_passages(passages: Any) -> list[str]:
@@ -64,7 +65,7 @@ def check_passages(passages: Any) -> list[str]:
     for index, passage in enumerate(checked):
         if not isinstance(passage, str):
             raise InputTypeError(f"passage {index} must be a string, not {_kind(passage)}", index=index)
-    return checked
+    return list(map(_plain, checked))
 
 
 def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:
@@ -93,7 +94,7 @@ def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:
             raise InputTypeError(
                 f"the {name} of pair {index} must be a string, not {_kind(text)}", index=index
             )
-        checked.append((query, passage))
+        checked.append((_plain(query), _plain(passage)))
     return checked
 
 
@@ -175,6 +176,11 @@ def check_timeout(timeout: float | None) -> None:
 def is_single_pair(pairs: Any) -> bool:
     """Return whether the argument is one (query, passage) pair rather than a list of pairs."""
     return isinstance(pairs, Sequence) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
+
+
+def _plain(text: str) -> str:
+    """Return a string without the methods of a subclass, which may do something else."""
+    return text if type(text) is str else str.__str__(text)
 
 
 def _kind(value: Any) -> str:

@@ -683,6 +683,29 @@ def test_progress_shows_on_stderr_and_only_when_asked(scorer: Scorer, texts: lis
     assert f"{len(texts)}/{len(texts)}" in shown.getvalue()
 
 
+class Shouting(str):
+    """A string whose methods do something else."""
+
+    def __getitem__(self, key: Any) -> str:
+        raise RuntimeError("not this one")
+
+    def strip(self, chars: str | None = None, /) -> str:
+        raise RuntimeError("not this one")
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return b"else"
+
+    def __str__(self) -> str:
+        return "else"
+
+
+def test_the_methods_of_a_subclass_of_str_are_not_used(scorer: Scorer, texts: list[str]) -> None:
+    loud = [Shouting(text) for text in texts]
+    assert scorer.rank(Shouting(QUERY), loud) == scorer.rank(QUERY, texts)
+    pairs = [(QUERY, text) for text in texts]
+    assert scorer.score([(Shouting(QUERY), text) for text in loud]) == scorer.score(pairs)
+
+
 class FullDisk(io.StringIO):
     def write(self, text: str, /) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -701,7 +724,14 @@ def closed_file() -> io.StringIO:
     return file
 
 
-@pytest.mark.parametrize("stderr", [FullDisk(), LateFailure(), closed_file(), None])
+class Unusual(io.StringIO):
+    """A replacement for stderr that raises what no file raises."""
+
+    def write(self, text: str, /) -> int:
+        raise RuntimeError("this application logs everything")
+
+
+@pytest.mark.parametrize("stderr", [FullDisk(), LateFailure(), Unusual(), closed_file(), None])
 def test_a_bar_that_cannot_be_shown_does_not_fail_the_request(
     scorer: Scorer, texts: list[str], stderr: io.StringIO | None
 ) -> None:

@@ -25,6 +25,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
+from bge_rerank_integrations.runtime.conditions import SafeCondition
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
 from bge_rerank_integrations.runtime.shutdown import end_at_exit, is_exiting, join_until
 from bge_rerank_integrations.text.tokenization import IntArray
@@ -75,7 +76,7 @@ class MicroBatcher:
         self._max_queued_tokens = max_queued_tokens
         self._is_device_lost = is_device_lost
         self._idle_s = idle_s
-        self._changed = threading.Condition()
+        self._changed = SafeCondition()
         # The following attributes are read and written under the lock of the condition.
         self._replicas = list(replicas)  # replicas whose devices work
         self._workers: dict[Replica, Worker] = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from enum import Enum, auto
 
+from bge_rerank_integrations.runtime.conditions import SafeFuture
 from bge_rerank_integrations.text.tokenization import IntArray
 
 Batch = dict["Request", list[int]]
@@ -53,7 +54,7 @@ class Request:
 
     def __init__(self, on_progress: Callable[[int], object] | None = None) -> None:
         self.on_progress = on_progress
-        self.future: Future[list[float]] = Future()
+        self.future: Future[list[float]] = SafeFuture()
         self.state = State.GROWING
         self.sequences: list[IntArray] = []
         self.logits: list[float] = []

@@ -279,18 +279,18 @@ def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) ->
     device, max_batch_tokens = key.device, key.max_batch_tokens
     with thread_count(key.num_threads):  # loading computes too
         model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
-    runner = Runner(
-        model.forward,
-        device=device,
-        padding_idx=shape.padding_idx,
-        max_batch_tokens=max_batch_tokens,
-        num_rows=model.num_rows,
-        num_threads=key.num_threads,
-        transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
-        graphs=model.graphs,
-    )
-    if config.max_batch_tokens is None and device.type != "cpu":
-        runner.limit_batch_time(config.max_length)
+        runner = Runner(
+            model.forward,
+            device=device,
+            padding_idx=shape.padding_idx,
+            max_batch_tokens=max_batch_tokens,
+            num_rows=model.num_rows,
+            num_threads=key.num_threads,
+            transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
+            graphs=model.graphs,
+        )
+        if config.max_batch_tokens is None and device.type != "cpu":
+            runner.limit_batch_time(config.max_length)
     return runner
 
 

@@ -89,6 +89,7 @@ def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
     Words are tokenized independently. If a text is cut before white space, the tokens of the beginning are
     therefore also the first tokens of the whole text. One token more than the limit then suffices. If such a
     beginning gives too few tokens, the text is cut inside a word, and the tokens near the cut are discarded.
+    In a word of thousands of characters that repeats one pattern, the cut may change the first tokens too.
 
     Yields:
         The beginning, the number of tokens that it must give, and whether it is the whole text.

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
+from bge_rerank_integrations.runtime.conditions import SafeCondition
 from bge_rerank_integrations.text.tokenization import IntArray
 from tests.support.engine import replica_of
 from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
@@ -592,6 +594,71 @@ def test_threads_that_outlive_the_main_thread_are_served(checkpoint: Path) -> No
     """
     completed = run_python(code, checkpoint)
     assert (completed.returncode, completed.stdout.strip(), completed.stderr) == (0, "2", "")
+
+
+@pytest.mark.parametrize("event", ["call", "return"])
+@pytest.mark.parametrize("method", ["__enter__", "__exit__"])
+@pytest.mark.parametrize("caller", ["check_open", "add", "count", "result", "cancel", "done"])
+def test_an_interrupt_at_a_lock_does_not_stop_other_threads(
+    checkpoint: Path, caller: str, method: str, event: str
+) -> None:
+    """Ctrl-C can reach the main thread when it has just taken the lock of a condition variable."""
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
+        (expected,) = scorer.score([("a", "b")])
+
+        def trace(frame: FrameType, kind: str, _: object) -> Any:
+            code, called_by = frame.f_code, frame.f_back
+            if code.co_name == method and Path(code.co_filename).name == "threading.py":
+                assert called_by is not None
+                if called_by.f_code.co_name == caller:
+                    if kind == event:
+                        sys.settrace(None)
+                        raise KeyboardInterrupt
+                    return trace
+            return None
+
+        tracer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt):
+                scorer.score([("a", "b")])
+        finally:
+            sys.settrace(tracer)
+        with ThreadPoolExecutor(1) as pool:
+            again = pool.submit(scorer.score, [("a", "b")], timeout=PATIENCE_S)
+            assert again.result() == [expected]
+
+
+def test_a_condition_wakes_up_a_thread_that_waits() -> None:
+    condition, seen = SafeCondition(), list[bool]()
+
+    def wait() -> None:
+        with condition, condition:
+            seen.append(condition.wait(PATIENCE_S))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while thread.is_alive() and not seen:
+        with condition:
+            condition.notify_all()
+    thread.join()
+    assert seen == [True]
+    with condition:
+        assert not condition.wait(0.001)
+
+
+def test_two_first_models_load_at_the_same_time(checkpoint: Path) -> None:
+    code = """
+        import asyncio, sys
+        from bge_rerank_integrations import Scorer, ScorerConfig
+        async def main():
+            configs = [ScorerConfig(model=sys.argv[1], device="cpu", max_length=length) for length in (64, 128)]
+            scorers = await asyncio.gather(*map(Scorer.ashared, configs))
+            print(len(scorers))
+        asyncio.run(main())
+    """
+    completed = run_python(code, checkpoint)
+    assert (completed.returncode, completed.stdout.strip()) == (0, "2"), completed.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

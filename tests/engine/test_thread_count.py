@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,18 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine import runner as runner_module
 from bge_rerank_integrations.engine.build import build_model
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
-from bge_rerank_integrations.engine.cpu.thread_count import kept_default, set_thread_count
+from bge_rerank_integrations.engine.cpu.parallel import SplitForward
+from bge_rerank_integrations.engine.cpu.thread_count import kept_default, set_thread_count, thread_count
+from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer
+from bge_rerank_integrations.engine.packing import pack
 from bge_rerank_integrations.engine.runner import Runner, load_runners
 from tests.support.engine import CPU, random_ids, score_all
 from tests.support.threads import in_new_thread
+
+
+def refuse(thread: threading.Thread) -> None:
+    """Do what `Thread.start` does in a process with too many threads."""
+    raise RuntimeError("can't start new thread")
 
 
 def default_threads() -> int:
@@ -67,6 +77,55 @@ def test_loading_leaves_the_number_of_torch_threads(
     in_new_thread(lambda: seen.append(torch.get_num_threads()))
     assert seen == [before + 3, before, before]
     assert torch.get_num_threads() == before
+
+
+def test_loading_onto_a_gpu_leaves_the_number_of_torch_threads(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its speed is measured while it loads, by launching batches in the thread of the caller."""
+    device = torch.device("meta")
+    model = SimpleNamespace(
+        forward=lambda batch: torch.zeros(len(batch.seqlens.lengths)), num_rows=int, graphs=None
+    )
+
+    class Transfer(PlainTransfer):
+        def download(self, logits: Tensor) -> Callable[[], list[float]]:
+            return lambda: [0.0] * len(logits)
+
+    monkeypatch.setattr(runner_module, "resolve_device", lambda _: device)
+    monkeypatch.setattr(runner_module, "resolve_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(runner_module, "resolve_max_batch_tokens", lambda *_: 8192)
+    monkeypatch.setattr(runner_module, "build_model", lambda _: model)
+    monkeypatch.setattr(runner_module, "resolve_transfer", lambda *_: Transfer(device))
+    before = torch.get_num_threads()
+    config = ScorerConfig(model=checkpoint, num_threads=before + 3)
+    (runner,) = load_runners(config, checkpoint, read_shape(checkpoint))
+    assert torch.get_num_threads() == before
+    assert runner.max_batch_tokens <= 8192
+
+
+def test_a_process_with_too_many_threads_still_sets_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, default = torch.get_num_threads(), default_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with thread_count(before + 3):
+            assert torch.get_num_threads() == before + 3
+        assert torch.get_num_threads() == before
+    assert default_threads() == default
+
+
+def test_a_pool_that_starts_only_partly_leaves_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda self: (refuse if self.name == "bge-rerank-cpu-2" else start)(self)
+    )
+    before, default = set(threading.enumerate()), default_threads()
+    split = SplitForward(lambda batch: batch.ids.float(), 3, 1024)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            split(pack(random_ids([4, 5, 6], 1000), padding_idx=1, device=CPU))
+    assert set(threading.enumerate()) == before
+    assert default_threads() == default
 
 
 def test_threads_that_set_their_number_at_the_same_time_keep_the_default() -> None:

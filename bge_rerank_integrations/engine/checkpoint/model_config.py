@@ -50,7 +50,9 @@ def read_shape(folder: Path) -> EncoderShape:
         raise UnsupportedCheckpointError(
             f"{folder} {describe_other_model(data.get('model_type'), data.get('architectures'))}"
         )
-    from transformers import XLMRobertaConfig
+    # `from transformers import ...` can fail while another thread imports transformers for the first time,
+    # since that package replaces its module at the end of the import. Its modules can be imported safely.
+    from transformers.models.xlm_roberta.configuration_xlm_roberta import XLMRobertaConfig
 
     try:
         config = XLMRobertaConfig.from_dict(data)

@@ -178,9 +178,14 @@ class _Threads:
             for number in range(num_threads)
         ]
         with kept_default():
-            for thread in self._threads:
-                thread.start()
-            ready.wait()
+            try:
+                for thread in self._threads:
+                    thread.start()
+                ready.wait()
+            except BaseException:  # such as too many threads in the process
+                ready.abort()
+                join_until([thread for thread in self._threads if thread.ident is not None], None)
+                raise
         _live.add(self)
 
     def put(self, tasks: Sequence[_Task]) -> bool:
@@ -212,7 +217,10 @@ _live: weakref.WeakSet[_Threads] = weakref.WeakSet()
 def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
     torch.get_num_threads()  # the first use of torch in a thread overwrites its number
     torch.set_num_threads(1)
-    ready.wait()
+    try:
+        ready.wait()
+    except threading.BrokenBarrierError:
+        return  # another thread could not be started
     while (task := tasks.get()) is not None:
         forward, batch, future = task
         del task

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, suppress
 
 import torch
 
-_lock: Final = threading.Lock()
+from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
+
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def kept_default() -> Iterator[None]:
 
     In torch, a thread starts with the number that any thread set last. Without this block, a thread of the
     application that uses torch for the first time would keep a number that was meant for a thread of this
-    package.
+    package. Within the block, which takes less than a millisecond, it still would.
     """
     has_read, is_over = threading.Event(), threading.Event()
 
@@ -31,13 +32,16 @@ def kept_default() -> Iterator[None]:
     # Two blocks at the same time would read each other's numbers.
     with _lock:
         keeper = threading.Thread(target=keep, name="bge-rerank-default-threads", daemon=True)
-        keeper.start()
-        has_read.wait()
+        with suppress(RuntimeError):  # too many threads in the process; the default then changes
+            keeper.start()
         try:
+            if keeper.ident is not None:
+                has_read.wait()
             yield
         finally:
             is_over.set()
-            keeper.join()
+            if keeper.ident is not None:
+                keeper.join()
 
 
 def set_thread_count(num_threads: int) -> None:
@@ -57,3 +61,11 @@ def thread_count(num_threads: int) -> Iterator[None]:
         yield
     finally:
         set_thread_count(before)
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may have held it
+
+
+call_in_forked_children(_renew_lock)
