@@ -6,12 +6,12 @@ import asyncio
 import os
 import threading
 import time
-import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, NamedTuple, TypeVar
 
-from bge_rerank_integrations.errors import ScorerClosedError, missing_extra
+from bge_rerank_integrations.errors import ConfigError, ScorerClosedError, missing_extra
 
 try:
     import httpx
@@ -22,6 +22,7 @@ from bge_rerank_integrations.remote_wire import Answer, ApiKey, raise_unusable
 from bge_rerank_integrations.runtime.steps import Sleep, arun_steps, run_steps
 
 T = TypeVar("T")
+Client = TypeVar("Client", httpx.Client, httpx.AsyncClient)
 
 
 class Send(NamedTuple):
@@ -58,9 +59,8 @@ class Transport:
         self._lock = threading.Lock()
         self._is_closed = False
         self._client: _SharedClient | None = None
-        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        # A client refers to its event loop. The clients of closed loops are removed when another is created.
+        self._async_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
 
     @property
     def has_given_client(self) -> bool:
@@ -131,14 +131,7 @@ class Transport:
             _check_usable(self._given_client)
             yield self._given_client
             return
-        with self._lock:
-            if self._is_closed:
-                raise ScorerClosedError("this scorer was closed during the call")
-            # A forked child process must not write into the connections of its parent.
-            if self._client is None or not self._client.is_own:
-                self._client = _SharedClient()
-            shared = self._client
-            shared.num_calls += 1
+        shared = self._join_client()
         try:
             yield shared.client
         finally:
@@ -148,23 +141,42 @@ class Transport:
             if is_last:
                 shared.client.close()
 
+    def _join_client(self) -> _SharedClient:
+        """Return the client of this process, and count a call that uses it."""
+        spare: _SharedClient | None = None
+        while True:
+            with self._lock:
+                if self._is_closed:
+                    raise ScorerClosedError("this scorer was closed during the call")
+                # A forked child process must not write into the connections of its parent.
+                if spare is not None and (self._client is None or not self._client.is_own):
+                    self._client, spare = spare, None
+                if self._client is not None and self._client.is_own:
+                    self._client.num_calls += 1
+                    return self._client
+            # Outside the lock, since this takes long. A process that is forked meanwhile inherits the lock.
+            spare = _SharedClient()
+
     def _async_client(self) -> httpx.AsyncClient:
         if self._given_async_client is not None:
             _check_usable(self._given_async_client)
             return self._given_async_client
         loop = asyncio.get_running_loop()
-        with self._lock:
-            client = self._async_clients.get(loop)
-            if client is None:
-                client = self._async_clients[loop] = httpx.AsyncClient()
-            return client
+        client = self._async_clients.get(loop)
+        if client is None:
+            client = _create(httpx.AsyncClient)
+            with self._lock:
+                for other in [each for each in self._async_clients if each.is_closed()]:
+                    del self._async_clients[other]
+                self._async_clients[loop] = client
+        return client
 
 
 class _SharedClient:
     """A client of this process, and the number of calls that are using it."""
 
     def __init__(self) -> None:
-        self.client = httpx.Client()
+        self.client = _create(httpx.Client)
         self.num_calls = 0
         self._process = os.getpid()
 
@@ -172,6 +184,21 @@ class _SharedClient:
     def is_own(self) -> bool:
         """Whether this process created the client."""
         return self._process == os.getpid()
+
+
+def _create(kind: Callable[..., Client]) -> Client:
+    """Create a client that keeps no cookies. A server may set a cookie that cannot be sent back.
+
+    Raises:
+        ConfigError: A proxy or certificate that the environment names cannot be used.
+    """
+    try:
+        return kind(cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())))
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise ConfigError(
+            f"the HTTP client cannot be created; check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY and "
+            f"SSL_CERT_FILE in the environment ({error})"
+        ) from error
 
 
 def _check_usable(client: httpx.Client | httpx.AsyncClient) -> None:

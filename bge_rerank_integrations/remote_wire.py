@@ -124,7 +124,9 @@ def check_base_url(base_url: str) -> str:
     if url.query or url.fragment:
         raise ConfigError("base_url must not contain a query or a fragment")
     path = url.path.rstrip("/")
-    if path.rpartition("/")[2] in _ENDPOINTS:
+    parent, _, last = path.rpartition("/")
+    # A final slash makes a prefix of a proxy out of such a name, but not out of `/v1/rerank/`.
+    if last in _ENDPOINTS and (not url.path.endswith("/") or parent.endswith(("/v1", "/v2"))):
         raise ConfigError("base_url must be the root of the server, not one of its endpoints")
     return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
 

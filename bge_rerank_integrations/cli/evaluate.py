@@ -29,6 +29,7 @@ from bge_rerank_integrations.evaluation.plots import check_plot, plot_report
 from bge_rerank_integrations.scorer import Scorer
 
 _NUM_SHOWN = 5
+_MAX_DEPTH = 1_000_000
 _MAX_NAME_COLUMNS = 20
 
 
@@ -50,7 +51,7 @@ _MAX_NAME_COLUMNS = 20
 @click.option("--strict", is_flag=True, help="Fail if a passage is judged twice for a query.")
 @click.option(
     "--depth",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=_MAX_DEPTH),
     default=50,
     show_default=True,
     help="Passages to rerank per query.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from bge_rerank_integrations.cli.options import (
 from bge_rerank_integrations.cli.rank_on_ray import RankCommand, RayOptions, rank_on_ray, ray_options
 from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
 from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.errors import DatasetError
 from bge_rerank_integrations.evaluation.datasets import format_run, read_corpus, read_queries, read_run
 from bge_rerank_integrations.evaluation.runs import rerank_run
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
@@ -216,11 +218,12 @@ def rerank_run_command(
         require_stdout()
     else:
         output = output.resolve()  # keep a symbolic link
-        partial = output.with_name(output.name + ".partial")
-        if output in inputs or partial in inputs:
-            raise click.UsageError(
-                f"{output} or {partial.name} is one of the inputs; choose another output file"
-            )
+        if output in inputs:
+            raise click.UsageError(f"{output} is one of the inputs; choose another output file")
+        if output.exists() and not output.is_file():
+            raise DatasetError(f"{output} is not a regular file; to write to stdout, give no output file")
+        # `OUTPUT.partial` may hold the rows of an interrupted `rank`.
+        partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
         # A folder that is read-only must fail before the work begins.
         partial.touch()
         partial.unlink()
@@ -233,8 +236,11 @@ def rerank_run_command(
     if output is None:
         click.echo(text, nl=False)
     else:
-        partial.write_bytes(text)
-        partial.replace(output)
+        try:
+            partial.write_bytes(text)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
     summary = [
         describe_truncation(reranked.num_truncated, reranked.num_truncated_queries, config),
         describe_precision_used(config),

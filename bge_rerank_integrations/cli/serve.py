@@ -41,7 +41,7 @@ from bge_rerank_integrations.scorer import Scorer
     type=float,
     default=60.0,
     show_default=True,
-    help="Maximum time to receive a request, and again to score it, in seconds.",
+    help="Maximum time to receive the body of a request, and again to score it, in seconds.",
 )
 @click.option(
     "--grace-s",

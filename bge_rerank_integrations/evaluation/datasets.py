@@ -137,6 +137,7 @@ def read_run(path: Path) -> Run:
             raise DatasetError(
                 f"{path}, line {number}: not `query-id Q0 passage-id rank score tag`"
             ) from error
+        _check_ids(path, number, query_id, passage_id)
         if passage_id in run.setdefault(query_id, {}):
             raise DatasetError(f"{path}, line {number}: passage listed twice for this query")
         run[query_id][passage_id] = value
@@ -170,6 +171,7 @@ def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
             ) from error
         if abs(grade) > _MAX_GRADE:
             raise DatasetError(f"{path}, line {number}: the grade is not from {-_MAX_GRADE} to {_MAX_GRADE}")
+        _check_ids(path, number, query_id, passage_id)
         yield number, query_id, passage_id, grade
 
 
@@ -184,10 +186,21 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DatasetError(f"{path}, line {number}: not valid JSON") from error
         if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
             raise DatasetError(f"{path}, line {number}: not an object with a string `_id`")
+        _check_ids(path, number, row["_id"])
         if row["_id"] in seen:
             raise DatasetError(f"{path}, line {number}: `_id` already used on an earlier line")
         seen.add(row["_id"])
         yield number, row
+
+
+def _check_ids(path: Path, number: int, *ids: str) -> None:
+    """Raise `DatasetError` if an id has a character that the libraries for evaluation cannot handle.
+
+    pytrec_eval reads an id up to a NUL character. A lone surrogate cannot be encoded in UTF-8.
+    """
+    for each in ids:
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in each):
+            raise DatasetError(f"{path}, line {number}: an id contains NUL or a lone surrogate")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

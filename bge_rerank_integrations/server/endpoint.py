@@ -30,6 +30,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger("bge_rerank_integrations.server")
 
+MAX_PAIRS_OF_REQUEST: Final = 20_000
+"""Maximum number of documents in a request.
+
+A million short documents fit into a body of a few megabytes. Their response would block the event loop for
+seconds and take a gigabyte of memory.
+"""
 # Only such a request id of a client is used. Other characters could make a log ambiguous.
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Time in seconds that a connection with an unread body stays open after the response. Closing it immediately
@@ -165,6 +171,10 @@ class RerankEndpoint:
         fields = parse_object(await self._read(headers, receive_body))
         exchange.dialect = choose(self._dialects, fields)
         work = exchange.dialect.parse(fields)
+        num_pairs = sum(len(passages) for _, passages in work.requests)
+        if num_pairs > MAX_PAIRS_OF_REQUEST:
+            message = f"the request has {num_pairs} documents; the server's limit is {MAX_PAIRS_OF_REQUEST}"
+            raise Refusal(413, message, "TooManyDocuments")
         rankings = await self._score(work, receive)
         return Reply(
             id=exchange.id,

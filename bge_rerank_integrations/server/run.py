@@ -64,10 +64,13 @@ def run_server(
     """
     check_seconds("grace_s", grace_s)
     _allow_many_connections()
+    logging.getLogger("uvicorn.error").addFilter(_is_no_upgrade)
     loading: Future[Scorer] = Future()
     app = create_app(loading, settings)
     config = uvicorn.Config(
         app,
+        # With an `Upgrade` header, such as that of Java's HTTP client, httptools would drop the body.
+        http="h11",
         log_config=None,
         access_log=False,  # it would contain query strings
         lifespan="on",
@@ -135,6 +138,13 @@ class _Server(uvicorn.Server):
         num_cancelled = await self._drain(self._grace_s)
         logger.info("shut down: %d request(s) were not finished in time", num_cancelled)
         self.should_exit = True
+
+
+def _is_no_upgrade(record: logging.LogRecord) -> bool:
+    """Leave out uvicorn's warnings about each client that offers another protocol than HTTP/1.1."""
+    return not record.getMessage().startswith(
+        ("Unsupported upgrade request", "No supported WebSocket library")
+    )
 
 
 def _load(load: Callable[[], Scorer], loading: Future[Scorer], server: _Server) -> None:

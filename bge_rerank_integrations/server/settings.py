@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from bge_rerank_integrations.errors import ConfigError
+from bge_rerank_integrations.validation import MAX_TIMEOUT_S
 
 API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
 
@@ -22,7 +23,7 @@ class ServerSettings:
     Attributes:
         api_key: The key that clients must send in the header `Authorization`. None accepts every client.
         max_body_mb: Maximum size of a request body in MiB, after decompression.
-        timeout_s: Maximum time in seconds to read a request body, and to score a request.
+        timeout_s: Maximum time in seconds to read a request body, and to score a request. At most a year.
         model_name: Name of the model in `/v1/models`, and in responses to requests that name no model. None
             is the last part of the `model` of the scorer.
 
@@ -86,9 +87,9 @@ def check_exposure(host: str, api_key: str | None, *, no_auth: bool) -> None:
 
 
 def check_seconds(name: str, value: float) -> None:
-    """Raise `ConfigError` unless a value is a positive, finite number of seconds."""
-    if not value > 0 or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a positive number of seconds")
+    """Raise `ConfigError` unless a value is a positive number of seconds, at most a year."""
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise ConfigError(f"{name} must be a positive number of seconds, at most {MAX_TIMEOUT_S}")
 
 
 def _is_key(key: str) -> bool:

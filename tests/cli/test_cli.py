@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -327,18 +328,25 @@ def test_nothing_is_written_over_an_input(on: list[str], folder: Path) -> None:
         before = output.read_text()
         assert run("rerank-run", trec, folder, "-o", output, *on).exit_code == 2
         assert output.read_text() == before
+    # It may also hold the rows of an interrupted `rank`.
     partial = trec.rename(folder / "first.trec.partial")
-    assert run("rerank-run", partial, folder, "-o", trec, *on).exit_code == 2
+    assert run("rerank-run", partial, folder, "-o", trec, *on).exit_code == 0
     assert partial.read_text() == "q1 Q0 a 1 3.0 bm25\n"
+    assert set(folder.glob("first.trec*")) == {trec, partial}
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    refused = run("rerank-run", partial, folder, "-o", pipe, *on)
+    assert refused.exit_code == 1
+    assert "is not a regular file" in flat(refused.stderr)
+    assert pipe.is_fifo()
     link, target = folder / "link.trec", folder / "target.trec"
     link.symlink_to(target)
     assert run("rerank-run", partial, folder, "-o", link, *on).exit_code == 0
     assert link.is_symlink()
     assert target.read_text().startswith("q1 Q0 a 1")
-    (folder / "out.partial").mkdir()
-    failed = run("rerank-run", partial, folder, "-o", folder / "out", "--model", "/no/such/model")
+    failed = run("rerank-run", partial, folder, "-o", folder / ("x" * 250), "--model", "/no/such/model")
     assert failed.exit_code == 1
-    assert "out.partial" in flat(failed.stderr), "the output is checked before the model"
+    assert "name too long" in flat(failed.stderr), "the output is checked before the model"
     result = run("rank", folder / "corpus.jsonl", "-o", folder / "corpus.jsonl", "--overwrite", *on)
     assert result.exit_code == 1
     assert "is the input" in flat(result.stderr)

@@ -100,6 +100,9 @@ def test_a_beir_folder_is_read(folder: Path) -> None:
     [
         ("corpus.jsonl", '{"_id": "a", "text": "t"}\n{"_id": 5, "text": "t"}\n', "line 2: not an object"),
         ("corpus.jsonl", '{"_id": "a"}\n', "line 1: title and text"),
+        ("corpus.jsonl", '{"_id": "a\\ud83d", "text": "t"}\n', "line 1: an id contains NUL or a lone"),
+        ("queries.jsonl", '{"_id": "a\\u0000b", "text": "t"}\n', "line 1: an id contains NUL"),
+        ("qrels/test.tsv", "q\tp\0\t1\n", "line 1: an id contains NUL"),
         ("corpus.jsonl", "\n{\n", "line 2: not valid JSON"),
         ("corpus.jsonl", '{"_id": "a", "m": ' + "[" * 100_000 + "\n", "line 1: not valid JSON"),
         ("queries.jsonl", '{"_id": "a"}\n', "line 1: text must"),
@@ -154,6 +157,7 @@ def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
         ("q Q0 a 1 2.0\n", "line 1: not"),
         ("q Q0 a 1 high tag\n", "line 1: not"),
         ("q Q0 a 1 nan tag\n", "line 1: not"),
+        ("q Q0 a\0 1 2.0 tag\n", "line 1: an id contains NUL"),
         ("\nq Q0 a 1 2 t\nq Q0 a 2 1 t\n", "line 3: passage listed twice"),
     ],
 )

@@ -207,6 +207,7 @@ def test_malformed_native_requests() -> None:
         ("/v1/rerank", {"query": "q", "documents": [], "truncation": True}, VOYAGE),
         ("/v1/rerank", {"query": "q", "documents": [], "max_tokens_per_doc": None}, RERANK),
         ("/v2/rerank", {"query": "q", "texts": []}, TEI),
+        ("/v2/rerank", {"query": "q", "documents": [], "texts": None}, RERANK),
         ("/infinity/rerank", {"query": "q", "documents": []}, INFINITY),
         ("/v1/score", {}, SCORE),
         ("/v1/ranking", {}, NVIDIA),

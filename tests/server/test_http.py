@@ -28,6 +28,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.server import ServerSettings, create_app
 from bge_rerank_integrations.server.dialects.table import DIALECTS
+from bge_rerank_integrations.server.endpoint import MAX_PAIRS_OF_REQUEST
 from tests.server.conftest import KEY
 from tests.support.servers import HeldScorer, running, wait_until
 
@@ -223,6 +224,29 @@ def test_a_client_that_expects_100_continue(held: HeldScorer, held_client: httpx
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"100 Continue" not in answer
     assert b"connection: close" in answer.lower()
+
+
+def test_a_client_that_offers_another_protocol(client: httpx.Client) -> None:
+    """Java's HTTP client offers HTTP/2 with every request to an address without TLS."""
+    body = json.dumps(COHERE).encode()
+    head = (
+        b"POST /v1/rerank HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings, close\r\n"
+        b"upgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    )
+    with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as connection:
+        connection.sendall(head + body)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 200"), answer
+
+
+def test_a_request_with_too_many_documents_is_refused(client: httpx.Client) -> None:
+    body = {"query": "q", "documents": [""] * (MAX_PAIRS_OF_REQUEST + 1)}
+    response = client.post("/v1/rerank", json=body)
+    assert (response.status_code, response.json()["type"]) == (413, "TooManyDocuments")
+    assert "20001 documents; the server's limit is 20000" in response.json()["message"]
+    requests = [["q", [""] * 15_000], ["r", [""] * 15_000]]
+    assert client.post("/v1/rank", json={"requests": requests}).status_code == 413
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import http.server
 import json
 import math
@@ -47,6 +48,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.remote_wire import Answer, _retry_after, retry_delay
 from bge_rerank_integrations.server import create_app
+from bge_rerank_integrations.server.endpoint import read_headers
 from tests.server.conftest import KEY
 from tests.support.servers import HeldScorer, running, wait_until
 
@@ -191,6 +193,8 @@ def test_the_api_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://host?key=CANARY", "must not contain a query"),
         ("http://host#CANARY", "or a fragment"),
         ("http://host/v1/rerank", "not one of its endpoints"),
+        ("http://host/v1/rerank/", "not one of its endpoints"),
+        ("http://host/rerank", "not one of its endpoints"),
         ("http://host:port", "not a URL"),
         (5, "not a URL"),
     ],
@@ -231,6 +235,7 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
         ("http://host/v1", "http://host/v1/rank"),
         ("https://host/proxy/rerankers/", "https://host/proxy/rerankers/v1/rank"),
         ("https://host/proxy/v1/", "https://host/proxy/v1/rank"),
+        ("https://host/rerank/", "https://host/rerank/v1/rank"),
         ("http://[::1]:8000", "http://[::1]:8000/v1/rank"),
     ],
 )
@@ -567,6 +572,70 @@ def test_each_process_and_each_event_loop_has_one_pool(scorer: RemoteScorer) -> 
         return client
 
     assert asyncio.run(twice()) is not asyncio.run(twice())
+
+
+# Python warns of sockets that nobody has closed. `aclose` would do that, if the caller used it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_clients_of_closed_event_loops_are_released(open_url: str) -> None:
+    scorer = RemoteScorer(open_url)
+    folder = Path("/proc/self/fd")
+    before = 0
+    for number in range(20):
+        asyncio.run(scorer.arank("a", ["b"]))
+        if number == 2 and folder.exists():
+            gc.collect()
+            before = len(list(folder.iterdir()))
+    gc.collect()
+    assert len(scorer._transport._async_clients) == 1
+    if folder.exists():
+        assert len(list(folder.iterdir())) <= before + 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_cookies_of_a_server_are_not_kept(is_async: bool) -> None:
+    seen: list[str | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        while (await receive()).get("more_body"):
+            pass
+        seen.append(read_headers(scope).get("cookie"))
+        body = json.dumps({"rankings": [{"passages": [{"index": 0, "score": 1.0}], "counts": {}}]}).encode()
+        headers = {"set-cookie": b"sid=\xe9", "content-length": str(len(body)).encode()}
+        encoded = [(name.encode(), value) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": encoded})
+        await send({"type": "http.response.body", "body": body})
+
+    with running(app) as url, RemoteScorer(url, max_retries=0) as scorer:
+        for _ in range(3):
+            if is_async:
+                await scorer.arank("a", ["b"])
+            else:
+                await asyncio.to_thread(scorer.rank, "a", ["b"])
+        await scorer.aclose()
+    assert seen == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://host:1"),
+        ("HTTP_PROXY", "foo://user:CANARY@host"),
+        ("HTTP_PROXY", "::"),
+        ("SSL_CERT_FILE", "/none"),
+    ],
+)
+async def test_settings_of_the_environment_that_cannot_be_used(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    scorer = RemoteScorer("http://host")
+    with pytest.raises(ConfigError, match=name) as caught:
+        await asyncio.to_thread(scorer.rank, "a", ["b"])
+    assert "CANARY" not in str(caught.value)
+    with pytest.raises(ConfigError, match=name):
+        await scorer.arank("a", ["b"])
 
 
 async def test_a_closed_scorer(keyed_url: str) -> None:

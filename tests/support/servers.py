@@ -95,7 +95,9 @@ def _number(text: str) -> float:
 def running(app: Any) -> Iterator[str]:
     """Run an application on a free port of the loopback interface, and give its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, http="h11", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

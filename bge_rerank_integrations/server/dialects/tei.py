@@ -54,6 +54,6 @@ TEI: Final = Dialect(
     },
     example={"query": EXAMPLE_QUERY, "texts": EXAMPLE_TEXTS},
     required=("query", "texts"),
-    matches=lambda body: "texts" in body,
+    matches=lambda body: body.get("texts") is not None,
     invalid_status=422,
 )
