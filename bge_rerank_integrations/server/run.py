@@ -48,7 +48,7 @@ def run_server(
     """Listen, load the model in another thread, and serve until SIGTERM or SIGINT.
 
     After the signal, the server accepts no new requests, and finishes the accepted ones within `grace_s`
-    seconds. A second signal ends it immediately.
+    seconds. A second signal ends the accepted requests with status 503.
 
     Args:
         load: Loads and returns the scorer, in another thread. The scorer is closed at the end.
@@ -97,7 +97,7 @@ def run_server(
 
 
 class _Server(uvicorn.Server):
-    """Drains the service at the first signal, and ends with status 0.
+    """Drains the service at the first signal, and ends with status 0. The second signal ends the drain.
 
     uvicorn itself would stop listening immediately, so that clients and probes would get no response. It
     would also raise the signal again at the end.
@@ -115,8 +115,8 @@ class _Server(uvicorn.Server):
         self._drain = drain
         self._grace_s = grace_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_ending = False
-        self._ending: asyncio.Future[None] | None = None
+        self._num_signals = 0
+        self._endings: list[asyncio.Future[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -124,18 +124,19 @@ class _Server(uvicorn.Server):
         self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._loop is None or self._is_ending:
+        self._num_signals += 1
+        if self._loop is None or self._num_signals > 2:
             self.should_exit = True
             return
-        self._is_ending = True
-        self._loop.call_soon_threadsafe(self._begin_to_end)
+        grace_s = self._grace_s if self._num_signals == 1 else 0.0
+        self._loop.call_soon_threadsafe(self._begin_to_end, grace_s)
 
-    def _begin_to_end(self) -> None:
-        self._ending = asyncio.ensure_future(self._end())
+    def _begin_to_end(self, grace_s: float) -> None:
+        self._endings.append(asyncio.ensure_future(self._end(grace_s)))
 
-    async def _end(self) -> None:
-        logger.info("shutting down: finishing accepted requests, for at most %g s", self._grace_s)
-        num_cancelled = await self._drain(self._grace_s)
+    async def _end(self, grace_s: float) -> None:
+        logger.info("shutting down: finishing accepted requests, for at most %g s", grace_s)
+        num_cancelled = await self._drain(grace_s)
         logger.info("shut down: %d request(s) were not finished in time", num_cancelled)
         self.should_exit = True
 

@@ -89,6 +89,27 @@ def test_accepted_requests_are_finished_or_get_status_503(grace_s: float, checkp
         assert all(answer.json() for answer in answers)
 
 
+def test_a_second_signal_ends_the_accepted_requests(checkpoint: Path) -> None:
+    slow = ["--model", str(checkpoint), "--device", "cpu", "--max-batch-tokens", "1", "--num-threads", "1"]
+    body = {"query": "q", "documents": [f"word{number} " * 400 for number in range(400)]}
+    answers: list[httpx.Response] = []
+    with serving(*slow, "--grace-s", "60") as server:
+        server.wait_until_ready()
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(server.url + "/v1/rerank", json=body, timeout=60))
+        )
+        thread.start()
+        with httpx.Client(base_url=server.url) as client:
+            wait_until(lambda: client.get("/health/ready").json()["queued_tokens"] > 10_000)
+        server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "for at most 60 s" in server.output)
+        server.process.send_signal(signal.SIGINT)
+        thread.join()
+        assert server.end() == 0
+        assert "Traceback" not in server.output
+    assert [(answer.status_code, answer.json()["type"]) for answer in answers] == [(503, "ServerDraining")]
+
+
 def test_an_idle_connection_stays_open_longer_than_clients_keep_it(checkpoint: Path) -> None:
     """httpx reuses a connection for 5 seconds, which is also when uvicorn closes one by default."""
     with serving("--model", str(checkpoint), "--device", "cpu") as server:
