@@ -51,7 +51,8 @@ class RemoteScorer(OwnScorer):
             behind a proxy.
         api_key: The API key of the server, as a string or a `SecretStr`. None uses the environment variable
             `BGE_RERANK_API_KEY`, if it is set.
-        timeout: Maximum duration of each HTTP request in seconds, retries included. None means no limit.
+        timeout: Maximum duration of each HTTP request in seconds, retries included. None means no limit. A
+            sync call takes longer if the server sends the headers of its response in many small pieces.
         max_retries: Maximum number of retries of one HTTP request.
         normalize: Whether to apply a sigmoid to the scores. The default is False, as in `Scorer`.
         client: A client for the sync methods. It stays open. None creates a client at first use.
