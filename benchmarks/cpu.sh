@@ -1,13 +1,17 @@
 #!/bin/sh
 # Benchmark one CPU in one sitting: every precision beside the fastest peers, in the base and the large shape. On a CPU
-# with AMX, the base shape is measured again without AMX, as on a CPU that has only AVX-512 and VNNI. It takes one to two
-# hours on two cores. The last line that each command prints contains its results as JSON.
+# with AMX, the base shape is measured again with ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI, which torch and this package obey.
+# Peers with kernels of their own may ignore it. All of it takes one to two hours on two cores. The last line that each
+# command prints contains its results as JSON.
 #     pip install "bge-rerank-integrations[bench]"
 #     sh benchmarks/cpu.sh
 #     BEIR=scifact/ sh benchmarks/cpu.sh                  # also real text: workload F with the embedded model
 #     SHAPES=base REPEATS=5 sh benchmarks/cpu.sh
 #     SHAPES=tiny NUM_PAIRS=8 sh benchmarks/cpu.sh        # the same commands in a few minutes
 set -eu
+if [ -n "${BEIR:-}" ]; then
+    BEIR=$(cd "$BEIR" && pwd)
+fi
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=
 contenders="ours-int8 ours-bfloat16 ours-float32 openvino-int8 openvino-bfloat16 openvino-float32 onnx-int8 onnx-float32

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 from pydantic import (
@@ -33,7 +34,7 @@ from bge_rerank_integrations.config import (
     TruncationSide,
     path_to_str,
 )
-from bge_rerank_integrations.errors import ConfigError, InputError
+from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
 from bge_rerank_integrations.scorer import Scorer
@@ -244,10 +245,11 @@ class RerankOptions(BaseModel):
         """
         copied = super().model_copy(deep=deep)
         if update:
-            extra = copied.__pydantic_extra__ or {}  # a subclass may allow more options
-            checked = type(self).model_validate({**copied.__dict__, **extra, **update})
+            extra = copied.__pydantic_extra__  # None, unless a subclass allows more options
+            checked = type(self).model_validate({**copied.__dict__, **(extra or {}), **update})
             copied.__dict__.update(checked.__dict__)
-            extra.update(checked.__pydantic_extra__ or {})
+            if extra is not None:
+                extra.update(checked.__pydantic_extra__ or {})
             copied.__pydantic_fields_set__.update(update)
         return copied
 
@@ -353,15 +355,18 @@ class RerankOptions(BaseModel):
 
         Raises:
             InputError: For the same reasons as `rank_texts`; `.index` says which request.
+            NonFiniteScoreError: `.index` is the position among the texts of all requests.
         """
         if isinstance(scorer, OwnScorer):
             return scorer.rank_many(
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
-        rankings = []
+        rankings: list[Sequence[RankedPassage]] = []
+        num_before = 0
         for number, (query, texts) in enumerate(requests):
-            with naming_request(number):
+            with naming_request(number), _counting_from(num_before):
                 rankings.append(self.rank_texts(scorer, query, texts, top_n, threshold))
+            num_before += len(texts)
         return rankings
 
     async def arank_requests(
@@ -376,15 +381,28 @@ class RerankOptions(BaseModel):
             return await scorer.arank_many(
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
-        rankings = []
+        rankings: list[Sequence[RankedPassage]] = []
+        num_before = 0
         for number, (query, texts) in enumerate(requests):
-            with naming_request(number):
+            with naming_request(number), _counting_from(num_before):
                 rankings.append(await self.arank_texts(scorer, query, texts, top_n, threshold))
+            num_before += len(texts)
         return rankings
 
 
 # The options that do not apply to a scorer of your own. `normalize` does apply.
 _UNUSED_FIELDS = frozenset(_SCORER_FIELDS) - {"normalize"}
+
+
+@contextmanager
+def _counting_from(num_before: int) -> Iterator[None]:
+    """Add a number of earlier passages to the index of a `NonFiniteScoreError` in this block."""
+    try:
+        yield
+    except NonFiniteScoreError as error:
+        if error.index is None:
+            raise
+        raise NonFiniteScoreError(str(error), index=num_before + error.index) from None
 
 
 class _Unquoted(str):

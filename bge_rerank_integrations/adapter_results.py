@@ -25,6 +25,9 @@ RETRIEVAL_KEYS: Final = (RETRIEVAL_RANK_KEY, RETRIEVAL_SCORE_KEY)
 """Metadata keys that keep the result of the retriever."""
 
 
+_ATOMS: Final = frozenset({int, float, str, bool, type(None)})
+
+
 def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
     """Return a deep copy of a pydantic model. Values that cannot be copied are shared with the original.
 
@@ -45,7 +48,9 @@ def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
 
 def _copy_value(value: Any, copies: dict[int, dict[Any, Any]]) -> Any:
     """Copy a value. `copies` holds the copy of each dict so far by the id of the original, for cycles."""
-    if type(value) is list and set(map(type, value)) <= {int, float, str}:
+    if type(value) in _ATOMS:
+        return value
+    if type(value) is list and set(map(type, value)) <= _ATOMS:
         return value.copy()  # for an embedding, `deepcopy` is a hundred times slower
     if type(value) is not dict:
         try:
@@ -70,7 +75,10 @@ def type_of(value: object) -> str:
 
 def is_score(value: object) -> bool:
     """Return whether a value of metadata can be the score of a retriever: a number, but not NaN."""
-    return isinstance(value, Number) and not isinstance(value, bool) and value == value
+    try:
+        return isinstance(value, Number) and not isinstance(value, bool) and bool(value == value)
+    except ArithmeticError:  # a signaling NaN of `decimal`
+        return False
 
 
 def check_ranking(
@@ -89,8 +97,9 @@ def check_ranking(
     """
     name = type(scorer).__name__
     try:
+        ranked = ranked if isinstance(ranked, Sequence) else list(ranked)
         results = [(operator.index(passage.index), float(passage.score)) for passage in ranked]
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, OverflowError, AttributeError):
         raise ConfigError(
             f"the scorer {name} must return RankedPassage objects, each with an integer index and a score"
         ) from None

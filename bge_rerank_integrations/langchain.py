@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -322,8 +323,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         if self.keep_retrieval_score:
             # The keys that retrievers and other rerankers use.
             found = [metadata.get(key) for key in (self.score_key, "score") if is_score(metadata.get(key))]
-            metadata.pop(RETRIEVAL_SCORE_KEY, None)
-            metadata |= {RETRIEVAL_RANK_KEY: passage.index}
+            if RETRIEVAL_RANK_KEY in metadata:  # then the score is that of an earlier call, too
+                metadata.pop(RETRIEVAL_SCORE_KEY, None)
+            metadata |= {RETRIEVAL_RANK_KEY: operator.index(passage.index)}
             metadata |= {RETRIEVAL_SCORE_KEY: found[0]} if found else {}
         metadata[self.score_key] = float(passage.score)  # a scorer of the user may return a NumPy float
         return copied
@@ -350,6 +352,8 @@ class _CrossEncoderView(BaseCrossEncoder):
         try:
             rankings = self._reranker.rank_requests(scorer, check_requests(requests), None, None)
         except NonFiniteScoreError as error:
+            if error.index is None:
+                raise
             raise _of_pair(error, order) from None
         except InputError as error:
             # The error says which query. An error of its passages alone says which passage.
@@ -393,7 +397,7 @@ def _check_documents(documents: Sequence[Document]) -> list[Document]:
 
 def _as_dicts(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:
     return [
-        {"index": passage.index, "relevance_score": float(passage.score)}
+        {"index": operator.index(passage.index), "relevance_score": float(passage.score)}
         | ({"blank": True} if getattr(passage, "blank", False) else {})
         for passage in ranked
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -206,8 +207,9 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                 node.metadata.pop(key, None)
             added |= marks_of(passage)
         if self.keep_retrieval_score:
-            node.metadata.pop(RETRIEVAL_SCORE_KEY, None)
-            added[RETRIEVAL_RANK_KEY] = passage.index
+            if RETRIEVAL_RANK_KEY in node.metadata:  # then the score is that of an earlier call, too
+                node.metadata.pop(RETRIEVAL_SCORE_KEY, None)
+            added[RETRIEVAL_RANK_KEY] = operator.index(passage.index)
             if original.score is not None:
                 added[RETRIEVAL_SCORE_KEY] = original.score
         if added:

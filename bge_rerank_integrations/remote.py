@@ -79,6 +79,7 @@ class RemoteScorer(OwnScorer):
         async_client: httpx.AsyncClient | None = None,
     ) -> None:
         self._base_url = check_base_url(base_url)
+        self._given_url = base_url
         self._key = ApiKey((os.environ.get(_API_KEY_VARIABLE) or None) if api_key is None else api_key)
         self._timeout = timeout
         self._max_retries = max_retries
@@ -234,7 +235,7 @@ class RemoteScorer(OwnScorer):
     def to_dict(self) -> dict[str, str | float | bool | None]:
         """Return the settings, without the API key, as a JSON-serializable dict for `from_dict`."""
         return {
-            "base_url": self._base_url,
+            "base_url": self._given_url,
             "timeout": self._timeout,
             "max_retries": self._max_retries,
             "normalize": self._normalize,

@@ -86,7 +86,8 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
-        client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        with self._lock:
+            client = self._async_clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
 
@@ -166,8 +167,9 @@ class Transport:
         if client is None:
             client = _create(httpx.AsyncClient)
             with self._lock:
-                for other in [each for each in self._async_clients if each.is_closed()]:
-                    del self._async_clients[other]
+                for other in list(self._async_clients):
+                    if other.is_closed():
+                        del self._async_clients[other]
                 self._async_clients[loop] = client
         return client
 

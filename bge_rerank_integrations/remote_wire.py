@@ -126,7 +126,8 @@ def check_base_url(base_url: str) -> str:
     path = url.path.rstrip("/")
     parent, _, last = path.rpartition("/")
     # A final slash makes a prefix of a proxy out of such a name, but not out of `/v1/rerank/`.
-    if last in _ENDPOINTS and (not url.path.endswith("/") or parent.endswith(("/v1", "/v2"))):
+    is_prefix = url.path.endswith("/") and not parent.endswith(("/v1", "/v2"))
+    if last in _ENDPOINTS and not is_prefix:
         raise ConfigError("base_url must be the root of the server, not one of its endpoints")
     return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ Run = dict[str, dict[str, float]]
 
 # Larger grades mean nothing, and pytrec_eval reserves memory for each grade up to the largest.
 _MAX_GRADE: Final = 1000
+_UNUSABLE: Final = re.compile("[\0\ud800-\udfff]").search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,7 @@ def _check_ids(path: Path, number: int, *ids: str) -> None:
     pytrec_eval reads an id up to a NUL character. A lone surrogate cannot be encoded in UTF-8.
     """
     for each in ids:
-        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in each):
+        if _UNUSABLE(each):
             raise DatasetError(f"{path}, line {number}: an id contains NUL or a lone surrogate")
 
 

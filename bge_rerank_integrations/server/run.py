@@ -136,7 +136,10 @@ class _Server(uvicorn.Server):
 
     async def _end(self, grace_s: float) -> None:
         logger.info("shutting down: finishing accepted requests, for at most %g s", grace_s)
+        number = len(self._endings)
         num_cancelled = await self._drain(grace_s)
+        if number < len(self._endings):
+            return  # a second signal has ended the drain
         logger.info("shut down: %d request(s) were not finished in time", num_cancelled)
         self.should_exit = True
 

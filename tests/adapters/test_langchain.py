@@ -1070,6 +1070,36 @@ def test_cross_encoder_names_the_pair_whose_score_is_not_finite() -> None:
     assert caught.value.index == 1
 
 
+def test_cross_encoder_names_the_pair_of_a_users_scorer_too() -> None:
+    class Overflow(TableScorer):
+        def rank(self, query: str, passages: Sequence[str], *limits: Any) -> list[RankedPassage]:
+            if query == "b":
+                raise NonFiniteScoreError("the score of passage 1 is not finite", index=1)
+            return super().rank(query, passages, *limits)
+
+    reranker = BGEReranker(scorer=Overflow())
+    with pytest.raises(NonFiniteScoreError, match=r"^pair 3: the score of the passage is") as caught:
+        reranker.as_cross_encoder().score([("a", TEA), ("b", PANDA), ("a", PANDA), ("b", BEAR)])
+    assert caught.value.index == 3
+    with pytest.raises(NonFiniteScoreError) as caught:
+        reranker.rerank_many([("a", [TEA, PANDA]), ("b", [PANDA, BEAR])])
+    assert caught.value.index == 3, "as in `Scorer.rank_many`"
+
+
+def test_a_ranking_may_come_from_a_generator_and_hold_numbers_of_numpy() -> None:
+    class Lazy(TableScorer):
+        def rank(self, *args: Any, **kwargs: Any) -> Any:
+            ranked = super().rank(*args, **kwargs)
+            return (RankedPassage(np.int64(each.index), np.float32(each.score)) for each in ranked)  # type: ignore[arg-type]
+
+    reranker = BGEReranker(scorer=Lazy(), keep_retrieval_score=True)
+    returned = reranker.compress_documents(documents(), QUERY)
+    assert contents(returned) == BEST_FIRST
+    json.dumps([document.metadata for document in returned])
+    json.dumps(reranker.rerank(documents(), QUERY))
+    assert reranker.as_cross_encoder().score([(QUERY, TEA)]) == [pytest.approx(0.1)]
+
+
 @pytest.mark.parametrize(
     ("ranked", "message"),
     [
@@ -1077,6 +1107,7 @@ def test_cross_encoder_names_the_pair_whose_score_is_not_finite() -> None:
         ([(0, 1.0)], "must return RankedPassage objects"),
         ([RankedPassage(0.5, 1.0)], "must return RankedPassage objects"),  # type: ignore[arg-type]
         ([RankedPassage(0, "high")], "must return RankedPassage objects"),  # type: ignore[arg-type]
+        ([RankedPassage(0, 10**400)], "must return RankedPassage objects"),
         ([RankedPassage(3, 1.0)], "returned index 3 for 3 passages"),
         ([RankedPassage(-1, 1.0)], "returned index -1 for 3 passages"),
         ([RankedPassage(1, 1.0), RankedPassage(1, 0.5)], "returned index 1 twice for 3 passages"),
@@ -1159,7 +1190,9 @@ def test_wrong_names_of_fields_are_refused(names: Any, message: str, index: int 
         ({"score": float("nan")}, None),
         ({"score": "3-1"}, None),
         ({"score": True}, None),
-        ({"retrieval_score": 0.75}, None),
+        ({"score": Decimal("snan")}, None),
+        ({"retrieval_score": 0.75}, 0.75),
+        ({"retrieval_score": 0.75, "retrieval_rank": 3}, None),
     ],
 )
 async def test_only_a_number_is_kept_as_the_score_of_the_retriever(
@@ -1200,6 +1233,8 @@ def test_a_copy_of_a_subclass_keeps_and_changes_undeclared_options() -> None:
     reranker = Loose(model="embedded", note="a", other="b")  # type: ignore[call-arg]
     copied: Any = reranker.model_copy(update={"note": "c", "top_n": 3})
     assert (copied.note, copied.other, copied.top_n) == ("c", "b", 3)
+    first: Any = Loose(model="embedded").model_copy(update={"note": "d"})
+    assert first.note == "d"
     assert reranker.note == "a"  # type: ignore[attr-defined]
 
 

@@ -248,6 +248,9 @@ def test_base_urls_keep_their_prefix(base_url: str, url: str) -> None:
 
     stub(answer, base_url=base_url).rank("a", ["b"])
     assert asked == [url]
+    scorer = RemoteScorer(base_url)
+    assert repr(RemoteScorer.from_dict(scorer.to_dict())) == repr(scorer)
+    assert repr(pickle.loads(pickle.dumps(scorer))) == repr(scorer)
 
 
 def test_arguments_are_checked_before_anything_is_sent() -> None:

@@ -107,6 +107,8 @@ def test_a_second_signal_ends_the_accepted_requests(checkpoint: Path) -> None:
         thread.join()
         assert server.end() == 0
         assert "Traceback" not in server.output
+        assert server.output.count("were not finished in time") == 1
+        assert "1 request(s) were not finished in time" in server.output
     assert [(answer.status_code, answer.json()["type"]) for answer in answers] == [(503, "ServerDraining")]
 
 

@@ -32,9 +32,9 @@ def kept_default() -> Iterator[None]:
     # Two blocks at the same time would read each other's numbers.
     with _lock:
         keeper = threading.Thread(target=keep, name="bge-rerank-default-threads", daemon=True)
-        with suppress(RuntimeError):  # too many threads in the process; the default then changes
-            keeper.start()
         try:
+            with suppress(RuntimeError):  # too many threads in the process; the default then changes
+                keeper.start()
             if keeper.ident is not None:
                 has_read.wait()
             yield
