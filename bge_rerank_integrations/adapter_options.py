@@ -362,11 +362,9 @@ class RerankOptions(BaseModel):
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
         rankings: list[Sequence[RankedPassage]] = []
-        num_before = 0
         for number, (query, texts) in enumerate(requests):
-            with naming_request(number), _counting_from(num_before):
+            with _naming(requests, number):
                 rankings.append(self.rank_texts(scorer, query, texts, top_n, threshold))
-            num_before += len(texts)
         return rankings
 
     async def arank_requests(
@@ -382,11 +380,9 @@ class RerankOptions(BaseModel):
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
         rankings: list[Sequence[RankedPassage]] = []
-        num_before = 0
         for number, (query, texts) in enumerate(requests):
-            with naming_request(number), _counting_from(num_before):
+            with _naming(requests, number):
                 rankings.append(await self.arank_texts(scorer, query, texts, top_n, threshold))
-            num_before += len(texts)
         return rankings
 
 
@@ -395,14 +391,16 @@ _UNUSED_FIELDS = frozenset(_SCORER_FIELDS) - {"normalize"}
 
 
 @contextmanager
-def _counting_from(num_before: int) -> Iterator[None]:
-    """Add a number of earlier passages to the index of a `NonFiniteScoreError` in this block."""
-    try:
-        yield
-    except NonFiniteScoreError as error:
-        if error.index is None:
-            raise
-        raise NonFiniteScoreError(str(error), index=num_before + error.index) from None
+def _naming(requests: Sequence[tuple[str, Sequence[str]]], number: int) -> Iterator[None]:
+    """Let an error in this block, which ranks one request, have the index that `Scorer.rank_many` gives."""
+    with naming_request(number):
+        try:
+            yield
+        except NonFiniteScoreError as error:
+            if error.index is None:
+                raise
+            num_before = sum(len(texts) for _, texts in requests[:number])
+            raise NonFiniteScoreError(str(error), index=num_before + error.index) from None
 
 
 class _Unquoted(str):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Sequence
+from datetime import date
 from numbers import Number
 from typing import Any, Final, TypeVar
 
+import numpy as np
 from pydantic import BaseModel
 
 from bge_rerank_integrations.errors import ConfigError
@@ -24,7 +26,7 @@ RETRIEVAL_SCORE_KEY: Final = "retrieval_score"
 RETRIEVAL_KEYS: Final = (RETRIEVAL_RANK_KEY, RETRIEVAL_SCORE_KEY)
 """Metadata keys that keep the result of the retriever."""
 
-
+# Values of these types cannot be changed, so that a copy may share them.
 _ATOMS: Final = frozenset({int, float, str, bool, type(None)})
 
 
@@ -73,12 +75,20 @@ def type_of(value: object) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
+def is_missing(value: Any) -> bool:
+    """Return whether a value of metadata stands for no value: None, NaN, or an empty cell of pandas."""
+    # pandas represents an empty cell as NaN, NaT or NA, in a type that depends on the column. NaT is a date.
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    try:
+        return isinstance(value, Number | date | np.datetime64 | np.timedelta64) and bool(value != value)
+    except ArithmeticError:  # a signaling NaN of `decimal`
+        return True
+
+
 def is_score(value: object) -> bool:
     """Return whether a value of metadata can be the score of a retriever: a number, but not NaN."""
-    try:
-        return isinstance(value, Number) and not isinstance(value, bool) and bool(value == value)
-    except ArithmeticError:  # a signaling NaN of `decimal`
-        return False
+    return isinstance(value, Number) and not isinstance(value, bool) and not is_missing(value)
 
 
 def check_ranking(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
-from numbers import Number
 from string import Formatter
 from typing import Any
 
-import numpy as np
 from langchain_core.documents import Document
 
-from bge_rerank_integrations.adapter_results import type_of
+from bge_rerank_integrations.adapter_results import is_missing, type_of
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 
 TextSource = str | Mapping[str, Any] | Document
@@ -95,17 +92,7 @@ def _check_document(document: Document, index: int) -> None:
 
 
 def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {values[name]}" for name in names if name in values and not _is_missing(values[name])]
-
-
-def _is_missing(value: Any) -> bool:
-    # pandas represents an empty cell as NaN, NaT or NA, in a type that depends on the column. NaT is a date.
-    if value is None or type(value).__name__ == "NAType":
-        return True
-    try:
-        return isinstance(value, Number | date | np.datetime64 | np.timedelta64) and bool(value != value)
-    except ArithmeticError:  # a signaling NaN of `decimal`
-        return True
+    return [f"{name}: {values[name]}" for name in names if name in values and not is_missing(values[name])]
 
 
 class _Empty:
@@ -137,7 +124,7 @@ def _template_fields(template: str) -> set[str]:
 
 
 def _fill(template: str, document: Document, index: int) -> str:
-    metadata = {name: _Empty() if _is_missing(value) else value for name, value in document.metadata.items()}
+    metadata = {name: _Empty() if is_missing(value) else value for name, value in document.metadata.items()}
     values = {**metadata, "page_content": document.page_content}
     missing = sorted(_template_fields(template) - set(values))
     if missing:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import Any
 
 from bge_rerank_integrations.errors import missing_extra
 
@@ -35,12 +34,11 @@ from bge_rerank_integrations.adapter_results import (
     summarize_all,
     type_of,
 )
+from bge_rerank_integrations.cross_encoder import CrossEncoderView
 from bge_rerank_integrations.document_texts import TextSource, check_fields, check_template, texts_of
-from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError, NonFiniteScoreError
+from bge_rerank_integrations.errors import ConfigError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
-from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
-
-PairError = TypeVar("PairError", InputError, NonFiniteScoreError)
+from bge_rerank_integrations.validation import check_query, check_requests
 
 
 class BGEReranker(RerankOptions, BaseDocumentCompressor):
@@ -245,7 +243,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             >>> reranker.as_cross_encoder().score([("what is a panda?", "The giant panda is a bear.")])
             [...]
         """
-        return _CrossEncoderView(self)
+        return CrossEncoderView(self)
 
     def _rank(
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
@@ -332,52 +330,6 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
         return texts_of(documents, rank_fields, self.document_template if rank_fields is None else None)
-
-
-class _CrossEncoderView(BaseCrossEncoder):
-    """The scores of a reranker behind LangChain's interface for cross-encoders."""
-
-    def __init__(self, reranker: BGEReranker) -> None:
-        self._reranker = reranker
-
-    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
-        """Return one float for each (query, passage) pair, in order."""
-        pairs = check_pairs(text_pairs)
-        groups: dict[str, list[int]] = {}
-        for index, (query, _) in enumerate(pairs):
-            groups.setdefault(query, []).append(index)
-        scorer = self._reranker.resolve_scorer()
-        requests = [(query, [pairs[index][1] for index in indices]) for query, indices in groups.items()]
-        order = [index for indices in groups.values() for index in indices]
-        try:
-            rankings = self._reranker.rank_requests(scorer, check_requests(requests), None, None)
-        except NonFiniteScoreError as error:
-            if error.index is None:
-                raise
-            raise _of_pair(error, order) from None
-        except InputError as error:
-            # The error says which query. An error of its passages alone says which passage.
-            query, texts = requests[error.index or 0]
-            try:
-                self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
-            except InputError as exact:
-                raise _of_pair(exact, groups[query]) from None
-            raise
-        scores = {
-            indices[passage.index]: float(passage.score)
-            for indices, ranked in zip(groups.values(), rankings, strict=True)
-            for passage in ranked
-        }
-        if len(scores) < len(pairs):
-            raise ConfigError(f"the scorer {type(scorer).__name__} returned no score for some passages")
-        return [scores[index] for index in range(len(pairs))]
-
-
-def _of_pair(error: PairError, indices: Sequence[int]) -> PairError:
-    """Return an error that names a pair, given an error that names a position in `indices`."""
-    index = indices[error.index or 0]
-    message = re.sub(r"\b(passage|pair) \d+\b", "the passage", str(error), count=1)
-    return type(error)(f"pair {index}: {message}", index=index)
 
 
 def _inherited(callbacks: Callbacks | None) -> Callbacks:

@@ -63,6 +63,7 @@ ROWS = [
     "adapter_results",
     "adapter_options",
     "document_texts",
+    "cross_encoder",
     "langchain",
     "llama_index",
     "telemetry",
@@ -80,7 +81,7 @@ ROWS = [
 ALLOWED_IN = {
     "torch": ["engine."],
     "triton": ["engine.cuda.triton_attention", "engine.cuda.triton_kernels"],
-    "langchain_core": ["document_texts", "langchain", "cli.demo"],
+    "langchain_core": ["cross_encoder", "document_texts", "langchain", "cli.demo"],
     "flash_attn_interface": ["engine.attention"],
     "llama_index": ["llama_index", "cli.demo"],
     "pydantic": ["adapter_options", "adapter_results", "langchain", "llama_index", "ray.serve"],

@@ -1032,7 +1032,7 @@ class Recorder(OwnScorer):
         return Ranking(TableScorer().rank(query, passages, top_n, threshold))
 
     async def arank(self, query: str, passages: Sequence[str], *args: Any, **kwargs: Any) -> Ranking:
-        raise NotImplementedError
+        raise AssertionError("unreachable")
 
     def rank_many(
         self,
@@ -1048,7 +1048,7 @@ class Recorder(OwnScorer):
         return [self.rank(query, passages) for query, passages in requests]
 
     async def arank_many(self, *args: Any, **kwargs: Any) -> list[Ranking]:
-        raise NotImplementedError
+        raise AssertionError("unreachable")
 
 
 def test_cross_encoder_ranks_all_queries_in_one_call() -> None:

@@ -1,0 +1,65 @@
+"""A LangChain `BaseCrossEncoder` with the scores of a reranker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+from langchain_core.cross_encoders import BaseCrossEncoder
+
+from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
+
+PairError = TypeVar("PairError", InputError, NonFiniteScoreError)
+
+
+class CrossEncoderView(BaseCrossEncoder):
+    """The scores of a reranker behind LangChain's interface for cross-encoders.
+
+    Args:
+        reranker: The reranker. Its `top_n` and `score_threshold` do not apply.
+    """
+
+    def __init__(self, reranker: RerankOptions) -> None:
+        self._reranker = reranker
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """Return one float for each (query, passage) pair, in order."""
+        pairs = check_pairs(text_pairs)
+        groups: dict[str, list[int]] = {}
+        for index, (query, _) in enumerate(pairs):
+            groups.setdefault(query, []).append(index)
+        scorer = self._reranker.resolve_scorer()
+        requests = [(query, [pairs[index][1] for index in indices]) for query, indices in groups.items()]
+        order = [index for indices in groups.values() for index in indices]
+        try:
+            rankings = self._reranker.rank_requests(scorer, check_requests(requests), None, None)
+        except NonFiniteScoreError as error:
+            if error.index is None:
+                raise
+            raise _of_pair(error, order) from None
+        except InputError as error:
+            # The error says which query. An error of its passages alone says which passage.
+            query, texts = requests[error.index or 0]
+            try:
+                self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
+            except InputError as exact:
+                raise _of_pair(exact, groups[query]) from None
+            raise
+        scores = {
+            indices[passage.index]: float(passage.score)
+            for indices, ranked in zip(groups.values(), rankings, strict=True)
+            for passage in ranked
+        }
+        if len(scores) < len(pairs):
+            raise ConfigError(f"the scorer {type(scorer).__name__} returned no score for some passages")
+        return [scores[index] for index in range(len(pairs))]
+
+
+def _of_pair(error: PairError, indices: Sequence[int]) -> PairError:
+    """Return an error that names a pair, given an error that names a position in `indices`."""
+    index = indices[error.index or 0]
+    message = re.sub(r"\b(passage|pair) \d+\b", "the passage", str(error), count=1)
+    return type(error)(f"pair {index}: {message}", index=index)
