@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -35,14 +35,13 @@ from bge_rerank_integrations.config import (
     path_to_str,
 )
 from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteScoreError
+from bge_rerank_integrations.missing_scorer import MissingScorer, missing_scorer_dump, read_scorer
 from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S, naming_request
 
 _SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
-# In a dump, the key of the name of a scorer. The dump does not contain the scorer itself.
-_MISSING_SCORER = "give_again"
 
 # Pydantic treats it as a string. An error then names the option once, and the schema shows the dumped type.
 PathOrName = Annotated[
@@ -53,60 +52,6 @@ PathOrName = Annotated[
 # Stored as a tuple and dumped as a list, which is what JSON has. A dump then equals the dump of its reloaded
 # copy.
 Names = Annotated[Sequence[str], AfterValidator(tuple), PlainSerializer(list, return_type=list[str])]
-
-
-class MissingScorer:
-    """Takes the place of a scorer in an adapter that was loaded from a dump. Dumps do not contain scorers.
-
-    Args:
-        name: The name of the scorer that the dumped adapter had.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def rank(
-        self,
-        query: str,  # noqa: ARG002
-        passages: Sequence[str],  # noqa: ARG002
-        top_n: int | None = None,  # noqa: ARG002
-        threshold: float | None = None,  # noqa: ARG002
-    ) -> Sequence[RankedPassage]:
-        """Raise `ConfigError`."""
-        self._refuse()
-
-    async def arank(
-        self,
-        query: str,  # noqa: ARG002
-        passages: Sequence[str],  # noqa: ARG002
-        top_n: int | None = None,  # noqa: ARG002
-        threshold: float | None = None,  # noqa: ARG002
-    ) -> Sequence[RankedPassage]:
-        """Raise `ConfigError`."""
-        self._refuse()
-
-    def __repr__(self) -> str:
-        return f"MissingScorer({self.name!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MissingScorer) and other.name == self.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def _refuse(self) -> NoReturn:
-        raise ConfigError(
-            f"this adapter was created with scorer= ({self.name}) and then loaded from a dump, which does "
-            "not contain the scorer; set scorer= again"
-        )
-
-
-def _read_scorer(value: Any) -> Any:
-    if isinstance(value, Mapping) and list(value) == [_MISSING_SCORER]:
-        name = value[_MISSING_SCORER]
-        if isinstance(name, str):
-            return MissingScorer(name)
-    return value
 
 
 class RerankOptions(BaseModel):
@@ -177,7 +122,7 @@ class RerankOptions(BaseModel):
     keep_retrieval_score: bool = False
     mark_unread: bool = True
     timeout: float | None = Field(default=None, ge=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)
-    scorer: Annotated[SkipJsonSchema[SupportsRank | None], BeforeValidator(_read_scorer)] = Field(
+    scorer: Annotated[SkipJsonSchema[SupportsRank | None], BeforeValidator(read_scorer)] = Field(
         default=None, exclude=True
     )
 
@@ -211,7 +156,7 @@ class RerankOptions(BaseModel):
         if self.scorer is None:
             return data
         settings = {name: value for name, value in data.items() if name not in _UNUSED_FIELDS}
-        return {**settings, "scorer": {_MISSING_SCORER: self.scorer_name()}}
+        return {**settings, "scorer": missing_scorer_dump(self.scorer_name())}
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         if self.scorer is None:

@@ -61,6 +61,7 @@ ROWS = [
     "batching.",
     "scorer",
     "adapter_results",
+    "missing_scorer",
     "adapter_options",
     "document_texts",
     "cross_encoder",
