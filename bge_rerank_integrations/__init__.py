@@ -1,4 +1,4 @@
-"""Fast, exact BGE reranking on your own hardware, inside LangChain and LlamaIndex.
+"""Fast BGE reranking on your own hardware, inside LangChain and LlamaIndex.
 
 Names are imported on first use, so that importing the package loads neither torch nor a framework.
 """

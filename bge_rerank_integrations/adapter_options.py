@@ -66,21 +66,21 @@ class RerankOptions(BaseModel):
             is the scale that frameworks expect. False returns raw logits, which are the default of `Scorer`.
         keep_retrieval_score: Keep the retriever's result in the metadata of the returned documents:
             `retrieval_score`, if the retriever gave one, and `retrieval_rank`, counted from 0.
-        mark_unread: Mark returned documents that the model did not read completely, in their metadata.
-            `rerank_truncated` is True if the end of the document did not fit into the model. `rerank_blank`
-            is True if the document has nothing to read and was not scored. Other documents get neither key.
-            LlamaIndex shows these keys neither to an LLM nor to an embedding model.
-        timeout: Maximum duration of a call in seconds, without the time to load the model. None means no
-            limit. When the timeout expires, the call raises `RequestTimeoutError`, and sequences that have
+        mark_unread: Mark documents that the model did not read completely. The marks are keys in the
+            metadata. `rerank_truncated` is True if the end of the document did not fit into the model.
+            `rerank_blank` is True if the document is blank and was not scored. Other documents get neither
+            key. LlamaIndex shows these keys neither to an LLM nor to an embedding model.
+        timeout: Maximum duration of a call in seconds, not including the time to load the model. None means
+            no limit. When the timeout expires, the call raises `RequestTimeoutError`, and sequences that have
             not started are dropped. Call `warmup` to load the model in advance.
         scorer: A scorer of your own: a `Scorer`, a `RemoteScorer`, a `ServeScorer`, or an object with the
             methods `rank` and `arank` of `SupportsRank`. None, the default, uses the scorer that the process
             shares for these settings, and loads it at first use. A scorer of your own has its own settings,
             so the options from `model` to `blank_passages` cannot be combined with it. `normalize` and
-            `timeout` apply to a scorer of this package. Another object must normalize its scores and limit
-            its time itself.
-            A dump of the adapter does not contain the scorer, because it may hold an address or a key. An
-            adapter that is loaded from such a dump raises `ConfigError` until `scorer` is set again.
+            `timeout` apply to a scorer of this package. `normalize` has no effect on another object, and
+            `timeout` cannot be combined with it. A dump of the adapter does not contain the scorer, because
+            it may hold an address or a key. An adapter that is loaded from such a dump raises `ConfigError`
+            until `scorer` is set again.
 
     Example:
         >>> BGEReranker(model="embedded", top_n=3).scorer_config().model

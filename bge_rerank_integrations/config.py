@@ -119,7 +119,7 @@ class ScorerConfig:
             rule, keeps the beginning of the query. `left` keeps its end, which suits queries that start with
             a chat history and end with the question. The query instruction is kept in both cases.
         max_batch_tokens: Maximum number of tokens in one forward pass; None means a value that suits the
-            device. A longer pair is a batch of its own.
+            device. A longer pair is computed alone.
         num_threads: Number of CPU threads for the forward pass; None means torch's number, or fewer if the
             CPU affinity of the process or the CPU quota of its cgroup allows fewer. A fractional quota is
             rounded up. A web server with several worker processes needs fewer threads per process. The torch
@@ -141,8 +141,8 @@ class ScorerConfig:
             and takes the best score.
         window_overlap_tokens: Number of tokens that neighbouring windows share, for
             `long_passages="windows"`.
-        blank_passages: How to rank a passage that has nothing to read: put it `last`, or `refuse` it. A
-            passage has nothing to read if it consists of white space, control and format characters, or if
+        blank_passages: How to rank a passage that is blank: put it `last`, or `refuse` it. A
+            passage is blank if it consists of white space, control and format characters, or if
             the tokenizer has no token for any of it. `last` ranks it after all others, without a score from
             the model, and sets `RankedPassage.blank`. `refuse` raises `InputError`. The passage instruction
             does not count as text.

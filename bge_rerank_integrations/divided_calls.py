@@ -1,4 +1,4 @@
-"""Calls to a scorer that runs elsewhere: divided into parts of limited size, and repeated after failures.
+"""Calls to a scorer that runs elsewhere: divided into parts of limited size, and retried after failures.
 
 `RemoteScorer` and the scorer of a Ray Serve application share this module. They differ in how they send a
 part and how they read the outcome.
@@ -69,7 +69,7 @@ class Failure(NamedTuple):
     """A failed attempt.
 
     Attributes:
-        error: What to raise if the part is not repeated.
+        error: What to raise if the part is not retried.
         delay_s: Seconds to wait before the next attempt. None means that another attempt cannot succeed.
     """
 
@@ -96,8 +96,8 @@ class DividedCalls(Generic[Step, Outcome]):
         read: Returns the raw logits of a part, or the failure, given the outcome of the step and the number
             of earlier attempts.
         check_open: Raises an exception if the scorer is closed.
-        timeout: Maximum duration of each part in seconds, repetitions included. None means no limit.
-        max_retries: Maximum number of repetitions of one part.
+        timeout: Maximum duration of each part in seconds, retries included. None means no limit.
+        max_retries: Maximum number of retries of one part.
         normalize: Whether to apply a sigmoid to the scores, unless a call says otherwise.
         timed_out: Message of the exception for a part that had no time left.
 

@@ -14,7 +14,7 @@ RerankError
 ├── DeviceError (RuntimeError)          the device is not available
 │   └── DeviceLostError                 the device failed while it was in use and does not recover
 ├── NonFiniteScoreError (ArithmeticError)  the model returned NaN or infinity; has .index
-├── QueueFullError                      the queue holds max_queued_tokens; try again later
+├── QueueFullError                      the request does not fit under max_queued_tokens
 ├── RequestTimeoutError (TimeoutError)  the call did not finish within its timeout
 ├── ScorerClosedError (RuntimeError)    the scorer was used after close()
 ├── WorkerDiedError (RuntimeError)      a worker thread ended unexpectedly; the next call starts a new one
@@ -117,7 +117,7 @@ class DatasetError(RerankError):
 
 
 class DeviceError(RerankError, RuntimeError):
-    """The device, or a feature that was explicitly requested for it, is not available."""
+    """The device, or a precision that was chosen for it, is not available."""
 
 
 class NonFiniteScoreError(RerankError, ArithmeticError):
@@ -137,7 +137,10 @@ class DeviceLostError(DeviceError):
 
 
 class QueueFullError(RerankError):
-    """The request does not fit into the queue under `max_queued_tokens`. Try again later."""
+    """The request does not fit into the queue under `max_queued_tokens`.
+
+    Try again later, unless the request alone has more tokens than that.
+    """
 
 
 class RequestTimeoutError(RerankError, TimeoutError):
@@ -149,7 +152,7 @@ class WorkerDiedError(RerankError, RuntimeError):
 
 
 class RemoteError(RerankError):
-    """A rerank server gave an unusable answer, such as an unknown error."""
+    """A rerank server or a Ray Serve application gave an answer that cannot be used."""
 
 
 class ServerUnreachableError(RemoteError, ConnectionError):
@@ -165,7 +168,7 @@ class ForkedProcessError(RerankError, RuntimeError):
 
 
 class ScorerClosedError(RerankError, RuntimeError):
-    """The scorer was used after `close()`."""
+    """The scorer was used after `close()`, or closed while the request waited."""
 
 
 class MissingExtraError(RerankError, ImportError):

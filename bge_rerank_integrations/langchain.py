@@ -156,7 +156,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         Returns:
             One dict for each result, best first: `{"index": position in documents, "relevance_score":
                 float}`.
-            A document with nothing to read comes last, and its dict also contains `"blank": True`.
+            A blank document comes last, and its dict also contains `"blank": True`.
 
         Raises:
             InputError: The query or a document cannot be scored; `.index` says which document.
@@ -236,8 +236,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         """Return a `BaseCrossEncoder` with the scores of this reranker, for code that expects that interface.
 
         The scores are normalized if this reranker normalizes. `top_n` and `score_threshold` do not apply. A
-        passage with nothing to read gets the lowest value of the scale, 0.0 or -65504.0, and is therefore
-        sorted last. A query with nothing to read raises `InputError`.
+        blank passage gets the lowest value of the scale, 0.0 or -65504.0, and is therefore
+        sorted last. A blank query raises `InputError`.
 
         Example:
             >>> reranker.as_cross_encoder().score([("what is a panda?", "The giant panda is a bear.")])

@@ -13,8 +13,8 @@ from bge_rerank_integrations.ranking import RankedPassage, Ranking
 class SupportsRank(Protocol):
     """The methods of a scorer that the framework adapters call.
 
-    `Scorer` implements them. An object of your own that implements them can be given to an adapter as
-    `scorer=`.
+    `Scorer` implements them. You can pass any object with these methods to an adapter as `scorer=`. Its
+    methods must sort the passages, and apply `top_n` and `threshold`. The adapters do not do this again.
 
     Example:
         >>> isinstance(Scorer("embedded"), SupportsRank)
@@ -33,7 +33,7 @@ class SupportsRank(Protocol):
         Each passage has the index of one of the given passages, and a score that is not NaN. The adapters
         raise `ConfigError` otherwise.
 
-        An implementation decides how it treats passages that have nothing to read. The adapters copy
+        An implementation decides how it treats passages that are blank. The adapters copy
         `RankedPassage.blank` and `RankedPassage.truncated` into the metadata of the document or node.
         """
 

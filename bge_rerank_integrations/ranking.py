@@ -34,7 +34,7 @@ class RankedPassage:
             leaves. `Ranking.num_truncated_queries` has the same information about the query.
         windows: Number of windows of the passage that were scored. It is 1 unless `long_passages="windows"`,
             and 0 for a blank passage.
-        blank: Whether the passage has nothing to read. The model does not score a blank passage. It ranks
+        blank: Whether the passage is blank. The model does not score a blank passage. It ranks
             after all others, and every threshold removes it.
 
     Example:
@@ -127,7 +127,7 @@ def check_threshold(threshold: float | None, *, normalize: bool) -> None:
     if normalize and not 0 < threshold <= 1:
         effect = "nothing" if threshold > 1 else "everything"
         raise InputError(
-            f"a score threshold of {threshold} keeps {effect}: it must be above 0 and at most 1. {SCALES}"
+            f"a score threshold of {threshold} keeps {effect}: it must be above 0 and at most 1; {SCALES}"
         )
 
 

@@ -52,10 +52,11 @@ class RemoteScorer(OwnScorer):
         api_key: The API key of the server, as a string or a `SecretStr`. None uses the environment variable
             `BGE_RERANK_API_KEY`, if it is set.
         timeout: Maximum duration of each HTTP request in seconds, retries included. None means no limit. A
-            sync call takes longer if the server sends the headers of its response in many small pieces.
+            sync call can exceed this limit if the server sends the response headers in many small pieces.
         max_retries: Maximum number of retries of one HTTP request.
         normalize: Whether to apply a sigmoid to the scores. The default is False, as in `Scorer`.
-        client: A client for the sync methods. It stays open. None creates a client at first use.
+        client: An `httpx.Client` for the sync methods. `close` does not close it. None creates a client at
+            first use.
         async_client: The same for the async methods.
 
     Raises:
@@ -129,7 +130,7 @@ class RemoteScorer(OwnScorer):
     ) -> list[float]:
         """Do the same as `score` without blocking the event loop.
 
-        An iterator is read in the caller's task. An iterator that waits should therefore be asynchronous.
+        An iterator is read in the caller's task. If reading it blocks, pass an asynchronous iterator.
         """
         deadline = deadline_of(timeout)
         if not isinstance(pairs, AsyncIterable):

@@ -271,7 +271,7 @@ class Scorer(OwnScorer):
     ) -> Ranking:
         """Rank passages by their relevance to a query.
 
-        The model does not score a passage that has nothing to read. The setting `blank_passages` decides
+        The model does not score a passage that is blank. The setting `blank_passages` decides
         whether such a passage ranks last or raises an exception.
 
         Args:
@@ -355,7 +355,7 @@ class Scorer(OwnScorer):
 
         An iterator is read in a separate thread, and an asynchronous iterator in the caller's task. Both are
         read while their pairs are scored. On Python 3.10, a call with a timeout reads each item of an
-        asynchronous iterator in a task of its own.
+        asynchronous iterator in a separate task.
         """
         pipeline = self._require_pipeline()
         if isinstance(pairs, AsyncIterable):

@@ -122,7 +122,7 @@ def error_of_call(error: InputError, part: Sequence[Fragment], *, names_request:
         An error of the same type. Index and message have the numbers of the undivided call.
 
     Example:
-        >>> error = InputError("passage 1 has nothing to read", index=1)
+        >>> error = InputError("passage 1 is blank", index=1)
         >>> error_of_call(error, [Fragment(0, 10, "panda", ["a bear", ""])], names_request=False).index
         11
     """

@@ -16,7 +16,7 @@ Pair = tuple[str, str]
 # A year. Some larger numbers, including infinity, overflow the timeouts of the operating system's locks.
 MAX_TIMEOUT_S: Final = 31_536_000
 
-BLANK_QUERY: Final = "the query has nothing to read"
+BLANK_QUERY: Final = "the query is blank"
 
 # For a longer text, a check of every character takes longer than tokenization, which stops early.
 _MAX_BLANK_CHARACTERS: Final = 1 << 16

@@ -32,7 +32,7 @@ def find_quote(scorer: SupportsRank, question: str, passages: Sequence[tuple[str
         passages: (heading, text) of each passage to quote from.
 
     Returns:
-        The best sentence; None where there is none.
+        The best sentence, or None if there is none.
     """
     sentences = [
         (number, heading, sentence)

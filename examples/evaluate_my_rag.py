@@ -2,8 +2,8 @@
 
     python -m examples.evaluate_my_rag --folder ~/notes --questions questions.csv --plot gain.png
 
-The CSV has a header and the columns `question`, `file` and, if you like, `passage`: a few words that only
-the right chunk holds. Without a passage every chunk of the file counts as an answer. A question with several
+The CSV has a header and the columns `question`, `file` and optionally `passage`, a few words that only the
+right chunk contains. Without a passage, every chunk of the file counts as an answer. A question with several
 answers takes several lines.
 """
 

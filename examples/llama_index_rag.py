@@ -2,8 +2,8 @@
 
     python -m examples.llama_index_rag "How do I keep a GPU busy?" --folder ~/notes --compare
 
-Needs no key and no network: the answer is a quote. A language model answers instead with, say,
-`--llm openai:gpt-4o-mini`, or one on your own machine with `--llm-url` beside it.
+Needs no key and no network: the answer is a quote. With `--llm openai:gpt-4o-mini`, a
+language model answers. Add `--llm-url` for a model on your own machine.
 """
 
 from __future__ import annotations

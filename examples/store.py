@@ -35,7 +35,7 @@ _MAX_HEADING_LENGTH = 300  # characters; some pages have all their text in one h
 _COLUMNS = [("id", pa.string()), ("file", pa.string()), ("stamp", pa.string()), ("position", pa.int32())]
 _COLUMNS += [("page", pa.int32()), ("heading", pa.string()), ("text", pa.string()), ("words", pa.string())]
 
-# Chinese and Japanese do not put spaces between words. Each pair of neighboring characters counts as one, as
+# Chinese and Japanese do not put spaces between words. Each pair of neighbouring characters counts as one, as
 # in Lucene's analyzer for them. LanceDB's own `icu` tokenizer knows words, but then 熊猫 misses 大熊猫.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+")

@@ -266,7 +266,7 @@ async def test_async_methods_handle_blank_texts_alike(scorer: Scorer, texts: lis
     assert [p.index for p in await scorer.arank(QUERY, passages)] == expected
     (ranking,) = await scorer.arank_many([(QUERY, passages)])
     assert [(p.index, p.blank) for p in ranking] == [(index, index in (0, 2)) for index in expected]
-    with pytest.raises(InputError, match="query has nothing to read"):
+    with pytest.raises(InputError, match="query is blank"):
         await scorer.arank(" ", passages)
 
 
@@ -274,10 +274,10 @@ def test_a_text_that_only_the_tokenizer_finds_blank(checkpoint: Path) -> None:
     """U+FFFD is a visible character, but the tokenizer of the embedded model drops it."""
     with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         assert [p.blank for p in scorer.rank(QUERY, ["\ufffd", "panda"])] == [False, True]
-        with pytest.raises(InputError, match=r"^the query has nothing to read$") as caught:
+        with pytest.raises(InputError, match=r"^the query is blank$") as caught:
             scorer.rank("\ufffd\ufffd", ["panda"])
         assert caught.value.index is None
-        with pytest.raises(InputError, match=r"^request 1: the query has nothing to read$") as caught:
+        with pytest.raises(InputError, match=r"^request 1: the query is blank$") as caught:
             scorer.rank_many([(QUERY, ["panda"]), ("\ufffd", ["panda"])])
         assert caught.value.index == 1
         assert scorer.stats().requests == 1, "nothing is begun for what is refused"
@@ -304,10 +304,10 @@ async def test_blank_passages_can_be_refused(checkpoint: Path, texts: list[str])
             lambda: scorer.rank(QUERY, [texts[0], texts[1], "\n"]),
             lambda: scorer.rank_many([(QUERY, texts), (QUERY, [texts[0]]), (QUERY, ["a", "\u200b"])]),
         ):
-            with pytest.raises(InputError, match=r"nothing to read.*blank_passages='last'") as caught:
+            with pytest.raises(InputError, match=r"is blank.*blank_passages='last'") as caught:
                 call()
             assert caught.value.index == 2
-        with pytest.raises(InputError, match="passage 0 has nothing to read"):
+        with pytest.raises(InputError, match="passage 0 is blank"):
             await scorer.arank(QUERY, ["", "a"])
         assert scorer.stats().requests == 0
         assert len(scorer.rank(QUERY, texts)) == len(texts)
@@ -432,10 +432,10 @@ BAD_CALLS = [
     (lambda s: s.rank("q", ["p"], threshold=float("nan")), "must be finite", None),
     (lambda s: s.rank("q", ["p"], threshold=float("inf")), "must be finite", None),
     (lambda s: s.rank_many([("q", ["p"])], threshold=-float("inf")), "must be finite", None),
-    (lambda s: s.rank("", ["p"]), "^the query has nothing to read$", None),
-    (lambda s: s.rank(" \n\x0c", []), "^the query has nothing to read$", None),
-    (lambda s: s.rank("\u200b\xad", ["p"]), "^the query has nothing to read$", None),
-    (lambda s: s.rank_many([("q", []), ("\t", ["p"])]), "^request 1: the query has nothing to read$", 1),
+    (lambda s: s.rank("", ["p"]), "^the query is blank$", None),
+    (lambda s: s.rank(" \n\x0c", []), "^the query is blank$", None),
+    (lambda s: s.rank("\u200b\xad", ["p"]), "^the query is blank$", None),
+    (lambda s: s.rank_many([("q", []), ("\t", ["p"])]), "^request 1: the query is blank$", 1),
     (lambda s: s.rank_many([], -1), "top_n must not be negative", None),
 ]
 

@@ -56,7 +56,7 @@ _NUM_TOKENIZERS: Final = 2
 # 8 MB, enough for about ten thousand passages of a hundred tokens.
 _MAX_CACHED_TOKENS: Final = 1 << 21
 _BLANK: Final = (
-    "%d of the %d passages of a request have nothing to read. They are not scored and rank last. Set "
+    "%d of the %d passages of a request are blank. They are not scored and rank last. Set "
     "blank_passages='refuse' to get an error instead. This warning is logged once per process; "
     "Scorer.stats() counts all such passages"
 )

@@ -33,7 +33,7 @@ class ScorerStats:
     """What a scorer has done since it was loaded.
 
     Attributes:
-        requests: Number of accepted requests.
+        requests: Number of calls whose sequences were queued.
         failed: Number of requests that ended with an exception.
         cancelled: Number of requests that were cancelled or timed out.
         pairs: Number of scored sequences. Each window of a passage counts.
@@ -50,7 +50,7 @@ class ScorerStats:
         cache_misses: Number of passages that were tokenized.
         truncations: Number of pairs whose passage lost tokens.
         query_truncations: Number of queries that lost tokens, each counted once per request.
-        blank_passages: Number of passages that had nothing to read and were not scored.
+        blank_passages: Number of passages that were blank and were not scored.
         splits: Number of batches that ran out of memory and were repeated in smaller parts.
         lost_replicas: Number of devices that failed and are no longer used.
 

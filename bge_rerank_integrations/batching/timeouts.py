@@ -64,7 +64,7 @@ async def next_item(items: AsyncIterator[T], remaining: Countdown) -> T | None:
 
 
 async def await_within(awaitable: Awaitable[T], remaining: Countdown) -> T:
-    """Await something in this task, and raise `RequestTimeoutError` when the time is over."""
+    """Await something in this task, and raise `RequestTimeoutError` when the timeout expires."""
     try:
         if sys.version_info < (3, 11):
             return await asyncio.wait_for(awaitable, remaining())  # in a task of its own

@@ -53,10 +53,10 @@ class ActorOptions:
 
     Attributes:
         num_actors: Number of actors. Each of them loads the model once.
-        num_cpus: Logical CPUs that each actor reserves; None means 1, or less where the cluster has too few
-            CPUs to read and write beside the actors. Unless the config sets `num_threads`, an actor uses as
-            many threads as it reserves whole CPUs, and at least one.
-        num_gpus: GPUs that each actor reserves. 1 gives each actor a GPU of its own.
+        num_cpus: Logical CPUs that each actor reserves; None means 1, or less if the actors would otherwise
+            leave no CPU for reading and writing. An actor uses one thread for each whole CPU that it
+            reserves, and at least one, unless the config sets `num_threads`.
+        num_gpus: GPUs that each actor reserves. 1 reserves one GPU for each actor.
         rows_per_block: Maximum number of rows that an actor scores in one call; None means 256 for
             `rerank_dataset` and 4,096 for `score_dataset`. One output file contains one block. A
             checkpoint saves whole blocks, and a block is scored again if its actor dies.

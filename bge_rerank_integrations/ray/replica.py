@@ -150,7 +150,7 @@ class RerankReplica:
         Raises:
             QueueFullError: The replica has too many requests.
             ServerUnreachableError: The replica is shutting down.
-            RequestTimeoutError: The time is over.
+            RequestTimeoutError: The timeout has expired.
             RerankError: `Scorer.rank` raises it.
         """
         work = Work(requests=requests, top_n=top_n, raw_scores=True, only_scores=only_scores)

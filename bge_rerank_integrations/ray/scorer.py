@@ -59,18 +59,18 @@ class ServeScorer(OwnScorer):
     Arguments, results and errors are those of `Scorer`. Any number of threads and tasks can use one instance.
     Outside the cluster, use `RemoteScorer`.
 
-    If a replica died, is shutting down or has a full queue, the call is repeated after a random delay that
-    grows with each attempt. There are at most `max_retries` repetitions, and none starts after the timeout of
-    the call. Long lists take several calls, one after the other.
+    If a replica died, is shutting down or has a full queue, the call is retried after a random delay that
+    grows with each attempt. There are at most `max_retries` retries, and none starts after the timeout of the
+    call. Long lists take several calls, one after the other.
 
     Copying a scorer returns the scorer itself, and scorers can be pickled. Ray does not allow the synchronous
     methods in a thread with a running event loop; use the asynchronous ones there.
 
     Args:
         handle: A handle of the application.
-        timeout: Maximum duration in seconds of each call to a replica, including its repetitions. None means
-            no limit.
-        max_retries: Maximum number of repetitions of one call to a replica.
+        timeout: Maximum duration in seconds of each call to a replica, retries included. None means no
+            limit.
+        max_retries: Maximum number of retries of one call to a replica.
         normalize: Return scores from 0 to 1 instead of raw logits.
 
     Raises:
@@ -108,8 +108,8 @@ class ServeScorer(OwnScorer):
 
         Args:
             pairs: (query, passage) pairs.
-            timeout: Maximum duration of the whole call in seconds. None means no limit except that of each
-                call to a replica.
+            timeout: Maximum duration of the whole call in seconds. With None, only each call to a
+                replica has a limit.
 
         Returns:
             One float for each pair, in order.
@@ -130,7 +130,7 @@ class ServeScorer(OwnScorer):
     ) -> list[float]:
         """Do the same as `score` without blocking the event loop.
 
-        An iterator is read in the caller's task, so one that blocks should be asynchronous.
+        An iterator is read in the caller's task. If reading it blocks, pass an asynchronous iterator.
         """
         deadline = deadline_of(timeout)
         if not isinstance(pairs, AsyncIterable):
@@ -157,12 +157,12 @@ class ServeScorer(OwnScorer):
             passages: The texts to rank.
             top_n: Maximum number of passages to return. None returns all, 0 returns none.
             threshold: Minimum score to return, inclusive. None returns every passage.
-            timeout: Maximum duration of the whole call in seconds. None means no limit except that of each
-                call to a replica.
+            timeout: Maximum duration of the whole call in seconds. With None, only each call to a
+                replica has a limit.
             normalize: Whether to apply a sigmoid to the scores. None uses this scorer's setting.
 
         Returns:
-            A list of `RankedPassage`, best first. Passages with equal scores stay in input order.
+            A list of `RankedPassage`, best first. Passages with equal logits stay in input order.
 
         Raises:
             InputError: An argument has the wrong type or is out of range; `.index` says which passage.

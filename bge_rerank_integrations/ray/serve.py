@@ -53,18 +53,19 @@ class ServeArguments(BaseModel):
         target_ongoing_requests: Number of requests of a replica that autoscaling aims for.
         num_cpus: Logical CPUs that each replica reserves. Unless `num_threads` is given, a replica uses as
             many threads as it reserves whole CPUs, and at least one.
-        num_gpus: GPUs that each replica reserves. 1 gives each replica a GPU of its own.
+        num_gpus: GPUs that each replica reserves. 1 reserves one GPU for each replica.
         max_ongoing_requests: Maximum number of requests that a replica works on. It refuses more with status
             429. A high number lets the scorer fill its batches.
         api_key_file: File with the API key on the machines of the replicas; None takes it from the
             environment variable `BGE_RERANK_API_KEY` of the replicas.
         model_name: Name of the model in responses; None means the last part of `model`.
         max_body_mb: Largest request body in MiB, counted after decompression.
-        timeout_s: Maximum time in seconds to receive a request, and again to score it.
+        timeout_s: Maximum time in seconds to receive a request. The same limit applies to scoring it.
         grace_s: Maximum time in seconds to finish accepted requests when a replica is stopped.
         max_queued_tokens: Maximum number of tokens in the queue of a replica. It refuses requests beyond it
             with status 429.
-        num_threads: Number of CPU threads of a replica; None follows from `num_cpus`.
+        num_threads: Number of CPU threads of a replica; None means the whole CPUs in `num_cpus`, and
+            at least 1.
 
     Raises:
         pydantic.ValidationError: An argument is unknown, has the wrong type or is out of range.

@@ -37,7 +37,7 @@ from bge_rerank_integrations.server.settings import ServerSettings
 
 
 def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None = None) -> Starlette:
-    """Return an ASGI application that reranks in all dialects, for uvicorn or any other ASGI server.
+    """Return an ASGI application that answers all request formats, for uvicorn or any other ASGI server.
 
     The application has no global state. It does not warm up or close the scorer. `app.state.service` is the
     `Service` that ranks the requests. Its method `drain` finishes the accepted requests.
@@ -51,7 +51,7 @@ def create_app(scorer: Scorer | Future[Scorer], settings: ServerSettings | None 
         The application.
 
     Raises:
-        ConfigError: The scorer normalizes its scores, and could not return raw logits.
+        ConfigError: The scorer was created with `normalize=True`.
         MissingExtraError: The extra `server` is not installed.
 
     Example:

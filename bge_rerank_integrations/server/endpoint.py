@@ -194,7 +194,7 @@ class RerankEndpoint:
             raise Refusal(408, "the request body did not arrive in time", "RequestTimeout") from None
 
     async def _score(self, work: Work, receive: Receive) -> list[Ranking]:
-        """Rank the work. Stop early if the time is over or the client disconnects."""
+        """Rank the work. Stop early if the timeout expires or the client disconnects."""
         limits = (self._settings.timeout_s, work.timeout_s)
         timeout_s = min(limit for limit in limits if limit is not None)
         scoring = asyncio.ensure_future(self._service.rank(work))

@@ -23,7 +23,8 @@ class ServerSettings:
     Attributes:
         api_key: The key that clients must send in the header `Authorization`. None accepts every client.
         max_body_mb: Maximum size of a request body in MiB, after decompression.
-        timeout_s: Maximum time in seconds to read a request body, and to score a request. At most a year.
+        timeout_s: Maximum time in seconds to read a request body. The same limit applies to scoring the
+            request. At most a year.
         model_name: Name of the model in `/v1/models`, and in responses to requests that name no model. None
             is the last part of the `model` of the scorer.
 

@@ -29,10 +29,10 @@ _NOT_ENCODED: Final = EncodedPair((), truncated=False, query_truncated=False)
 def find_blank(
     tokenizer: PairTokenizer, query: str, passages: Sequence[str], *, refuse: bool
 ) -> frozenset[str]:
-    """Return the passages of a ranking that have nothing to read.
+    """Return the passages of a ranking that are blank.
 
     Args:
-        tokenizer: Decides whether a text has nothing to read.
+        tokenizer: Decides whether a text is blank.
         query: The query of the ranking.
         passages: The passages of the ranking.
         refuse: Whether a blank passage raises an exception.
@@ -49,9 +49,7 @@ def find_blank(
     blank = frozenset(passage for passage in dict.fromkeys(passages) if tokenizer.is_blank(passage))
     if blank and refuse:
         index = next(index for index, passage in enumerate(passages) if passage in blank)
-        raise InputError(
-            f"passage {index} has nothing to read; leave it out, or set blank_passages='last'", index=index
-        )
+        raise InputError(f"passage {index} is blank; leave it out, or set blank_passages='last'", index=index)
     return blank
 
 

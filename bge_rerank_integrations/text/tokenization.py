@@ -101,7 +101,7 @@ class PairTokenizer:
         self._space_ids = frozenset(space_ids)
 
     def is_blank(self, text: str) -> bool:
-        """Return whether a text has nothing to read, for people or for the model.
+        """Return whether a text is blank, for people or for the model.
 
         Such a text consists of white space, control characters and format characters, or it gives no tokens.
         """

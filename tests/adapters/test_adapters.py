@@ -412,7 +412,7 @@ async def test_blank_texts_come_last_in_every_adapter(
     least = 1e-300 if normalize else -1e9
     assert_same(await adapter(QUERY, given_texts, **options, score_threshold=least), ranked[:2])
     assert await adapter(QUERY, ["", "\t"], **options) == [(0, lowest), (1, lowest)]
-    with pytest.raises(InputError, match="passage 2 has nothing to read") as caught:
+    with pytest.raises(InputError, match="passage 2 is blank") as caught:
         await adapter(QUERY, [texts[0], texts[1], ""], **options, blank_passages="refuse")
     assert caught.value.index == 2
 
@@ -420,7 +420,7 @@ async def test_blank_texts_come_last_in_every_adapter(
 async def test_a_blank_query_is_refused_with_every_scorer(adapter: Adapter, scorer: Scorer) -> None:
     for each in (scorer, TableScorer({})):
         for query in ("", " \n", "\u200b"):
-            with pytest.raises(InputError, match="the query has nothing to read"):
+            with pytest.raises(InputError, match="the query is blank"):
                 await adapter(query, ["a"], scorer=each)
 
 

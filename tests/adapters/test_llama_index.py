@@ -462,7 +462,7 @@ async def test_a_missing_query_raises_the_error_of_llama_index(
             "node 3 must be a NodeWithScore, not llama_index.core.schema.TextNode",
         ),
         ([*found(), PANDA], QUERY, "node 3 must be a NodeWithScore, not str"),
-        (found(), " \n", "the query has nothing to read"),
+        (found(), " \n", "the query is blank"),
         (found(), 3, "the query must be a string, not int"),
     ],
 )
@@ -496,7 +496,7 @@ async def test_a_node_without_text_comes_last(
     refusing = BGERerankPostprocessor(
         model=postprocessor.model, device="cpu", dtype="float32", blank_passages="refuse"
     )
-    with pytest.raises(InputError, match="passage 0 has nothing to read") as caught:
+    with pytest.raises(InputError, match="passage 0 is blank") as caught:
         await postprocess(refusing, given)
     assert caught.value.index == 0
 

@@ -140,9 +140,7 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
     assert [found.get("blank") for found in results] == [None, None, True, True]
     refused = run("rank", "--blank-passages", "refuse", *on, stdin=json.dumps(request))
     assert refused.exit_code == 3
-    assert "line 1: passage 0 has nothing to read; leave it out, or set --blank-passages last" in flat(
-        refused.stderr
-    )
+    assert "line 1: passage 0 is blank; leave it out, or set --blank-passages last" in flat(refused.stderr)
     trec = folder / "first.trec"
     with (folder / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "empty", "text": ""}) + "\n")
@@ -156,7 +154,7 @@ def test_warnings_and_errors_name_options(on: list[str], monkeypatch: pytest.Mon
     request = {"query": "panda " * 600, "passages": ["", "A bear."]}
     warned = run("rank", *on, stdin=json.dumps(request)).stderr
     assert max(map(len, warned.splitlines())) <= WIDTH
-    assert "1 of the 2 passages of a request have nothing to read." in flat(warned)
+    assert "1 of the 2 passages of a request are blank." in flat(warned)
     assert "Set --blank-passages refuse to get an error instead." in flat(warned)
     assert "A query has more than --query-max-length 384 tokens" in flat(warned)
     assert "or set --query-truncation-side to choose which end" in flat(warned)

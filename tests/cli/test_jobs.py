@@ -76,7 +76,7 @@ def test_a_request_that_the_scorer_refuses_is_left_out(scorer: Scorer) -> None:
         def rank_many(self, requests: Any, *cuts: Any) -> Any:
             for index, (query, _) in enumerate(requests):
                 if query == "unreadable":
-                    raise InputError(f"request {index}: the query has nothing to read", index=index)
+                    raise InputError(f"request {index}: the query is blank", index=index)
             return scorer.rank_many(requests, *cuts)
 
     picky: Any = Picky()
@@ -92,7 +92,7 @@ def test_a_request_that_the_scorer_refuses_is_left_out(scorer: Scorer) -> None:
         picky, source, strict=True, on_malformed=lambda _: pytest.fail("strict raises"), progress=Progress()
     )
     assert [json.loads(row)["line"] for row in next(batches)] == [1]
-    with pytest.raises(MalformedLineError, match="line 2: the query has nothing to read"):
+    with pytest.raises(MalformedLineError, match="line 2: the query is blank"):
         next(batches)
 
 

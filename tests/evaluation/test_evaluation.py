@@ -226,7 +226,7 @@ def test_blank_passages_are_reranked_last(checkpoint: Path, normalize: bool) -> 
         assert reranked["none"] == {}
         curve = reranked_to_depth(first, reranked, 3)
         assert list(sorted_run(curve["q"])) == ["a", "x", "y", "b"]
-        with pytest.raises(DatasetError, match=r"query 'q' cannot be reranked: .*nothing to read"):
+        with pytest.raises(DatasetError, match=r"query 'q' cannot be reranked: .*is blank"):
             rerank_run(scorer, {"q": " "}, corpus, {"q": first["q"]})
 
 

@@ -72,7 +72,7 @@ def test_rows_are_ranked_as_by_the_scorer(scorer: Scorer, texts: list[str]) -> N
     ("row", "kind", "message"),
     [
         ((None, [CANARY]), InputTypeError, "the query must be a string, not NoneType"),
-        ((" \n", [CANARY]), InputError, "the query has nothing to read"),
+        ((" \n", [CANARY]), InputError, "the query is blank"),
         ((QUERY, None), InputTypeError, "passages must be a sequence of strings, not NoneType"),
         ((QUERY, CANARY), InputTypeError, "passages must be a sequence of strings, not str"),
         ((QUERY, [CANARY, None]), InputTypeError, "passage 1 must be a string, not NoneType"),

@@ -516,7 +516,7 @@ async def test_a_refused_passage_is_named_as_by_the_local_scorer(checkpoint: Pat
                 assert error.index == expected.value.index is not None
                 assert f"request {error.index}:" in str(error)
                 assert str(error).endswith(passage[0])
-        with pytest.raises(InputError, match="passage 1600 has nothing to read") as caught:
+        with pytest.raises(InputError, match="passage 1600 is blank") as caught:
             scorer.rank("q", blank_late)
         assert caught.value.index == 1600
         await scorer.aclose()

@@ -84,7 +84,7 @@ def rank_lines(
         A list of rows for some consecutive requests. A row is one line of JSON that ends with a line feed:
         `{"line": 1, "id": ..., "results": [{"index": 0, "id": ..., "score": 0.5}, ...]}`, best passage
         first. A request or passage has an `id`, and a passage has a `title`, if the input contains one. A
-        passage with nothing to read has `"blank": true`.
+        blank passage has `"blank": true`.
 
     Raises:
         MalformedLineError: A line is malformed and `strict` is true.
