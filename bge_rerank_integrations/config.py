@@ -26,7 +26,7 @@ BlankPassages = Literal["last", "refuse"]
 # <s> query </s></s> passage </s>
 NUM_SPECIAL_TOKENS: Final = 4
 
-_DEVICE = re.compile(r"auto|cpu(:\d{1,3})?|cuda(:(?P<index>\d{1,3}))?|mps")
+_DEVICE = re.compile(r"auto|cpu(:(0|[1-9][0-9]{0,2}))?|cuda(:(?P<index>0|[1-9][0-9]{0,2}))?|mps")
 # torch stores the index of a device in a signed byte, and silently wraps larger numbers around.
 _MAX_DEVICE_INDEX: Final = 127
 
@@ -214,8 +214,10 @@ class ScorerConfig:
             >>> ScorerConfig.from_dict({"model": "embedded", "max_length": 256}).max_length
             256
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"the settings must be a mapping, not {type(data).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(data) - set(known))
+        unknown = sorted(set(data) - set(known), key=str)
         if unknown:
             raise ConfigError(f"unknown setting(s) {unknown}; the known settings are {known}")
         return cls(**data)
@@ -243,7 +245,8 @@ class ScorerConfig:
             ("long_passages", get_args(LongPassages)),
             ("blank_passages", get_args(BlankPassages)),
         ):
-            if getattr(self, name) not in choices:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
                 raise ConfigError(f"{name} must be one of {list(choices)}")
         for name, maximum in (
             ("query_max_length", _MAX_LENGTH),

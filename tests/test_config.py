@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import UserString
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bge_rerank_integrations import ScorerConfig
@@ -62,6 +64,10 @@ def test_immutable_and_keyword_only() -> None:
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(ConfigError, match=r"\['batch_size'\]"):
         ScorerConfig.from_dict({"batch_size": 32})
+    with pytest.raises(ConfigError, match=r"\[1, 'batch_size'\]"):
+        ScorerConfig.from_dict({"batch_size": 32, 1: 2})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="must be a mapping, not list"):
+        ScorerConfig.from_dict([])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,12 @@ def test_unknown_keys_are_named() -> None:
         ({"normalize": "yes"}, "normalize must be True or False"),
         ({"device": "gpu"}, "device must be"),
         ({"device": "cuda:x"}, "device must be"),
+        ({"device": "cuda:007"}, "device must be"),
+        ({"device": "cuda:\N{ARABIC-INDIC DIGIT THREE}"}, "device must be"),
+        ({"devices": ["cuda:0", "cuda:00"]}, "device must be"),
+        ({"dtype": np.array(["auto", "cpu"])}, "dtype must be one of"),
+        ({"long_passages": np.array(["truncate"])}, "long_passages must be one of"),
+        ({"dtype": UserString("auto")}, "dtype must be one of"),
         ({"devices": []}, "devices must name at least one"),
         ({"devices": ["", ""]}, r"devices\[0\] is empty"),
         ({"devices": ["cuda:0", " "]}, r"devices\[1\] is empty"),

@@ -319,6 +319,12 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
             f"{folder}: the tokenizer gives ids up to {tokenizer.max_id}, but the model embeds only "
             f"{shape.vocab_size} ids; tokenizer.json and weights must belong to the same checkpoint"
         )
+    if tokenizer.may_give(shape.padding_idx):
+        # transformers would skip these tokens when it counts positions.
+        raise UnsupportedCheckpointError(
+            f"{folder}: pad_token_id {shape.padding_idx} in config.json is the id of a token that texts "
+            "contain; tokenizer.json and config.json must belong to the same checkpoint"
+        )
     mark_process_in_use()
     return Pipeline(tokenizer, cache, load_runners(config, folder, shape), config, is_device_lost)
 

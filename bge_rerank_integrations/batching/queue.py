@@ -1,6 +1,8 @@
 """The queue: decides which sequences go into the next batch. Nothing else in the package plans batches.
 
-It has no lock of its own. `MicroBatcher` calls it under its lock.
+It has no lock of its own. `MicroBatcher` calls it under its lock. Ctrl-C can end `add` or `drop` between any
+two steps, in the thread of a caller. They therefore change the list of requests before the number of tokens,
+which is counted again for each batch, and is 0 if the list is empty.
 """
 
 from __future__ import annotations
@@ -22,21 +24,22 @@ _WORTH_LAUNCHING_AHEAD: Final = 1 / 8
 
 
 class RequestQueue:
-    """The requests with sequences that wait for a batch, oldest first.
-
-    Attributes:
-        num_tokens: Total number of tokens of the waiting sequences.
-    """
+    """The requests with sequences that wait for a batch, oldest first."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
         self._requests: list[Request] = []
+        self._num_tokens = 0
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
+
+    @property
+    def num_tokens(self) -> int:
+        """Total number of tokens of the waiting sequences."""
+        return self._num_tokens if self._requests else 0
 
     @property
     def oldest(self) -> Request:
@@ -58,17 +61,17 @@ class RequestQueue:
 
     def drop(self, request: Request) -> None:
         """Remove the waiting sequences of a request."""
-        if request.queued_tokens:
+        num_tokens = request.queued_tokens
+        if request in self._requests:
             self._requests.remove(request)
-            self.num_tokens -= request.queued_tokens
-            request.clear()
+            self._num_tokens -= num_tokens
+        request.clear()
 
     def clear(self) -> None:
         """Remove all requests."""
         for request in self._requests:
             request.clear()
         self._requests.clear()
-        self.num_tokens = 0
 
     def is_worth_launching_ahead(self, max_tokens: int) -> bool:
         """Return whether to launch a batch of at most `max_tokens` on a device that computes another one."""
@@ -98,11 +101,13 @@ class RequestQueue:
                 left -= before - request.queued_tokens
         for request in batch:
             request.turn()
-        self.num_tokens -= max_tokens - left
         self._requests = [request for request in self._requests if request.queued_tokens]
+        self._num_tokens = sum(request.queued_tokens for request in self._requests)
         return batch
 
     def _count(self, request: Request, before: int) -> None:
-        self.num_tokens += request.queued_tokens - before
+        if not self._requests:
+            self._num_tokens = 0
         if before == 0 and request.queued_tokens:
             insort(self._requests, request, key=lambda each: each.submitted_at)
+        self._num_tokens += request.queued_tokens - before

@@ -37,8 +37,12 @@ def wait(future: Future[T], timeout: float | None) -> T:
         if not future.cancel():  # it has ended just now, or its result is a TimeoutError
             return future.result()
         raise RequestTimeoutError(_TIMED_OUT) from None
-    except BaseException:  # the thread was interrupted, or the future has failed
+    except BaseException as error:  # the thread was interrupted, or the future has failed
         future.cancel()
+        interrupt = error.__context__
+        if isinstance(error, RuntimeError) and isinstance(interrupt, KeyboardInterrupt | SystemExit):
+            # `Condition.wait` was interrupted before it had its lock again, and failed to release it.
+            raise interrupt from None
         raise
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ _READ: Final = _JSONL | _PARQUET
 # What `--ray` can be followed by. Anything else is the command's SOURCE.
 _ADDRESS: Final = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 _ANY_CLUSTER: Final = ""
+_CONNECT_TIMEOUT_S: Final = 10.0
 # A job can be resumed with other values of these settings, because they do not change the scores.
 _NOT_DECISIVE: Final = frozenset(
     {"cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens", "num_threads"}
@@ -172,7 +174,11 @@ def rank_on_ray(
         RerankError: The job cannot run.
     """
     from bge_rerank_integrations.ray.data import ActorOptions
-    from bge_rerank_integrations.ray.folders import rank_jsonl_folder, rank_parquet_folder
+    from bge_rerank_integrations.ray.folders import (
+        check_parquet_files,
+        rank_jsonl_folder,
+        rank_parquet_folder,
+    )
 
     if not Path(source).is_dir():
         raise click.UsageError("--ray reads a folder; give the folder as SOURCE")
@@ -198,13 +204,18 @@ def rank_on_ray(
         rows_per_block=on_ray.rows_per_block,
     )
     with FolderJob(output, settings, files, overwrite=overwrite) as job:
-        if not job.begin():
+        if job.is_complete():
             click.echo(wrap(f"{output} is already complete."), err=True)
+            if job.problem:
+                raise MalformedInputError(job.problem)
             return
+        if is_parquet:
+            check_parquet_files(files, (on_ray.query_column, on_ray.passages_column))
+        _connect(on_ray.address, progress=progress)
+        job.begin()
         is_resumed = job.is_resumed
         if is_resumed:
             click.echo("Resuming. Requests that are already ranked are skipped.", err=True)
-        _connect(on_ray.address, progress=progress)
         if is_parquet:
             written = rank_parquet_folder(
                 files,
@@ -230,8 +241,13 @@ def rank_on_ray(
                 actors=actors,
                 checkpoint=job.checkpoint,
             )
-        job.finish()
-    _report(written, is_resumed=is_resumed)
+        problem = "" if is_resumed else _problem(written)
+        job.finish(problem)
+    num_ranked = written.num_rows - written.num_errors
+    malformed = f"; {written.num_errors} malformed" if written.num_errors else ""
+    click.echo(wrap(f"{num_ranked} request(s) ranked{malformed}."), err=True)
+    if problem:
+        raise MalformedInputError(problem)
 
 
 def rank_raw_lines(
@@ -300,12 +316,12 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file()
+        if (path.is_file() or path.is_symlink())  # the files of a linked folder are not found
         # Other programs put files with these names beside their output, such as `_SUCCESS`.
         and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
     )
-    files = [path for path in found if _suffix(path) in _READ]
-    others = [path.relative_to(folder) for path in found if _suffix(path) not in _READ]
+    files = [path for path in found if path.is_file() and _suffix(path) in _READ]
+    others = [path.relative_to(folder) for path in found if path not in files]
     for path in files:
         _check_name(path)
     kinds = {_suffix(path) in _PARQUET for path in files}
@@ -361,6 +377,8 @@ def _connect(address: str, *, progress: bool) -> None:
     import ray
 
     if not ray.is_initialized():
+        where = address or os.environ.get("RAY_ADDRESS", "")
+        _check_reachable(where)
         # A command that ranks files does not report its use to anyone.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -371,21 +389,33 @@ def _connect(address: str, *, progress: bool) -> None:
                 logging_level=logging.ERROR,
             )
         except ConnectionError:
-            where = address or os.environ.get("RAY_ADDRESS", "this machine")
-            raise ConfigError(f"cannot connect to a Ray cluster at {where!r}; is it running?") from None
+            raise _unreachable(where or "this machine") from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = progress
 
 
-def _report(written: Written, *, is_resumed: bool) -> None:
-    num_ranked = written.num_rows - written.num_errors
-    malformed = f"; {written.num_errors} malformed" if written.num_errors else ""
-    click.echo(wrap(f"{num_ranked} request(s) ranked{malformed}."), err=True)
-    if num_ranked or is_resumed:
-        return
+def _check_reachable(address: str) -> None:
+    """Raise an error if nothing listens at an address. Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # a word such as `auto`, or no address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError):
+        raise _unreachable(address) from None
+
+
+def _unreachable(address: str) -> ConfigError:
+    return ConfigError(f"cannot connect to a Ray cluster at {address!r}; is it running?")
+
+
+def _problem(written: Written) -> str:
+    """Return what is wrong with an input without a request, or an empty string."""
+    if written.num_rows > written.num_errors:
+        return ""
     if not written.num_rows:
-        raise MalformedInputError("the input is empty")
-    raise MalformedInputError(
+        return "the input is empty"
+    return (
         "no row of the input is a request; the column or field `error` of the output says why. A request is "
         f"one line of JSON: `{REQUEST_FORM}`"
     )

@@ -25,7 +25,7 @@ import torch
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
-from bge_rerank_integrations.engine.checkpoint.weights import load_weights
+from bge_rerank_integrations.engine.checkpoint.weights import load_weights, verify_weights
 from bge_rerank_integrations.engine.cpu.freed_memory import keep_freed_memory
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
@@ -93,6 +93,8 @@ def build_model(spec: ModelSpec) -> Model:
     """
     reason = resolve_precision(spec.config, spec.device).reason
     logger.info("precision on %s: %s (%s)", spec.device, spec.dtype, reason)
+    # This is quick. Kernels that are tried for other widths than those of the weights give misleading errors.
+    verify_weights(spec.folder, spec.shape)
     model = _BUILDERS[spec.dtype](spec)
     if model.graphs is not None:
         model.graphs.capture()

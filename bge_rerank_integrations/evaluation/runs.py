@@ -64,7 +64,8 @@ def rerank_run(
         missing = next((passage_id for passage_id in scores if passage_id not in corpus), None)
         if missing is not None:
             raise DatasetError(f"the run has a passage that the corpus lacks: id {missing!r}")
-    reranked: Run = {}
+    # A query without a passage needs no scores, and it may be blank.
+    reranked: Run = {query_id: {} for query_id in run}
     num_pairs = num_tokens = num_truncated = num_truncated_queries = 0
     with tqdm(total=sum(map(len, run.values())), unit="pair", disable=not progress) as bar:
         for part in _parts(run):
@@ -103,10 +104,12 @@ def rerank_run(
 
 
 def _parts(run: Run) -> Iterator[list[str]]:
-    """Yield lists of query ids with enough passages each to fill batches well."""
+    """Yield lists of ids of queries with passages. A list has enough passages to fill batches well."""
     part: list[str] = []
     num_pairs = 0
     for query_id, scores in run.items():
+        if not scores:
+            continue
         part.append(query_id)
         num_pairs += len(scores)
         if num_pairs >= _NUM_PAIRS_AT_ONCE:

@@ -8,7 +8,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final, Literal, get_args
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
 
 from bge_rerank_integrations.errors import (
     ConfigError,
@@ -26,7 +27,7 @@ try:
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
-from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.ranking import Ranking, check_threshold, check_top_n
 from bge_rerank_integrations.ray.rows import rank_rows, score_rows
 from bge_rerank_integrations.scorer import Scorer
@@ -146,7 +147,7 @@ def rerank_dataset(
         threshold=threshold,
         on_error=_check_on_error(on_error),
     )
-    _check_known_columns(ds, (query_column, passages_column), _RANKING_COLUMNS)
+    _check_known_columns(ds, (query_column, passages_column), RANKING_COLUMNS)
     return map_with_scorer(ds, config, rank, actors or ActorOptions(), rows_per_block=ROWS_OF_REQUESTS)
 
 
@@ -201,6 +202,8 @@ def map_with_scorer(
         rows_per_block: Maximum number of rows of a block, if `actors` does not say so.
     """
     rows_per_block = actors.rows_per_block or rows_per_block
+    config = _with_absolute_paths(config)
+    _warn_without_gpus(actors)
     num_cpus = _num_cpus(actors, has_checkpoints=ds.context.checkpoint_config is not None)
     if config.num_threads is None:
         # Ray limits OpenMP to the whole CPUs that an actor reserves, and to 1 for a fraction of a CPU.
@@ -214,23 +217,47 @@ def map_with_scorer(
             enable_true_multi_threading=actors.concurrent_calls > 1,
         ),
         batch_size=rows_per_block,
-        batch_format="pyarrow",
+        batch_format=None,  # as stored; see `_to_arrow`
         num_cpus=num_cpus,
         num_gpus=actors.num_gpus or None,
         udf_modifying_row_count=False,
     )
 
 
+def _to_arrow(block: Any) -> pa.Table:
+    """Return a block, which is a table of Arrow or a data frame of pandas, as a table.
+
+    Ray converts data frames too, but it fails if a column contains lists that pandas has read from Parquet.
+    """
+    if isinstance(block, pa.Table):
+        return block
+    return pa.table({name: _column_to_arrow(block[name]) for name in block})
+
+
+def _column_to_arrow(column: Any) -> pa.Array:
+    try:
+        return pa.Array.from_pandas(column)
+    except Exception:  # Ray has made tensors of the lists, and its conversion of tensors raises several types
+        return pa.Array.from_pandas(column.astype(object))
+
+
 class _ScoringActor:
     """Loads a scorer and applies a function to tables. Ray may call it in several threads."""
 
     def __init__(self, config: ScorerConfig, score: ScoreTable) -> None:
-        self._scorer = Scorer.from_config(config)
+        # Ray hides an error that is raised here behind one of its own, so the first call raises it.
+        self._error: RerankError | None = None
+        try:
+            self._scorer = Scorer.from_config(config)
+        except RerankError as error:
+            self._error = error.with_traceback(None)
         self._score = score
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, block: Any) -> pa.Table:
+        if self._error is not None:
+            raise self._error
         try:
-            return self._score(self._scorer, table)
+            return self._score(self._scorer, _to_arrow(block))
         except (DeviceLostError, WorkerDiedError) as error:
             # Only a new process can help. Ray starts one, and it scores the blocks of this process again.
             logger.error("this actor ends, because its scorer failed: %s", error)
@@ -238,7 +265,7 @@ class _ScoringActor:
             os._exit(_STATUS_OF_LOST_ACTOR)
 
 
-_RANKING_COLUMNS: Final = {
+RANKING_COLUMNS: Final = {
     "indices": pa.list_(pa.int64()),
     "scores": pa.list_(pa.float64()),
     "error": pa.string(),
@@ -255,12 +282,12 @@ def _rank_table(
     threshold: float | None,
     on_error: OnError,
 ) -> pa.Table:
-    rankings = rank_rows(scorer, _rows(table, columns, _RANKING_COLUMNS), top_n, threshold)
+    rankings = rank_rows(scorer, _rows(table, columns, RANKING_COLUMNS), top_n, threshold)
     errors = _errors(rankings, on_error)
     kept = [ranking if isinstance(ranking, Ranking) else None for ranking in rankings]
     return _with_columns(
         table,
-        _RANKING_COLUMNS,
+        RANKING_COLUMNS,
         {
             "indices": [None if each is None else [passage.index for passage in each] for each in kept],
             "scores": [None if each is None else [passage.score for passage in each] for each in kept],
@@ -280,8 +307,27 @@ def _rows(
     table: pa.Table, columns: tuple[str, str], added: Mapping[str, pa.DataType]
 ) -> list[tuple[object, object]]:
     check_columns("the dataset", table.column_names, columns, added)
-    first, second = (table.column(name).to_pylist() for name in columns)
+    first, second = (_values(table.column(name)) for name in columns)
     return list(zip(first, second, strict=True))
+
+
+def _values(column: pa.ChunkedArray) -> list[object]:
+    """Return the values of a column. A string that is not UTF-8 becomes bytes, which no row may contain."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if isinstance(scalar, pa.DictionaryScalar):
+            scalar = scalar.value
+        if isinstance(scalar, pa.StringScalar):
+            return bytes(scalar.as_buffer())
+        return [_value(item) for item in scalar.values]
 
 
 def _errors(outcomes: Sequence[object], on_error: OnError) -> list[str | None]:
@@ -329,6 +375,27 @@ def check_columns(source: str, names: Sequence[str], needed: Iterable[str], adde
     taken = [name for name in added if name in names]
     if taken:
         raise ConfigError(f"{source} already has the column {taken}; rename it first")
+
+
+def _with_absolute_paths(config: ScorerConfig) -> ScorerConfig:
+    """Return a config whose paths do not depend on the working directory. That of an actor can be another."""
+    model, cache_folder = config.model, config.cache_folder
+    if model != EMBEDDED_MODEL and Path(model).is_dir():
+        model = str(Path(model).absolute())
+    if cache_folder is not None:
+        cache_folder = str(Path(cache_folder).absolute())
+    return dataclasses.replace(config, model=model, cache_folder=cache_folder)
+
+
+def _warn_without_gpus(actors: ActorOptions) -> None:
+    available = ray.cluster_resources().get("GPU", 0.0)
+    if actors.num_gpus * actors.num_actors > available:
+        logger.warning(
+            "%d actor(s) reserve %g GPU(s) each, and the cluster has %g. The job waits until it has more.",
+            actors.num_actors,
+            actors.num_gpus,
+            available,
+        )
 
 
 def _num_cpus(actors: ActorOptions, *, has_checkpoints: bool) -> float | None:

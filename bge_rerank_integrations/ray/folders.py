@@ -26,6 +26,7 @@ except ImportError as error:
 
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.ray.data import (
+    RANKING_COLUMNS,
     ROWS_OF_REQUESTS,
     ActorOptions,
     check_columns,
@@ -139,16 +140,8 @@ def rank_parquet_folder(
         checkpoint: The folder that records which rows are written.
 
     Raises:
-        ConfigError: A file is not a Parquet file, lacks a column, or has a column that the job adds. Or two
-            files have columns of the same name and types that do not fit together.
+        ConfigError: The columns of two files have types that do not fit together.
     """
-    schemas = [_read_schema(file) for file in files]
-    for file, schema in zip(files, schemas, strict=True):
-        check_columns(str(file), schema.names, (query_column, passages_column), (ID_COLUMN,))
-    try:
-        pa.unify_schemas(schemas, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ConfigError(f"the files have columns of different types: {error}") from None
     ds = _read(files, _read_parquet, actors.rows_per_block or ROWS_OF_REQUESTS, checkpoint)
     ranked = rerank_dataset(
         ds,
@@ -168,6 +161,26 @@ def _read_schema(file: Path) -> pa.Schema:
         return pq.read_schema(file)
     except pa.ArrowInvalid:
         raise ConfigError(f"{file} is not a Parquet file, or it is damaged") from None
+
+
+def check_parquet_files(files: Sequence[Path], columns: tuple[str, str]) -> None:
+    """Check files for `rank_parquet_folder`.
+
+    Args:
+        files: The files.
+        columns: The columns with the query and the passages.
+
+    Raises:
+        ConfigError: A file is not a Parquet file, lacks a column, or has a column that the job adds. Or two
+            files have columns of the same name and types that do not fit together.
+    """
+    schemas = [_read_schema(file) for file in files]
+    for file, schema in zip(files, schemas, strict=True):
+        check_columns(str(file), schema.names, columns, (ID_COLUMN, *RANKING_COLUMNS))
+    try:
+        pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ConfigError(f"the files have columns of different types: {error}") from None
 
 
 class _FolderSource(Datasource):
@@ -275,6 +288,12 @@ def _write(ds: Dataset, sink: _CountingSink) -> Written:
             message = str(error.cause).partition(_ADDED_BY_RAY)[0].rstrip()
             error.cause.args = (message, *error.cause.args[1:])
             raise error.cause from None
+        if isinstance(error.cause, pa.ArrowInvalid):
+            # Such as an integer beyond 2**53 in one file, where another file has floats. Arrow's message
+            # contains the value.
+            raise ConfigError(
+                "the rows of the files do not fit into one table; give each column the same type in all files"
+            ) from None
         raise
     return sink.written
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 from bge_rerank_integrations.errors import missing_extra
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
     from ray import serve
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
@@ -38,6 +38,10 @@ _HEADROOM: Final = 2
 _Count = Annotated[int, Field(ge=1)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# `serve run` passes strings, such as `devices=cuda:0,cuda:1`.
+_Names = Annotated[
+    Sequence[str], BeforeValidator(lambda names: names.split(",") if isinstance(names, str) else names)
+]
 
 
 class ServeArguments(BaseModel):
@@ -96,7 +100,7 @@ class ServeArguments(BaseModel):
     cache_folder: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     device: str = "auto"
-    devices: Sequence[str] | None = None
+    devices: _Names | None = None
     dtype: DType = "auto"
     max_length: int = 512
     query_max_length: int | None = None

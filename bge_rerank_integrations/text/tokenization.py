@@ -79,8 +79,9 @@ class PairTokenizer:
         default_prompt: str = "",
     ) -> None:
         self._cache = cache
-        self._tokenizer, self.max_id = load_tokenizer(path)
+        self._tokenizer, self.max_id, self._reserved_ids = load_tokenizer(path)
         begin, end = frame_of(self._tokenizer)
+        self._frame_ids = {begin, end}
         self._begin = np.array([begin], dtype=np.int32)
         self._end = np.array([end], dtype=np.int32)
         self._between = np.array([end, end], dtype=np.int32)
@@ -99,6 +100,10 @@ class PairTokenizer:
         self._kept_prefix_ids = query_prefix_ids if config.query_truncation_side == "left" else None
         # Some tokenizers give tokens for white space. These ids do not make a text readable.
         self._space_ids = frozenset(space_ids)
+
+    def may_give(self, token_id: int) -> bool:
+        """Return whether a pair can contain a token."""
+        return token_id in self._frame_ids or not (token_id > self.max_id or token_id in self._reserved_ids)
 
     def is_blank(self, text: str) -> bool:
         """Return whether a text is blank, for people or for the model.

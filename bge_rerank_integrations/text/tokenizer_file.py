@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -12,8 +12,22 @@ from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
 from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
 
 
-def load_tokenizer(path: Path) -> tuple[Tokenizer, int]:
-    """Load a tokenizer that reads special tokens in a text as text. Return it with its largest id.
+class TokenizerFile(NamedTuple):
+    """A tokenizer and its ids.
+
+    Attributes:
+        tokenizer: The tokenizer. It adds special tokens, but it gives none for a text.
+        max_id: The largest id.
+        reserved_ids: Ids of special tokens that it never gives for a text.
+    """
+
+    tokenizer: Tokenizer
+    max_id: int
+    reserved_ids: frozenset[int]
+
+
+def load_tokenizer(path: Path) -> TokenizerFile:
+    """Load a tokenizer that reads special tokens in a text as text.
 
     Truncation and padding settings of the file are switched off. There are two ways in which `</s>` in the
     text of a user can become the control token: the list of added tokens, and the vocabulary of the model, in
@@ -34,12 +48,14 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, int]:
         pieces = dict.fromkeys(special.values())
         if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
             max_id = len(vocabulary) - 1
+            unknown_id = data["model"].get("unk_id")
             for token_id in pieces:
                 if token_id <= max_id:
                     vocabulary[token_id][0] = _unreachable(token_id)
         else:  # WordPiece, WordLevel, BPE: piece -> id
             max_id = max(vocabulary.values())
             unknown = data["model"].get("unk_token")
+            unknown_id = vocabulary.get(unknown)
             for content, token_id in special.items():
                 if content != unknown and vocabulary.pop(content, None) is not None:
                     vocabulary[_unreachable(token_id)] = token_id
@@ -49,7 +65,7 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, int]:
         tokenizer = Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
     except Exception as error:  # the Rust library raises bare Exception
         raise CorruptCheckpointError(f"{path} is not a valid tokenizer file: {error}") from error
-    return tokenizer, max_id
+    return TokenizerFile(tokenizer, max_id, frozenset(pieces) - {unknown_id})
 
 
 def frame_of(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -15,8 +15,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +28,10 @@ import pytest
 import torch
 
 from bge_rerank_integrations import Scorer
+from bge_rerank_integrations.batching import timeouts
 from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.queue import RequestQueue
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
@@ -627,6 +632,108 @@ def test_an_interrupt_at_a_lock_does_not_stop_other_threads(
         with ThreadPoolExecutor(1) as pool:
             again = pool.submit(scorer.score, [("a", "b")], timeout=PATIENCE_S)
             assert again.result() == [expected]
+
+
+class ReachedError(Exception):
+    """Ends a call at a chosen line."""
+
+
+def call_at(line: int, functions: set[Any], action: Callable[[], object], call: Callable[[], object]) -> bool:
+    """Call a function, and an action before the n-th line that it executes in some functions.
+
+    Returns:
+        Whether the function executed so many lines.
+    """
+    lines = iter(range(line, -1, -1))
+    is_reached = False
+
+    def trace(frame: FrameType, kind: str, _: object) -> Any:
+        nonlocal is_reached
+        if frame.f_code not in {function.__code__ for function in functions}:
+            return None
+        if kind == "line" and next(lines, None) == 0:
+            sys.settrace(None)
+            is_reached = True
+            action()
+        return trace
+
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except ReachedError:
+        pass
+    finally:
+        sys.settrace(tracer)
+    return is_reached
+
+
+def stop() -> None:
+    raise ReachedError
+
+
+@pytest.mark.parametrize("method", ["add", "drop"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_interrupted_call_leaves_no_tokens_in_the_queue(method: str, others: int) -> None:
+    steps = {RequestQueue.add, RequestQueue.drop, RequestQueue._count, Request.queue, Request.clear}
+    for line in count():
+        queue = RequestQueue()
+        waiting = [Request() for _ in range(others)]
+        for each in waiting:
+            queue.add(each, each.grow([ids(7), ids(8)]))
+        request = Request()
+        added = request.grow([ids(1), ids(2), ids(3)])
+        call: Callable[[], object] = partial(queue.add, request, added)
+        if method == "drop":
+            queue.add(request, added)
+            call = partial(queue.drop, request)
+        if not call_at(line, steps, stop, call):
+            break
+        queue.drop(request)  # its caller was interrupted, so its future is cancelled
+        while queue:
+            assert request not in queue.take(2)
+        assert (len(queue), queue.num_tokens) == (0, 0)
+        queue.add(request := Request(), request.grow([ids(1)]))
+        assert queue.num_tokens == len(ids(1))
+    assert line > 4
+
+
+def test_a_scorer_can_be_closed_by_a_signal_handler_at_any_time() -> None:
+    steps = {MicroBatcher.add, MicroBatcher._wake_workers, MicroBatcher._check_open, RequestQueue.add}
+    for line in count():
+        batcher = MicroBatcher([replica(firsts, 100)])
+        futures: list[Any] = []
+
+        def submit(batcher: MicroBatcher = batcher, futures: list[Any] = futures) -> None:
+            with suppress(ScorerClosedError):
+                futures.append(batcher.submit([ids(4), ids(5)]))
+
+        is_reached = call_at(line, steps, batcher.close, submit)
+        for future in futures:
+            with suppress(ScorerClosedError):
+                assert future.result(PATIENCE_S) == [4.0, 5.0]
+        if not is_reached:
+            batcher.close()
+            break
+        deadline = time.monotonic() + PATIENCE_S
+        while batcher.health().replicas_alive and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert batcher.health().replicas_alive == 0
+        with pytest.raises(ScorerClosedError):
+            batcher.submit([ids(1)])
+    assert line > 10
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_that_a_condition_hides_is_raised(interrupt: type[BaseException]) -> None:
+    future: Future[int] = Future()
+    future.set_exception(error := RuntimeError("cannot release un-acquired lock"))
+    error.__context__ = interrupt()
+    with pytest.raises(interrupt):
+        timeouts.wait(future, None)
+    error.__context__ = ValueError()
+    with pytest.raises(RuntimeError, match="un-acquired"):
+        timeouts.wait(future, None)
 
 
 def test_a_condition_wakes_up_a_thread_that_waits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from bge_rerank_integrations.cli import rank as rank_module
 from bge_rerank_integrations.cli.app import main
 from bge_rerank_integrations.cli.jobs.folder_job import FolderJob
+from bge_rerank_integrations.cli.jobs.job_record import record_path
 from bge_rerank_integrations.errors import DatasetError
 
 SETTINGS = {"model": "embedded", "top_n": None}
@@ -20,6 +22,11 @@ SETTINGS = {"model": "embedded", "top_n": None}
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def start(job: FolderJob) -> None:
+    assert not job.is_complete()
+    job.begin()
 
 
 @pytest.fixture
@@ -88,17 +95,28 @@ def test_folders_are_checked_before_ray_starts(tmp_path: Path) -> None:
 def test_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 
+    calls: list[None] = []
+
     def refuse(**_: Any) -> None:
+        calls.append(None)
         raise ConnectionError("CANARY")
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     (tmp_path / "a.jsonl").write_text("{}")
-    arguments = ["--model", "embedded", tmp_path, "-o", tmp_path.with_name("out")]
-    result = run("rank", "--ray", "10.0.0.1:6379", *arguments)
-    assert result.exit_code == 2
-    assert "cannot connect to a Ray cluster at '10.0.0.1:6379'" in " ".join(result.output.split())
-    assert "CANARY" not in result.output
+    output = tmp_path.with_name("out")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for listens in (False, True):
+            if listens:
+                server.listen()
+            result = run("rank", "--ray", address, "--model", "embedded", tmp_path, "-o", output)
+            assert result.exit_code == 2
+            assert f"cannot connect to a Ray cluster at '{address}'" in " ".join(result.output.split())
+            assert "CANARY" not in result.output
+            assert len(calls) == listens
+    assert not record_path(output).exists()
 
 
 def test_a_job_is_complete_once(tmp_path: Path) -> None:
@@ -106,23 +124,23 @@ def test_a_job_is_complete_once(tmp_path: Path) -> None:
     file.write_text("{}")
     output = tmp_path / "out"
     with FolderJob(output, SETTINGS, [file]) as job:
-        assert job.begin()
+        start(job)
         assert not job.is_resumed
         job.checkpoint.mkdir()
         (job.checkpoint / "rows.parquet").touch()
         output.mkdir()
         (output / "rows.jsonl").touch()
     with FolderJob(output, SETTINGS, [file]) as job:
-        assert job.begin()
+        start(job)
         assert job.is_resumed
         with pytest.raises(DatasetError, match="another process"), FolderJob(output, SETTINGS, [file]):
             pass
         job.finish()
     assert not job.checkpoint.exists()
     with FolderJob(output, SETTINGS, [file]) as job:
-        assert not job.begin()
+        assert job.is_complete()
     with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
-        assert job.begin()
+        start(job)
     assert not output.exists()
 
 
@@ -131,12 +149,60 @@ def test_a_job_starts_over_if_its_output_was_deleted(tmp_path: Path) -> None:
     file.write_text("{}")
     for _ in range(2):
         with FolderJob(output, SETTINGS, [file]) as job:
-            assert job.begin()
+            start(job)
             assert not job.is_resumed
             for folder in (job.checkpoint, output):
                 folder.mkdir()
                 (folder / "rows.jsonl").touch()
         shutil.rmtree(output)
+
+
+def test_the_checkpoint_of_a_deleted_output_is_not_used(tmp_path: Path) -> None:
+    file, output = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_text("{}")
+    with FolderJob(output, SETTINGS, [file]) as job:
+        start(job)
+        job.checkpoint.mkdir()
+        (job.checkpoint / "rows.parquet").touch()
+    record_path(output).unlink()
+    output.mkdir()
+    (output / ".DS_Store").touch()  # a hidden file is no output
+    with FolderJob(output, {**SETTINGS, "top_n": 1}, [file]) as job:
+        start(job)
+        assert not job.is_resumed
+
+
+@pytest.mark.parametrize("lost", ["checkpoint", "_SUCCESS"])
+def test_an_output_whose_rows_are_unknown_is_not_resumed(lost: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_text("{}")
+    with FolderJob(output, SETTINGS, [file]) as job:
+        start(job)
+        for folder in (job.checkpoint, output):
+            folder.mkdir()
+            (folder / "rows.jsonl").touch()
+        if lost == "checkpoint":
+            shutil.rmtree(job.checkpoint)
+        else:
+            job.finish()
+            (output / "_SUCCESS").unlink()
+    with FolderJob(output, SETTINGS, [file]) as job, pytest.raises(DatasetError, match="--overwrite"):
+        job.is_complete()
+    with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
+        start(job)
+    assert not output.exists()
+
+
+def test_a_complete_job_reports_its_problem_again(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    for problem in ("the input is empty", ""):
+        output = tmp_path / f"out {problem}"
+        with FolderJob(output, SETTINGS, [tmp_path / "a.jsonl"]) as job:
+            start(job)
+            job.finish(problem)
+        with FolderJob(output, SETTINGS, [tmp_path / "a.jsonl"]) as job:
+            assert job.is_complete()
+            assert job.problem == problem
 
 
 @pytest.mark.parametrize("deleted", [0, 1])
@@ -146,7 +212,7 @@ def test_overwriting_that_was_killed_is_not_resumed(
     file, output = tmp_path / "a.jsonl", tmp_path / "out"
     file.write_text("{}")
     with FolderJob(output, SETTINGS, [file]) as job:
-        assert job.begin()
+        start(job)
         for folder in (job.checkpoint, output):
             folder.mkdir()
             (folder / "rows.jsonl").touch()
@@ -162,9 +228,9 @@ def test_overwriting_that_was_killed_is_not_resumed(
         with pytest.raises(KeyboardInterrupt), FolderJob(output, SETTINGS, [file], overwrite=True) as job:
             job.begin()
     with FolderJob(output, SETTINGS, [file]) as job, pytest.raises(DatasetError, match="--overwrite"):
-        job.begin()
+        job.is_complete()
     with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
-        assert job.begin()
+        start(job)
     assert not output.exists()
     assert not job.checkpoint.exists()
 
@@ -180,7 +246,7 @@ def test_a_job_with_other_settings_is_refused(change: str, tmp_path: Path) -> No
         file.write_text("{} ")
     name = "top_n" if change == "settings" else "inputs"
     with FolderJob(tmp_path / "out", settings, [file]) as job, pytest.raises(DatasetError, match=name):
-        job.begin()
+        job.is_complete()
 
 
 def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
@@ -199,8 +265,8 @@ def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
             FolderJob(other, SETTINGS, [file], overwrite=overwrite) as job,
             pytest.raises(DatasetError, match="is not empty"),
         ):
-            job.begin()
+            job.is_complete()
     assert (other / "precious").exists()
     (tmp_path / "out.job.json").write_text("damaged")
     with FolderJob(tmp_path / "out", SETTINGS, [file]) as job, pytest.raises(DatasetError, match="damaged"):
-        job.begin()
+        job.is_complete()

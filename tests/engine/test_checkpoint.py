@@ -263,6 +263,8 @@ def test_a_config_that_is_not_a_json_object_is_refused(folder: Path, text: str) 
         ("vocab_size", -1),
         ("num_hidden_layers", 2.5),
         ("pad_token_id", "first"),
+        ("pad_token_id", 10**6),
+        ("architectures", True),
         ("layer_norm_eps", "small"),
         ("layer_norm_eps", float("inf")),
     ],
@@ -281,6 +283,40 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> N
         },
     )
     refuse(folder, UnsupportedCheckpointError, "the tokenizer gives ids up to .* embeds only 100")
+
+
+@pytest.mark.parametrize("padding_idx", [0, 2, 3, 100])
+def test_a_padding_id_that_occurs_in_texts_is_refused(folder: Path, padding_idx: int) -> None:
+    edit_config(folder, pad_token_id=padding_idx)
+    refuse(
+        folder, UnsupportedCheckpointError, f"pad_token_id {padding_idx} .* that texts contain", max_length=64
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "config.json requires 1000000 layers"),
+        ({"hidden_size": 4 * 10**8}, "has shape .* but config.json requires"),
+    ],
+)
+def test_enormous_sizes_in_the_config_are_refused_at_once(
+    folder: Path, changes: dict[str, int], message: str
+) -> None:
+    edit_config(folder, **changes)
+    refuse(folder, CorruptCheckpointError, message)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "./" + "c" * 300, "~\0", "~\ud800", "./\ud800"])
+def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        Scorer(name, local_files_only=True)
+
+
+@pytest.mark.parametrize("settings", [{"cache_folder": "\0"}, {"cache_folder": "\ud800"}])
+def test_names_that_the_hub_library_cannot_use_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="not a valid name"):
+        Scorer("organisation/name", local_files_only=True, **settings)
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 from ray.exceptions import RayError
 
@@ -103,6 +104,63 @@ def test_rerank_dataset(cluster: None, config: ScorerConfig, scorer: Scorer) -> 
     assert by_number[8] == "passage 1 must be a string, not NoneType"
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_string_that_is_not_utf_8_is_an_error_of_its_row(scorer: Scorer, kind: pa.DataType) -> None:
+    raw = pa.array([b"a bear", CANARY.encode() + b"\xff", b"a panda"])
+    if pa.types.is_dictionary(kind):
+        texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), raw.view(pa.string()))
+    else:
+        texts = raw.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).view(kind)
+    table = pa.table({"query": pa.array([QUERY] * 3), "passage": texts})
+    scored = data._score_table(scorer, table, columns=("query", "passage"), on_error="column")
+    assert scored.column("error").to_pylist() == [None, "the passage must be a string, not bytes", None]
+    assert scored.column("score").to_pylist()[0] is not None
+
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3]), texts)
+    table = pa.table({"query": pa.array([QUERY] * 2), "passages": lists})
+    ranked = data._rank_table(
+        scorer, table, columns=("query", "passages"), top_n=None, threshold=None, on_error="column"
+    )
+    assert ranked.column("error").to_pylist() == [None, "passage 0 must be a string, not bytes"]
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_a_dataset_of_pandas(
+    is_ragged: bool, cluster: None, config: ScorerConfig, scorer: Scorer, tmp_path: Path
+) -> None:
+    pd = pytest.importorskip("pandas")
+    lengths = [1, 2, 2] if is_ragged else [2, 2, 2]
+    rows: list[dict[str, Any]] = [
+        {"query": QUERY, "passages": ["hi", f"a bear {at}"][:length], "number": at}
+        for at, length in enumerate(lengths)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    frame = pd.read_parquet(tmp_path / "rows.parquet")  # its lists are arrays of NumPy
+    ranked = rerank_dataset(ray.data.from_pandas(frame), config).take_all()
+    assert sorted(row["number"] for row in ranked) == [0, 1, 2]
+    for row in ranked:
+        expected = scorer.rank(QUERY, rows[row["number"]]["passages"])
+        assert list(row["indices"]) == [each.index for each in expected]
+        assert list(row["passages"]) == rows[row["number"]]["passages"]
+
+
+def test_a_model_that_cannot_be_loaded_is_named(cluster: None, tmp_path: Path) -> None:
+    ds = ray.data.from_items([{"query": QUERY, "passage": "a"}])
+    with pytest.raises(RayError, match="CheckpointNotFoundError"):
+        score_dataset(ds, ScorerConfig(model=f"{tmp_path}/missing", device="cpu")).take_all()
+
+
+def test_actors_get_absolute_paths(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    (tmp_path / "embedded").mkdir()
+    config = data._with_absolute_paths(ScorerConfig(model=checkpoint.name, cache_folder="cache"))
+    assert config.model == str(checkpoint)
+    assert config.cache_folder == str(checkpoint.parent / "cache")
+    monkeypatch.chdir(tmp_path)
+    for model in ("embedded", "BAAI/bge-reranker-base"):
+        assert data._with_absolute_paths(ScorerConfig(model=model)).model == model
+
+
 def test_a_malformed_row_can_stop_the_job(
     cluster: None, config: ScorerConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,3 +236,13 @@ def test_a_job_that_may_stall_is_logged(
     caplog.clear()
     assert data._num_cpus(ActorOptions(num_cpus=0.5), has_checkpoints=False) == 0.5
     assert not caplog.text
+
+
+def test_a_job_that_waits_for_gpus_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2, "GPU": 1})
+    data._warn_without_gpus(ActorOptions(num_gpus=0.5, num_actors=2))
+    assert not caplog.text
+    data._warn_without_gpus(ActorOptions(num_gpus=1, num_actors=2))
+    assert "2 actor(s) reserve 1 GPU(s) each, and the cluster has 1" in caplog.text

@@ -131,6 +131,7 @@ def test_a_folder_of_parquet_files(on: list[str], checkpoint: Path, scorer: Scor
     missing = run(*arguments[:-1], "nonsense", "--overwrite", *on)
     assert missing.exit_code == 2
     assert "no column ['nonsense']" in flat(missing.output)
+    assert len(pq.read_table(output)) == 30, "a job that cannot start must not delete the output"
     strict = run(*arguments, "--overwrite", "--strict", *on)
     assert strict.exit_code == 2
     assert "the query must be a string" in flat(strict.output)
@@ -188,9 +189,10 @@ def test_strict_and_empty_input(on: list[str], tmp_path: Path) -> None:
     assert strict.stderr.endswith("Error: a.jsonl, line 2: not valid JSON\n")
     assert CANARY not in strict.output
     (source / "a.jsonl").write_text("nonsense\n")
-    useless = run("rank", "--ray", source, "-o", tmp_path / "out2", *on)
-    assert useless.exit_code == 3
-    assert "no row of the input is a request" in flat(useless.output)
+    for _ in range(2):
+        useless = run("rank", "--ray", source, "-o", tmp_path / "out2", *on)
+        assert useless.exit_code == 3
+        assert "no row of the input is a request" in flat(useless.output)
 
 
 def test_an_output_folder_inside_the_input_is_refused(on: list[str], tmp_path: Path) -> None:
@@ -207,6 +209,10 @@ def test_an_output_folder_inside_the_input_is_refused(on: list[str], tmp_path: P
         (b"not Parquet", "b.parquet is not a Parquet file"),
         ({"query": [QUERY], "id": [1]}, "b.parquet has no column ['passages']"),
         ({"query": [QUERY], "passages": [["a"]], "id": ["1"]}, "the files have columns of different types"),
+        (
+            {"query": [QUERY], "passages": [["a"]], "error": [""]},
+            "b.parquet already has the column ['error']",
+        ),
     ],
 )
 def test_parquet_files_are_checked_before_any_row_is_ranked(
@@ -223,6 +229,43 @@ def test_parquet_files_are_checked_before_any_row_is_ranked(
     assert (result.exit_code, message in flat(result.stderr)) == (2, True), result.stderr
     assert result.stderr.count("Error:") == 1
     assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_columns_whose_values_do_not_fit_together(on: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, identifier in (("a", 2**53 + 1), ("b", 0.5)):
+        row = {"query": [QUERY], "passages": [["a"]], "id": [identifier]}
+        pq.write_table(pa.table(row), source / f"{name}.parquet")
+    result = run("rank", "--ray", source, "-o", tmp_path / "out", *on)
+    assert result.exit_code == 2
+    assert "give each column the same type" in flat(result.stderr)
+    assert str(2**53 + 1) not in result.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_job_with_its_error(
+    on: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text(json.dumps(request(1)))
+    result = run("rank", "--ray", source, "-o", tmp_path / "out", *on, "--sha256", "0" * 64)
+    assert result.exit_code == 1
+    assert "which is not the expected one" in flat(result.stderr)
+    assert result.stderr.count("\n") < 10
+
+
+def test_linked_folders_are_not_read_silently(on: list[str], tmp_path: Path) -> None:
+    source, other = tmp_path / "in", tmp_path / "other"
+    for folder in (source, other):
+        folder.mkdir()
+        (folder / "a.jsonl").write_text(json.dumps(request(1)))
+    (source / "linked").symlink_to(other)
+    (source / "b.jsonl").symlink_to(other / "a.jsonl")
+    result = run("rank", "--ray", source, "-o", tmp_path / "out", *on)
+    assert result.exit_code == 0, result.output
+    assert "not read: 1, such as linked" in flat(result.stderr)
+    assert {row["file"] for row in read_rows(tmp_path / "out")} == {"a.jsonl", "b.jsonl"}
 
 
 def test_columns_of_partition_folders_are_not_lost_silently(on: list[str], tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ def test_the_arguments_of_serve_run_are_strings() -> None:
     assert config.num_threads == 1
     assert config.max_queued_tokens == 1_000_000
     assert not config.normalize
+    several = ServeArguments.model_validate({"model": "embedded", "devices": "cuda:0,cuda:1"})
+    assert several.scorer_config().devices == ("cuda:0", "cuda:1")
 
 
 def test_autoscaling_and_resources() -> None:

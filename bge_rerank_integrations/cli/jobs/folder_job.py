@@ -33,7 +33,8 @@ class FolderJob:
 
     Example:
         >>> with FolderJob(Path("ranked"), {"model": "embedded"}, files) as job:
-        ...     if job.begin():
+        ...     if not job.is_complete():
+        ...         job.begin()
         ...         ...  # write rows to the folder, and their numbers to job.checkpoint
         ...         job.finish()
     """
@@ -65,47 +66,64 @@ class FolderJob:
         """Unlock the output folder."""
         self._record.__exit__(*exc_info)
 
-    def begin(self) -> bool:
-        """Start or resume the job.
-
-        Returns:
-            Whether there is anything to do. False means that the job is complete.
+    def is_complete(self) -> bool:
+        """Check that the job can start or be resumed, and return whether it is complete. Change nothing.
 
         Raises:
-            DatasetError: The folder contains files of a job with other settings or inputs, or of no job.
+            DatasetError: The folder contains files of a job with other settings or inputs, or of no job. Or
+                it has no record of the rows that are written.
         """
+        has_output = _has_content(self._output)
+        has_record = self._record.path.exists()
+        if has_output and not has_record:
+            raise DatasetError(
+                f"{self._output} is not empty and was not written by a ranking job; choose another "
+                "output folder"
+            )
+        if self._overwrite or not has_record:
+            return False
+        self._record.check("use the same settings and inputs, another output folder, or --overwrite")
+        if (self._output / _COMPLETE).exists():
+            return True
+        if has_output and not _has_content(self.checkpoint):
+            # The job would write the rows of the output again.
+            raise DatasetError(
+                f"{self._output} has neither {_COMPLETE} nor {self.checkpoint.name}, so it is unknown which "
+                "rows it contains; use --overwrite to start from the beginning"
+            )
+        return False
+
+    def begin(self) -> None:
+        """Start or resume a job that `is_complete` has checked."""
         if self._overwrite:
-            self._start_over()
-        elif self._record.path.exists():
-            self._record.check("use the same settings and inputs, another output folder, or --overwrite")
-            if (self._output / _COMPLETE).exists():
-                return False
-            if not _has_content(self._output):
-                # Somebody has deleted the output. Without its checkpoint, all rows are written again.
-                _delete(self.checkpoint)
-        elif _has_content(self._output):
-            raise DatasetError(f"{self._output} is not empty; choose another output folder")
+            self._delete_output()
+        if not _has_content(self._output):
+            # The checkpoint of an output that somebody has deleted. Its rows must be written again.
+            _delete(self.checkpoint)
         # The record comes first, so that a folder with results always has one.
         self._record.write()
-        return True
+
+    @property
+    def problem(self) -> str:
+        """The argument of `finish` in the run that completed this job."""
+        return (self._output / _COMPLETE).read_text(encoding="utf-8")
 
     @property
     def is_resumed(self) -> bool:
         """Whether an earlier run of the job has written rows."""
         return _has_content(self.checkpoint)
 
-    def finish(self) -> None:
-        """Mark the output as complete, and delete the checkpoint."""
+    def finish(self, problem: str = "") -> None:
+        """Mark the output as complete, and delete the checkpoint.
+
+        Args:
+            problem: What is wrong with the whole input, to report it again if the job is run again.
+        """
         self._output.mkdir(exist_ok=True)
-        (self._output / _COMPLETE).touch()
+        (self._output / _COMPLETE).write_text(problem, encoding="utf-8")
         shutil.rmtree(self.checkpoint, ignore_errors=True)
 
-    def _start_over(self) -> None:
-        if _has_content(self._output) and not self._record.path.exists():
-            raise DatasetError(
-                f"{self._output} is not empty and was not written by a ranking job; choose another "
-                "output folder"
-            )
+    def _delete_output(self) -> None:
         # If this process is killed here, the folder and its checkpoint no longer fit together. With this
         # record, no job resumes them without --overwrite.
         JobRecord(self._output, {"overwriting": True}).write()
@@ -115,7 +133,8 @@ class FolderJob:
 
 
 def _has_content(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    # Desktops and network file systems add hidden files.
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _delete(folder: Path) -> None:

@@ -37,9 +37,10 @@ def find_checkpoint(config: ScorerConfig) -> Path:
         return _require_embedded()
     try:
         path = Path(config.model).expanduser()
-    except RuntimeError as error:  # the home folder of an unknown user, `~name`
+        is_folder = path.is_dir()
+    except (RuntimeError, OSError, ValueError) as error:  # `~name` of an unknown user, or not a valid path
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist") from error
-    if path.is_dir():
+    if is_folder:
         if config.revision is not None:
             raise ConfigError(LOCAL_REVISION.format(model=config.model))
         return path
@@ -94,6 +95,8 @@ def _download(config: ScorerConfig) -> Path:
             f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
             "`hf auth login`"
         ) from error
+    except ValueError as error:  # a name that is not UTF-8, or contains NUL
+        raise CheckpointNotFoundError(f"{what} or cache_folder is not a valid name ({error})") from error
     except OSError as error:  # network errors, and huggingface_hub's errors for an unreachable hub
         raise HubUnreachableError(
             f"{what} is not an existing local folder, is not in the local cache, and the hub could not be "

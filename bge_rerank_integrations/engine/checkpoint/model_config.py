@@ -46,6 +46,8 @@ def read_shape(folder: Path) -> EncoderShape:
             f"{ARCHITECTURE} checkpoint"
         )
     architectures = data.get("architectures") or [ARCHITECTURE]
+    if not isinstance(architectures, list):
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not valid: architectures must be a list")
     if data.get("model_type") != "xlm-roberta" or ARCHITECTURE not in architectures:
         raise UnsupportedCheckpointError(
             f"{folder} {describe_other_model(data.get('model_type'), data.get('architectures'))}"
@@ -68,6 +70,10 @@ def read_shape(folder: Path) -> EncoderShape:
             raise CorruptCheckpointError(
                 f"{folder / 'config.json'} is not valid: {name} must be an integer of at least {least}"
             )
+    if padding_idx >= config.vocab_size:
+        raise CorruptCheckpointError(
+            f"{folder / 'config.json'} is not valid: pad_token_id must be less than vocab_size"
+        )
     if type(config.layer_norm_eps) is not float or not 0 < config.layer_norm_eps < 1:
         raise CorruptCheckpointError(
             f"{folder / 'config.json'} is not valid: layer_norm_eps must be a number between 0 and 1"

@@ -62,7 +62,7 @@ def load_weights(
         UnsupportedCheckpointError: The weights are pickled, are quantized in another way than by row to int8,
             or have no relevance head.
     """
-    homes = _find_tensors(folder, shape)
+    homes = verify_weights(folder, shape)
     weights: dict[str, Tensor] = {}
     for name, dimensions in shape.parameter_shapes().items():
         target = _loaded_dtype(name, dtype)
@@ -86,8 +86,15 @@ class _Home(NamedTuple):
     name: str
 
 
-def _find_tensors(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
-    """Verify the headers of all weight files, and return the location of each tensor."""
+def verify_weights(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
+    """Verify the name, shape and type of every tensor without loading it.
+
+    Returns:
+        The file of each tensor.
+
+    Raises:
+        CheckpointError: For the same reasons as `load_weights`.
+    """
     from safetensors import SafetensorError, safe_open
 
     homes: dict[str, _Home] = {}
@@ -144,6 +151,11 @@ def _read(homes: Mapping[str, _Home], name: str, rows: slice) -> Tensor:
 
 
 def _verify_headers(folder: Path, headers: dict[str, Any], shape: EncoderShape) -> None:
+    if shape.num_layers > len(headers):
+        raise CorruptCheckpointError(
+            f"{folder}: config.json requires {shape.num_layers} layers, but the weights have only "
+            f"{len(headers)} tensors; config and weights must come from the same checkpoint"
+        )
     expected = shape.parameter_shapes()
     missing = sorted(set(expected) - set(headers))
     if any(name.startswith("classifier.") for name in missing):
