@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,9 @@ def find_files(paths: Sequence[Path]) -> list[SourceFile]:
         names = ", ".join(str(path) for path in paths)
         raise FolderError(f"there is no document in {names}: looked for {', '.join(_READERS)}")
     roots = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
-    base = Path(os.path.commonpath(roots))
+    base = None
+    with suppress(ValueError):  # folders on two drives of Windows have nothing in common
+        base = Path(os.path.commonpath(roots))
     return [file for path in found if (file := _describe(path, base)) is not None]
 
 
@@ -163,13 +166,14 @@ def _is_left_out(folder: Path) -> bool:
     return name.startswith(".") or name == "node_modules" or (folder / "pyvenv.cfg").exists()
 
 
-def _describe(path: Path, base: Path) -> SourceFile | None:
+def _describe(path: Path, base: Path | None) -> SourceFile | None:
     try:
         status = path.stat()
     except OSError:  # the file was removed after it was found
         return None
     # File names are not valid UTF-8 on every system, but the index accepts only UTF-8.
-    name = os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "replace")
+    shown = path if base is None else path.relative_to(base)
+    name = os.fsencode(shown.as_posix()).decode("utf-8", "replace")
     return SourceFile(path, name, f"{status.st_mtime_ns}-{status.st_size}")
 
 
@@ -213,7 +217,7 @@ def _read_pdf(data: bytes) -> list[Page]:
 
 def _read_json_lines(data: bytes) -> list[Page]:
     pages = []
-    for number, line in enumerate(_decode(data).splitlines(), start=1):
+    for number, line in enumerate(_decode(data).split("\n"), start=1):
         if not line.strip():
             continue
         try:

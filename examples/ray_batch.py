@@ -68,7 +68,7 @@ def rank_folder(source: Path, output: Path, model: str, top_n: int, num_actors: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rank a folder and print the best passage of some rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", type=Path, help="folder of Parquet files with id, query and passages")
     parser.add_argument("output", type=Path, help="folder to write; it must be new, or of this job")
     parser.add_argument("--sample", action="store_true", help="write sample requests into SOURCE first")

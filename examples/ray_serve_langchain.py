@@ -54,7 +54,7 @@ def build(arguments: ServeArguments, top_n: int) -> serve.Application:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the application on this machine, ask it a question and stop it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("question", nargs="?", default="What do giant pandas eat?")
     parser.add_argument("--model", default="embedded", help="checkpoint folder, hub id or `embedded`")
     parser.add_argument("--num-replicas", type=int, default=2, help="processes that load the model")

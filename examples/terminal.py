@@ -62,7 +62,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not every terminal can print Chinese characters
             stream.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument(
         "--folder",
         type=Path,

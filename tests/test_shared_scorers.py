@@ -34,7 +34,7 @@ FORK = """
             os._exit(7)
         except ForkedProcessError:
             os._exit(8)
-    print(os.waitpid(child, 0)[1] >> 8 or "killed")
+    print(os.waitpid(child, 0)[1] >> 8 or "killed", flush=True)
     os._exit(0)
 """
 LOADED, FORKED = "7", "8"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from bge_rerank_integrations import __version__
-from bge_rerank_integrations.cli.console import prepare_streams, wrap
+from bge_rerank_integrations.cli.console import flush_stdout, prepare_streams, wrap
 from bge_rerank_integrations.cli.demo import demo
 from bge_rerank_integrations.cli.evaluate import evaluate_command
 from bge_rerank_integrations.cli.info import check, info
@@ -45,7 +47,22 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         prepare_streams()
         with warnings_on_stderr():
-            return super().main(*args, **kwargs)
+            try:
+                try:
+                    return super().main(*args, **kwargs)
+                except SystemExit as end:
+                    if not end.code:
+                        flush_stdout()
+                    raise
+            except BrokenPipeError:
+                sys.exit(1)
+            except OSError as error:  # after the command, or printed outside of `invoke`, as by --help
+                failure = _failure_of(error)
+                failure.show()
+                sys.exit(failure.exit_code)
+            finally:
+                with suppress(OSError):  # it has been reported
+                    flush_stdout()
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -59,7 +76,11 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # the reader of stdout has closed the pipe, and click exits without a message
         except OSError as error:
-            raise _Failure(f"{error.filename or 'output'}: {error.strerror}") from error
+            raise _failure_of(error) from error
+
+
+def _failure_of(error: OSError) -> _Failure:
+    return _Failure(f"{error.filename or 'output'}: {error.strerror}")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

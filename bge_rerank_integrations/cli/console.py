@@ -9,7 +9,7 @@ import sys
 import textwrap
 import unicodedata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -24,8 +24,9 @@ _LAST_STANDARD_STREAM: Final = 2
 def prepare_streams() -> None:
     """Make sure that printing never raises, even in a limited encoding or with a closed stream.
 
-    A character that the encoding lacks is printed as its escape, such as `\\u4ec0`. If stderr is closed,
-    messages are discarded. If stdout is closed, `sys.stdout` stays None, and `require_stdout` reports it.
+    A character that the encoding lacks is printed as its escape, such as `\\u4ec0`. Messages that cannot be
+    written to stderr are discarded, for example if it is closed or its disk is full. If stdout is closed,
+    `sys.stdout` stays None, and `require_stdout` reports it.
     """
     # A new file gets the lowest free descriptor. If a standard stream is closed, that could be 1 or 2, and
     # libraries write to 1 and 2 directly. This opens the null device on every closed standard descriptor, so
@@ -35,9 +36,43 @@ def prepare_streams() -> None:
     os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
+    # A console of Windows is not a `FileIO`.
+    elif isinstance(sys.stderr, io.TextIOWrapper) and isinstance(_raw(sys.stderr), io.FileIO):
+        messages = io.BufferedWriter(_BestEffort(sys.stderr.fileno(), "wb", closefd=False))
+        sys.stderr = io.TextIOWrapper(messages, sys.stderr.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def flush_stdout() -> None:
+    """Write the rest of the output.
+
+    Raises:
+        OSError: It cannot be written. The rest is discarded, because Python would try again at exit and end
+            with the status 120.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+class _BestEffort(io.FileIO):
+    """A file that discards what it cannot write."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def _raw(stream: io.TextIOWrapper) -> object:
+    return getattr(stream.buffer, "raw", stream.buffer)  # there is no buffer with PYTHONUNBUFFERED
 
 
 def require_stdout() -> None:

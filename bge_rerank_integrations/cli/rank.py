@@ -256,7 +256,8 @@ def _open(source: str) -> Iterator[IO[bytes]]:
         raise click.UsageError("standard input is closed; give a SOURCE file")
     with click.open_file(source, "rb") as file:
         if file.isatty():
-            click.echo("Reading requests from the terminal. Press Ctrl-D to end the input.", err=True)
+            end = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
+            click.echo(f"Reading requests from the terminal. Press {end} to end the input.", err=True)
         yield file
 
 

@@ -15,6 +15,7 @@ _PROBES: Final = {
     "/metrics": "Metrics for Prometheus.",
     "/v1/models": "The model of the server.",
 }
+_WITH_KEY: Final = frozenset({"/v1/models"})
 _REFUSALS: Final = {
     "400": "The request is malformed.",
     "401": "The API key is missing or wrong.",
@@ -32,7 +33,9 @@ def openapi_document() -> dict[str, Any]:
     """Return the description of all endpoints as an OpenAPI 3.1 document."""
     paths: dict[str, Any] = {path: {"post": _operation(dialects)} for path, dialects in DIALECTS.items()}
     for path, text in _PROBES.items():
-        responses = {"200": {"description": text}, "503": {"description": _REFUSALS["503"]}}
+        statuses = ["401", "503"] if path in _WITH_KEY else ["503"]
+        responses = {"200": {"description": text}}
+        responses |= {status: {"description": _REFUSALS[status]} for status in statuses}
         paths[path] = {"get": {"summary": text, "responses": responses}}
     return {
         "openapi": "3.1.0",

@@ -134,6 +134,30 @@ def test_a_plot_is_written_even_if_the_numbers_cannot_be_printed(checkpoint: Pat
     assert "<svg" in plot.read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["info", "--model", "embedded"], ["--version"], ["--help"]])
+def test_output_that_cannot_be_written_is_one_error(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for unbuffered in (False, True):
+        if unbuffered:
+            monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+        else:
+            monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+        result = in_shell(arguments, ">/dev/full")
+        assert result.returncode == 1
+        assert result.stderr == "Error: output: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_messages_that_cannot_be_written_do_not_stop_a_job(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "requests.jsonl", tmp_path / "ranked.jsonl"
+    source.write_text("nonsense\n" + json.dumps(REQUEST) + "\n")
+    result = in_shell(["rank", str(source), "-o", str(output), "--model", str(checkpoint)], "2>/dev/full")
+    assert result.returncode == 0
+    assert json.loads(output.read_text())["line"] == 2
+
+
 def columns(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line)
 

@@ -136,3 +136,11 @@ def test_headings_in_code_are_none_and_levels_may_be_left_out() -> None:
         ("E", "  x\n"),
     ]
     assert split_sections("no heading\n") == [("", "no heading\n")]
+
+
+def test_any_line_separator_of_unicode_may_stand_in_a_json_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"text": "bamboo\u2028They\x85eat\u2029"}\r\n{"text": "tea"}', encoding="utf-8", newline=""
+    )
+    assert [page.text for page in read_pages(file)] == ["bamboo\u2028They\x85eat\u2029", "tea"]

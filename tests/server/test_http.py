@@ -392,6 +392,8 @@ def test_the_openapi_document_has_every_path(client: httpx.Client) -> None:
     schemas = operation["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
     assert [schema["title"] for schema in schemas] == ["tei", "voyage", "rerank"]
     assert {"200", "400", "401", "413", "429", "503"} <= set(operation["responses"])
+    assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
+    assert "401" not in document["paths"]["/metrics"]["get"]["responses"]
 
 
 def test_request_ids(client: httpx.Client) -> None:

@@ -656,6 +656,23 @@ def test_stopping(open_page: Open) -> None:
         assert page.get_by_role("alert").count() == 0
 
 
+def test_the_enter_key_asks_again_while_a_ranking_runs(open_page: Open) -> None:
+    held = HeldScorer(is_held=False)
+    with running(create_app(held)) as url:  # type: ignore[arg-type]
+        page = open_page(url + SMALL, may_fail=True)
+        settled(page)
+        held.is_held = True
+        rerank(page)
+        wait_until(lambda: held.num_calls == 2)
+        page.get_by_label("Question").fill("another question")
+        page.keyboard.press("Enter")
+        wait_until(lambda: (held.num_calls, held.num_cancelled) == (3, 1))
+        held.is_held = False
+        settled(page)
+        assert page.get_by_role("alert").count() == 0
+        assert "another question" in page.locator("pre").first.inner_text()
+
+
 # ---- Hostile texts
 
 HOSTILE = [
@@ -1096,6 +1113,9 @@ def test_the_api_page_shows_the_whole_document(url: str, open_page: Open) -> Non
     page.locator("#contents a", has_text="/v1/rank").last.click()
     assert page.url.endswith("#post-v1-rank")
     assert page.locator("#post-v1-rank").is_visible()
+    linked = open_page(url + "/docs#post-v1-rank")
+    linked.locator("#post-v1-rank").wait_for()
+    assert linked.evaluate("document.getElementById('post-v1-rank').getBoundingClientRect().top") < 100
 
 
 def test_the_api_page_asks_for_a_key(embedded: Scorer, open_page: Open) -> None:

@@ -41,7 +41,7 @@ async function send(path, key, options) {
   if (response.ok && body !== null) return body;
   if (response.ok) throw new RequestError("unusable", "The answer is not JSON. Is this a bge-rerank server?");
   const retryAfter = Number.parseFloat(response.headers.get("retry-after") ?? "");
-  const told = typeof body?.message === "string" ? body.message : `the server answered with status ${response.status}`;
+  const told = typeof body?.message === "string" && body.message ? body.message : `the server answered with status ${response.status}`;
   throw new RequestError("refused", `${told[0].toUpperCase()}${told.slice(1)}.`, {
     status: response.status,
     retryAfterS: Number.isFinite(retryAfter) ? retryAfter : null,
@@ -69,7 +69,8 @@ export async function rank(query, texts, { key = "", signal } = {}) {
   });
   const milliseconds = performance.now() - started;
   const ranking = body.rankings?.[0];
-  if (!Array.isArray(ranking?.passages)) {
+  const isRanking = Array.isArray(ranking?.passages) && ranking.passages.every(({ index }) => index in texts) && ranking.counts;
+  if (!isRanking || ranking.passages.length !== texts.length) {
     throw new RequestError("unusable", "The answer is not a ranking. Is this a bge-rerank server?");
   }
   return { model: body.model, passages: ranking.passages, counts: ranking.counts, milliseconds };

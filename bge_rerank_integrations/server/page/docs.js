@@ -40,7 +40,7 @@ function format(path, schema, example, hasKey) {
     "section",
     { class: "format" },
     element("h3", {}, schema.title),
-    table(`Fields of ${schema.title}`, ["Field", "Type", "", "Meaning"], fields),
+    table(`Fields of ${schema.title}`, ["Field", "Type", "Required", "Meaning"], fields),
     ...(example
       ? [element("pre", { tabindex: "0", "aria-label": `Example of ${schema.title}` }, curlFor(path, example.value, { base: baseUrl(), hasKey }))]
       : []),
@@ -93,6 +93,8 @@ function show(document, hasKey) {
     ),
   );
   byId("operations").replaceChildren(...operations.map(({ path, method, content }) => operation(path, method, content, hasKey)));
+  // The sections did not exist when the browser looked for the one that the address names.
+  if (location.hash) byId(location.hash.slice(1))?.scrollIntoView();
 }
 
 async function load() {

@@ -222,13 +222,13 @@ async function openAddress() {
     if (!(error instanceof LinkError)) throw error;
     showError(error.message);
   }
-  if (input?.example) {
+  if (input?.example && examples.length) {
     const example = examples.find(({ query }) => query === input.query);
     if (!example) showError("This server does not have the example of the link.");
     input = example ? { query: example.query, example } : null;
   }
   const hasError = !byId("error").hidden;
-  show(input ?? { query: examples[0].query, example: examples[0] });
+  if (input || examples.length) show(input ?? { query: examples[0].query, example: examples[0] });
   return !hasError;
 }
 
@@ -237,7 +237,8 @@ async function start() {
   keyField.addEventListener("input", () => keepKey(keyField.value));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    run();
+    if (event.submitter) run();
+    else rerun(); // the Enter key, which never stops a ranking
     // On a narrow screen the results are below the form.
     if (byId("results").getBoundingClientRect().top > innerHeight) byId("results").scrollIntoView();
   });
