@@ -164,12 +164,20 @@ def test_the_checkpoint_of_a_deleted_output_is_not_used(tmp_path: Path) -> None:
         start(job)
         job.checkpoint.mkdir()
         (job.checkpoint / "rows.parquet").touch()
-    record_path(output).unlink()
     output.mkdir()
     (output / ".DS_Store").touch()  # a hidden file is no output
-    with FolderJob(output, {**SETTINGS, "top_n": 1}, [file]) as job:
+    with FolderJob(output, SETTINGS, [file]) as job:
         start(job)
         assert not job.is_resumed
+        job.checkpoint.mkdir()
+        (job.checkpoint / "rows.parquet").touch()
+    record_path(output).unlink()
+    with FolderJob(output, SETTINGS, [file]) as job, pytest.raises(DatasetError, match="left from another"):
+        job.is_complete()
+    assert job.checkpoint.exists()
+    with FolderJob(output, SETTINGS, [file], overwrite=True) as job:
+        start(job)
+    assert not job.checkpoint.exists()
 
 
 @pytest.mark.parametrize("lost", ["checkpoint", "_SUCCESS"])

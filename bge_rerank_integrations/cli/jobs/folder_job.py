@@ -71,7 +71,7 @@ class FolderJob:
 
         Raises:
             DatasetError: The folder contains files of a job with other settings or inputs, or of no job. Or
-                it has no record of the rows that are written.
+                it is unknown which rows are written.
         """
         has_output = _has_content(self._output)
         has_record = self._record.path.exists()
@@ -80,7 +80,14 @@ class FolderJob:
                 f"{self._output} is not empty and was not written by a ranking job; choose another "
                 "output folder"
             )
-        if self._overwrite or not has_record:
+        if self._overwrite:
+            return False
+        if not has_record:
+            if _has_content(self.checkpoint):
+                raise DatasetError(
+                    f"{self.checkpoint} is left from another job, whose rows would be skipped; delete it, or "
+                    "choose another output folder"
+                )
             return False
         self._record.check("use the same settings and inputs, another output folder, or --overwrite")
         if (self._output / _COMPLETE).exists():
@@ -98,7 +105,7 @@ class FolderJob:
         if self._overwrite:
             self._delete_output()
         if not _has_content(self._output):
-            # The checkpoint of an output that somebody has deleted. Its rows must be written again.
+            # Somebody has deleted the output. Without its checkpoint, all rows are written again.
             _delete(self.checkpoint)
         # The record comes first, so that a folder with results always has one.
         self._record.write()
