@@ -151,8 +151,8 @@ class MicroBatcher:
     def close(self, timeout: float | None = None) -> None:
         """Reject new requests, finish the accepted ones and release the replicas.
 
-        It is safe to call this twice. A signal handler that has interrupted a call of this object must not
-        wait for the workers, which need the lock that the call holds. This method then goes on in a thread.
+        It is safe to call this twice. A signal handler must call it in another thread. The call that the
+        handler has interrupted may hold a lock that the workers need.
 
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
@@ -160,9 +160,6 @@ class MicroBatcher:
         """
         if was_forked():
             return  # the workers and their callers exist in the parent process only
-        if self._changed.is_held_by_this_thread():
-            threading.Thread(target=self.close, args=(timeout,), name="bge-rerank-close", daemon=True).start()
-            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()

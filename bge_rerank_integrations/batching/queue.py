@@ -39,7 +39,7 @@ class RequestQueue:
     @property
     def num_tokens(self) -> int:
         """Total number of tokens of the waiting sequences."""
-        return self._num_tokens if self._requests else 0
+        return max(self._num_tokens, 0) if self._requests else 0
 
     @property
     def oldest(self) -> Request:

@@ -17,6 +17,7 @@ T = TypeVar("T")
 Countdown = Callable[[], float | None]
 """Returns the remaining seconds of a call, or None if the call has no timeout."""
 
+_NOT_LOCKED: Final = "cannot release un-acquired lock"
 _TIMED_OUT: Final = "the call did not finish within its timeout; sequences that had not started were dropped"
 
 
@@ -39,10 +40,9 @@ def wait(future: Future[T], timeout: float | None) -> T:
         raise RequestTimeoutError(_TIMED_OUT) from None
     except BaseException as error:  # the thread was interrupted, or the future has failed
         future.cancel()
-        interrupt = error.__context__
-        if isinstance(error, RuntimeError) and isinstance(interrupt, KeyboardInterrupt | SystemExit):
+        if type(error) is RuntimeError and str(error) == _NOT_LOCKED and error.__context__ is not None:
             # `Condition.wait` was interrupted before it had its lock again, and failed to release it.
-            raise interrupt from None
+            raise error.__context__ from None
         raise
 
 

@@ -54,12 +54,12 @@ class _Commands(click.Group):
                     if not end.code:
                         flush_stdout()
                     raise
-            except BrokenPipeError:
-                sys.exit(1)
             except OSError as error:  # after the command, or printed outside of `invoke`, as by --help
-                failure = _failure_of(error)
-                failure.show()
-                sys.exit(failure.exit_code)
+                if not kwargs.get("standalone_mode", True):
+                    raise
+                if not isinstance(error, BrokenPipeError):
+                    _failure_of(error).show()
+                sys.exit(_Failure.exit_code)
             finally:
                 with suppress(OSError):  # it has been reported
                     flush_stdout()

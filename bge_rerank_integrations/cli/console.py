@@ -66,9 +66,10 @@ class _BestEffort(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) or 0
+            num_written = super().write(data)
         except OSError:
-            return len(data)
+            num_written = None
+        return len(data) if num_written is None else num_written
 
 
 def _raw(stream: io.TextIOWrapper) -> object:

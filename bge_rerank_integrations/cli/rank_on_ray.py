@@ -321,7 +321,8 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
         and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
     )
     files = [path for path in found if path.is_file() and _suffix(path) in _READ]
-    others = [path.relative_to(folder) for path in found if path not in files]
+    read = set(files)
+    others = [path.relative_to(folder) for path in found if path not in read]
     for path in files:
         _check_name(path)
     kinds = {_suffix(path) in _PARQUET for path in files}
@@ -332,8 +333,8 @@ def _find_files(folder: Path) -> tuple[list[Path], bool]:
     is_parquet = kinds.pop()
     if others:
         not_read = (
-            f"Files that are not read: {len(others)}, such as {click.format_filename(others[0])}. Only names "
-            "that end with .jsonl, .ndjson or .parquet are read."
+            f"Files that are not read: {len(others)}, such as {click.format_filename(others[0])}. Only files "
+            "whose names end with .jsonl, .ndjson or .parquet are read, and no linked folders."
         )
         click.echo(wrap(not_read), err=True)
     parts = (part for path in files for part in path.relative_to(folder).parts[:-1] if "=" in part)
@@ -397,11 +398,11 @@ def _connect(address: str, *, progress: bool) -> None:
 def _check_reachable(address: str) -> None:
     """Raise an error if nothing listens at an address. Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return  # a word such as `auto`, or no address
+    if "://" in host or not (host and port.isdecimal()):
+        return  # a word such as `auto`, no address, or one of another kind
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, ValueError):  # the last two for ports and names that no host can have
         raise _unreachable(address) from None
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -24,6 +25,7 @@ try:
     import pyarrow as pa
     import ray
     from ray.data import ActorPoolStrategy, Dataset
+    from ray.data.block import BlockAccessor
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
@@ -229,16 +231,11 @@ def _to_arrow(block: Any) -> pa.Table:
 
     Ray converts data frames too, but it fails if a column contains lists that pandas has read from Parquet.
     """
-    if isinstance(block, pa.Table):
-        return block
-    return pa.table({name: _column_to_arrow(block[name]) for name in block})
-
-
-def _column_to_arrow(column: Any) -> pa.Array:
     try:
-        return pa.Array.from_pandas(column)
+        table: pa.Table = BlockAccessor.for_block(block).to_arrow()
     except Exception:  # Ray has made tensors of the lists, and its conversion of tensors raises several types
-        return pa.Array.from_pandas(column.astype(object))
+        return pa.table({name: pa.Array.from_pandas(block[name].astype(object)) for name in block})
+    return table
 
 
 class _ScoringActor:
@@ -378,12 +375,19 @@ def check_columns(source: str, names: Sequence[str], needed: Iterable[str], adde
 
 
 def _with_absolute_paths(config: ScorerConfig) -> ScorerConfig:
-    """Return a config whose paths do not depend on the working directory. That of an actor can be another."""
+    """Return a config whose paths do not depend on the working directory. That of an actor can be another.
+
+    With `working_dir` in the runtime environment of the job, each actor has a copy of that folder as its own
+    working directory. Relative paths then stay as they are.
+    """
+    if ray.get_runtime_context().runtime_env.get("working_dir") is not None:
+        return config
     model, cache_folder = config.model, config.cache_folder
-    if model != EMBEDDED_MODEL and Path(model).is_dir():
-        model = str(Path(model).absolute())
+    with suppress(OSError):  # the name is too long for a folder
+        if model != EMBEDDED_MODEL and Path(model).is_dir():
+            model = str(Path(model).absolute())
     if cache_folder is not None:
-        cache_folder = str(Path(cache_folder).absolute())
+        cache_folder = str(Path(cache_folder).expanduser().absolute())
     return dataclasses.replace(config, model=model, cache_folder=cache_folder)
 
 

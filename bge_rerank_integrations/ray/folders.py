@@ -288,7 +288,7 @@ def _write(ds: Dataset, sink: _CountingSink) -> Written:
             message = str(error.cause).partition(_ADDED_BY_RAY)[0].rstrip()
             error.cause.args = (message, *error.cause.args[1:])
             raise error.cause from None
-        if isinstance(error.cause, pa.ArrowInvalid):
+        if isinstance(error.cause, pa.ArrowInvalid) and isinstance(sink, _ParquetSink):
             # Such as an integer beyond 2**53 in one file, where another file has floats. Arrow's message
             # contains the value.
             raise ConfigError(

@@ -24,11 +24,6 @@ class SafeCondition(RLock, threading.Condition):  # type: ignore[misc]  # CPytho
         # the garbage collector.
         self._waiters: deque[object] = deque()
 
-    def is_held_by_this_thread(self) -> bool:
-        """Return whether the current thread holds the lock."""
-        held: bool = self._is_owned()  # type: ignore[attr-defined]  # it has no public name
-        return held
-
 
 class SafeFuture(Future[T]):
     """A future whose lock survives Ctrl-C in the thread that waits for it."""

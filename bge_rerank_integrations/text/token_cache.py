@@ -40,7 +40,9 @@ class TokenCache:
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._entries: OrderedDict[bytes, Encoded] = OrderedDict()
-        self._lock = threading.RLock()  # a signal handler may score a text while this thread holds it
+        self._lock = (
+            threading.RLock()
+        )  # a signal handler that scores a text, although it must not, does not hang here
 
     @staticmethod
     def key(text: str) -> bytes | None:

@@ -171,6 +171,7 @@ def test_the_checkpoint_of_a_deleted_output_is_not_used(tmp_path: Path) -> None:
         assert not job.is_resumed
         job.checkpoint.mkdir()
         (job.checkpoint / "rows.parquet").touch()
+    shutil.rmtree(output)
     record_path(output).unlink()
     with FolderJob(output, SETTINGS, [file]) as job, pytest.raises(DatasetError, match="left from another"):
         job.is_complete()
@@ -267,14 +268,14 @@ def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
         FolderJob(file, SETTINGS, [])
     other = tmp_path / "other"
     other.mkdir()
-    (other / "precious").touch()
+    (other / ".precious").touch()
     for overwrite in (False, True):
         with (
             FolderJob(other, SETTINGS, [file], overwrite=overwrite) as job,
             pytest.raises(DatasetError, match="is not empty"),
         ):
             job.is_complete()
-    assert (other / "precious").exists()
+    assert (other / ".precious").exists()
     (tmp_path / "out.job.json").write_text("damaged")
     with FolderJob(tmp_path / "out", SETTINGS, [file]) as job, pytest.raises(DatasetError, match="damaged"):
         job.is_complete()

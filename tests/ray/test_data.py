@@ -136,6 +136,8 @@ def test_a_dataset_of_pandas(
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     frame = pd.read_parquet(tmp_path / "rows.parquet")  # its lists are arrays of NumPy
+    if is_ragged:
+        frame["kind"] = pd.Categorical(["a", "b", "a"])
     ranked = rerank_dataset(ray.data.from_pandas(frame), config).take_all()
     assert sorted(row["number"] for row in ranked) == [0, 1, 2]
     for row in ranked:
@@ -150,14 +152,24 @@ def test_a_model_that_cannot_be_loaded_is_named(cluster: None, tmp_path: Path) -
         score_dataset(ds, ScorerConfig(model=f"{tmp_path}/missing", device="cpu")).take_all()
 
 
+def test_a_frame_with_a_column_of_mixed_types_is_scored(cluster: None, config: ScorerConfig) -> None:
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"query": [QUERY, QUERY], "passage": ["a", "b"], "mixed": [{1: 2}, "a"]})
+    scored = score_dataset(ray.data.from_pandas(frame), config).take_all()
+    assert {str(row["mixed"]) for row in scored} == {"{1: 2}", "a"}
+    assert all(row["error"] is None for row in scored)
+
+
 def test_actors_get_absolute_paths(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     (tmp_path / "embedded").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data._with_absolute_paths(ScorerConfig(cache_folder="~/hub")).cache_folder == f"{tmp_path}/hub"
     config = data._with_absolute_paths(ScorerConfig(model=checkpoint.name, cache_folder="cache"))
     assert config.model == str(checkpoint)
     assert config.cache_folder == str(checkpoint.parent / "cache")
     monkeypatch.chdir(tmp_path)
-    for model in ("embedded", "BAAI/bge-reranker-base"):
+    for model in ("embedded", "BAAI/bge-reranker-base", "a" * 300):
         assert data._with_absolute_paths(ScorerConfig(model=model)).model == model
 
 

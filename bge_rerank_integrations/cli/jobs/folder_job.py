@@ -75,7 +75,7 @@ class FolderJob:
         """
         has_output = _has_content(self._output)
         has_record = self._record.path.exists()
-        if has_output and not has_record:
+        if not has_record and self._output.exists() and any(self._output.iterdir()):
             raise DatasetError(
                 f"{self._output} is not empty and was not written by a ranking job; choose another "
                 "output folder"
@@ -140,7 +140,7 @@ class FolderJob:
 
 
 def _has_content(folder: Path) -> bool:
-    # Desktops and network file systems add hidden files.
+    # Desktops and network file systems add hidden files to a folder that a job has written.
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
