@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -741,6 +741,28 @@ def test_a_bar_that_cannot_be_shown_does_not_fail_the_request(
         streamed = scorer.score(iter(pairs), progress=True)
     assert scores == scorer.score(pairs)
     assert streamed == pytest.approx(scores, abs=LOGIT_TOLERANCE[torch.float32])
+
+
+class Interrupted(io.StringIO):
+    """Ctrl-C is pressed while the bar is drawn."""
+
+    def write(self, text: str, /) -> int:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stderr", [FullDisk(), LateFailure(), Interrupted()])
+def test_a_bar_that_was_not_drawn_does_not_stop_other_threads(checkpoint: Path, stderr: io.StringIO) -> None:
+    # Many batches: a bar is drawn again only after a tenth of a second.
+    config = ScorerConfig(model=checkpoint, device="cpu", dtype="float32", max_batch_tokens=1)
+    pairs = [(QUERY, f"a bear {number}") for number in range(400)]
+    for shown_on in (stderr, io.StringIO()):
+        scorer = Scorer.from_config(config)  # each has another worker thread
+        try:
+            with redirect_stderr(shown_on), suppress(KeyboardInterrupt):
+                assert len(scorer.score(pairs, progress=True, timeout=PATIENCE_S)) == len(pairs)
+        finally:
+            scorer.close(timeout=1.0)
+    assert "400/400" in shown_on.getvalue()
 
 
 def test_arguments_are_not_changed(scorer: Scorer, texts: list[str]) -> None:
