@@ -40,9 +40,8 @@ class TokenCache:
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._entries: OrderedDict[bytes, Encoded] = OrderedDict()
-        self._lock = (
-            threading.RLock()
-        )  # a signal handler that scores a text, although it must not, does not hang here
+        # A signal handler must not score. If one does, it does not hang here.
+        self._lock = threading.RLock()
 
     @staticmethod
     def key(text: str) -> bytes | None:

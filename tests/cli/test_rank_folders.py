@@ -29,6 +29,12 @@ def start(job: FolderJob) -> None:
     job.begin()
 
 
+def write_rows(job: FolderJob, output: Path) -> None:
+    for folder in (job.checkpoint, output):
+        folder.mkdir()
+        (folder / "rows.jsonl").touch()
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list that receives (address, source, output) of each job."""
@@ -151,9 +157,7 @@ def test_a_job_starts_over_if_its_output_was_deleted(tmp_path: Path) -> None:
         with FolderJob(output, SETTINGS, [file]) as job:
             start(job)
             assert not job.is_resumed
-            for folder in (job.checkpoint, output):
-                folder.mkdir()
-                (folder / "rows.jsonl").touch()
+            write_rows(job, output)
         shutil.rmtree(output)
 
 
@@ -187,9 +191,7 @@ def test_an_output_whose_rows_are_unknown_is_not_resumed(lost: str, tmp_path: Pa
     file.write_text("{}")
     with FolderJob(output, SETTINGS, [file]) as job:
         start(job)
-        for folder in (job.checkpoint, output):
-            folder.mkdir()
-            (folder / "rows.jsonl").touch()
+        write_rows(job, output)
         if lost == "checkpoint":
             shutil.rmtree(job.checkpoint)
         else:
@@ -222,9 +224,7 @@ def test_overwriting_that_was_killed_is_not_resumed(
     file.write_text("{}")
     with FolderJob(output, SETTINGS, [file]) as job:
         start(job)
-        for folder in (job.checkpoint, output):
-            folder.mkdir()
-            (folder / "rows.jsonl").touch()
+        write_rows(job, output)
     rmtree, calls = shutil.rmtree, count()
 
     def killed(*args: Any, **options: Any) -> None:

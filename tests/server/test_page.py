@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -642,7 +643,9 @@ def test_input_that_changes_while_it_is_ranked(open_page: Open) -> None:
         assert "something else" not in page.locator("pre").inner_text()
 
 
-def test_stopping(open_page: Open) -> None:
+@contextmanager
+def ranking(open_page: Open) -> Iterator[tuple[Page, HeldScorer]]:
+    """Yield a page that waits for its second ranking, and the scorer that holds it."""
     held = HeldScorer(is_held=False)
     with running(create_app(held)) as url:  # type: ignore[arg-type]
         page = open_page(url + SMALL, may_fail=True)
@@ -650,6 +653,11 @@ def test_stopping(open_page: Open) -> None:
         held.is_held = True
         rerank(page)
         wait_until(lambda: held.num_calls == 2)
+        yield page, held
+
+
+def test_stopping(open_page: Open) -> None:
+    with ranking(open_page) as (page, held):
         page.get_by_role("button", name="Stop").click()
         settled(page)
         wait_until(lambda: held.num_cancelled == 1)
@@ -657,13 +665,7 @@ def test_stopping(open_page: Open) -> None:
 
 
 def test_the_enter_key_asks_again_while_a_ranking_runs(open_page: Open) -> None:
-    held = HeldScorer(is_held=False)
-    with running(create_app(held)) as url:  # type: ignore[arg-type]
-        page = open_page(url + SMALL, may_fail=True)
-        settled(page)
-        held.is_held = True
-        rerank(page)
-        wait_until(lambda: held.num_calls == 2)
+    with ranking(open_page) as (page, held):
         page.get_by_label("Question").fill("another question")
         page.keyboard.press("Enter")
         wait_until(lambda: (held.num_calls, held.num_cancelled) == (3, 1))
