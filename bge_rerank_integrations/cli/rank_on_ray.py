@@ -19,6 +19,7 @@ import click
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import wrap
 from bge_rerank_integrations.cli.jobs.folder_job import FolderJob
+from bge_rerank_integrations.cli.jobs.input_folder import find_input_files
 from bge_rerank_integrations.cli.jobs.rank_lines import format_row
 from bge_rerank_integrations.cli.jobs.requests import (
     REQUEST_FORM,
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 _Command = Callable[..., None]
 
-_JSONL: Final = frozenset({".jsonl", ".ndjson"})
-_PARQUET: Final = frozenset({".parquet"})
-_READ: Final = _JSONL | _PARQUET
 # What `--ray` can be followed by. Anything else is the command's SOURCE.
 _ADDRESS: Final = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 _ANY_CLUSTER: Final = ""
@@ -189,7 +187,7 @@ def rank_on_ray(
         raise click.UsageError(
             "the output folder lies inside SOURCE, and would be read as input the next time"
         )
-    files, is_parquet = _find_files(folder)
+    files, is_parquet = find_input_files(folder)
     settings = {
         **_decisive(config),
         "top_n": top_n,
@@ -306,57 +304,6 @@ def _parse(line: Line) -> Request | MalformedLineError:
         return parse_request(line.number, line.raw)
     except MalformedLineError as error:
         return error
-
-
-def _find_files(folder: Path) -> tuple[list[Path], bool]:
-    """Return the files of a folder in a fixed order, and whether they are Parquet files.
-
-    stderr says how many other files there are, and names the first one.
-    """
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if (path.is_file() or path.is_symlink())  # the files of a linked folder are not found
-        # Other programs put files with these names beside their output, such as `_SUCCESS`.
-        and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
-    )
-    files = [path for path in found if path.is_file() and _suffix(path) in _READ]
-    read = set(files)
-    others = [path.relative_to(folder) for path in found if path not in read]
-    for path in files:
-        _check_name(path)
-    kinds = {_suffix(path) in _PARQUET for path in files}
-    if not kinds:
-        raise MalformedInputError(f"{folder} contains no file that ends with .jsonl, .ndjson or .parquet")
-    if len(kinds) > 1:
-        raise click.UsageError(f"{folder} contains both JSONL and Parquet files; put them into two folders")
-    is_parquet = kinds.pop()
-    if others:
-        not_read = (
-            f"Files that are not read: {len(others)}, such as {click.format_filename(others[0])}. Only files "
-            "whose names end with .jsonl, .ndjson or .parquet are read, and no linked folders."
-        )
-        click.echo(wrap(not_read), err=True)
-    parts = (part for path in files for part in path.relative_to(folder).parts[:-1] if "=" in part)
-    if is_parquet and (partition := next(parts, None)):
-        raise click.UsageError(
-            f"{folder} is partitioned into folders such as {partition}, whose column would be lost; read it "
-            "with ray.data.read_parquet and rank it with rerank_dataset"
-        )
-    return files, is_parquet
-
-
-def _suffix(path: Path) -> str:
-    return path.suffix.lower()
-
-
-def _check_name(path: Path) -> None:
-    """Raise an error if a path is not UTF-8. Results in JSONL contain it, and pyarrow could not open it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        name = click.format_filename(path)
-        raise click.UsageError(f"the file name {name} is not UTF-8; rename it") from None
 
 
 def _decisive(config: ScorerConfig) -> dict[str, Any]:
