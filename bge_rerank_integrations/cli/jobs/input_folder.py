@@ -47,8 +47,8 @@ def find_input_files(folder: Path) -> tuple[list[Path], bool]:
     if others:
         first = click.format_filename(others[0].relative_to(folder))
         not_read = (
-            f"Files that are not read: {len(others)}, such as {first}. Only files whose names end with .jsonl, "
-            ".ndjson or .parquet are read, and no linked folders."
+            f"Files that are not read: {len(others)}, such as {first}. Only files whose names end with "
+            ".jsonl, .ndjson or .parquet are read, and no linked folders."
         )
         click.echo(wrap(not_read), err=True)
     parts = (part for path in files for part in path.relative_to(folder).parts[:-1] if "=" in part)
