@@ -6,6 +6,7 @@ Names are imported on first use, so that importing the package loads neither tor
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ _HOME = {
     "WorkerDiedError": "errors",
 }
 
+# The library that a name cannot be imported without.
+_LIBRARY = {"BGERerankPostprocessor": "llama_index", "BGEReranker": "langchain_core", "RemoteScorer": "httpx"}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -125,4 +129,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    # help() and inspect.getmembers() import every name that is listed here.
+    return sorted(name for name in __all__ if name not in _LIBRARY or find_spec(_LIBRARY[name]) is not None)

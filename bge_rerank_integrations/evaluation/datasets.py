@@ -147,9 +147,16 @@ def read_run(path: Path) -> Run:
 
 
 def format_run(run: Mapping[str, Mapping[str, float]], tag: str) -> Iterator[str]:
-    """Yield the lines of a TREC run, with the passages of each query best first."""
+    """Yield the lines of a TREC run, with the passages of each query best first.
+
+    Raises:
+        DatasetError: An id is empty or contains white space, which separates the fields of a line.
+    """
     for query_id, scores in run.items():
         for rank, (passage_id, score) in enumerate(sorted_run(scores).items(), start=1):
+            for item in (query_id, passage_id):
+                if item.split() != [item]:
+                    raise DatasetError(f"an id of a TREC run is empty or has white space: {item!r}")
             yield f"{query_id} Q0 {passage_id} {rank} {score!r} {tag}\n"
 
 

@@ -151,6 +151,12 @@ def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[0].split() == ["q1", "Q0", "b", "1", repr(0.1 + 0.2), "tag"]
 
 
+@pytest.mark.parametrize("run", [{"a query": {"d": 1.0}}, {"q": {"a passage": 1.0}}, {"q": {"": 1.0}}])
+def test_an_id_that_a_run_cannot_hold_is_refused(run: dict[str, dict[str, float]]) -> None:
+    with pytest.raises(DatasetError, match="white space"):
+        list(format_run(run, "tag"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
