@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,13 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import Self
 
-from bge_rerank_integrations.adapter_results import check_ranking
+from bge_rerank_integrations.adapter_results import (
+    MARKS,
+    RETRIEVAL_RANK_KEY,
+    RETRIEVAL_SCORE_KEY,
+    check_ranking,
+    marks_of,
+)
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_OVERLAP,
@@ -155,19 +162,19 @@ class RerankOptions(BaseModel):
         data: dict[str, Any] = handler(self)
         if self.scorer is None:
             return data
-        settings = {name: value for name, value in data.items() if name not in _UNUSED_FIELDS}
+        settings = {name: value for name, value in data.items() if name not in _SETTINGS_OF_SHARED_SCORER}
         return {**settings, "scorer": missing_scorer_dump(self.scorer_name())}
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         if self.scorer is None:
             return [(name, value) for name, value in super().__repr_args__() if name != "scorer"]
-        # Of a scorer that is not ours, show the type only. Its own `repr` may contain an address or a key.
-        is_own = isinstance(self.scorer, Scorer | MissingScorer)
-        scorer = self.scorer if is_own else _Unquoted(type(self.scorer).__name__)
+        # Other scorers appear with their type only, because their `repr` may contain an address or a key.
+        has_safe_repr = isinstance(self.scorer, Scorer | MissingScorer)
+        scorer = self.scorer if has_safe_repr else _Unquoted(type(self.scorer).__name__)
         settings = [
             (name, value)
             for name, value in super().__repr_args__()
-            if name != "scorer" and name not in _UNUSED_FIELDS
+            if name != "scorer" and name not in _SETTINGS_OF_SHARED_SCORER
         ]
         return [("scorer", scorer), *settings]
 
@@ -262,27 +269,26 @@ class RerankOptions(BaseModel):
         return model if isinstance(model, str) else type(self.scorer).__name__
 
     def rank_texts(
-        self,
-        scorer: SupportsRank,
-        query: str,
-        texts: Sequence[str],
-        top_n: int | None,
-        threshold: float | None,
+        self, query: str, texts: Sequence[str], top_n: int | None, threshold: float | None
     ) -> Sequence[RankedPassage]:
-        """Rank texts with this adapter's `normalize` and `timeout`."""
+        """Rank texts with this adapter's scorer, `normalize` and `timeout`.
+
+        Without texts, or with a `top_n` of 0, no model is loaded.
+        """
+        if not texts or top_n == 0:
+            return []
+        scorer = self.resolve_scorer()
         if isinstance(scorer, OwnScorer):
             return scorer.rank(query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize)
         return check_ranking(scorer.rank(query, texts, top_n, threshold), len(texts), scorer)
 
     async def arank_texts(
-        self,
-        scorer: SupportsRank,
-        query: str,
-        texts: Sequence[str],
-        top_n: int | None,
-        threshold: float | None,
+        self, query: str, texts: Sequence[str], top_n: int | None, threshold: float | None
     ) -> Sequence[RankedPassage]:
         """Do the same as `rank_texts` without blocking the event loop."""
+        if not texts or top_n == 0:
+            return []
+        scorer = await self.aresolve_scorer()
         if isinstance(scorer, OwnScorer):
             return await scorer.arank(
                 query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize
@@ -291,7 +297,6 @@ class RerankOptions(BaseModel):
 
     def rank_requests(
         self,
-        scorer: SupportsRank,
         requests: Sequence[tuple[str, Sequence[str]]],
         top_n: int | None,
         threshold: float | None,
@@ -302,6 +307,9 @@ class RerankOptions(BaseModel):
             InputError: For the same reasons as `rank_texts`; `.index` says which request.
             NonFiniteScoreError: `.index` is the position among the texts of all requests.
         """
+        if top_n == 0 or not any(texts for _, texts in requests):
+            return [[] for _ in requests]
+        scorer = self.resolve_scorer()
         if isinstance(scorer, OwnScorer):
             return scorer.rank_many(
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
@@ -309,17 +317,19 @@ class RerankOptions(BaseModel):
         rankings: list[Sequence[RankedPassage]] = []
         for number, (query, texts) in enumerate(requests):
             with _naming(requests, number):
-                rankings.append(self.rank_texts(scorer, query, texts, top_n, threshold))
+                rankings.append(self.rank_texts(query, texts, top_n, threshold))
         return rankings
 
     async def arank_requests(
         self,
-        scorer: SupportsRank,
         requests: Sequence[tuple[str, Sequence[str]]],
         top_n: int | None,
         threshold: float | None,
     ) -> Sequence[Sequence[RankedPassage]]:
         """Do the same as `rank_requests` without blocking the event loop."""
+        if top_n == 0 or not any(texts for _, texts in requests):
+            return [[] for _ in requests]
+        scorer = await self.aresolve_scorer()
         if isinstance(scorer, OwnScorer):
             return await scorer.arank_many(
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
@@ -327,12 +337,35 @@ class RerankOptions(BaseModel):
         rankings: list[Sequence[RankedPassage]] = []
         for number, (query, texts) in enumerate(requests):
             with _naming(requests, number):
-                rankings.append(await self.arank_texts(scorer, query, texts, top_n, threshold))
+                rankings.append(await self.arank_texts(query, texts, top_n, threshold))
         return rankings
 
+    def added_metadata(
+        self, metadata: dict[str, Any], passage: RankedPassage, retrieval_score: object
+    ) -> dict[str, Any]:
+        """Remove from `metadata` what an earlier call has added, and return what this call adds.
 
-# The options that do not apply to a scorer of your own. `normalize` does apply.
-_UNUSED_FIELDS = frozenset(_SCORER_FIELDS) - {"normalize"}
+        Args:
+            metadata: The metadata of the copy that is returned to the user.
+            passage: The result of the document.
+            retrieval_score: The score of the retriever, or None.
+        """
+        added: dict[str, Any] = {}
+        if self.mark_unread:
+            for key in MARKS:
+                metadata.pop(key, None)
+            added |= marks_of(passage)
+        if self.keep_retrieval_score:
+            if RETRIEVAL_RANK_KEY in metadata:  # then the score is that of an earlier call, too
+                metadata.pop(RETRIEVAL_SCORE_KEY, None)
+            added[RETRIEVAL_RANK_KEY] = operator.index(passage.index)
+            if retrieval_score is not None:
+                added[RETRIEVAL_SCORE_KEY] = retrieval_score
+        return added
+
+
+# The options that choose the shared scorer. They have no effect with `scorer=`.
+_SETTINGS_OF_SHARED_SCORER = frozenset(_SCORER_FIELDS) - {"normalize"}
 
 
 @contextmanager

@@ -31,22 +31,21 @@ class CrossEncoderView(BaseCrossEncoder):
         groups: dict[str, list[int]] = {}
         for index, (query, _) in enumerate(pairs):
             groups.setdefault(query, []).append(index)
-        scorer = self._reranker.resolve_scorer()
         requests = [(query, [pairs[index][1] for index in indices]) for query, indices in groups.items()]
         order = [index for indices in groups.values() for index in indices]
         try:
-            rankings = self._reranker.rank_requests(scorer, check_requests(requests), None, None)
+            rankings = self._reranker.rank_requests(check_requests(requests), None, None)
         except NonFiniteScoreError as error:
             if error.index is None:
                 raise
-            raise _of_pair(error, order) from None
+            raise _error_of_pair(error, order) from None
         except InputError as error:
-            # The error says which query. An error of its passages alone says which passage.
+            # The error names the query only. Rank that query alone, so that the error names the passage.
             query, texts = requests[error.index or 0]
             try:
-                self._reranker.rank_texts(scorer, check_query(query), texts, None, None)
+                self._reranker.rank_texts(check_query(query), texts, None, None)
             except InputError as exact:
-                raise _of_pair(exact, groups[query]) from None
+                raise _error_of_pair(exact, groups[query]) from None
             raise
         scores = {
             indices[passage.index]: float(passage.score)
@@ -54,11 +53,13 @@ class CrossEncoderView(BaseCrossEncoder):
             for passage in ranked
         }
         if len(scores) < len(pairs):
-            raise ConfigError(f"the scorer {type(scorer).__name__} returned no score for some passages")
+            raise ConfigError(
+                f"the scorer {self._reranker.scorer_name()} returned no score for some passages"
+            )
         return [scores[index] for index in range(len(pairs))]
 
 
-def _of_pair(error: PairError, indices: Sequence[int]) -> PairError:
+def _error_of_pair(error: PairError, indices: Sequence[int]) -> PairError:
     """Return an error that names a pair, given an error that names a position in `indices`."""
     index = indices[error.index or 0]
     message = re.sub(r"\b(passage|pair) \d+\b", "the passage", str(error), count=1)

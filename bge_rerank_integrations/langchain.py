@@ -25,11 +25,8 @@ from bge_rerank_integrations.adapter_options import Names, RerankOptions
 from bge_rerank_integrations.adapter_results import (
     MARKS,
     RETRIEVAL_KEYS,
-    RETRIEVAL_RANK_KEY,
-    RETRIEVAL_SCORE_KEY,
     independent_copy,
     is_score,
-    marks_of,
     summarize,
     summarize_all,
     type_of,
@@ -207,9 +204,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         limit = self._top_n(top_n)
         num_pairs = sum(len(texts) for _, texts in prepared)
         with self._run(None, num_pairs) as outputs:
-            rankings: Sequence[Sequence[RankedPassage]] = [[] for _ in prepared]
-            if num_pairs and limit != 0:
-                rankings = self.rank_requests(self.resolve_scorer(), prepared, limit, self.score_threshold)
+            rankings = self.rank_requests(prepared, limit, self.score_threshold)
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
@@ -225,10 +220,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         limit = self._top_n(top_n)
         num_pairs = sum(len(texts) for _, texts in prepared)
         async with self._arun(None, num_pairs) as outputs:
-            rankings: Sequence[Sequence[RankedPassage]] = [[] for _ in prepared]
-            if num_pairs and limit != 0:
-                scorer = await self.aresolve_scorer()
-                rankings = await self.arank_requests(scorer, prepared, limit, self.score_threshold)
+            rankings = await self.arank_requests(prepared, limit, self.score_threshold)
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
@@ -249,9 +241,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
     ) -> Sequence[RankedPassage]:
         with self._run(callbacks, len(texts)) as outputs:
-            ranked: Sequence[RankedPassage] = []
-            if texts and top_n != 0:
-                ranked = self.rank_texts(self.resolve_scorer(), query, texts, top_n, self.score_threshold)
+            ranked = self.rank_texts(query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 
@@ -259,11 +249,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
     ) -> Sequence[RankedPassage]:
         async with self._arun(callbacks, len(texts)) as outputs:
-            ranked: Sequence[RankedPassage] = []
-            if texts and top_n != 0:
-                ranked = await self.arank_texts(
-                    await self.aresolve_scorer(), query, texts, top_n, self.score_threshold
-                )
+            ranked = await self.arank_texts(query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 
@@ -314,17 +300,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
     def _scored_copy(self, document: Document, passage: RankedPassage) -> Document:
         copied = independent_copy(document)
         metadata = copied.metadata
-        if self.mark_unread:
-            for key in MARKS:
-                metadata.pop(key, None)
-            metadata |= marks_of(passage)
-        if self.keep_retrieval_score:
-            # The keys that retrievers and other rerankers use.
-            found = [metadata.get(key) for key in (self.score_key, "score") if is_score(metadata.get(key))]
-            if RETRIEVAL_RANK_KEY in metadata:  # then the score is that of an earlier call, too
-                metadata.pop(RETRIEVAL_SCORE_KEY, None)
-            metadata |= {RETRIEVAL_RANK_KEY: operator.index(passage.index)}
-            metadata |= {RETRIEVAL_SCORE_KEY: found[0]} if found else {}
+        # The keys that retrievers and other rerankers use.
+        found = [metadata.get(key) for key in (self.score_key, "score") if is_score(metadata.get(key))]
+        metadata |= self.added_metadata(metadata, passage, found[0] if found else None)
         metadata[self.score_key] = float(passage.score)  # a scorer of the user may return a NumPy float
         return copied
 

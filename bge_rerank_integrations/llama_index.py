@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,10 +33,7 @@ from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.adapter_results import (
     MARKS,
     RETRIEVAL_KEYS,
-    RETRIEVAL_RANK_KEY,
-    RETRIEVAL_SCORE_KEY,
     independent_copy,
-    marks_of,
     summarize,
     type_of,
 )
@@ -121,15 +117,11 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        job = self._prepare(nodes, query_bundle)
-        with self._events(job) as returned:
-            ranked: Sequence[RankedPassage] = []
-            if job.texts and self.top_n != 0:
-                ranked = self.rank_texts(
-                    self.resolve_scorer(), job.query.query_str, job.texts, self.top_n, self.score_threshold
-                )
-            returned.extend(self._scored(job, ranked))
-            job.figures.update(summarize(ranked, len(job.texts)))
+        call = self._prepare(nodes, query_bundle)
+        with self._events(call) as returned:
+            ranked = self.rank_texts(call.query.query_str, call.texts, self.top_n, self.score_threshold)
+            returned.extend(self._scored(call, ranked))
+            call.figures.update(summarize(ranked, len(call.texts)))
         return returned
 
     # The base class adds a span to the sync method only.
@@ -137,19 +129,16 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        job = self._prepare(nodes, query_bundle)
-        with self._events(job) as returned:
-            ranked: Sequence[RankedPassage] = []
-            if job.texts and self.top_n != 0:
-                scorer = await self.aresolve_scorer()
-                ranked = await self.arank_texts(
-                    scorer, job.query.query_str, job.texts, self.top_n, self.score_threshold
-                )
-            returned.extend(self._scored(job, ranked))
-            job.figures.update(summarize(ranked, len(job.texts)))
+        call = self._prepare(nodes, query_bundle)
+        with self._events(call) as returned:
+            ranked = await self.arank_texts(
+                call.query.query_str, call.texts, self.top_n, self.score_threshold
+            )
+            returned.extend(self._scored(call, ranked))
+            call.figures.update(summarize(ranked, len(call.texts)))
         return returned
 
-    def _prepare(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> _Job:
+    def _prepare(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> _Call:
         if query_bundle is None:
             raise InputError("Missing query bundle in extra info.")
         if not isinstance(query_bundle, QueryBundle):
@@ -169,49 +158,39 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                 )
             _check_node(node.node, index)
             texts.append(_without_own_keys(node.node).get_content(metadata_mode=self.metadata_mode))
-        return _Job(nodes, query_bundle, texts)
+        return _Call(nodes, query_bundle, texts)
 
     @contextmanager
-    def _events(self, job: _Job) -> Iterator[list[NodeWithScore]]:
+    def _events(self, call: _Call) -> Iterator[list[NodeWithScore]]:
         """Emit start and end events of both kinds around the block. The block fills the yielded list."""
         returned: list[NodeWithScore] = []
-        top_n = len(job.nodes) if self.top_n is None else self.top_n
+        top_n = len(call.nodes) if self.top_n is None else self.top_n
         model_name = self.scorer_name()
         dispatcher.event(
-            ReRankStartEvent(query=job.query, nodes=job.nodes, top_n=top_n, model_name=model_name)
+            ReRankStartEvent(query=call.query, nodes=call.nodes, top_n=top_n, model_name=model_name)
         )
         try:
             payload: dict[str, Any] = {
-                EventPayload.NODES: job.nodes,
+                EventPayload.NODES: call.nodes,
                 EventPayload.MODEL_NAME: model_name,
-                EventPayload.QUERY_STR: job.query.query_str,
+                EventPayload.QUERY_STR: call.query.query_str,
                 EventPayload.TOP_K: top_n,
             }
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
                 yield returned
                 event.on_end(
-                    payload={EventPayload.NODES: returned, EventPayload.ADDITIONAL_KWARGS: job.figures}
+                    payload={EventPayload.NODES: returned, EventPayload.ADDITIONAL_KWARGS: call.figures}
                 )
         finally:
             dispatcher.event(ReRankEndEvent(nodes=returned))
 
-    def _scored(self, job: _Job, ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
-        return [self._copy(job.nodes[passage.index], passage) for passage in ranked]
+    def _scored(self, call: _Call, ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
+        return [self._copy(call.nodes[passage.index], passage) for passage in ranked]
 
     def _copy(self, original: NodeWithScore, passage: RankedPassage) -> NodeWithScore:
         # The object of an IndexNode, such as another index, is not part of the node's data.
         node = independent_copy(original.node, shared=("obj",))
-        added: dict[str, Any] = {}
-        if self.mark_unread:
-            for key in MARKS:
-                node.metadata.pop(key, None)
-            added |= marks_of(passage)
-        if self.keep_retrieval_score:
-            if RETRIEVAL_RANK_KEY in node.metadata:  # then the score is that of an earlier call, too
-                node.metadata.pop(RETRIEVAL_SCORE_KEY, None)
-            added[RETRIEVAL_RANK_KEY] = operator.index(passage.index)
-            if original.score is not None:
-                added[RETRIEVAL_SCORE_KEY] = original.score
+        added = self.added_metadata(node.metadata, passage, original.score)
         if added:
             # Excluded from both texts, so that no prompt and no embedding contains these keys.
             node = node.model_copy(
@@ -227,7 +206,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Call:
     """A validated call. `texts[i]` is the text of `nodes[i]`. `figures` is filled in after ranking."""
 
     nodes: list[NodeWithScore]

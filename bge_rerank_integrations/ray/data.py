@@ -320,11 +320,7 @@ def _value(scalar: pa.Scalar) -> object:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        if isinstance(scalar, pa.DictionaryScalar):
-            scalar = scalar.value
-        if isinstance(scalar, pa.StringScalar):
-            return bytes(scalar.as_buffer())
-        return [_value(item) for item in scalar.values]
+        return [_value(item) for item in scalar.values] if isinstance(scalar, pa.ListScalar) else b""
 
 
 def _errors(outcomes: Sequence[object], on_error: OnError) -> list[str | None]:

@@ -991,7 +991,17 @@ def test_cross_encoder_scores_pairs_in_order(reranker: BGEReranker) -> None:
         (alone,) = reranker.rerank([text], query)
         assert score == pytest.approx(alone["relevance_score"], abs=TOLERANCE)
     assert {type(score) for score in scores} == {float}
-    assert encoder.score([]) == []
+
+
+def test_cross_encoder_needs_no_model_without_pairs(tmp_path: Path) -> None:
+    assert BGEReranker(model=tmp_path / "nowhere").as_cross_encoder().score([]) == []
+
+
+async def test_a_request_without_documents_does_not_reach_the_scorer(rerank_many: RerankMany) -> None:
+    scorer = TableScorer()
+    results = await rerank_many(BGEReranker(scorer=scorer), [(QUERY, []), (QUERY, [TEA])])
+    assert [len(result) for result in results] == [0, 1]
+    assert scorer.asked == [(QUERY, [TEA])]
 
 
 def test_cross_encoder_ignores_top_n_and_threshold() -> None:

@@ -279,6 +279,15 @@ def test_an_incomplete_row_is_removed(output: Path, source: Path, left: str, don
     assert Path(f"{output}.partial").read_text() == kept
 
 
+@pytest.mark.parametrize("extra", ["\n", "{}\n", "not JSON\n"])
+def test_a_partial_file_that_does_not_end_with_a_row_is_refused(
+    output: Path, source: Path, extra: str
+) -> None:
+    leave_behind(output, {}, source, '{"line": 1}\n' + extra)
+    with FileJob(output, {}, source) as job, pytest.raises(DatasetError, match="does not end with a row"):
+        job.begin()
+
+
 def test_another_job_is_refused(output: Path, source: Path) -> None:
     leave_behind(output, {"model": "one", "top_n": 3}, source, '{"line": 1}\n')
     with (

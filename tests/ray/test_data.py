@@ -124,6 +124,16 @@ def test_a_string_that_is_not_utf_8_is_an_error_of_its_row(scorer: Scorer, kind:
     assert ranked.column("error").to_pylist() == [None, "passage 0 must be a string, not bytes"]
 
 
+def test_a_struct_with_a_string_that_is_not_utf_8_is_an_error_of_its_row(scorer: Scorer) -> None:
+    raw = pa.array([b"a bear", CANARY.encode() + b"\xff"])
+    structs = pa.StructArray.from_arrays([raw.view(pa.string())], names=["text"])
+    table = pa.table({"query": pa.array([QUERY] * 2), "passage": structs})
+    scored = data._score_table(scorer, table, columns=("query", "passage"), on_error="column")
+    first, second = scored.column("error").to_pylist()
+    assert first == "the passage must be a string, not dict"
+    assert second.startswith("the passage must be a string, not ")
+
+
 @pytest.mark.parametrize("is_ragged", [False, True])
 def test_a_dataset_of_pandas(
     is_ragged: bool, cluster: None, config: ScorerConfig, scorer: Scorer, tmp_path: Path

@@ -93,8 +93,10 @@ class FileJob:
         if not self._partial.exists():
             return 0
         with self._partial.open("r+b") as file:
-            file.truncate(_end_of_last_line(file))
-            last = _last_line(file)
+            end = _after_line_feed(file, file.seek(0, os.SEEK_END))
+            file.truncate(end)
+            file.seek(_after_line_feed(file, end - 1))
+            last = file.read()
         if not last:
             return 0
         try:
@@ -157,10 +159,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _end_of_last_line(file: IO[bytes]) -> int:
-    """Return the position after the last line feed, or 0 if there is none."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
+def _after_line_feed(file: IO[bytes], end: int) -> int:
+    """Return the position after the last line feed before `end`, or 0 if there is none."""
+    while end > 0:
         start = max(end - (1 << 16), 0)
         file.seek(start)
         position = file.read(end - start).rfind(b"\n")
@@ -168,19 +169,3 @@ def _end_of_last_line(file: IO[bytes]) -> int:
             return start + position + 1
         end = start
     return 0
-
-
-def _last_line(file: IO[bytes]) -> bytes:
-    """Return the last line of a file that ends with a line feed."""
-    end = max(file.seek(0, os.SEEK_END) - 1, 0)
-    start = end
-    while start:
-        begin = max(start - (1 << 16), 0)
-        file.seek(begin)
-        position = file.read(start - begin).rfind(b"\n")
-        if position >= 0:
-            start = begin + position + 1
-            break
-        start = begin
-    file.seek(start)
-    return file.read(end - start)
