@@ -149,7 +149,7 @@ def prepare(loaded: DeviceModel, ids: Sequence[bytes]) -> Prepared:
     for batch in batches:
         padded = batch if model.graphs is None else model.graphs.pad(batch)
         on_its_device = pack(
-            padded, padding_idx=loaded.padding_idx, device=loaded.device, num_rows=model.num_rows
+            padded, padding_idx=loaded.padding_idx, device=loaded.device, row_multiple=model.row_multiple
         )
         packed.append((on_its_device, padded is not batch))
     return Prepared(packed, model.forward if model.graphs is None else model.graphs)

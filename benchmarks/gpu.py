@@ -26,7 +26,7 @@ from benchmarks.workloads import Workload, WorkloadMaker
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.config import DType
 from bge_rerank_integrations.engine.describe import describe_machine
-from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.shape import EncoderShape
 
 DEFAULT_CONTENDERS: Final = ["ours", "cross-encoder-best"]
 # Number of pairs in the trial run that estimates how many pairs fit into `--seconds`.

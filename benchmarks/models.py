@@ -21,7 +21,7 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
-from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.shape import EncoderShape
 from examples.random_checkpoint import TOKENIZER_CONFIG, build_random_checkpoint
 
 SHAPES: Final[dict[str, dict[str, int]]] = {

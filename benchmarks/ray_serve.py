@@ -22,8 +22,8 @@ from benchmarks.models import Setup
 from benchmarks.ray_common import TOLERANCE, local_cluster
 from bge_rerank_integrations import RemoteScorer, Scorer
 from bge_rerank_integrations.errors import RerankError
+from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ray import ServeArguments, ServeScorer, app
-from bge_rerank_integrations.scorer import OwnScorer
 from examples.random_checkpoint import build_random_checkpoint
 
 _NUM_REPLICAS: Final = 2
@@ -132,7 +132,9 @@ class _Background:
 class _Load:
     """Sends requests from several clients at the same time, and counts how they end."""
 
-    def __init__(self, clients: Sequence[OwnScorer], requests: Sequence[Request], num_clients: int) -> None:
+    def __init__(
+        self, clients: Sequence[PackageScorer], requests: Sequence[Request], num_clients: int
+    ) -> None:
         self._clients = clients
         self._requests = requests
         self._num_clients = num_clients
@@ -189,7 +191,7 @@ def _expected(model: str, device: str, requests: Sequence[Request]) -> Scores:
         return [{each.index: each.score for each in scorer.rank(*request)} for request in requests]
 
 
-def _deploy(model: str, device: str, port: int) -> list[OwnScorer]:
+def _deploy(model: str, device: str, port: int) -> list[PackageScorer]:
     arguments = ServeArguments(
         model=model, device=device, dtype="float32", num_replicas=_NUM_REPLICAS, num_cpus=0.5, num_threads=1
     )

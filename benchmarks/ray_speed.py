@@ -23,7 +23,7 @@ from benchmarks.models import Setup
 from benchmarks.ray_common import ROWS_PER_BLOCK, PeakSharedMemory, local_cluster, make_pairs
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.ray import ActorOptions
-from bge_rerank_integrations.ray.data import map_with_scorer
+from bge_rerank_integrations.ray.actors import map_with_scorer
 from bge_rerank_integrations.ray.rows import score_rows
 
 # Goals for an idle machine with more than two cores, since Ray itself needs some of their time.

@@ -43,7 +43,7 @@ from bge_rerank_integrations.config import (
 )
 from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.missing_scorer import MissingScorer, missing_scorer_dump, read_scorer
-from bge_rerank_integrations.protocols import OwnScorer, SupportsRank
+from bge_rerank_integrations.protocols import PackageScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S, naming_request
@@ -141,7 +141,7 @@ class RerankOptions(BaseModel):
             given = [n for n in _SCORER_FIELDS if getattr(config, n) != getattr(defaults, n)]
             if given:
                 raise ConfigError(f"{given} cannot be combined with scorer, which has its own settings")
-            if self.timeout is not None and not isinstance(self.scorer, OwnScorer | MissingScorer):
+            if self.timeout is not None and not isinstance(self.scorer, PackageScorer | MissingScorer):
                 raise ConfigError(
                     "timeout cannot be combined with a scorer that is not a Scorer, RemoteScorer or "
                     "ServeScorer; limit the time in the scorer"
@@ -150,7 +150,7 @@ class RerankOptions(BaseModel):
         return self
 
     def _check_threshold(self) -> None:
-        if self.scorer is not None and not isinstance(self.scorer, OwnScorer):
+        if self.scorer is not None and not isinstance(self.scorer, PackageScorer):
             return  # the scale of such a scorer is unknown
         try:
             check_threshold(self.score_threshold, normalize=self.normalize)
@@ -278,7 +278,7 @@ class RerankOptions(BaseModel):
         if not texts or top_n == 0:
             return []
         scorer = self.resolve_scorer()
-        if isinstance(scorer, OwnScorer):
+        if isinstance(scorer, PackageScorer):
             return scorer.rank(query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize)
         return check_ranking(scorer.rank(query, texts, top_n, threshold), len(texts), scorer)
 
@@ -289,7 +289,7 @@ class RerankOptions(BaseModel):
         if not texts or top_n == 0:
             return []
         scorer = await self.aresolve_scorer()
-        if isinstance(scorer, OwnScorer):
+        if isinstance(scorer, PackageScorer):
             return await scorer.arank(
                 query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
@@ -310,7 +310,7 @@ class RerankOptions(BaseModel):
         if top_n == 0 or not any(texts for _, texts in requests):
             return [[] for _ in requests]
         scorer = self.resolve_scorer()
-        if isinstance(scorer, OwnScorer):
+        if isinstance(scorer, PackageScorer):
             return scorer.rank_many(
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )
@@ -330,7 +330,7 @@ class RerankOptions(BaseModel):
         if top_n == 0 or not any(texts for _, texts in requests):
             return [[] for _ in requests]
         scorer = await self.aresolve_scorer()
-        if isinstance(scorer, OwnScorer):
+        if isinstance(scorer, PackageScorer):
             return await scorer.arank_many(
                 requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
             )

@@ -34,8 +34,8 @@ _MAX_DEVICE_INDEX: Final = 127
 _MAX_NUM_THREADS: Final = 1024
 # Longer than any XLM-RoBERTa checkpoint allows. The loaded model has its own, lower limit.
 _MAX_LENGTH: Final = 65_536
-# The hidden states of a batch of this many tokens fill the memory of the largest GPUs.
-_MAX_BATCH_TOKENS: Final = 1 << 22
+# Kernels of attention take at most 65,535 sequences on a GPU, and a pair has at least six tokens.
+_MAX_BATCH_TOKENS: Final = 1 << 18
 # The token ids alone of this many tokens take 4 TB.
 _MAX_QUEUED_TOKENS: Final = 1 << 40
 
@@ -189,7 +189,7 @@ class ScorerConfig:
         """Maximum length of a query in tokens, three quarters of `max_length` if none was set."""
         if self.query_max_length is not None:
             return self.query_max_length
-        return self.max_length * 3 // 4
+        return min(self.max_length * 3 // 4, self.max_length - NUM_SPECIAL_TOKENS - 1)
 
     def per_device(self) -> list[ScorerConfig]:
         """Return one config for each device, with `device` set and `devices` None."""

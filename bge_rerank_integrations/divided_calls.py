@@ -10,7 +10,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from itertools import count
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from bge_rerank_integrations.errors import (
@@ -210,18 +209,13 @@ class DividedCalls(Generic[Step, Outcome]):
             ranked.extend(zip(fragments, rankings, strict=True))
             start += sum(len(fragment.passages) for fragment in fragments)
         # Parts return logits, because they decide the order. The sigmoid is applied here.
-        return merge_rankings(
-            len(requests),
-            ranked,
-            top_n=selection.top_n,
-            threshold=selection.threshold,
-            normalize=selection.normalize,
-        )
+        return merge_rankings(len(requests), ranked, selection)
 
     def _repeat(self, part: Part, deadline: float | None) -> Generator[Step | Sleep, Outcome, list[Ranking]]:
         """Send a part until it succeeds, its time is over or there were enough attempts."""
         deadlines = [each for each in (deadline, deadline_of(self._timeout)) if each is not None]
-        for attempt in count():
+        attempt = 0
+        while True:
             left_s = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
             if left_s == 0:
                 raise RequestTimeoutError(self._timed_out)
@@ -235,4 +229,4 @@ class DividedCalls(Generic[Step, Outcome]):
             if delay_s is None or attempt >= self._max_retries or delay_s >= left_s:
                 raise error
             yield Sleep(delay_s)
-        raise AssertionError("unreachable")
+            attempt += 1

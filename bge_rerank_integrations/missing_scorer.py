@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.ranking import RankedPassage
 
+# In a dump, the key of the name of the scorer that must be given again.
 _KEY = "give_again"
 
 

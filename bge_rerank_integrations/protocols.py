@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @runtime_checkable
@@ -47,7 +50,7 @@ class SupportsRank(Protocol):
         """Do the same as `rank` without blocking the event loop; see `Scorer.arank`."""
 
 
-class OwnScorer(ABC):
+class PackageScorer(ABC):
     """Base class of the scorers of this package, whose methods accept `timeout` and `normalize`.
 
     The adapters pass their `normalize` and `timeout` to such a scorer, and rank several requests in one call.
@@ -102,3 +105,10 @@ class OwnScorer(ABC):
         normalize: bool | None = None,
     ) -> list[Ranking]:
         """Do the same as `rank_many` without blocking the event loop."""
+
+    # A scorer owns the memory of a device, or connections. A copy is therefore the same scorer.
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self

@@ -7,9 +7,10 @@ import os
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from bge_rerank_integrations.api_key import API_KEY_VARIABLE
 from bge_rerank_integrations.divided_calls import MAX_PAIRS, DividedCalls, Failure, Part, deadline_of
 from bge_rerank_integrations.errors import ConfigError, ScorerClosedError
-from bge_rerank_integrations.protocols import OwnScorer
+from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.remote_transport import Outcome, Send, Transport
 from bge_rerank_integrations.remote_wire import (
@@ -26,11 +27,10 @@ from bge_rerank_integrations.validation import acheck_stream
 if TYPE_CHECKING:
     import httpx
 
-_API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
 _PATH: Final = "/v1/rank"
 
 
-class RemoteScorer(OwnScorer):
+class RemoteScorer(PackageScorer):
     """Scores pairs on a server that `bge-rerank serve` runs. The adapters take it in place of a `Scorer`.
 
     `rank`, `rank_many`, `score` and their asynchronous forms have the arguments, results and errors of those
@@ -81,7 +81,7 @@ class RemoteScorer(OwnScorer):
     ) -> None:
         self._base_url = check_base_url(base_url)
         self._given_url = base_url
-        self._key = ApiKey((os.environ.get(_API_KEY_VARIABLE) or None) if api_key is None else api_key)
+        self._key = ApiKey((os.environ.get(API_KEY_VARIABLE) or None) if api_key is None else api_key)
         self._timeout = timeout
         self._max_retries = max_retries
         self._normalize = normalize
@@ -286,13 +286,6 @@ class RemoteScorer(OwnScorer):
 
     def __repr__(self) -> str:
         return f"RemoteScorer({self._base_url!r})"
-
-    # Connections cannot be copied. A copy is therefore the same scorer.
-    def __copy__(self) -> RemoteScorer:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, object]) -> RemoteScorer:
-        return self
 
     def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], RemoteScorer], tuple[dict[str, Any]]]:
         if self._transport.has_given_client:

@@ -11,6 +11,7 @@ from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
+from bge_rerank_integrations.api_key import is_api_key
 from bge_rerank_integrations.divided_calls import Part, random_delay_s
 from bge_rerank_integrations.errors import (
     AuthenticationError,
@@ -92,7 +93,7 @@ class ApiKey:
         value = key if read is None else read()
         if value is not None and not isinstance(value, str):
             raise ConfigError("api_key must be a string, a secret such as pydantic's SecretStr, or None")
-        if value is not None and not (value and all("!" <= character <= "~" for character in value)):
+        if value is not None and not is_api_key(value):
             raise ConfigError("api_key must be printable ASCII without spaces, and not empty")
         self._value = value
 
@@ -162,22 +163,18 @@ def _error_fields(content: bytes) -> dict[str, Any]:
 def retry_delay(outcome: Answer | httpx.RequestError, error: RerankError, attempt: int) -> float | None:
     """Return the delay in seconds before the next attempt, or None if the error is final."""
     own = random_delay_s(attempt)
-    if isinstance(error, RequestTimeoutError) and _was_ours(outcome):
-        return None  # another attempt would take as long
-    if isinstance(outcome, Answer):
-        # The server gives every error a type. A proxy that loses its server in the middle of a request, such
-        # as that of Ray Serve, answers 500 without one.
-        is_lost = outcome.status == 500 and not _was_ours(outcome)
-        if outcome.status not in _RETRIED_STATUSES and not is_lost:
-            return None
-        asked = _retry_after(outcome.headers.get("retry-after", ""))
-        # The random part spreads the attempts of clients that were refused at the same time.
-        return own if asked is None else asked + own * 0.5
-    return own
-
-
-def _was_ours(outcome: Answer | httpx.RequestError) -> bool:
-    return not isinstance(outcome, Answer) or "type" in _error_fields(outcome.content)
+    is_timeout = isinstance(error, RequestTimeoutError)  # then another attempt would take as long
+    if not isinstance(outcome, Answer):
+        return None if is_timeout else own
+    # The server gives every error a type. A proxy that loses its server in the middle of a request, such as
+    # that of Ray Serve, answers 500 without one.
+    has_type = "type" in _error_fields(outcome.content)
+    is_lost = outcome.status == 500 and not has_type
+    if (is_timeout and has_type) or (outcome.status not in _RETRIED_STATUSES and not is_lost):
+        return None
+    asked = _retry_after(outcome.headers.get("retry-after", ""))
+    # The random part spreads the attempts of clients that were refused at the same time.
+    return own if asked is None else asked + own * 0.5
 
 
 def _retry_after(value: str) -> float | None:

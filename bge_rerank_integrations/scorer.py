@@ -7,7 +7,6 @@ import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
-from functools import partial
 from typing import ClassVar, Final
 
 from bge_rerank_integrations.batching.inference import Pipeline, load_pipeline
@@ -23,13 +22,12 @@ from bge_rerank_integrations.config import (
     TruncationSide,
 )
 from bge_rerank_integrations.errors import ScorerClosedError
-from bge_rerank_integrations.protocols import OwnScorer as OwnScorer
-from bge_rerank_integrations.protocols import SupportsRank as SupportsRank
+from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
 from bge_rerank_integrations.runtime.reader_threads import read_in_thread, run_in_thread
 from bge_rerank_integrations.runtime.shared_objects import SharedObjects
-from bge_rerank_integrations.text.pairs import PreparedPairs, find_blank, find_blank_in_each
+from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.validation import (
     Pair,
     acheck_stream,
@@ -52,7 +50,7 @@ def _make_loaders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2, "bge-rerank-load")
 
 
-class Scorer(OwnScorer):
+class Scorer(PackageScorer):
     """Scores (query, passage) pairs with a BGE reranker or another one-label XLM-RoBERTa cross-encoder.
 
     A scorer loads one model onto one device, or a copy of it onto each of several devices. Any number of
@@ -256,7 +254,8 @@ class Scorer(OwnScorer):
             >>> (score,) = scorer.compute_score(("what is a panda?", "The giant panda is a bear."))
         """
         pairs = [sentence_pairs] if is_single_pair(sentence_pairs) else sentence_pairs
-        return self._score(check_pairs(pairs), None, progress, self._normalizes(normalize))
+        selection = self._select(None, None, normalize)
+        return self._score(check_pairs(pairs), None, progress, selection.normalize)
 
     def rank(
         self,
@@ -462,9 +461,9 @@ class Scorer(OwnScorer):
         """
         check_timeout(timeout)
         Scorer._shared.discard((type(self), self.config), self)
-        if self._pipeline is not None:
-            self._pipeline.close(timeout)
-        self._pipeline = None
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.close(timeout)
 
     def __enter__(self) -> Scorer:
         return self
@@ -473,17 +472,11 @@ class Scorer(OwnScorer):
         self.close()
 
     def __repr__(self) -> str:
-        devices = [] if self._pipeline is None else [str(r.device) for r in self._pipeline.runners]
+        pipeline = self._pipeline
+        devices = [] if pipeline is None else [str(runner.device) for runner in pipeline.runners]
         return f"Scorer(model={self.config.model!r}, {', '.join(devices) or 'closed'})"
 
-    # A scorer owns the memory of a device. A copy is therefore the same scorer. A pickle contains the
-    # settings only, and another process loads its own model.
-    def __copy__(self) -> Scorer:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Scorer:
-        return self
-
+    # A pickle contains the settings only, and another process loads its own model.
     def __reduce__(self) -> tuple[Callable[[ScorerConfig], Scorer], tuple[ScorerConfig]]:
         return type(self).shared, (self.config,)
 
@@ -502,14 +495,11 @@ class Scorer(OwnScorer):
 
     def _prepare(self, query: str, passages: Sequence[str]) -> PreparedPairs:
         texts = check_passages(passages)
-        query = check_query(query)
-        refuse = self.config.blank_passages == "refuse"
-        find = partial(find_blank, query=query, passages=texts, refuse=refuse)
-        return PreparedPairs([(query, texts)], find)
+        return PreparedPairs([(check_query(query), texts)], blank_passages=self.config.blank_passages)
 
     def _prepare_each(self, requests: list[tuple[str, list[str]]]) -> PreparedPairs:
-        refuse = self.config.blank_passages == "refuse"
-        return PreparedPairs(requests, partial(find_blank_in_each, requests=requests, refuse=refuse))
+        blank_passages = self.config.blank_passages
+        return PreparedPairs(requests, blank_passages=blank_passages, names_request=True)
 
     def _require_pipeline(self) -> Pipeline:
         pipeline = self._pipeline

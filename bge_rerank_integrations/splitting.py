@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking, select, sigmoid
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, Selection, select, sigmoid
 
 # A count that is the same in all fragments of a request. It must not be added up.
-_OF_THE_QUERY: Final = "num_truncated_queries"
+_COUNT_OF_THE_QUERY: Final = "num_truncated_queries"
 _REQUEST: Final = re.compile(r"\brequest \d+\b")
 _PASSAGE: Final = re.compile(r"\bpassage (\d+)\b")
 
@@ -72,21 +72,14 @@ def split_requests(
 
 
 def merge_rankings(
-    num_requests: int,
-    parts: Iterable[tuple[Fragment, Ranking]],
-    *,
-    top_n: int | None = None,
-    threshold: float | None = None,
-    normalize: bool = False,
+    num_requests: int, parts: Iterable[tuple[Fragment, Ranking]], selection: Selection
 ) -> list[Ranking]:
     """Merge the rankings of fragments, whose scores are raw logits, into one ranking for each request.
 
     Args:
         num_requests: Number of requests.
         parts: Each fragment and the ranking of its passages.
-        top_n: Maximum number of passages to keep of each request. None keeps all.
-        threshold: Minimum score to keep, inclusive and on the scale of the result. None keeps every passage.
-        normalize: Whether to apply a sigmoid to the logits.
+        selection: The passages to keep of each request, and the scale of their scores.
 
     Returns:
         One ranking for each request, in order. Its counts are the sums over its fragments.
@@ -100,11 +93,8 @@ def merge_rankings(
         total = counts[fragment.request]
         for name, count in vars(ranking).items():
             before = total.get(name, 0)
-            total[name] = max(before, count) if name == _OF_THE_QUERY else before + count
-    return [
-        Ranking(_select(kept, top_n, threshold, normalize=normalize), **total)
-        for kept, total in zip(passages, counts, strict=True)
-    ]
+            total[name] = max(before, count) if name == _COUNT_OF_THE_QUERY else before + count
+    return [Ranking(_select(kept, selection), **total) for kept, total in zip(passages, counts, strict=True)]
 
 
 def error_of_call(error: InputError, part: Sequence[Fragment], *, names_request: bool) -> InputError:
@@ -150,12 +140,10 @@ def score_error_of_call(error: NonFiniteScoreError, num_before: int) -> NonFinit
     return NonFiniteScoreError(f"the model's score of pair {index} is not finite", index=index)
 
 
-def _select(
-    passages: Sequence[RankedPassage], top_n: int | None, threshold: float | None, *, normalize: bool
-) -> list[RankedPassage]:
+def _select(passages: Sequence[RankedPassage], selection: Selection) -> list[RankedPassage]:
     """Order passages by their logits, equal ones in input order, and cut the list."""
     in_order = sorted(passages, key=lambda passage: passage.index)
     logits = [passage.score for passage in in_order]
-    if normalize:
+    if selection.normalize:
         in_order = [dataclasses.replace(passage, score=sigmoid(passage.score)) for passage in in_order]
-    return select(in_order, logits, top_n, threshold)
+    return select(in_order, logits, selection.top_n, selection.threshold)

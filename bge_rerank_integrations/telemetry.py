@@ -129,20 +129,18 @@ def prometheus_collector(scorer: Scorer, *, model_name: str | None = None) -> Co
 
     class ScorerCollector(Collector):
         def collect(self) -> Iterable[Metric]:
+            up = GaugeMetricFamily("bge_rerank_up", "Whether the scorer accepts requests.", labels=["model"])
+            up.add_metric([label], float(scorer.health().ok))
+            yield up
             stats = _read(scorer)
-            families: list[CounterMetricFamily | GaugeMetricFamily] = [
-                GaugeMetricFamily("bge_rerank_up", "Whether the scorer accepts requests.", labels=["model"])
-            ]
-            values = [float(scorer.health().ok)]
-            for metric in _METRICS if stats is not None else ():
-                assert stats is not None
+            if stats is None:
+                return
+            for metric in _METRICS:
                 make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
                 name = f"bge_rerank_{metric.name}" + ("_ms" if metric.unit == "ms" else "")
-                families.append(make(name, metric.description, labels=["model"]))
-                values.append(metric.read(stats))
-            for family, value in zip(families, values, strict=True):
-                family.add_metric([label], value)
-            return families
+                family = make(name, metric.description, labels=["model"])
+                family.add_metric([label], metric.read(stats))
+                yield family
 
     return ScorerCollector()
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bge_rerank_integrations.scorer import SupportsRank
+from bge_rerank_integrations import SupportsRank
 
 # The start of a line that is no part of a paragraph: a heading, a list item, a quotation or a table row.
 _LINE_START = re.compile(r"^\s*(?:[-*+>|]|\d+[.)]|#{1,6})\s+", re.MULTILINE)

@@ -25,9 +25,9 @@ from llama_index.core.readers.base import BaseReader
 from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
 from llama_index.core.schema import BaseNode, Document, NodeWithScore, QueryBundle, TextNode
 
+from bge_rerank_integrations import SupportsRank
 from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.llama_index import BGERerankPostprocessor
-from bge_rerank_integrations.scorer import SupportsRank
 from examples.answer import find_quote, format_quote
 from examples.folder import SourceFile, find_files, read_pages
 from examples.store import Chunk, ChunkStore, FoundChunk

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from bge_rerank_integrations import SupportsRank
 from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.errors import RerankError
-from bge_rerank_integrations.scorer import SupportsRank
 from examples.embedding import SentenceEmbedder
 from examples.folder import DEFAULT_PATHS, FolderError
 from examples.store import ChunkStore, Update

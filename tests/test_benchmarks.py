@@ -35,7 +35,8 @@ from bge_rerank_integrations.engine.build import Model
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cuda.graphs import Graphs, Times, plan_buckets
-from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
+from bge_rerank_integrations.engine.model import PackedCrossEncoder
+from bge_rerank_integrations.engine.shape import EncoderShape
 from tests.support.attention import FLOAT32_ON_CPU, bounds_attention
 from tests.support.engine import CPU
 
@@ -462,8 +463,8 @@ def test_the_device_only_time_covers_batches_that_graphs_replay() -> None:
             measure=lambda function: Times(1.0, 1.0),
         )
         graphs.capture()
-        plain = DeviceModel(Model(forward, int), CPU, 1, 1000)
-        graphed = plain._replace(model=Model(forward, int, graphs))
+        plain = DeviceModel(Model(forward), CPU, 1, 1000)
+        graphed = plain._replace(model=Model(forward, graphs=graphs))
         assert (plain.num_graphs, graphed.num_graphs) == (0, len(plan_buckets(512, 700)))
         eager, replayed = prepare(plain, ids), prepare(graphed, ids)
         assert (eager.num_replayed, len(eager.batches)) == (0, len(replayed.batches))

@@ -85,6 +85,8 @@ def test_compute_score_takes_a_pair_or_a_list(scorer: Scorer) -> None:
     assert scorer.compute_score([pair]) == [raw]
     assert scorer.compute_score([pair, pair], normalize=True) == [sigmoid(raw)] * 2
     assert scorer.compute_score([]) == []
+    with pytest.raises(InputTypeError, match="normalize must be True, False or None"):
+        scorer.compute_score(pair, normalize="no")  # type: ignore[arg-type]
 
 
 def test_normalize(checkpoint: Path, scorer: Scorer, texts: list[str]) -> None:

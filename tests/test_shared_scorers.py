@@ -7,12 +7,19 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.runtime.shared_objects import SharedObjects
+from tests.support.interrupts import call_at, stop
+from tests.support.queues import PATIENCE_S
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -70,6 +77,26 @@ def test_a_holder_may_release_its_scorer_when_the_garbage_collector_deletes_it(c
     scorer = Holder(config_of(checkpoint, max_length=401)).scorer
     gc.collect()
     assert scorer.health().state == "closed"
+
+
+def test_an_interrupted_call_blocks_no_later_one() -> None:
+    for line in count():
+        shared = SharedObjects[str, str]()
+
+        def interrupt(lock: Any = shared._lock) -> None:
+            # A trace function is also called between the last statement of a `with` block and `__exit__`,
+            # where no signal arrives.
+            if not lock._is_owned():
+                stop()
+
+        is_reached = call_at(
+            line, {SharedObjects.get}, interrupt, partial(shared.get, "key", None, str.upper)
+        )
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(shared.get, "key", None, str.upper).result(PATIENCE_S) == "KEY"
+        if not is_reached:
+            break
+    assert line > 4
 
 
 def run_forked(parent: str, call: str, checkpoint: Path) -> str:

@@ -1,7 +1,8 @@
 """`MicroBatcher`: accepts the requests of many callers, and gives each its result or its error.
 
 It works on token ids and functions that score them. It knows neither texts nor tensors. `queue.py` decides
-which sequences share a batch, and `workers.py` runs the batches.
+which sequences share a batch, and `workers.py` runs the batches. The counts of texts that `count` takes are
+only added up here, so that `stats` is one snapshot.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class MicroBatcher:
         while (threads := self._live_threads()) and threading.current_thread() not in threads:
             if not join_until(threads, deadline):
                 break
-        self._fail_all("the scorer was closed before this request was finished")
+        self._fail_all()
         with self._changed:
             # Objects that still refer to this batcher, such as a traceback, must not keep the model in
             # memory.
@@ -431,7 +432,7 @@ class MicroBatcher:
     def _finish(self, request: Request) -> None:
         """Set the result of a request if all its logits are known."""
         with self._changed:
-            is_finished = request.is_finished and self._end(request)
+            is_finished = request.has_all_logits and self._end(request)
         if is_finished:
             request.future.set_result(request.logits)
 
@@ -444,13 +445,13 @@ class MicroBatcher:
         if is_first:
             request.future.set_exception(error)
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self) -> None:
         with self._changed:
             running = [r for worker in self._workers.values() for batch in worker.batches for r in batch]
             requests = dict.fromkeys([*running, *self._queue])
         for request in requests:
             # Callers must not share an exception. Its traceback would refer to the frames of all of them.
-            self._fail(request, ScorerClosedError(message))
+            self._fail(request, ScorerClosedError("the scorer was closed before this request was finished"))
 
     def _end(self, request: Request) -> bool:
         """End a request. Return whether this call must set the result or the exception of its future."""

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher
@@ -44,13 +43,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-# A longer request is encoded in parts of at most this many pairs. Unless the queue has a limit, the device
-# computes a part while the next one is encoded. The first part is small, so that an idle device starts soon.
-_NUM_FIRST_PAIRS: Final = 32
-_NUM_PAIRS_AT_ONCE: Final = 512
-# From this many pairs on, the rest is divided even if it fits into one part. The device then does not wait
-# until all of them are encoded.
-_NUM_DIVIDED_PAIRS: Final = 64
 # Threads that tokenize for async callers. The tokenizer itself uses all cores for one call.
 _NUM_TOKENIZERS: Final = 2
 # 8 MB, enough for about ten thousand passages of a hundred tokens.
@@ -103,7 +95,12 @@ class Pipeline:
         # With a limit on the queue, a request is queued as a whole. A request that does not fit is then
         # rejected before any of it is computed.
         self._is_queued_in_parts = config.max_queued_tokens is None
-        self._batcher = _make_batcher(runners, config, is_device_lost)
+        self._batcher = MicroBatcher(
+            list(map(_replica, runners)),
+            max_wait_ms=config.max_wait_ms,
+            max_queued_tokens=config.max_queued_tokens,
+            is_device_lost=is_device_lost,
+        )
         self._tokenizers = tokenizers = set[threading.Thread]()
         self._executor = ThreadPoolExecutor(
             _NUM_TOKENIZERS,
@@ -226,7 +223,10 @@ class Pipeline:
         request = Request()
         try:
             feeding = self._executor.submit(self._feed, request, pairs, remaining)
-        except RuntimeError as error:  # another thread has closed the pipeline
+        except RuntimeError as error:
+            request.future.cancel()  # the executor keeps a task that it could start no thread for
+            if "shutdown" not in str(error):  # of the executor, because another thread has closed it
+                raise
             raise ScorerClosedError("this scorer is closed; create a new one") from error
         try:
             return await await_future(feeding, remaining())
@@ -254,7 +254,7 @@ class Pipeline:
         num_windows = num_tokens = 0
         waiting: list[IntArray] = []
         try:
-            for windows in pairs.encode(self.tokenizer, _part_sizes):
+            for windows in pairs.encode(self.tokenizer):
                 num_windows += len(windows)
                 num_tokens += sum(map(len, windows))
                 waiting += windows
@@ -281,15 +281,6 @@ class Pipeline:
         if pairs.num_truncated_queries:
             warn_once(_logger, _QUERY_CUT, self._query_max_length, self._lost_query_part)
         return request.future
-
-
-def _part_sizes(num_pairs: int) -> list[int]:
-    """Divide pairs into the parts in which a request is encoded. Return the number of pairs in each part."""
-    first = min(num_pairs, _NUM_FIRST_PAIRS)
-    rest = num_pairs - first
-    num_parts = max(-(-rest // _NUM_PAIRS_AT_ONCE), 2 if rest >= _NUM_DIVIDED_PAIRS else 1)
-    ends = [rest * index // num_parts for index in range(num_parts + 1)]
-    return [first, *(end - start for start, end in pairwise(ends) if end > start)]
 
 
 def load_pipeline(config: ScorerConfig) -> Pipeline:
@@ -327,17 +318,6 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         )
     mark_process_in_use()
     return Pipeline(tokenizer, cache, load_runners(config, folder, shape), config, is_device_lost)
-
-
-def _make_batcher(
-    runners: Sequence[Runner], config: ScorerConfig, is_device_lost: Callable[[BaseException], bool]
-) -> MicroBatcher:
-    return MicroBatcher(
-        list(map(_replica, runners)),
-        max_wait_ms=config.max_wait_ms,
-        max_queued_tokens=config.max_queued_tokens,
-        is_device_lost=is_device_lost,
-    )
 
 
 def _replica(runner: Runner) -> Replica:

@@ -1,8 +1,9 @@
-"""The queue: decides which sequences go into the next batch. Nothing else in the package plans batches.
+"""The queue: decides which sequences go into the next batch.
 
-It has no lock of its own. `MicroBatcher` calls it under its lock. Ctrl-C can end `add` or `drop` between any
-two steps, in the thread of a caller. They therefore change the list of requests before the number of tokens,
-which is counted again for each batch, and is 0 if the list is empty.
+`MicroBatcher` decides when a batch starts, and how many tokens it may have. It calls the queue under its
+lock, because the queue has none. Ctrl-C can end `add` or `drop` between any two steps, in the thread of a
+caller. They therefore change the list of requests before the number of tokens, which is counted again for
+each batch, and is 0 if the list is empty.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class RequestQueue:
                 batch.setdefault(request, []).extend(indices)
                 left -= before - request.queued_tokens
         for request in batch:
-            request.turn()
+            request.start_next_part()
         self._requests = [request for request in self._requests if request.queued_tokens]
         self._num_tokens = sum(request.queued_tokens for request in self._requests)
         return batch

@@ -71,7 +71,7 @@ class Request:
         # Parts of the request that were added while `_queued` was not empty. They are queued one after the
         # other. The batches of a lone request, and the last bits of its scores, then do not depend on when
         # its parts were added.
-        self._later: deque[list[tuple[int, int]]] = deque()
+        self._later_parts: deque[list[tuple[int, int]]] = deque()
 
     @property
     def is_over(self) -> bool:
@@ -79,7 +79,7 @@ class Request:
         return self.state is State.ENDED or self.future.done()
 
     @property
-    def is_finished(self) -> bool:
+    def has_all_logits(self) -> bool:
         """Whether the logits of all its sequences are known and the request has not ended yet."""
         return self.state is State.WHOLE and self.num_unfinished == 0
 
@@ -108,10 +108,10 @@ class Request:
 
     def queue(self, indices: Iterable[int]) -> None:
         """Queue new sequences, given by their indices."""
-        lot = sorted(map(self._entry, indices))
-        self.queued_tokens += sum(length for length, _ in lot)
-        self._later.append(lot)
-        self.turn()
+        part = sorted(map(self._entry, indices))
+        self.queued_tokens += sum(length for length, _ in part)
+        self._later_parts.append(part)
+        self.start_next_part()
 
     def put_back(self, indices: Iterable[int]) -> None:
         """Queue sequences again that were taken for a batch. They come before later parts of the request."""
@@ -119,10 +119,10 @@ class Request:
             self.queued_tokens += entry[0]
             insort(self._queued, entry)
 
-    def turn(self) -> None:
+    def start_next_part(self) -> None:
         """Queue the next part if the previous one is empty. Do not call this while a batch is filled."""
-        if not self._queued and self._later:
-            self._queued = self._later.popleft()
+        if not self._queued and self._later_parts:
+            self._queued = self._later_parts.popleft()
 
     def take(self, max_tokens: int, *, at_least_one: bool) -> list[int]:
         """Take the longest sequences that fit. With `at_least_one`, take one even if it does not fit."""
@@ -140,7 +140,7 @@ class Request:
     def clear(self) -> None:
         """Remove all waiting sequences."""
         self._queued.clear()
-        self._later.clear()
+        self._later_parts.clear()
         self.queued_tokens = 0
 
     def _entry(self, index: int) -> tuple[int, int]:

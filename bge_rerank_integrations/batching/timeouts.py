@@ -41,7 +41,8 @@ def wait(future: Future[T], timeout: float | None) -> T:
     except BaseException as error:  # the thread was interrupted, or the future has failed
         future.cancel()
         if type(error) is RuntimeError and str(error) == _NOT_LOCKED and error.__context__ is not None:
-            # `Condition.wait` was interrupted before it had its lock again, and failed to release it.
+            # Ctrl-C came while `Condition.wait` took its lock again, so that the `with` block could not
+            # release it. This error hides the KeyboardInterrupt.
             raise error.__context__ from None
         raise
 

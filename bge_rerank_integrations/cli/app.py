@@ -16,7 +16,8 @@ from bge_rerank_integrations.cli.info import check, info
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.cli.logs import warnings_on_stderr
 from bge_rerank_integrations.cli.options import EXIT_BAD_DATA, name_options
-from bge_rerank_integrations.cli.rank import rank, rerank_run_command
+from bge_rerank_integrations.cli.rank import rank
+from bge_rerank_integrations.cli.rerank_run import rerank_run_command
 from bge_rerank_integrations.cli.serve import serve
 from bge_rerank_integrations.errors import ConfigError, InputError, RerankError
 

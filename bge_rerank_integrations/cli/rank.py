@@ -1,4 +1,4 @@
-"""`bge-rerank rank` ranks the requests in a file; `bge-rerank rerank-run` reranks a TREC run."""
+"""`bge-rerank rank` ranks the requests in a file, or in a folder on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,31 +12,25 @@ from typing import IO, Any
 import click
 from tqdm import tqdm
 
-from bge_rerank_integrations import __version__
 from bge_rerank_integrations.cli.console import require_stdout, wrap
 from bge_rerank_integrations.cli.jobs.file_job import FileJob
 from bge_rerank_integrations.cli.jobs.rank_lines import Progress, rank_lines
 from bge_rerank_integrations.cli.jobs.requests import MalformedLineError, check_format
+from bge_rerank_integrations.cli.jobs.score_settings import settings_of_scores
 from bge_rerank_integrations.cli.options import (
-    EXISTING_FILE,
-    EXISTING_FOLDER,
     config_options,
     name_options,
     output_option,
     quiet_option,
     shows_progress,
 )
-from bge_rerank_integrations.cli.rank_on_ray import RankCommand, RayOptions, rank_on_ray, ray_options
-from bge_rerank_integrations.cli.summary import describe_precision_used, describe_truncation
+from bge_rerank_integrations.cli.rank_on_ray import rank_on_ray
+from bge_rerank_integrations.cli.ray_options import RankCommand, RayOptions, ray_options
+from bge_rerank_integrations.cli.summary import print_summary
 from bge_rerank_integrations.config import ScorerConfig
-from bge_rerank_integrations.errors import DatasetError
-from bge_rerank_integrations.evaluation.datasets import format_run, read_corpus, read_queries, read_run
-from bge_rerank_integrations.evaluation.runs import rerank_run
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
 from bge_rerank_integrations.scorer import Scorer
 
-# A job can be resumed with other values of these settings, because they do not change the scores.
-_NOT_DECISIVE = ("cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens")
 # Most malformed lines that are reported one by one. Further malformed lines are only counted.
 _MAX_NAMED_LINES = 20
 
@@ -135,7 +129,7 @@ def rank(
         job = None
         if output is not None:
             settings = {
-                **_decisive(config),
+                **_settings_on_this_machine(config),
                 "top_n": top_n,
                 "threshold": threshold,
                 "return_texts": return_texts,
@@ -170,83 +164,8 @@ def rank(
             for batch in rows:
                 click.echo("".join(batch), nl=False)
     skipped = f"; {progress.malformed} malformed line(s) skipped" if progress.malformed else ""
-    summary = [
-        f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{skipped}.",
-        describe_truncation(progress.truncated, progress.truncated_queries, config),
-        describe_precision_used(config),
-    ]
-    for line in filter(None, summary):
-        click.echo(wrap(line), err=True)
-
-
-@click.command("rerank-run")
-@click.argument("run", type=EXISTING_FILE)
-@click.argument("folder", type=EXISTING_FOLDER)
-@output_option("-o", "--output", text="Output file.  [default: stdout]")
-@click.option(
-    "--depth",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Passages to rerank per query. The output contains no others.",
-)
-@click.option("--tag", default="bge-rerank", show_default=True, help="Last column of the output.")
-@quiet_option
-@config_options()
-def rerank_run_command(
-    config: ScorerConfig,
-    run: Path,
-    folder: Path,
-    output: Path | None,
-    depth: int,
-    tag: str,
-    quiet: bool,
-) -> None:
-    """Rerank a TREC run.
-
-    RUN is the TREC run of a first stage. FOLDER is a BEIR folder with the texts, in
-    corpus.jsonl and queries.jsonl. The output is a TREC run in UTF-8.
-
-    \b
-    bge-rerank rerank-run bm25.trec scifact/ -o reranked.trec
-    trec_eval -m ndcg_cut.10 qrels.trec reranked.trec
-    """
-    if not tag or len(tag.split()) != 1:
-        raise click.UsageError("--tag must be one word without spaces")
-    inputs = [path.resolve() for path in (run, folder / "corpus.jsonl", folder / "queries.jsonl")]
-    if output is None:
-        require_stdout()
-    else:
-        output = output.resolve()  # keep a symbolic link
-        if output in inputs:
-            raise click.UsageError(f"{output} is one of the inputs; choose another output file")
-        if output.exists() and not output.is_file():
-            raise DatasetError(f"{output} is not a regular file; to write to stdout, give no output file")
-        # `OUTPUT.partial` may hold the rows of an interrupted `rank`.
-        partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-        # A folder that is read-only must fail before the work begins.
-        partial.touch()
-        partial.unlink()
-    first = {query_id: dict(list(scores.items())[:depth]) for query_id, scores in read_run(run).items()}
-    corpus, queries = read_corpus(folder), read_queries(folder)
-    with Scorer.from_config(config) as scorer:
-        reranked = rerank_run(scorer, queries, corpus, first, progress=shows_progress(quiet))
-    # Ids are data, so they are written as UTF-8 to files and pipes, independent of the console's encoding.
-    text = "".join(format_run(reranked.run, tag)).encode("utf-8", "surrogateescape")
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        try:
-            partial.write_bytes(text)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
-    summary = [
-        describe_truncation(reranked.num_truncated, reranked.num_truncated_queries, config),
-        describe_precision_used(config),
-    ]
-    for line in filter(None, summary):
-        click.echo(wrap(line), err=True)
+    click.echo(wrap(f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{skipped}."), err=True)
+    print_summary(progress.truncated, progress.truncated_queries, config)
 
 
 @contextmanager
@@ -261,18 +180,15 @@ def _open(source: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _decisive(config: ScorerConfig) -> dict[str, Any]:
-    """Return the settings that decide a job's scores, with `auto` replaced by the value that is used."""
-    from bge_rerank_integrations.engine.describe import describe_checkpoint, describe_machine
+def _settings_on_this_machine(config: ScorerConfig) -> dict[str, Any]:
+    """Return the settings that scores depend on, with the device and precision that `auto` selects."""
+    from bge_rerank_integrations.engine.describe import describe_machine
 
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_DECISIVE}
     machine = describe_machine(config)
     return {
-        **settings,
-        "version": __version__,
-        "device": machine.device.partition(":")[0],
+        **settings_of_scores(config),
+        "device": machine.device.partition(":")[0],  # without the number of a GPU
         "dtype": machine.dtype,
-        "checkpoint": describe_checkpoint(config).fingerprint,
     }
 
 

@@ -56,13 +56,13 @@ def read_stdlib_docs() -> dict[str, str]:
             continue
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if not any(part.startswith("_") for part in module.split(".")):
-            docs.update(_of_source(module, path))
+            docs.update(_docs_of_source(module, path))
     for module in _COMPILED:
-        docs.update(_of_compiled(module))
+        docs.update(_docs_of_compiled(module))
     return docs
 
 
-def _of_source(module: str, path: Path) -> Iterator[tuple[str, str]]:
+def _docs_of_source(module: str, path: Path) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # some files are invalid on purpose, to test parsers
@@ -81,7 +81,7 @@ def _of_source(module: str, path: Path) -> Iterator[tuple[str, str]]:
             pending.extend((name, child) for child in node.body)
 
 
-def _of_compiled(module: str) -> Iterator[tuple[str, str]]:
+def _docs_of_compiled(module: str) -> Iterator[tuple[str, str]]:
     if module not in sys.builtin_module_names and module not in sys.stdlib_module_names:
         return
     for name, value in vars(importlib.import_module(module)).items():

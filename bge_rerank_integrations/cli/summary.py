@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import click
+
+from bge_rerank_integrations.cli.console import wrap
 from bge_rerank_integrations.config import ScorerConfig
+
+
+def print_summary(num_truncated: int, num_truncated_queries: int, config: ScorerConfig) -> None:
+    """Print on stderr how many texts were truncated, if any, and which precision ran.
+
+    Args:
+        num_truncated: As in `describe_truncation`.
+        num_truncated_queries: As in `describe_truncation`.
+        config: As in `describe_truncation`.
+    """
+    if truncation := describe_truncation(num_truncated, num_truncated_queries, config):
+        click.echo(wrap(truncation), err=True)
+    click.echo(wrap(describe_precision_used(config)), err=True)
 
 
 def describe_truncation(num_truncated: int, num_truncated_queries: int, config: ScorerConfig) -> str | None:

@@ -83,7 +83,7 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
             if not candidate.fits(device, dtype, head_dim):
                 continue
             try_attention(
-                candidate.attention, device, dtype, head_dim, in_graphs=candidate.reads_tensors_only
+                candidate.attention, device, dtype, head_dim, works_in_graphs=candidate.works_in_graphs
             )
         except torch.cuda.OutOfMemoryError:
             raise
@@ -99,8 +99,8 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
             )
             continue
         logger.info("attention on %s in %s: %s", device, dtype, name)
-        if candidate.where_shared is not None:
-            return _unless_shared(candidate.attention, candidate.where_shared)
+        if candidate.with_many_threads is not None:
+            return _on_one_thread(candidate.attention, candidate.with_many_threads)
         return candidate.attention
     raise DeviceError(
         f"torch {torch.__version__} computes attention on {device} in {dtype} incorrectly or not at all; use "
@@ -108,9 +108,9 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
     )
 
 
-def reads_tensors_only(attention: Callable[..., object]) -> bool:
-    """Return whether an implementation reads only tensors, so that a CUDA graph can capture it."""
-    return any(each.attention is attention and each.reads_tensors_only for each in CANDIDATES)
+def works_in_graphs(attention: Callable[..., object]) -> bool:
+    """Return whether a CUDA graph can capture an implementation."""
+    return any(each.attention is attention and each.works_in_graphs for each in CANDIDATES)
 
 
 def name_of(attention: Callable[..., object]) -> str:
@@ -223,8 +223,8 @@ def bfloat16_tile_attention(
     return attend(q, k, v, q_seqlens, kv_seqlens)
 
 
-def _unless_shared(attention: VarlenAttention, where_shared: VarlenAttention) -> VarlenAttention:
-    """Return an implementation that calls another one in threads that do not share their work.
+def _on_one_thread(attention: VarlenAttention, with_many_threads: VarlenAttention) -> VarlenAttention:
+    """Return an implementation that calls another one where torch has several threads.
 
     The threads of `SplitForward` each compute their own sequences. A batch with fewer sequences than threads
     is computed outside of them, where torch shares each of its own operations between its threads.
@@ -232,7 +232,7 @@ def _unless_shared(attention: VarlenAttention, where_shared: VarlenAttention) ->
 
     @wraps(attention)
     def attend(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Seqlens, kv_seqlens: Seqlens) -> Tensor:
-        chosen = attention if torch.get_num_threads() == 1 else where_shared
+        chosen = attention if torch.get_num_threads() == 1 else with_many_threads
         return chosen(q, k, v, q_seqlens, kv_seqlens)
 
     return attend
@@ -245,21 +245,21 @@ class Candidate(NamedTuple):
         attention: The implementation.
         fits: Whether it may run on a device, in a precision and with a width of heads. A false answer only
             avoids a trial that is known to fail.
-        reads_tensors_only: Whether it reads nothing of a `Seqlens` on the host except `max_seqlen`.
-        where_shared: The implementation to use instead where torch shares its operations between threads.
-            None if the implementation shares its own work between them.
+        works_in_graphs: A CUDA graph can capture it. It reads only tensors and `max_seqlen`.
+        with_many_threads: The implementation to use when torch has several threads. None if this
+            implementation uses all of them itself.
     """
 
     attention: VarlenAttention
     fits: Callable[[torch.device, torch.dtype, int], bool]
-    reads_tensors_only: bool = False
-    where_shared: VarlenAttention | None = None
+    works_in_graphs: bool = False
+    with_many_threads: VarlenAttention | None = None
 
 
 def _fits_flash_3(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return (
         _is_hopper(device)
-        and _is_half_of_a_flash_width(dtype, head_dim)
+        and _flash_supports(dtype, head_dim)
         and find_spec("flash_attn_interface") is not None
     )
 
@@ -277,7 +277,7 @@ def _fits_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     return (
         _has_cuda(device)
         and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
-        and _is_half_of_a_flash_width(dtype, head_dim)
+        and _flash_supports(dtype, head_dim)
         and torch.backends.cuda.is_flash_attention_available()
     )
 
@@ -319,18 +319,6 @@ def _fits_tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     )
 
 
-def _fits_mps(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
-    return device.type == "mps"
-
-
-def _fits_others(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    return not _fits_mps(device, dtype, head_dim)
-
-
-def _fits_always(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:  # noqa: ARG001
-    return True
-
-
 def _has_cuda(device: torch.device) -> bool:
     # Nobody has tried these kernels on AMD devices, where torch has others under the same names.
     return device.type == "cuda" and torch.version.hip is None
@@ -340,29 +328,29 @@ def _is_hopper(device: torch.device) -> bool:
     return _has_cuda(device) and torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
-def _is_half_of_a_flash_width(dtype: torch.dtype, head_dim: int) -> bool:
+def _flash_supports(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in _HALF and head_dim % _FLASH_MULTIPLE == 0 and head_dim <= _MAX_FLASH_HEAD_DIM
 
 
 CANDIDATES: Final = (
-    Candidate(flash_attention_3, _fits_flash_3, reads_tensors_only=True),
+    Candidate(flash_attention_3, _fits_flash_3, works_in_graphs=True),
     # On an H200, it takes 0.63 times as long as `flash_attention`, which is written for older devices.
-    Candidate(triton_attention, _fits_triton, reads_tensors_only=True),
+    Candidate(triton_attention, _fits_triton, works_in_graphs=True),
     # `varlen_attention` runs the same kernel as `flash_attention`, but through a custom operator of Python,
     # which takes longer to call and launches one more kernel. It is the way that stays if torch changes the
     # arguments of its internal operator.
-    Candidate(flash_attention, _fits_flash, reads_tensors_only=True),
-    Candidate(varlen_attention, _fits_varlen, reads_tensors_only=True),
-    Candidate(efficient_attention, _fits_efficient, reads_tensors_only=True),
+    Candidate(flash_attention, _fits_flash, works_in_graphs=True),
+    Candidate(varlen_attention, _fits_varlen, works_in_graphs=True),
+    Candidate(efficient_attention, _fits_efficient, works_in_graphs=True),
     # On an AMD processor, it takes 0.3 to 0.7 times as long as `matmul_attention` (benchmarks/LOG.md, 36).
     # With AMX, it is the fastest at every length (benchmarks/LOG.md, 38).
-    Candidate(bfloat16_tile_attention, _fits_bfloat16_tiles, where_shared=matmul_attention),
+    Candidate(bfloat16_tile_attention, _fits_bfloat16_tiles, with_many_threads=matmul_attention),
     Candidate(matmul_attention, _fits_matmul),
     # On an AMD processor, it takes 0.4 to 0.6 times as long as `sdpa_attention`, and 0.5 to 1.0 times on one
     # without AVX-512 (benchmarks/LOG.md, 39).
-    Candidate(tile_attention, _fits_tiles, where_shared=sdpa_attention),
-    Candidate(sdpa_attention, _fits_others),
-    Candidate(contiguous_sdpa_attention, _fits_mps),
-    Candidate(product_attention, _fits_always),
+    Candidate(tile_attention, _fits_tiles, with_many_threads=sdpa_attention),
+    Candidate(sdpa_attention, lambda device, *_: device.type != "mps"),
+    Candidate(contiguous_sdpa_attention, lambda device, *_: device.type == "mps"),
+    Candidate(product_attention, lambda *_: True),
 )
 """All implementations, the fastest first."""

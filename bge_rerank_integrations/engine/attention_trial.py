@@ -34,7 +34,7 @@ def try_attention(
     dtype: torch.dtype,
     head_dim: int,
     *,
-    in_graphs: bool,
+    works_in_graphs: bool,
 ) -> None:
     """Run an implementation in both ways that the model does, and compare the results with exact ones.
 
@@ -46,14 +46,14 @@ def try_attention(
         device: The device to run on.
         dtype: The precision of the inputs.
         head_dim: The width of a head.
-        in_graphs: Whether the implementation has to support what CUDA graphs need: empty sequences, and a
-            longest sequence that is only an upper bound.
+        works_in_graphs: Whether a CUDA graph can capture the implementation. Then it also has to support
+            empty sequences, and a longest sequence that is only an upper bound.
 
     Raises:
         AssertionError: The results differ by more than rounding errors.
         Exception: The implementation failed.
     """
-    lengths = _LENGTHS_IN_GRAPHS if in_graphs else _LENGTHS
+    lengths = _LENGTHS_IN_GRAPHS if works_in_graphs else _LENGTHS
     bounds = [sum(lengths[:end]) for end in range(len(lengths) + 1)]
     generator = torch.Generator().manual_seed(0)
 
@@ -65,7 +65,7 @@ def try_attention(
 
     with on_device(device):
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-        seqlens = Seqlens(lengths, cu_seqlens, _MAX_SEQLEN_IN_GRAPHS if in_graphs else max(lengths))
+        seqlens = Seqlens(lengths, cu_seqlens, _MAX_SEQLEN_IN_GRAPHS if works_in_graphs else max(lengths))
         q, k, v = random(bounds[-1], 3)
         _compare(attention(q, k, v, seqlens, seqlens), q, k, v, bounds, bounds)
         (q,), (k, v) = random(len(lengths), 1), random(bounds[-1], 2)

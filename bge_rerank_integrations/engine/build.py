@@ -1,15 +1,6 @@
 """Builds the forward pass of a checkpoint. This module alone decides how each precision runs.
 
-To add a precision:
-
-1. Add its name to `DType` in `config.py`, and the devices that support it to `resolve_dtype` in `device.py`.
-2. Write a builder here: a function from a `ModelSpec` to a `Model`. It checks the device, loads the weights
-   and returns the forward pass. It should check everything it can before it loads the weights.
-3. Add the builder to `_BUILDERS`. Most precisions differ only in their layers: implement `Blocks` (see
-   `blocks.py`) and pass it to `_build_packed`.
-4. If the weights in memory need another dtype than the precision, say so in `activation_dtype` in
-   `device.py`, or in `_loaded_dtype` in `checkpoint/weights.py`.
-5. Name its kernels in `describe.py`, and give it a tolerance in `tests/support/tolerances.py`.
+docs/architecture.md has the steps to add a precision.
 """
 
 from __future__ import annotations
@@ -29,7 +20,7 @@ from bge_rerank_integrations.engine.checkpoint.weights import load_weights, veri
 from bge_rerank_integrations.engine.cpu.freed_memory import keep_freed_memory
 from bge_rerank_integrations.engine.cpu.int8_support import require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
-from bge_rerank_integrations.engine.cpu.row_blocks import RowBlocks, round_up_to_step
+from bge_rerank_integrations.engine.cpu.row_blocks import ROW_MULTIPLE, RowBlocks
 from bge_rerank_integrations.engine.cuda.graphs import Graphs
 from bge_rerank_integrations.engine.cuda.selection import (
     resolve_float8_blocks,
@@ -38,8 +29,9 @@ from bge_rerank_integrations.engine.cuda.selection import (
 )
 from bge_rerank_integrations.engine.device import activation_dtype, resolve_num_threads, resolve_precision
 from bge_rerank_integrations.engine.linear import onednn_linear, resolve_linear
-from bge_rerank_integrations.engine.model import EncoderShape, PackedCrossEncoder
+from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
+from bge_rerank_integrations.engine.shape import EncoderShape
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +65,12 @@ class Model(NamedTuple):
 
     Attributes:
         forward: Runs a batch.
-        num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
+        row_multiple: Batches are padded to a multiple of this number of rows.
         graphs: Captures and replays batches; None where that is not supported.
     """
 
     forward: Forward
-    num_rows: Callable[[int], int]
+    row_multiple: int = 1
     graphs: Graphs | None = None
 
 
@@ -106,7 +98,7 @@ def build_model(spec: ModelSpec) -> Model:
     # module `first_calls` explains why two threads must not.
     padding_idx = spec.shape.padding_idx
     ids = np.full(_FIRST_PASS_TOKENS, padding_idx, np.int32)
-    model.forward(pack([ids], padding_idx=padding_idx, device=spec.device, num_rows=model.num_rows))
+    model.forward(pack([ids], padding_idx=padding_idx, device=spec.device, row_multiple=model.row_multiple))
     # Per token and layer, attention takes 4 * width * length operations and the matrix products take
     # 24 * width^2, at different speeds. The length at which both take the same time was measured at a width
     # of 768: 1,360 in int8 and 5,600 in float32 on an Intel processor; on an AMD one 2,200 to 3,700 in int8,
@@ -115,7 +107,9 @@ def build_model(spec: ModelSpec) -> Model:
     # a few per cent at most.
     length_of_double_cost = (5 if spec.dtype is torch.float32 else 3) * spec.shape.hidden_size
     threads = resolve_num_threads(spec.config)
-    return model._replace(forward=SplitForward(model.forward, threads, length_of_double_cost, model.num_rows))
+    return model._replace(
+        forward=SplitForward(model.forward, threads, length_of_double_cost, model.row_multiple)
+    )
 
 
 def _build_floating(spec: ModelSpec) -> Model:
@@ -127,14 +121,14 @@ def _build_floating(spec: ModelSpec) -> Model:
             "dtype='float32' or dtype='int8'"
         )
     if linear is onednn_linear:
-        return _build_packed(spec, RowBlocks(PlainBlocks(linear)), round_up_to_step)
+        return _build_packed(spec, RowBlocks(PlainBlocks(linear)), ROW_MULTIPLE)
     blocks = resolve_fused_blocks(spec.device, spec.dtype, spec.shape) or PlainBlocks(linear)
-    return _build_packed(spec, blocks, int)
+    return _build_packed(spec, blocks)
 
 
 def _build_float8(spec: ModelSpec) -> Model:
     """Build a model whose matrix products are in float8, for CUDA devices."""
-    return _build_packed(spec, resolve_float8_blocks(spec.device, spec.shape), int)
+    return _build_packed(spec, resolve_float8_blocks(spec.device, spec.shape))
 
 
 def _build_int8(spec: ModelSpec) -> Model:
@@ -144,27 +138,29 @@ def _build_int8(spec: ModelSpec) -> Model:
     from bge_rerank_integrations.engine.cpu.int8_model import Int8CrossEncoder
 
     weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=spec.dtype)
-    return Model(Int8CrossEncoder(spec.shape, weights), int)
+    return Model(Int8CrossEncoder(spec.shape, weights))
 
 
-def _build_packed(spec: ModelSpec, blocks: Blocks, num_rows: Callable[[int], int]) -> Model:
+def _build_packed(spec: ModelSpec, blocks: Blocks, row_multiple: int = 1) -> Model:
     """Build a `PackedCrossEncoder` from the layers of one precision.
 
     Args:
         spec: The model.
         blocks: Makes the layers.
-        num_rows: Returns the number of rows to pad an input of the layers to, given the number it has.
+        row_multiple: Inputs of the layers are padded to a multiple of this number of rows.
     """
     activations = activation_dtype(spec.dtype)
     attention = resolve_attention(spec.device, activations, spec.shape.head_dim)
     weights = load_weights(spec.folder, spec.shape, device=spec.device, dtype=activations)
-    encoder = PackedCrossEncoder(spec.shape, weights, attention=attention, blocks=blocks, num_rows=num_rows)
+    encoder = PackedCrossEncoder(
+        spec.shape, weights, attention=attention, blocks=blocks, row_multiple=row_multiple
+    )
     if not spec.config.capture_graphs:
-        return Model(encoder, num_rows)
+        return Model(encoder, row_multiple)
     graphs = resolve_graphs(
         encoder, spec.device, attention, spec.shape, spec.config.max_length, spec.max_batch_tokens
     )
-    return Model(encoder, num_rows, graphs)
+    return Model(encoder, row_multiple, graphs)
 
 
 _BUILDERS: Final[Mapping[torch.dtype, Callable[[ModelSpec], Model]]] = {

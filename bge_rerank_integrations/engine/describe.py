@@ -24,6 +24,7 @@ from bge_rerank_integrations.engine.cuda.float8 import check_float8, scaled_prod
 from bge_rerank_integrations.engine.cuda.fused_ops import resolve_fused
 from bge_rerank_integrations.engine.cuda.graphs import can_capture, plan_buckets
 from bge_rerank_integrations.engine.device import (
+    BGE_HEAD_DIM,
     activation_dtype,
     choose_device,
     resolve_device,
@@ -34,8 +35,6 @@ from bge_rerank_integrations.engine.device import (
 )
 from bge_rerank_integrations.engine.linear import resolve_linear
 
-# The head dimension of all BGE rerankers. The choice of the attention implementation depends on it.
-_BGE_HEAD_DIM = 64
 # Hidden and intermediate size of the smallest BGE reranker. Kernels are tried on these widths.
 _BGE_WIDTHS = (768, 3072)
 
@@ -229,12 +228,12 @@ def _implementations(
 ) -> tuple[Callable[..., object], Callable[..., object]]:
     """Return the implementations of attention and of linear layers."""
     if dtype is torch.int8:
-        require_int8(_BGE_HEAD_DIM)
+        require_int8(BGE_HEAD_DIM)
         from bge_rerank_integrations.engine.cpu.int8_attention import attend
         from bge_rerank_integrations.engine.cpu.int8_linear import resolve_product
 
         return attend, resolve_product()
-    attention = resolve_attention(device, activation_dtype(dtype), _BGE_HEAD_DIM)
+    attention = resolve_attention(device, activation_dtype(dtype), BGE_HEAD_DIM)
     if dtype is torch.float8_e4m3fn:
         return attention, scaled_product
     return attention, resolve_linear(device, dtype, num_threads)

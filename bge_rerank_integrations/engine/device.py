@@ -19,8 +19,8 @@ from bge_rerank_integrations.runtime.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
-# The width of a head in all BGE rerankers.
-_BGE_HEAD_DIM: Final = 64
+# The width of a head in all BGE rerankers. The choice of the attention implementation depends on it.
+BGE_HEAD_DIM: Final = 64
 
 # On a CPU, small batches stay in the cache. A GPU needs enough rows to keep all of it busy. On CUDA, two
 # batches of this size run at once.
@@ -112,7 +112,7 @@ def choose_device() -> DeviceChoice:
 def _mps_obstacle() -> str | None:
     """Return why the scores of an MPS device would be wrong; None if attention is right there."""
     try:
-        resolve_attention(torch.device("mps"), torch.float32, _BGE_HEAD_DIM)
+        resolve_attention(torch.device("mps"), torch.float32, BGE_HEAD_DIM)
     except DeviceError as error:
         return str(error)
     return None

@@ -6,7 +6,6 @@ Sequences are not padded. The last layer computes only the first token of each s
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,54 +15,8 @@ from bge_rerank_integrations.engine.attention import VarlenAttention
 from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, PlainBlocks, Rows
 from bge_rerank_integrations.engine.linear import plain_linear
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
+from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderShape:
-    """The settings in a checkpoint's config.json that define the model."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    padding_idx: int
-    layer_norm_eps: float
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def max_length(self) -> int:
-        """Longest sequence in tokens. The first `padding_idx + 1` position ids are not used."""
-        return self.max_position_embeddings - self.padding_idx - 1
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the name and shape of every tensor that a checkpoint of this shape must contain."""
-        width, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "roberta.embeddings.word_embeddings.weight": (self.vocab_size, width),
-            "roberta.embeddings.position_embeddings.weight": (self.max_position_embeddings, width),
-            "roberta.embeddings.token_type_embeddings.weight": (self.type_vocab_size, width),
-            **_norm_shapes("roberta.embeddings.LayerNorm", width),
-            **_linear_shapes("classifier.dense", width, width),
-            **_linear_shapes("classifier.out_proj", 1, width),
-        }
-        for index in range(self.num_layers):
-            layer = f"roberta.encoder.layer.{index}"
-            for part in ("query", "key", "value"):
-                shapes |= _linear_shapes(f"{layer}.attention.self.{part}", width, width)
-            shapes |= _linear_shapes(f"{layer}.attention.output.dense", width, width)
-            shapes |= _norm_shapes(f"{layer}.attention.output.LayerNorm", width)
-            shapes |= _linear_shapes(f"{layer}.intermediate.dense", inner, width)
-            shapes |= _linear_shapes(f"{layer}.output.dense", width, inner)
-            shapes |= _norm_shapes(f"{layer}.output.LayerNorm", width)
-        return shapes
 
 
 class PackedCrossEncoder:
@@ -75,7 +28,7 @@ class PackedCrossEncoder:
             float32. The model removes each tensor from the mapping, so that the mapping keeps no second copy.
         attention: The attention implementation.
         blocks: Makes the parts of the encoder's layers; None for torch's own operators.
-        num_rows: Returns the number of rows to pad an input of the layers to, given the number it has.
+        row_multiple: Inputs of the layers are padded to a multiple of this number of rows.
     """
 
     def __init__(
@@ -85,7 +38,7 @@ class PackedCrossEncoder:
         *,
         attention: VarlenAttention,
         blocks: Blocks | None = None,
-        num_rows: Callable[[int], int] = int,
+        row_multiple: int = 1,
     ) -> None:
         take = _Taker(weights, shape, blocks or PlainBlocks(plain_linear))
         self._words = weights.pop("roberta.embeddings.word_embeddings.weight")
@@ -99,7 +52,7 @@ class PackedCrossEncoder:
         for name in names[:-1]:
             self._layers.append(_FullLayer(take, name, norm, attention))
             norm = self._layers[-1].norm
-        self._last_layer = _FirstTokenLayer(take, names[-1], norm, attention, num_rows)
+        self._last_layer = _FirstTokenLayer(take, names[-1], norm, attention, row_multiple)
         # The head computes only B rows, so the exact float32 costs almost nothing.
         self._dense = plain_linear(*take.parameters("classifier.dense"))
         self._out_proj = plain_linear(*take.parameters("classifier.out_proj"))
@@ -139,7 +92,7 @@ class _FirstTokenLayer:
     """The last encoder layer, for the first token of each of B sequences. The head reads nothing else.
 
     Keys and values are computed for all tokens. Queries, and everything after attention, are computed for B
-    rows, padded to the number of rows that the linear layers need. The padding repeats the first row.
+    rows, padded to a multiple of the rows that the linear layers need. The padding repeats the first row.
     """
 
     def __init__(
@@ -148,18 +101,18 @@ class _FirstTokenLayer:
         name: str,
         before: Norm,
         attention: VarlenAttention,
-        num_rows: Callable[[int], int],
+        row_multiple: int,
     ) -> None:
         self._q = take.projection(name, before, "query")
         self._kv = take.projection(name, before, "key", "value")
         self._rest = _AfterAttention(take, name)
         self._attention = attention
         self._num_heads = take.shape.num_heads
-        self._num_rows = num_rows
+        self._row_multiple = row_multiple
 
     def __call__(self, x: Rows, seqlens: Seqlens) -> Rows:
         starts = seqlens.cu_seqlens[:-1]
-        num_missing = self._num_rows(len(starts)) - len(starts)
+        num_missing = -len(starts) % self._row_multiple
         first = x.select(F.pad(starts, (0, num_missing)) if num_missing else starts)
         q = self._q(first).unflatten(-1, (self._num_heads, -1))
         k, v = self._kv(x).unflatten(-1, (2, self._num_heads, -1)).unbind(1)
@@ -201,11 +154,3 @@ class _Taker:
 
     def norm(self, name: str) -> Norm:
         return Norm(*self.parameters(name), self.shape.layer_norm_eps)
-
-
-def _linear_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
-
-def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

@@ -11,6 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+IntArray = npt.NDArray[np.int32]
+"""Token ids of a sequence, or other int32 values for the device."""
+
 
 @dataclass(frozen=True)
 class Seqlens:
@@ -54,12 +57,12 @@ class PackedBatch:
 
 
 def pack(
-    sequences: Sequence[npt.NDArray[np.int32]],
+    sequences: Sequence[IntArray],
     *,
     padding_idx: int,
     device: torch.device,
-    num_rows: Callable[[int], int] = int,
-    upload: Callable[[list[npt.NDArray[np.int32]]], Tensor] | None = None,
+    row_multiple: int = 1,
+    upload: Callable[[list[IntArray]], Tensor] | None = None,
 ) -> PackedBatch:
     """Lay sequences end to end and copy them to the device in one transfer.
 
@@ -67,7 +70,7 @@ def pack(
         sequences: int32 token ids of each sequence. Only sequences that pad a batch may be empty.
         padding_idx: Id of the padding token. XLM-RoBERTa's position ids start at `padding_idx + 1`.
         device: The device of the result.
-        num_rows: Returns the number of rows to pad the batch to, given its number of tokens.
+        row_multiple: The batch is padded to a multiple of this number of rows.
         upload: Concatenates int32 arrays and copies them to the device; None for an ordinary copy.
     """
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
@@ -76,9 +79,9 @@ def pack(
     num_tokens = int(cu_seqlens[-1])
     starts = np.repeat(cu_seqlens[:-1], lengths)
     positions = np.arange(num_tokens, dtype=np.int32) - starts + np.int32(padding_idx + 1)
-    total = num_rows(num_tokens)
-    filling = np.full(total - num_tokens, padding_idx, dtype=np.int32)
+    filling = np.full(-num_tokens % row_multiple, padding_idx, dtype=np.int32)
     parts = [*sequences, filling, positions, filling, cu_seqlens]
     flat = torch.from_numpy(np.concatenate(parts)).to(device) if upload is None else upload(parts)
-    ids, rows, cumulated = flat.split([total, total, len(cu_seqlens)])
+    num_rows = num_tokens + len(filling)
+    ids, rows, cumulated = flat.split([num_rows, num_rows, len(cu_seqlens)])
     return PackedBatch(ids, rows, Seqlens(tuple(lengths.tolist()), cumulated, int(lengths.max())))

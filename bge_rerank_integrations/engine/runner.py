@@ -14,7 +14,6 @@ from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,8 +30,8 @@ from bge_rerank_integrations.engine.device import (
     resolve_max_batch_tokens,
     resolve_num_threads,
 )
-from bge_rerank_integrations.engine.model import EncoderShape
-from bge_rerank_integrations.engine.packing import PackedBatch, pack
+from bge_rerank_integrations.engine.packing import IntArray, PackedBatch, pack
+from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.runtime.fork_guard import is_child
 
 logger = logging.getLogger(__name__)
@@ -40,8 +39,9 @@ logger = logging.getLogger(__name__)
 # Most time in seconds that a batch should take on a GPU. A short request may wait for the batches that were
 # launched before it. A longer time would not use the GPU better.
 _BATCH_S: Final = 0.05
-# The speed of a GPU is measured with sequences of this many tokens. They fill every GPU.
-_NUM_MEASURED: Final = 8
+# The speed of a GPU is measured with a batch of about this many tokens, in sequences of at most this length.
+# It fills every GPU. With fewer tokens, launching the kernels would take most of the time.
+_MEASURED_TOKENS: Final = 4096
 _MEASURED_LENGTH: Final = 512
 # A smaller budget would leave parts of a GPU idle.
 _MIN_BUDGET_TOKENS: Final = 1024
@@ -76,7 +76,7 @@ class Runner:
         device: The device that the batches run on.
         padding_idx: Id of the padding token. Position ids start at `padding_idx + 1`.
         max_batch_tokens: Most tokens in one forward pass at the start.
-        num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
+        row_multiple: Batches are padded to a multiple of this number of rows.
         num_threads: Number of CPU threads that compute; None for torch's current setting. A thread that
             launches a batch keeps this number.
         transfer: Copies to and from the device, and limits how many batches run at once; None for a
@@ -98,7 +98,7 @@ class Runner:
         device: torch.device,
         padding_idx: int,
         max_batch_tokens: int,
-        num_rows: Callable[[int], int] = int,
+        row_multiple: int = 1,
         num_threads: int | None = None,
         transfer: Transfer | None = None,
         graphs: Graphs | None = None,
@@ -110,7 +110,7 @@ class Runner:
         self._num_batches_since_split = 0
         self._forward = forward
         self._padding_idx = padding_idx
-        self._num_rows = num_rows
+        self._row_multiple = row_multiple
         self._num_threads = num_threads
         self._transfer = transfer or PlainTransfer(device)
         self._graphs = graphs
@@ -125,7 +125,7 @@ class Runner:
             clock: Returns the time in seconds.
         """
         length = min(max_length, _MEASURED_LENGTH)
-        sequences = [np.zeros(length, np.int32)] * _NUM_MEASURED
+        sequences = [np.zeros(length, np.int32)] * (_MEASURED_TOKENS // length)
         times: list[float] = []
         for _ in range(3):  # the first pass loads kernels
             began = clock()
@@ -134,12 +134,12 @@ class Runner:
                 return  # out of memory, which has lowered the budget already
             pending.wait()
             times.append(clock() - began)
-        num_tokens = int(_BATCH_S * _NUM_MEASURED * length / max(min(times[1:]), 1e-9))
+        num_tokens = int(_BATCH_S * len(sequences) * length / max(min(times[1:]), 1e-9))
         self._full_budget = min(self._full_budget, max(num_tokens, _MIN_BUDGET_TOKENS))
         self.max_batch_tokens = min(self.max_batch_tokens, self._full_budget)
         logger.info("batches on %s have at most %d tokens", self.device, self.max_batch_tokens)
 
-    def launch(self, sequences: Sequence[npt.NDArray[np.int32]], *, is_alone: bool = True) -> Pending | None:
+    def launch(self, sequences: Sequence[IntArray], *, is_alone: bool = True) -> Pending | None:
         """Start a batch. Where copies to the host do not block, this returns before the batch is done.
 
         An out-of-memory error lowers the token budget only if no other batch of the caller was running.
@@ -192,13 +192,13 @@ class Runner:
                 self.max_batch_tokens,
             )
 
-    def _launch(self, sequences: list[npt.NDArray[np.int32]]) -> Callable[[], list[float]]:
+    def _launch(self, sequences: list[IntArray]) -> Callable[[], list[float]]:
         graphs = self._graphs
         batch = pack(
             sequences if graphs is None else graphs.pad(sequences),
             padding_idx=self._padding_idx,
             device=self.device,
-            num_rows=self._num_rows,
+            row_multiple=self._row_multiple,
             upload=self._transfer.upload,
         )
         logits = self._forward(batch) if graphs is None else graphs(batch)
@@ -284,13 +284,17 @@ def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) ->
             device=device,
             padding_idx=shape.padding_idx,
             max_batch_tokens=max_batch_tokens,
-            num_rows=model.num_rows,
+            row_multiple=model.row_multiple,
             num_threads=key.num_threads,
             transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
             graphs=model.graphs,
         )
         if config.max_batch_tokens is None and device.type != "cpu":
             runner.limit_batch_time(config.max_length)
+    if device.type == "cuda":
+        # The application may load in a block of `torch.cuda.stream`. Batches run on another stream, which
+        # does not wait for what loading has launched.
+        torch.cuda.synchronize(device)
     return runner
 
 

@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bge_rerank_integrations.ray.data import ActorOptions, rerank_dataset, score_dataset
+    from bge_rerank_integrations.ray.actors import ActorOptions
+    from bge_rerank_integrations.ray.data import rerank_dataset, score_dataset
     from bge_rerank_integrations.ray.scorer import ServeScorer
     from bge_rerank_integrations.ray.serve import ServeArguments, app
 
 __all__ = ["ActorOptions", "ServeArguments", "ServeScorer", "app", "rerank_dataset", "score_dataset"]
 
 _HOME = {
-    "ActorOptions": "data",
+    "ActorOptions": "actors",
     "ServeArguments": "serve",
     "ServeScorer": "scorer",
     "app": "serve",

@@ -33,6 +33,7 @@ from bge_rerank_integrations.server.app import create_app
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.dialects.rerank import RERANK
 from bge_rerank_integrations.server.dialects.table import error_body
+from bge_rerank_integrations.server.endpoint import refusal_headers
 from bge_rerank_integrations.server.refusal import Refusal, refusal_of
 from bge_rerank_integrations.server.service import Service
 from bge_rerank_integrations.server.settings import ServerSettings, read_api_key
@@ -167,7 +168,7 @@ class RerankReplica:
 
 def _refuse(error: QueueFullError) -> JSONResponse:
     refusal = refusal_of(error)
-    headers = {"retry-after": str(refusal.retry_after_s), "cache-control": "no-store"}
+    headers = {**refusal_headers(refusal), "cache-control": "no-store"}
     return JSONResponse(error_body(RERANK, refusal), status_code=refusal.status, headers=headers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from bge_rerank_integrations.divided_calls import (
@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
-from bge_rerank_integrations.protocols import OwnScorer
+from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.runtime.steps import arun_steps, run_steps
 from bge_rerank_integrations.validation import acheck_stream
@@ -53,7 +53,7 @@ class _Call(NamedTuple):
 _Outcome = list[Ranking] | RerankError
 
 
-class ServeScorer(OwnScorer):
+class ServeScorer(PackageScorer):
     """Scores with a Ray Serve application that `app` built. It takes the place of a `Scorer` in the cluster.
 
     Arguments, results and errors are those of `Scorer`. Any number of threads and tasks can use one instance.
@@ -228,12 +228,6 @@ class ServeScorer(OwnScorer):
     def __repr__(self) -> str:
         return f"ServeScorer(app={self._handle.app_name!r})"
 
-    def __copy__(self) -> ServeScorer:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, object]) -> ServeScorer:
-        return self
-
     def _take(self, call: _Call) -> _Outcome:
         try:
             response = self._send(call)
@@ -250,7 +244,7 @@ class ServeScorer(OwnScorer):
         try:
             response = self._send(call)
             try:
-                rankings: list[Ranking] = await asyncio.wait_for(_result(response), call.timeout_s)
+                rankings: list[Ranking] = await asyncio.wait_for(response, call.timeout_s)
             except BaseException:
                 # The caller was cancelled or the time is over, so nobody needs the result.
                 response.cancel()
@@ -274,10 +268,6 @@ def _read(part: Part, outcome: _Outcome, attempt: int) -> list[Ranking] | Failur
     if isinstance(outcome, list):
         return outcome
     return Failure(outcome, random_delay_s(attempt) if isinstance(outcome, _RETRIED) else None)
-
-
-async def _result(response: Awaitable[list[Ranking]]) -> list[Ranking]:
-    return await response
 
 
 def _error_of(error: Exception) -> RerankError:

@@ -16,12 +16,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class SafeCondition(RLock, threading.Condition):  # type: ignore[misc]  # CPython allows it
-    """A condition variable that is its own lock. It is entered and left in one step."""
+class SafeCondition(RLock, threading.Condition):  # type: ignore[misc]
+    """A condition variable that is its own lock. It is entered and left in one step.
+
+    `wait` and `notify` come from `threading.Condition`. They call `_release_save`, `_acquire_restore` and
+    `_is_owned`, which are here those of `RLock`.
+    """
 
     def __init__(self) -> None:
-        # `threading.Condition` would refer to its lock, which is this object. Such a cycle is freed only by
-        # the garbage collector.
+        # `Condition.__init__` would also set `_lock` to this object itself. Such a cycle is freed only by the
+        # garbage collector.
         self._waiters: deque[object] = deque()
 
 

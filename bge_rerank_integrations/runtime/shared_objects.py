@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.runtime.conditions import SafeFuture
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
 
 K = TypeVar("K", bound=Hashable)
@@ -27,7 +28,7 @@ class _Entry(Generic[T]):
         is_pinned: Whether somebody asked for the object without a holder. `release` never drops it.
     """
 
-    future: Future[T] = field(default_factory=Future)
+    future: SafeFuture[T] = field(default_factory=SafeFuture)
     holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
     is_pinned: bool = False
 
@@ -75,23 +76,25 @@ class SharedObjects(Generic[K, T]):
             InputTypeError: Python takes no weak references to the holder.
             BaseException: The exception of `create`. All waiting callers get it. The next call tries again.
         """
-        with self._lock:
-            entry = self._entries.get(key)
-            is_first = entry is None
-            if entry is None:
-                entry = _Entry()
-            entry.add(holder)
-            self._entries[key] = entry
-        if is_first:
-            try:
+        entry = _Entry[T]()
+        is_first = False
+        try:
+            with self._lock:
+                entry = self._entries.get(key, entry)
+                entry.add(holder)
+                is_first = key not in self._entries
+                self._entries[key] = entry
+            if is_first:
                 entry.future.set_result(create(key))
-            except BaseException as error:
+            return entry.future.result()
+        except BaseException as error:
+            # `create` has failed, or Ctrl-C came between the lines above.
+            if is_first and not entry.future.done():
                 with self._lock:
                     if self._entries.get(key) is entry:
                         del self._entries[key]
                 entry.future.set_exception(error)
-        try:
-            return entry.future.result()
+            raise
         finally:
             # The exception of a failed creation refers to this frame. Without the reference from this frame
             # to the exception there is no cycle, and the memory of the failed attempt is freed with the

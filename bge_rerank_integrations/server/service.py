@@ -10,7 +10,7 @@ from typing import Final
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError, QueueFullError
-from bge_rerank_integrations.ranking import RankedPassage, Ranking
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, Selection
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
@@ -133,8 +133,7 @@ class Service:
         rankings = merge_rankings(
             len(work.requests),
             await self._run_all(_score_all if work.only_scores else _rank_all, scorer, work.requests),
-            top_n=work.top_n,
-            normalize=not work.raw_scores,
+            Selection(work.top_n, None, normalize=not work.raw_scores),
         )
         num_truncated = sum(ranking.num_truncated + ranking.num_truncated_queries for ranking in rankings)
         if work.refuse_truncated and num_truncated:
@@ -167,8 +166,8 @@ class Service:
 
         try:
             for part in _parts(scorer, requests):
-                # The first part decides whether the request is accepted. It must not be refused because of
-                # the space that the second part takes.
+                # Only the first part may be refused with 429. The second part starts when the first one has
+                # ended, so that it cannot take the first part's space.
                 may_wait = num_pairs > 0
                 if running and (not ranked or len(running) == _NUM_PARTS_AT_ONCE):
                     await finish_oldest()
@@ -188,14 +187,15 @@ class Service:
         """Rank one part. If `may_wait` is set, wait for space in the queue instead of raising."""
         while True:
             self._num_started += 1
-            num_started, was_alone = self._num_started, self._num_running == 0
+            num_started, nothing_else_ran = self._num_started, self._num_running == 0
             self._num_running += 1
             try:
                 _check_room(scorer, part)
                 return await run(scorer, part)
             except QueueFullError as error:
-                was_alone = was_alone and num_started == self._num_started
-                if was_alone and scorer.health().queued_tokens == 0:
+                nothing_else_ran = nothing_else_ran and num_started == self._num_started
+                if nothing_else_ran and scorer.health().queued_tokens == 0:
+                    # The part alone is too large for the queue, and waiting cannot help.
                     raise Refusal(
                         413, f"a document is too long for the queue: {error}", "InputTooLong"
                     ) from None

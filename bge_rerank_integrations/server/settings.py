@@ -6,14 +6,11 @@ import dataclasses
 import ipaddress
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
+from bge_rerank_integrations.api_key import API_KEY_VARIABLE, is_api_key
 from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S
-
-API_KEY_VARIABLE: Final = "BGE_RERANK_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class ServerSettings:
     model_name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and not _is_key(self.api_key):
+        if self.api_key is not None and not is_api_key(self.api_key):
             raise ConfigError("the API key must be printable ASCII without spaces, and not empty")
         check_seconds("timeout_s", self.timeout_s)
         if not self.max_body_mb > 0 or not math.isfinite(self.max_body_mb):
@@ -54,14 +51,14 @@ class ServerSettings:
         return int(self.max_body_mb * 1024 * 1024)
 
 
-def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
+def read_api_key(file: Path | None) -> str | None:
     """Return the API key from a file, or from `BGE_RERANK_API_KEY` if no file is given.
 
     Raises:
         ConfigError: The file cannot be read, or it is empty.
     """
     if file is None:
-        return environment.get(API_KEY_VARIABLE) or None
+        return os.environ.get(API_KEY_VARIABLE) or None
     try:
         key = file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -91,10 +88,6 @@ def check_seconds(name: str, value: float) -> None:
     """Raise `ConfigError` unless a value is a positive number of seconds, at most a year."""
     if not 0 < value <= MAX_TIMEOUT_S:
         raise ConfigError(f"{name} must be a positive number of seconds, at most {MAX_TIMEOUT_S}")
-
-
-def _is_key(key: str) -> bool:
-    return bool(key) and all("!" <= character <= "~" for character in key)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,10 +1,10 @@
-"""Chooses how much of a long text to tokenize: about as much as gives the tokens that can be kept."""
+"""Decides how many characters of a long text to tokenize: enough for the tokens that are kept."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,20 @@ _MOST_CHARACTERS: Final = 1 << 18
 _UNRELIABLE_TOKENS: Final = 64
 # White space between two words gives no token, whatever its length.
 _LONG_GAP: Final = re.compile(f"[{_WHITE_SPACE}]{{256,}}")
+
+
+class Cut(NamedTuple):
+    """A part of a text.
+
+    Attributes:
+        text: The part.
+        num_tokens_needed: Number of tokens that it must give. With fewer, a longer part is tokenized.
+        is_whole: Whether it is the whole text.
+    """
+
+    text: str
+    num_tokens_needed: int
+    is_whole: bool
 
 
 class DistinctTexts:
@@ -60,18 +74,18 @@ class DistinctTexts:
     def strings(self) -> list[str]:
         """Return the string to tokenize for each text whose ids are not known yet."""
         # `+` would call methods of subclasses of str.
-        return ["".join((self._prefix, part)) for part, _, _ in self._reads.values()]
+        return ["".join((self._prefix, cut.text)) for cut in self._reads.values()]
 
     def take(self, all_ids: Iterator[list[int]]) -> None:
         """Take the ids of each string of `strings`, in order. Other ids stay in the iterator."""
         limit = self._limit
         short: list[str] = []
         # The texts come first: when they end, `zip` has not read from the second iterable yet.
-        for (text, (_, needed, is_whole)), ids in zip(self._reads.items(), all_ids, strict=False):
-            if len(ids) < needed:
+        for (text, cut), ids in zip(self._reads.items(), all_ids, strict=False):
+            if len(ids) < cut.num_tokens_needed:
                 short.append(text)
                 continue
-            has_more = limit is not None and (len(ids) > limit or not is_whole)
+            has_more = limit is not None and (len(ids) > limit or not cut.is_whole)
             self.encoded[text] = np.array(self._kept(ids), dtype=np.int32), has_more
         self._reads = {text: next(self._readers[text]) for text in short}
 
@@ -83,36 +97,34 @@ class DistinctTexts:
         return [*self._end_prefix_ids, *ids[len(self._end_prefix_ids) - self._limit :]]
 
 
-def _heads(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
+def _heads(text: str, limit: int | None) -> Iterator[Cut]:
     """Yield longer and longer beginnings of a text, until one is sure to contain its first `limit` tokens.
 
     Words are tokenized independently. If a text is cut before white space, the tokens of the beginning are
     therefore also the first tokens of the whole text. One token more than the limit then suffices. If such a
     beginning gives too few tokens, the text is cut inside a word, and the tokens near the cut are discarded.
     In a word of thousands of characters that repeats one pattern, the cut may change the first tokens too.
-
-    Yields:
-        The beginning, the number of tokens that it must give, and whether it is the whole text.
     """
     if limit is None:
-        yield text, 0, True
+        yield Cut(text, 0, is_whole=True)
         return
     first_end = end = _CHARACTERS_PER_TOKEN * limit + _EXTRA_CHARACTERS
     most = max(_MOST_CHARACTERS, first_end)
     while end < min(len(text), most):
         white_space = max(text.rfind(character, 0, end) for character in _WHITE_SPACE)
         if white_space > 0:
-            yield text[:white_space], limit + 1, False
-        yield text[:end], limit + _UNRELIABLE_TOKENS, False
+            yield Cut(text[:white_space], limit + 1, is_whole=False)
+        yield Cut(text[:end], limit + _UNRELIABLE_TOKENS, is_whole=False)
         if end == first_end:
             text = _LONG_GAP.sub(" ", text)
         end *= _GROWTH
-    yield text[:most], 0, len(text) <= most
+    yield Cut(text[:most], 0, is_whole=len(text) <= most)
 
 
-def _tails(text: str, limit: int | None) -> Iterator[tuple[str, int, bool]]:
+def _tails(text: str, limit: int | None) -> Iterator[Cut]:
     """Yield longer and longer ends of a text, like `_heads` for the last `limit` tokens."""
-    for head, needed, is_whole in _heads(text[::-1], limit):
+    for head in _heads(text[::-1], limit):
         # The tokens at the cut are always discarded. Without the white space before it, a combining mark at
         # the cut would give other tokens.
-        yield head[::-1], needed + _UNRELIABLE_TOKENS if needed else 0, is_whole
+        needed = head.num_tokens_needed + _UNRELIABLE_TOKENS if head.num_tokens_needed else 0
+        yield Cut(head.text[::-1], needed, head.is_whole)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice, pairwise
 from typing import Final
 
+from bge_rerank_integrations.config import BlankPassages
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
 from bge_rerank_integrations.ranking import (
     BLANK_LOGIT,
@@ -19,53 +21,16 @@ from bge_rerank_integrations.ranking import (
 from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
 from bge_rerank_integrations.validation import BLANK_QUERY, Pair, naming_request
 
-FindBlank = Callable[[PairTokenizer], frozenset[str]]
-"""Returns the passages that must not be scored, or raises `InputError`."""
+# A longer request is encoded in parts of at most this many pairs. Unless the queue has a limit, the device
+# computes a part while the next one is encoded. The first part is small, so that an idle device starts soon.
+_NUM_FIRST_PAIRS: Final = 32
+_NUM_PAIRS_AT_ONCE: Final = 512
+# From this many pairs on, the rest is divided even if it fits into one part. The device then does not wait
+# until all of them are encoded.
+_NUM_DIVIDED_PAIRS: Final = 64
 
 # Stands for a pair with a blank passage.
 _NOT_ENCODED: Final = EncodedPair((), truncated=False, query_truncated=False)
-
-
-def find_blank(
-    tokenizer: PairTokenizer, query: str, passages: Sequence[str], *, refuse: bool
-) -> frozenset[str]:
-    """Return the passages of a ranking that are blank.
-
-    Args:
-        tokenizer: Decides whether a text is blank.
-        query: The query of the ranking.
-        passages: The passages of the ranking.
-        refuse: Whether a blank passage raises an exception.
-
-    Returns:
-        The texts of the blank passages.
-
-    Raises:
-        InputError: The query is blank, or `refuse` is set and a passage is blank; `.index` says which
-            passage.
-    """
-    if tokenizer.is_blank(query):
-        raise InputError(BLANK_QUERY)
-    blank = frozenset(passage for passage in dict.fromkeys(passages) if tokenizer.is_blank(passage))
-    if blank and refuse:
-        index = next(index for index, passage in enumerate(passages) if passage in blank)
-        raise InputError(f"passage {index} is blank; leave it out, or set blank_passages='last'", index=index)
-    return blank
-
-
-def find_blank_in_each(
-    tokenizer: PairTokenizer, requests: Sequence[tuple[str, Sequence[str]]], *, refuse: bool
-) -> frozenset[str]:
-    """Do the same as `find_blank` for several rankings. `.index` of an `InputError` says which request."""
-    blank: frozenset[str] = frozenset()
-    for number, (query, passages) in enumerate(requests):
-        with naming_request(number):
-            blank |= find_blank(tokenizer, query, passages, refuse=refuse)
-    return blank
-
-
-def _one_part(num_pairs: int) -> list[int]:
-    return [num_pairs]
 
 
 class PreparedPairs:
@@ -73,7 +38,9 @@ class PreparedPairs:
 
     Args:
         requests: (query, passages) of each request of the call.
-        find_blank: Returns the passages that are not scored. None scores all passages.
+        blank_passages: What to do with blank passages, as in `ScorerConfig`. None scores them like others,
+            and accepts blank queries too.
+        names_request: Whether `.index` of an `InputError` says which request, instead of which passage.
 
     Attributes:
         num_pairs: Number of pairs of all requests.
@@ -82,37 +49,38 @@ class PreparedPairs:
     """
 
     def __init__(
-        self, requests: Sequence[tuple[str, Sequence[str]]], find_blank: FindBlank | None = None
+        self,
+        requests: Sequence[tuple[str, Sequence[str]]],
+        *,
+        blank_passages: BlankPassages | None = None,
+        names_request: bool = False,
     ) -> None:
         self.num_pairs = sum(len(passages) for _, passages in requests)
         self.num_blank = 0
         self._requests = requests
-        self._find_blank = find_blank
+        self._blank_passages = blank_passages
+        self._names_request = names_request
         self._distinct: list[Pair] = []
         self._encoded: dict[Pair, EncodedPair] = {}  # in the order of the distinct pairs
 
-    def encode(
-        self, tokenizer: PairTokenizer, part_sizes: Callable[[int], Sequence[int]] = _one_part
-    ) -> Iterator[list[IntArray]]:
+    def encode(self, tokenizer: PairTokenizer) -> Iterator[list[IntArray]]:
         """Encode the distinct pairs in parts, and yield the windows of each part.
 
         A window is a sequence for the model: int32 token ids, special tokens included.
 
         Args:
-            tokenizer: Encodes the pairs.
-            part_sizes: Divides a number of distinct pairs. It returns the number in each part. By default,
-                all pairs are one part.
+            tokenizer: Encodes the pairs, and decides which texts are blank.
 
         Raises:
-            InputError: `find_blank` has raised it.
+            InputError: A query is blank, or blank passages are refused and one is blank.
         """
-        blank = frozenset[str]() if self._find_blank is None else self._find_blank(tokenizer)
+        blank = frozenset[str]() if self._blank_passages is None else self._find_blank(tokenizer)
         with_text = [pair for pair in self._pairs() if pair[1] not in blank]
         self.num_blank = self.num_pairs - len(with_text)
         self._distinct = list(dict.fromkeys(with_text))
         self._encoded.clear()  # an earlier attempt may have failed because the queue was full
         distinct = iter(self._distinct)
-        for encoded in tokenizer.stream(self._distinct, part_sizes(len(self._distinct))):
+        for encoded in tokenizer.stream(self._distinct, _part_sizes(len(self._distinct))):
             self._encoded.update(zip(islice(distinct, len(encoded)), encoded, strict=True))
             yield [window for each in encoded for window in each.windows]
 
@@ -172,6 +140,14 @@ class PreparedPairs:
         best = self._best_logits(logits, 0)
         return [self._ranking(query, passages, best, selection) for query, passages in self._requests]
 
+    def _find_blank(self, tokenizer: PairTokenizer) -> frozenset[str]:
+        """Return the passages that are blank."""
+        blank: frozenset[str] = frozenset()
+        for number, (query, passages) in enumerate(self._requests):
+            with naming_request(number) if self._names_request else nullcontext():
+                blank |= _blank_of(tokenizer, query, passages, refuse=self._blank_passages == "refuse")
+        return blank
+
     def _ranking(
         self, query: str, passages: Sequence[str], best: dict[Pair, float], selection: Selection
     ) -> Ranking:
@@ -211,3 +187,25 @@ class PreparedPairs:
 
     def _pairs(self) -> Iterator[Pair]:
         return ((query, passage) for query, passages in self._requests for passage in passages)
+
+
+def _blank_of(
+    tokenizer: PairTokenizer, query: str, passages: Sequence[str], *, refuse: bool
+) -> frozenset[str]:
+    """Return the blank passages of one request. Raise an error for a blank query."""
+    if tokenizer.is_blank(query):
+        raise InputError(BLANK_QUERY)
+    blank = frozenset(passage for passage in dict.fromkeys(passages) if tokenizer.is_blank(passage))
+    if blank and refuse:
+        index = next(index for index, passage in enumerate(passages) if passage in blank)
+        raise InputError(f"passage {index} is blank; leave it out, or set blank_passages='last'", index=index)
+    return blank
+
+
+def _part_sizes(num_pairs: int) -> list[int]:
+    """Divide pairs into the parts in which a request is encoded. Return the number of pairs in each part."""
+    first = min(num_pairs, _NUM_FIRST_PAIRS)
+    rest = num_pairs - first
+    num_parts = max(-(-rest // _NUM_PAIRS_AT_ONCE), 2 if rest >= _NUM_DIVIDED_PAIRS else 1)
+    ends = [rest * index // num_parts for index in range(num_parts + 1)]
+    return [first, *(end - start for start, end in pairwise(ends) if end > start)]

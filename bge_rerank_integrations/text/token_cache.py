@@ -40,7 +40,7 @@ class TokenCache:
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._entries: OrderedDict[bytes, Encoded] = OrderedDict()
-        # A signal handler must not score. If one does, it does not hang here.
+        # An RLock, because a signal handler that scores may interrupt the thread that holds it.
         self._lock = threading.RLock()
 
     @staticmethod

@@ -16,7 +16,8 @@ class TokenizerFile(NamedTuple):
     """A tokenizer and its ids.
 
     Attributes:
-        tokenizer: The tokenizer. It adds special tokens, but it gives none for a text.
+        tokenizer: The tokenizer. It can put special tokens around a pair. It never reads part of a text as a
+            special token.
         max_id: The largest id.
         reserved_ids: Ids of special tokens that it never gives for a text.
     """

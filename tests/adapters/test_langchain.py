@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 
 from bge_rerank_integrations import BGEReranker, RankedPassage, Ranking, Scorer
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError, NonFiniteScoreError
-from bge_rerank_integrations.protocols import OwnScorer
+from bge_rerank_integrations.protocols import PackageScorer
 from tests.support.scorers import BEAR, BEST_FIRST, PANDA, TEA, BrokenScorer, StuckScorer, TableScorer
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -1023,7 +1023,7 @@ def test_cross_encoder_puts_blank_passages_lowest(reranker: BGEReranker, checkpo
         assert caught.value.index == index
 
 
-class Recorder(OwnScorer):
+class Recorder(PackageScorer):
     """A scorer like those of this package. It records the arguments of `rank_many`."""
 
     def __init__(self) -> None:

@@ -46,6 +46,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.runtime.conditions import SafeCondition
 from bge_rerank_integrations.text.tokenization import IntArray
 from tests.support.engine import replica_of
+from tests.support.interrupts import call_at, stop
 from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -601,6 +602,26 @@ def test_threads_that_outlive_the_main_thread_are_served(checkpoint: Path) -> No
     assert (completed.returncode, completed.stdout.strip(), completed.stderr) == (0, "2", "")
 
 
+async def test_a_call_that_cannot_start_a_thread_says_so_and_leaves_no_work(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse_tokenizers(thread: threading.Thread) -> None:
+        if thread.name.startswith("bge-rerank-tokenize"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse_tokenizers)
+            for _ in range(3):
+                with pytest.raises(RuntimeError, match="can't start new thread"):
+                    await scorer.arank("a", ["b", "c"])
+        assert len(await scorer.arank("a", ["d"])) == 1
+        assert scorer.stats().pairs == 1
+
+
 @pytest.mark.parametrize("event", ["call", "return"])
 @pytest.mark.parametrize("method", ["__enter__", "__exit__"])
 @pytest.mark.parametrize("caller", ["check_open", "add", "count", "result", "cancel", "done"])
@@ -632,44 +653,6 @@ def test_an_interrupt_at_a_lock_does_not_stop_other_threads(
         with ThreadPoolExecutor(1) as pool:
             again = pool.submit(scorer.score, [("a", "b")], timeout=PATIENCE_S)
             assert again.result() == [expected]
-
-
-class ReachedError(Exception):
-    """Ends a call at a chosen line."""
-
-
-def call_at(line: int, functions: set[Any], action: Callable[[], object], call: Callable[[], object]) -> bool:
-    """Call a function, and an action before the n-th line that it executes in some functions.
-
-    Returns:
-        Whether the function executed so many lines.
-    """
-    lines = iter(range(line, -1, -1))
-    is_reached = False
-
-    def trace(frame: FrameType, kind: str, _: object) -> Any:
-        nonlocal is_reached
-        if frame.f_code not in {function.__code__ for function in functions}:
-            return None
-        if kind == "line" and next(lines, None) == 0:
-            sys.settrace(None)
-            is_reached = True
-            action()
-        return trace
-
-    tracer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except ReachedError:
-        pass
-    finally:
-        sys.settrace(tracer)
-    return is_reached
-
-
-def stop() -> None:
-    raise ReachedError
 
 
 @pytest.mark.parametrize("method", ["add", "drop"])

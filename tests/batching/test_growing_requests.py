@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.batching.batcher import MicroBatcher
-from bge_rerank_integrations.batching.inference import Pipeline, _part_sizes
+from bge_rerank_integrations.batching.inference import Pipeline
 from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
@@ -28,7 +28,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
 )
 from bge_rerank_integrations.ranking import Selection
-from bge_rerank_integrations.text.pairs import PreparedPairs
+from bge_rerank_integrations.text.pairs import PreparedPairs, _part_sizes
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from bge_rerank_integrations.validation import Pair, group_pairs

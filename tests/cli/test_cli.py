@@ -291,12 +291,13 @@ def test_rank_to_a_file_is_done_once(on: list[str], tmp_path: Path) -> None:
     assert first.exit_code == 0
     assert first.stdout == ""
     written = output.read_text()
-    again = run("rank", source, "-o", output, *on)
+    again = run("rank", source, "-o", output, "--local-files-only", *on)
     assert again.exit_code == 0
     assert "already complete" in flat(again.stderr)
-    other = run("rank", source, "-o", output, "--top-n", 1, *on)
-    assert other.exit_code == 1
-    assert "other settings (--top-n)" in flat(other.stderr)
+    for name in ("--top-n", "--num-threads"):
+        other = run("rank", source, "-o", output, name, 1, *on)
+        assert other.exit_code == 1
+        assert f"other settings ({name})" in flat(other.stderr)
     assert output.read_text() == written
     anew = run("rank", source, "-o", output, "--top-n", 1, "--overwrite", *on)
     assert anew.exit_code == 0

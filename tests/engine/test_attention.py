@@ -28,11 +28,11 @@ from bge_rerank_integrations.engine.attention import (
     flash_attention,
     flash_attention_3,
     name_of,
-    reads_tensors_only,
     resolve_attention,
     tile_attention,
     triton_attention,
     varlen_attention,
+    works_in_graphs,
 )
 from bge_rerank_integrations.engine.attention_by_length import (
     contiguous_sdpa_attention,
@@ -123,7 +123,7 @@ def test_a_trial_that_runs_out_of_memory_does_not_select_a_slower_candidate(
 def test_right_candidates_pass_the_trial(
     attention: VarlenAttention, dtype: torch.dtype, head_dim: int
 ) -> None:
-    try_attention(attention, CPU, dtype, head_dim, in_graphs=False)
+    try_attention(attention, CPU, dtype, head_dim, works_in_graphs=False)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -131,7 +131,7 @@ def test_right_candidates_pass_the_trial(
 def test_kernels_for_whole_batches_get_what_they_need(attention: VarlenAttention, dtype: torch.dtype) -> None:
     operator = "efficient" if attention is efficient_attention else "flash"
     with cuda_operators_on_cpu() as called:
-        try_attention(attention, CPU, dtype, 64, in_graphs=True)
+        try_attention(attention, CPU, dtype, 64, works_in_graphs=True)
     assert called == [operator, operator], "one call for all sequences"
 
 
@@ -155,7 +155,7 @@ def test_flash_attention_3_of_every_release_is_understood(
     module: Any = ModuleType("flash_attn_interface")
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    try_attention(flash_attention_3, CPU, torch.bfloat16, 64, in_graphs=True)
+    try_attention(flash_attention_3, CPU, torch.bfloat16, 64, works_in_graphs=True)
 
 
 @pytest.mark.parametrize("attention", WHOLE_BATCH)
@@ -257,7 +257,7 @@ def test_kernels_for_whole_batches_can_be_captured() -> None:
         varlen_attention,
         efficient_attention,
     ):
-        assert reads_tensors_only(attention)
+        assert works_in_graphs(attention)
     for attention in (
         sdpa_attention,
         contiguous_sdpa_attention,
@@ -265,17 +265,21 @@ def test_kernels_for_whole_batches_can_be_captured() -> None:
         tile_attention,
         bfloat16_tile_attention,
     ):
-        assert not reads_tensors_only(attention)
+        assert not works_in_graphs(attention)
 
 
 def test_the_trial_detects_the_faulty_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", metal_sdpa)
     with pytest.raises(AssertionError, match="results differ by"):
         try_attention(
-            partial(attention_by_length._attend_runs, metal_sdpa), CPU, torch.float32, 64, in_graphs=False
+            partial(attention_by_length._attend_runs, metal_sdpa),
+            CPU,
+            torch.float32,
+            64,
+            works_in_graphs=False,
         )
-    try_attention(contiguous_sdpa_attention, CPU, torch.float32, 64, in_graphs=False)
-    try_attention(product_attention, CPU, torch.float32, 64, in_graphs=False)
+    try_attention(contiguous_sdpa_attention, CPU, torch.float32, 64, works_in_graphs=False)
+    try_attention(product_attention, CPU, torch.float32, 64, works_in_graphs=False)
 
 
 @pytest.mark.parametrize("first_tokens", [False, True])
@@ -329,7 +333,7 @@ def test_tiles_read_tensors_of_any_layout(
 @needs_pairs
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_bfloat16_tiles_pass_the_trial(head_dim: int) -> None:
-    try_attention(bfloat16_tile_attention, CPU, torch.bfloat16, head_dim, in_graphs=False)
+    try_attention(bfloat16_tile_attention, CPU, torch.bfloat16, head_dim, works_in_graphs=False)
 
 
 @needs_pairs
@@ -396,7 +400,7 @@ def test_a_candidate_whose_library_is_broken_is_passed_over(
     assert "failing_attention is not used (ImportError: Numba needs NumPy" in caplog.text
 
 
-def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operations(
+def test_an_implementation_on_one_thread_is_not_used_when_torch_has_several(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
@@ -405,7 +409,7 @@ def test_an_implementation_on_one_thread_is_not_used_where_threads_share_operati
         calls.append(len(q))
         return sdpa_attention(q, k, v, q_seqlens, kv_seqlens)
 
-    candidate = Candidate(on_one_thread, lambda *_: True, where_shared=sdpa_attention)
+    candidate = Candidate(on_one_thread, lambda *_: True, with_many_threads=sdpa_attention)
     monkeypatch.setattr(attention_module, "CANDIDATES", (candidate,))
     attention = resolve_attention(CPU, torch.float32, 64)
     assert calls, "it is tried"
@@ -434,7 +438,7 @@ def test_products_with_many_scores_are_divided(
 ) -> None:
     monkeypatch.setattr(attention_by_length, "_MAX_SCORES", max_scores)
     monkeypatch.setattr(attention_by_length, "_MAX_PLAIN_SCORES", max_scores)
-    try_attention(attention, CPU, dtype, 64, in_graphs=False)
+    try_attention(attention, CPU, dtype, 64, works_in_graphs=False)
 
 
 @pytest.mark.parametrize("num_heads", [1, 6, 12, 16])

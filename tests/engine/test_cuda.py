@@ -157,7 +157,7 @@ def test_logits_with_graphs_match_logits_without(checkpoint: Path, dtype: DType)
 def test_attention_that_fits_this_device_is_right(candidate: Candidate, dtype: torch.dtype) -> None:
     if not candidate.fits(CUDA, dtype, 64):
         pytest.skip("needs another device, precision or package")
-    try_attention(candidate.attention, CUDA, dtype, 64, in_graphs=candidate.reads_tensors_only)
+    try_attention(candidate.attention, CUDA, dtype, 64, works_in_graphs=candidate.works_in_graphs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

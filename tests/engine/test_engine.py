@@ -21,6 +21,7 @@ from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.config import DType
 from bge_rerank_integrations.engine import build
 from bge_rerank_integrations.engine import linear as linear_module
+from bge_rerank_integrations.engine import runner as runner_module
 from bge_rerank_integrations.engine.attention import (
     VarlenAttention,
     bfloat16_tile_attention,
@@ -38,7 +39,8 @@ from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
-from bge_rerank_integrations.engine.cpu.row_blocks import RowBlocks, round_up_to_step
+from bge_rerank_integrations.engine.cpu.row_blocks import ROW_MULTIPLE, RowBlocks
+from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer
 from bge_rerank_integrations.engine.device import resolve_max_batch_tokens
 from bge_rerank_integrations.engine.linear import (
     LinearFactory,
@@ -111,7 +113,7 @@ def test_bfloat16_logits_match_transformers(
     assert np.corrcoef(ours, truth)[0, 1] > 0.999
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000, 10**6])
+@pytest.mark.parametrize("max_batch_tokens", [1, 100, 600, 5000, 100_000])
 def test_logits_in_a_batch_equal_logits_alone(
     checkpoint: Path, runner: Runner, vocab_size: int, max_batch_tokens: int
 ) -> None:
@@ -173,8 +175,8 @@ def test_padding_rows_do_not_change_the_logits(checkpoint: Path, vocab_size: int
     model = PackedCrossEncoder(shape, weights, attention=sdpa_attention, blocks=PlainBlocks(plain_linear))
     sequences = random_ids([9, 120, 33], vocab_size, seed=9)
     exact = model(pack(sequences, padding_idx=1, device=CPU))
-    filled = pack(sequences, padding_idx=1, device=CPU, num_rows=lambda n: n + 37)
-    assert len(filled.ids) == len(filled.positions) == 9 + 120 + 33 + 37
+    filled = pack(sequences, padding_idx=1, device=CPU, row_multiple=100)
+    assert len(filled.ids) == len(filled.positions) == 200
     assert filled.seqlens.cu_seqlens.tolist() == [0, 9, 129, 162]
     assert max_difference(model(filled).tolist(), exact.tolist()) <= LOGIT_TOLERANCE[torch.float32]
 
@@ -207,14 +209,14 @@ def test_linear_layers_see_few_numbers_of_rows(checkpoint: Path, vocab_size: int
         weights,
         attention=sdpa_attention,
         blocks=RowBlocks(PlainBlocks(recording_linear)),
-        num_rows=round_up_to_step,
+        row_multiple=ROW_MULTIPLE,
     )
     runner = Runner(
         model,
         device=CPU,
         padding_idx=1,
         max_batch_tokens=1200,
-        num_rows=round_up_to_step,
+        row_multiple=ROW_MULTIPLE,
         num_threads=num_threads,
     )
     for length in range(1, 401, 3):
@@ -361,6 +363,24 @@ def two_configs(budget: int, dtype: DType, num_threads: int | None = None) -> li
         ScorerConfig(device="cpu", dtype=dtype, num_threads=num_threads, max_batch_tokens=max_batch_tokens)
         for max_batch_tokens in (budget, budget + 1)
     ]
+
+
+def test_loading_onto_a_gpu_waits_for_the_stream_of_the_thread_that_loads(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", 1)
+    done: list[object] = []
+
+    def build_model(spec: build.ModelSpec) -> build.Model:
+        done.append("build")
+        return build.Model(lambda batch: torch.zeros(len(batch.seqlens.lengths)))
+
+    monkeypatch.setattr(runner_module, "resolve_device", lambda _: device)
+    monkeypatch.setattr(runner_module, "build_model", build_model)
+    monkeypatch.setattr(runner_module, "resolve_transfer", lambda *_: PlainTransfer(device))
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    load_runner(ScorerConfig(device="cuda:1", max_batch_tokens=100), checkpoint, read_shape(checkpoint))
+    assert done == ["build", device]
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])

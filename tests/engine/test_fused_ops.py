@@ -33,8 +33,8 @@ from bge_rerank_integrations.engine.cuda.fused_ops import (
     resolve_fused,
 )
 from bge_rerank_integrations.engine.cuda.linear_gelu import (
-    choose_linear_gelu,
     device_seconds,
+    least_fused_rows,
     plain_linear_gelu,
 )
 from bge_rerank_integrations.engine.describe import describe_machine
@@ -242,16 +242,8 @@ def separate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def test_the_fused_up_projection_is_used_where_it_is_faster(
     share: dict[int, float], expected: int | None
 ) -> None:
-    run, least = choose_linear_gelu(
-        plain_linear_gelu, separate, CPU, torch.float16, (16, 32), slow_or_fast(share)
-    )
+    least = least_fused_rows(plain_linear_gelu, separate, CPU, torch.float16, (16, 32), slow_or_fast(share))
     assert least == expected
-    if least is None:
-        assert run is separate
-        return
-    x, weight, bias = torch.randn(least, 16).half(), torch.randn(32, 16).half(), torch.randn(32).half()
-    assert torch.equal(run(x, weight, bias), plain_linear_gelu(x, weight, bias))
-    assert torch.equal(run(x[1:], weight, bias), separate(x[1:], weight, bias))
 
 
 def test_a_wrong_or_failing_up_projection_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -267,8 +259,7 @@ def test_a_wrong_or_failing_up_projection_is_not_used(caplog: pytest.LogCaptureF
     fast = slow_or_fast({512: 0.1, 2048: 0.1, 8192: 0.1})
     with caplog.at_level(logging.INFO, "bge_rerank_integrations"):
         for fused, seconds in ((wrong, fast), (failing, fast), (plain_linear_gelu, out_of_memory)):
-            chosen = choose_linear_gelu(fused, separate, CPU, torch.float32, (16, 32), seconds)
-            assert chosen == (separate, None)
+            assert least_fused_rows(fused, separate, CPU, torch.float32, (16, 32), seconds) is None
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
     for line, reason in zip(lines, ["AssertionError", "shared memory", "out of memory"], strict=True):
@@ -320,11 +311,35 @@ def test_kernels_are_tried_where_they_can_work(
     monkeypatch.setattr(fused_ops, "_triton_ops", compile_kernels)
     monkeypatch.setattr(fused_ops, "on_device", lambda _: nullcontext())
     monkeypatch.setattr(fused_ops, "check_ops", lambda *_, **__: None)
-    monkeypatch.setattr(fused_ops, "choose_linear_gelu", lambda *_: (F.linear, 2048))
+    monkeypatch.setattr(fused_ops, "least_fused_rows", lambda *_: 2048)
     ops = resolve_fused(torch.device("cuda", 0), torch.float16, (16, 32), quantizing=False)
     assert calls == (["compile"] if capability >= (8, 0) else [])
     assert ops.name == name
-    assert (ops.linear_gelu is F.linear) == (capability >= (9, 0))
+    assert (ops.linear_gelu is PLAIN_OPS.linear_gelu) == (capability < (9, 0))
+
+
+@needs_triton
+@pytest.mark.parametrize("least_rows", [1, 2048, None])
+def test_inputs_of_enough_rows_take_the_fused_up_projection(
+    least_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bge_rerank_integrations.engine.cuda import triton_kernels
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return separate(x, weight, bias) + 1
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(fused_ops, "_triton_ops", lambda: PLAIN_OPS._replace(linear_gelu=separate))
+    monkeypatch.setattr(fused_ops, "on_device", lambda _: nullcontext())
+    monkeypatch.setattr(fused_ops, "check_ops", lambda *_, **__: None)
+    monkeypatch.setattr(fused_ops, "least_fused_rows", lambda *_: least_rows)
+    monkeypatch.setattr(triton_kernels, "linear_gelu", fused)
+    ops = resolve_fused(torch.device("cuda", 0), torch.float16, (16, 32), quantizing=False)
+    weight, bias = torch.randn(32, 16), torch.randn(32)
+    for num_rows in (1, 2047, 2048, 3000):
+        x = torch.randn(num_rows, 16)
+        expected = fused if least_rows is not None and num_rows >= least_rows else separate
+        assert torch.equal(ops.linear_gelu(x, weight, bias), expected(x, weight, bias))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -162,8 +164,6 @@ def test_large_batches_and_batches_before_the_capture_run_without_graphs(model: 
     assert recorded.num_replayed == before + 1
     score_all(runner, large)
     assert recorded.num_replayed == before + 1
-    graphs.capture()
-    assert recorded.num_captured == len(plan_buckets(512, 200)), "the second call captures nothing"
 
 
 def first_ids(batch: PackedBatch) -> Tensor:
@@ -260,7 +260,6 @@ def test_a_failed_capture_discards_all_graphs_and_is_logged_once(
     graphs = graphs_of(model, capture)
     runner = Runner(model, device=CPU, padding_idx=1, max_batch_tokens=600, graphs=graphs)
     expected = score_all(runner, random_ids([20, 30], 100))
-    graphs.capture()
     graphs.capture()
     assert graphs.num_captured == 0
     assert caplog.text.count("CUDA graphs are disabled") == 1
@@ -367,13 +366,25 @@ def test_graphs_are_captured_while_the_model_loads(
     assert recorded.num_captured == (2 if capture_graphs else 0)
 
 
+class FakeGraph:
+    """A graph without work."""
+
+    def replay(self) -> None:
+        pass
+
+
 class Machine:
     """A stand-in for the parts of `torch.cuda` that capture graphs, with the generator of torch 2.10.
 
     There, a capture marks the default generator, and only a capture that ends without an error removes the mark.
+
+    Attributes:
+        existing: The graphs that are not destroyed yet.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.existing: WeakSet[FakeGraph] = WeakSet()
+        self.is_capturing = False
         self.generator_is_marked = False
         self.is_invalid = False
         self.released: list[str] = []
@@ -385,7 +396,7 @@ class Machine:
             "graph_pool_handle": lambda: (0, 1),
             "current_stream": SimpleNamespace,
             "stream": lambda _: nullcontext(),
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "CUDAGraph": self.new_graph,
             "graph": self.graph,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -394,13 +405,19 @@ class Machine:
                 torch._C, name, lambda *_, name=name: self.released.append(name), raising=False
             )
 
+    def new_graph(self) -> FakeGraph:
+        graph = FakeGraph()
+        self.existing.add(graph)
+        return graph
+
     @contextmanager
     def graph(self, graph: object, **options: object) -> Iterator[None]:
-        self.generator_is_marked = True
+        self.is_capturing = self.generator_is_marked = True
         self.is_invalid = False
         try:
             yield
         finally:
+            self.is_capturing = False
             if self.is_invalid:
                 raise RuntimeError("operation failed due to a previous error during capture")
         self.num_graphs += 1
@@ -434,3 +451,60 @@ def test_a_failed_capture_leaves_the_default_generator_usable(
     assert machine.released == ["_cuda_endAllocateToPool", "_cuda_releasePool"]
     capture(function)
     assert machine.num_graphs == 2
+
+
+@pytest.mark.parametrize(
+    ("failing_rows", "num_existing"),
+    [
+        (128, 2 + 1 + 1),  # with the graph that makes the generator usable
+        (256, 2 + 1 + 1),
+        (384, 2),  # the largest bucket is the first, so no other graph exists when its capture fails
+    ],
+)
+def test_a_graph_whose_capture_failed_is_not_destroyed_before_the_others(
+    failing_rows: int, num_existing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch)
+
+    def forward(batch: PackedBatch) -> Tensor:
+        if machine.is_capturing and len(batch.ids) == failing_rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    graphs = graphs_of(forward, CudaCapture(CPU), plan_buckets(512, 300))
+    graphs.capture()
+    gc.collect()
+    assert graphs.num_captured == 2
+    assert len(machine.existing) == num_existing
+    del graphs
+    gc.collect()
+    assert not machine.existing
+
+
+def test_no_graph_is_destroyed_while_one_of_them_may_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    capture = CudaCapture(CPU)
+    replays = [capture(lambda: torch.zeros(1)) for _ in range(3)]
+    del capture
+    while replays:
+        gc.collect()
+        assert len(machine.existing) == 3
+        replays[0]()
+        replays.pop()
+    gc.collect()
+    assert not machine.existing
+
+
+def test_the_graphs_are_destroyed_if_one_capture_fails_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+
+    def forward(batch: PackedBatch) -> Tensor:
+        if machine.is_capturing and len(batch.ids) == 256:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    graphs = graphs_of(forward, CudaCapture(CPU), plan_buckets(512, 300))
+    graphs.capture()
+    gc.collect()
+    assert graphs.num_captured == 0
+    assert not machine.existing, "their memory is free"

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
@@ -67,6 +68,31 @@ def test_quantizing_is_accurate_to_half_a_step(width: int, shift: float) -> None
     quantize(x, codes, affine)
     check_codes(x, codes, affine)
     assert (affine[3, 0] * codes[3] + affine[3, 1] == 0.25).all()
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"),
+    reason="needs a torch built with oneDNN",
+)
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+def test_onednn_is_tried_with_the_same_scales_whatever_the_default_dtype_is(default: torch.dtype) -> None:
+    """It refuses others, and int8 would then be slower or not available."""
+    seen: list[torch.dtype] = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.onednn.qlinear_pointwise.default:
+                seen.append(args[4].dtype)
+            return func(*args, **(kwargs or {}))
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with Recording():  # type: ignore[no-untyped-call]
+            int8_support._multiplies_correctly()
+    finally:
+        torch.set_default_dtype(before)
+    assert seen == [torch.float32]
 
 
 @needs_int8

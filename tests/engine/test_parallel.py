@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.parallel import SplitForward, select, split_evenly
 from bge_rerank_integrations.engine.packing import PackedBatch, pack
-from bge_rerank_integrations.engine.padded_rows import round_up_rows
 from tests.support.engine import CPU, random_ids
 from tests.support.queues import PATIENCE_S
 from tests.support.threads import in_new_thread
@@ -85,7 +84,7 @@ def test_a_selected_part_equals_a_packed_batch_of_its_sequences() -> None:
 
 
 def test_a_selected_part_is_padded_to_the_rows_of_linear_layers() -> None:
-    part = select(batch_of([7, 5, 9, 3]), [1, 3], round_up_rows)
+    part = select(batch_of([7, 5, 9, 3]), [1, 3], 16)
     assert len(part.ids) == len(part.positions) == 16
     assert part.ids[8:].tolist() == part.positions[8:].tolist() == [0] * 8
     assert part.seqlens.lengths == (5, 3)
@@ -98,7 +97,7 @@ def test_every_part_of_a_split_batch_is_padded_to_the_rows_of_linear_layers() ->
         seen.append(len(batch.ids))
         return torch.zeros(len(batch.seqlens.lengths))
 
-    SplitForward(forward, 2, 1024, round_up_rows)(batch_of([33, 20, 3]))
+    SplitForward(forward, 2, 1024, 16)(batch_of([33, 20, 3]))
     assert sorted(seen) == [32, 48]
 
 

@@ -85,7 +85,7 @@ def test_loading_onto_a_gpu_leaves_the_number_of_torch_threads(
     """Its speed is measured while it loads, by launching batches in the thread of the caller."""
     device = torch.device("meta")
     model = SimpleNamespace(
-        forward=lambda batch: torch.zeros(len(batch.seqlens.lengths)), num_rows=int, graphs=None
+        forward=lambda batch: torch.zeros(len(batch.seqlens.lengths)), row_multiple=1, graphs=None
     )
 
     class Transfer(PlainTransfer):

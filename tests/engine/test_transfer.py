@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -173,6 +173,21 @@ def test_the_token_budget_of_a_gpu_follows_its_speed(tokens_per_s: int, budget: 
     assert runner.max_batch_tokens == pytest.approx(budget, abs=1)
 
 
+@pytest.mark.parametrize("max_length", [16, 64, 512, 8192])
+def test_the_token_budget_of_a_gpu_does_not_depend_on_the_time_of_a_launch(max_length: int) -> None:
+    """A launch takes 4 ms, and the device computes a million tokens per second. 16,384 tokens take 20 ms."""
+    now = 0.0
+
+    def forward(batch: PackedBatch) -> Tensor:
+        nonlocal now
+        now += 0.004 + len(batch.ids) / 1_000_000
+        return torch.zeros(len(batch.seqlens.lengths))
+
+    runner = runner_of(forward, PlainTransfer(CPU), budget=16_384)
+    runner.limit_batch_time(max_length, clock=lambda: now)
+    assert runner.max_batch_tokens == 16_384
+
+
 def test_a_measured_budget_is_the_one_to_which_it_grows_back() -> None:
     now = 0.0
     memory = LimitedMemory(10**6)
@@ -197,10 +212,13 @@ class FakeEvent:
     """An event of a stand-in device on which all work is complete at once."""
 
     made: ClassVar[list[FakeEvent]] = []
+    selected: ClassVar[list[object]] = []
+    """The devices that are selected in blocks, the innermost last."""
 
     def __init__(self, *, blocking: bool = False) -> None:
         self.blocking = blocking
         self.num_records = self.num_waits = 0
+        self.waited_on: object = None
         FakeEvent.made.append(self)
 
     def record(self, stream: object = None) -> None:
@@ -208,6 +226,14 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         self.num_waits += 1
+        self.waited_on = FakeEvent.selected[-1] if FakeEvent.selected else None
+
+
+@contextmanager
+def select_device(device: object) -> Iterator[None]:
+    FakeEvent.selected.append(device)
+    yield
+    FakeEvent.selected.pop()
 
 
 @pytest.fixture
@@ -222,7 +248,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> PinnedTransfer:
     for name, value in {
         "Event": FakeEvent,
         "current_stream": lambda _: None,
-        "device": lambda _: nullcontext(),
+        "device": select_device,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "empty", empty)
@@ -240,6 +266,15 @@ def test_pinned_copies_wait_without_using_a_core(pinned: PinnedTransfer) -> None
     waited = [event for event in FakeEvent.made if event.num_waits]
     assert len(waited) == 5, "both slots, and each download"
     assert all(event.blocking for event in FakeEvent.made)
+
+
+def test_a_thread_that_reads_selects_the_device_that_computes(pinned: PinnedTransfer) -> None:
+    """Otherwise CUDA would create a context on the first GPU."""
+    read = pinned.download(torch.tensor([1.5]))
+    assert FakeEvent.selected == []
+    assert read() == [1.5]
+    assert FakeEvent.made[-1].waited_on == CPU
+    assert FakeEvent.selected == []
 
 
 def test_an_upload_leaves_the_previous_one_as_it_is(pinned: PinnedTransfer) -> None:

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from bge_rerank_integrations import DeviceLostError, Scorer, ScorerConfig, WorkerDiedError
 from bge_rerank_integrations.errors import ConfigError, InputError
-from bge_rerank_integrations.ray import ActorOptions, data, rerank_dataset, score_dataset
+from bge_rerank_integrations.ray import ActorOptions, actors, data, rerank_dataset, score_dataset
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 torch = pytest.importorskip("torch")
@@ -55,7 +55,7 @@ def test_each_row_is_scored_once_although_actors_die(
     rows: list[dict[str, Any]] = [
         {"query": QUERY, "passage": f"The panda {at} is a bear.", "number": at} for at in range(NUM_PAIRS)
     ]
-    scored = data.map_with_scorer(
+    scored = actors.map_with_scorer(
         ray.data.from_items(rows),
         config,
         partial(fail_once, folder=tmp_path),
@@ -174,13 +174,13 @@ def test_actors_get_absolute_paths(checkpoint: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(checkpoint.parent)
     (tmp_path / "embedded").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data._with_absolute_paths(ScorerConfig(cache_folder="~/hub")).cache_folder == f"{tmp_path}/hub"
-    config = data._with_absolute_paths(ScorerConfig(model=checkpoint.name, cache_folder="cache"))
+    assert actors._with_absolute_paths(ScorerConfig(cache_folder="~/hub")).cache_folder == f"{tmp_path}/hub"
+    config = actors._with_absolute_paths(ScorerConfig(model=checkpoint.name, cache_folder="cache"))
     assert config.model == str(checkpoint)
     assert config.cache_folder == str(checkpoint.parent / "cache")
     monkeypatch.chdir(tmp_path)
     for model in ("embedded", "BAAI/bge-reranker-base", "a" * 300):
-        assert data._with_absolute_paths(ScorerConfig(model=model)).model == model
+        assert actors._with_absolute_paths(ScorerConfig(model=model)).model == model
 
 
 def test_a_malformed_row_can_stop_the_job(
@@ -245,18 +245,18 @@ def test_actors_leave_cpus_to_other_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": available})
-    actors = ActorOptions(num_actors=num_actors)
-    assert data._num_cpus(actors, has_checkpoints=has_checkpoints) == expected
+    options = ActorOptions(num_actors=num_actors)
+    assert actors._num_cpus(options, has_checkpoints=has_checkpoints) == expected
 
 
 def test_a_job_that_may_stall_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2})
-    assert data._num_cpus(ActorOptions(num_cpus=1), has_checkpoints=True) == 1
+    assert actors._num_cpus(ActorOptions(num_cpus=1), has_checkpoints=True) == 1
     assert "may wait forever. Reserve at most 0 for each actor" in caplog.text
     caplog.clear()
-    assert data._num_cpus(ActorOptions(num_cpus=0.5), has_checkpoints=False) == 0.5
+    assert actors._num_cpus(ActorOptions(num_cpus=0.5), has_checkpoints=False) == 0.5
     assert not caplog.text
 
 
@@ -264,7 +264,7 @@ def test_a_job_that_waits_for_gpus_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2, "GPU": 1})
-    data._warn_without_gpus(ActorOptions(num_gpus=0.5, num_actors=2))
+    actors._warn_without_gpus(ActorOptions(num_gpus=0.5, num_actors=2))
     assert not caplog.text
-    data._warn_without_gpus(ActorOptions(num_gpus=1, num_actors=2))
+    actors._warn_without_gpus(ActorOptions(num_gpus=1, num_actors=2))
     assert "2 actor(s) reserve 1 GPU(s) each, and the cluster has 1" in caplog.text

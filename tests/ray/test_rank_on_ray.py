@@ -21,8 +21,8 @@ from ray.exceptions import RayError
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.cli.app import main
-from bge_rerank_integrations.cli.rank_on_ray import rank_raw_lines
-from bge_rerank_integrations.ray.data import ActorOptions
+from bge_rerank_integrations.cli.jobs.raw_lines import rank_raw_lines
+from bge_rerank_integrations.ray.actors import ActorOptions
 from bge_rerank_integrations.ray.folders import Line, ResultLine, rank_jsonl_folder
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -97,7 +97,7 @@ def test_a_folder_of_jsonl_files(on: list[str], tmp_path: Path) -> None:
 
     assert (output / "_SUCCESS").exists()
     assert not (tmp_path / "out.checkpoint").exists()
-    again = run("rank", "--ray", source, "-o", output, "--return-texts", *on)
+    again = run("rank", "--ray", source, "-o", output, "--return-texts", "--num-threads", 1, *on)
     assert again.exit_code == 0
     assert "is already complete" in flat(again.output)
     other = run("rank", "--ray", source, "-o", output, "--top-n", 1, *on)

@@ -124,5 +124,5 @@ def check_interpreted_kernels() -> None:
     check_quantizing(ops, torch.bfloat16, 7, 4096)
     for dtype in (torch.float32, torch.float16):
         for head_dim in (16, 32, 64, 128):
-            try_attention(triton_attention, torch.device("cpu"), dtype, head_dim, in_graphs=True)
+            try_attention(triton_attention, torch.device("cpu"), dtype, head_dim, works_in_graphs=True)
     print("all agree")

@@ -166,7 +166,7 @@ def _rank_chunk(
         try:
             rankings = scorer.rank_many(texts, top_n, threshold)
         except NonFiniteScoreError as error:
-            raise _of_line(error, chunk) from None
+            raise _error_of_line(error, chunk) from None
         except InputError as error:
             if error.index is None:
                 raise
@@ -203,7 +203,7 @@ def format_row(request: Request, ranking: Ranking, *, return_texts: bool) -> dic
     return row
 
 
-def _of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScoreError:
+def _error_of_line(error: NonFiniteScoreError, chunk: list[Request]) -> NonFiniteScoreError:
     """Return an error that names the line and the passage instead of a position within the chunk."""
     index = error.index or 0
     for request in chunk:

@@ -154,7 +154,7 @@ def no_requests(first: bytes, error: MalformedLineError | None) -> MalformedInpu
 
     Args:
         first: The first line that is not blank, or empty bytes if there is none.
-        error: The error of that line, or None if there is no such line.
+        error: The error of the malformed line that was found first, or None if there is none.
     """
     if error is None:
         return MalformedInputError("the input is empty")

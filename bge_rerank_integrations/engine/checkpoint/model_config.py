@@ -10,7 +10,7 @@ from bge_rerank_integrations.engine.checkpoint.files import read_json, require_f
 from bge_rerank_integrations.engine.checkpoint.mistaken_folders import (
     describe_other_model,
 )
-from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.errors import (
     ConfigError,
     CorruptCheckpointError,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.checkpoint.files import refuse_lfs_pointer, weight_files
-from bge_rerank_integrations.engine.model import EncoderShape
+from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,

@@ -23,9 +23,9 @@ from bge_rerank_integrations.engine.cpu.int8_attention import attend
 from bge_rerank_integrations.engine.cpu.int8_kernels import add_norm_quantize, gelu_quantize, quantize
 from bge_rerank_integrations.engine.cpu.int8_linear import Floats, Int8Linear
 from bge_rerank_integrations.engine.linear import plain_linear
-from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.engine.padded_rows import round_up_rows
+from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 # Rows of one block. With more rows, a weight is read from memory fewer times. With fewer rows, the values

@@ -92,7 +92,8 @@ def _multiplies_correctly() -> bool:
     codes = torch.full((16, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, [16, 64])
-    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    # oneDNN refuses scales of another type, and the default type of torch may be another one.
+    ones, zeros = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.int32)
     try:
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""

@@ -41,7 +41,7 @@ class SplitForward:
         forward: Runs a batch. It is called from several threads at once.
         num_threads: Number of threads that compute.
         length_of_double_cost: See `split_evenly`.
-        num_rows: Returns the number of rows to pad a batch to, given its number of tokens.
+        row_multiple: Parts of a batch are padded to a multiple of this number of rows.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class SplitForward:
         forward: Forward,
         num_threads: int,
         length_of_double_cost: int,
-        num_rows: Callable[[int], int] = int,
+        row_multiple: int = 1,
     ) -> None:
         self._forward = forward
         self._num_threads = num_threads
         self._length_of_double_cost = length_of_double_cost
-        self._num_rows = num_rows
+        self._row_multiple = row_multiple
         self._start = threading.Lock()
         self._threads: _Threads | None = None
 
@@ -65,7 +65,7 @@ class SplitForward:
             return self._forward(batch)
         parts = split_evenly(lengths, self._num_threads, self._length_of_double_cost)
         tasks: list[_Task] = [
-            (self._forward, select(batch, part, self._num_rows), Future()) for part in parts
+            (self._forward, select(batch, part, self._row_multiple), Future()) for part in parts
         ]
         if not self._require_threads().put(tasks):
             return self._forward(batch)  # the interpreter is exiting and the threads have ended
@@ -137,21 +137,20 @@ def _trade(parts: list[list[int]], costs: Sequence[float]) -> bool:
     return True
 
 
-def select(batch: PackedBatch, indices: Sequence[int], num_rows: Callable[[int], int] = int) -> PackedBatch:
+def select(batch: PackedBatch, indices: Sequence[int], row_multiple: int = 1) -> PackedBatch:
     """Return a batch with some of the sequences of another batch.
 
     Args:
         batch: The batch to select from.
         indices: Indices of the sequences to select.
-        num_rows: Returns the number of rows to pad the result to, given its number of tokens. The padding has
-            id 0 and position 0, which every model has.
+        row_multiple: The result is padded to a multiple of this number of rows. The padding has id 0 and
+            position 0, which every model has.
     """
     bounds = batch.seqlens.cu_seqlens.tolist()
     slices = [slice(bounds[index], bounds[index + 1]) for index in indices]
     lengths = tuple(batch.seqlens.lengths[index] for index in indices)
     cu_seqlens = torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
-    num_tokens = sum(lengths)
-    filling = batch.ids.new_zeros(num_rows(num_tokens) - num_tokens)
+    filling = batch.ids.new_zeros(-sum(lengths) % row_multiple)
     return PackedBatch(
         torch.cat([*(batch.ids[part] for part in slices), filling]),
         torch.cat([*(batch.positions[part] for part in slices), filling]),

@@ -13,15 +13,16 @@ from bge_rerank_integrations.engine.blocks import Blocks, Norm, Parameters, Rows
 # Rows in a block for each thread that computes it. With fewer rows, products are less efficient. With more
 # rows, the values between two products leave the cache.
 _BLOCK_ROWS: Final = 256
-# A vector instruction multiplies 16 rows in some precisions, so fewer rows take the same time.
-_STEP: Final = 16
+# Batches are padded to a multiple of this number of rows. A vector instruction multiplies 16 rows in some
+# precisions, so fewer rows take the same time.
+ROW_MULTIPLE: Final = 16
 
 
 class RowBlocks:
     """Runs each part of a layer on blocks of 256 rows. The last block has the remaining rows.
 
     oneDNN compiles a kernel for each number of rows and keeps it, which takes about a megabyte. If every
-    batch is padded by `round_up_to_step`, its blocks have one of only 16 numbers of rows.
+    batch is padded to a multiple of `ROW_MULTIPLE` rows, its blocks have one of only 16 numbers of rows.
 
     Where several threads share each operation, a block has 256 rows for each of them.
 
@@ -64,16 +65,6 @@ class RowBlocks:
             return run(Rows(values)).values
 
         return lambda rows: Rows(_run_in_blocks(run_block, width, rows.values))
-
-
-def round_up_to_step(num_rows: int) -> int:
-    """Round a number of rows up to a multiple of 16.
-
-    Example:
-        >>> [round_up_to_step(n) for n in (1, 16, 100, 1100)]
-        [16, 16, 112, 1104]
-    """
-    return -(-num_rows // _STEP) * _STEP
 
 
 def _run_in_blocks(run: Callable[..., Tensor], width: int, *inputs: Tensor) -> Tensor:

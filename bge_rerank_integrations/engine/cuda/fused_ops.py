@@ -13,7 +13,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.blocks import Norm, Parameters, Quantized, Rows
 from bge_rerank_integrations.engine.cuda.linear_gelu import (
     LinearGelu,
-    choose_linear_gelu,
+    least_fused_rows,
     plain_linear_gelu,
 )
 from bge_rerank_integrations.engine.current_device import on_device
@@ -54,6 +54,8 @@ class FusedOps(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether these are torch's own operators."""
+        # A fallback has the same operators under another name, so whole tuples may differ. One operator is
+        # enough, because every other implementation has its own.
         return self.add_norm is PLAIN_OPS.add_norm
 
 
@@ -235,11 +237,16 @@ def _with_linear_gelu(
     """Return the operators with a fused up projection, where that is right and faster."""
     from bge_rerank_integrations.engine.cuda.triton_kernels import linear_gelu
 
-    chosen, least_rows = choose_linear_gelu(linear_gelu, ops.linear_gelu, device, dtype, widths)
+    separate = ops.linear_gelu
+    least_rows = least_fused_rows(linear_gelu, separate, device, dtype, widths)
     if least_rows is None:
         return ops
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (linear_gelu if len(x) >= least_rows else separate)(x, weight, bias)
+
     name = f"{ops.name}, GELU in the up projection from {least_rows} rows on"
-    return ops._replace(name=name, linear_gelu=chosen)
+    return ops._replace(name=name, linear_gelu=run)
 
 
 def _triton_ops() -> FusedOps:

@@ -10,18 +10,15 @@ from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bge_rerank_integrations.engine.attention import reads_tensors_only
+from bge_rerank_integrations.engine.attention import works_in_graphs
 from bge_rerank_integrations.engine.current_device import on_device
-from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens, pack
+from bge_rerank_integrations.engine.packing import IntArray, PackedBatch, Seqlens, pack
 from bge_rerank_integrations.runtime.tracebacks import first_line
 
 logger = logging.getLogger(__name__)
-
-IntArray = npt.NDArray[np.int32]
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Replay]
@@ -48,9 +45,9 @@ _MAX_SEQLEN: Final = 512
 # A bucket of up to 2,048 rows has one sequence per this many tokens. Batches of shorter sequences run without
 # a graph, but they are rare, since a sequence contains two texts and four special tokens.
 _TOKENS_PER_SEQUENCE: Final = 16
-# Buckets of up to this many rows get a graph on every device. A larger bucket gets one if launching its
-# kernels one by one takes at least this share of the time until the device is done. Beside other threads of
-# the process, launching takes about twice as long as it does when it is measured, and the device would wait.
+# Buckets of up to 4,096 rows always get a graph. For a larger bucket, we measure a pass without a graph. It
+# gets a graph if the host needs at least half of the total time to launch the kernels. The limit is half,
+# because launching takes twice as long while other threads run.
 _ALWAYS_ROWS: Final = 4096
 _LAUNCH_SHARE: Final = 0.5
 # Two sequences to capture graphs with. Every vocabulary has these ids.
@@ -86,8 +83,8 @@ class Bucket(NamedTuple):
 
 
 def can_capture(device: torch.device, attention: Callable[..., object]) -> bool:
-    """Return whether a forward pass can be captured, which needs an attention that reads tensors only."""
-    return device.type == "cuda" and reads_tensors_only(attention)
+    """Return whether a forward pass with an attention implementation can be captured on a device."""
+    return device.type == "cuda" and works_in_graphs(attention)
 
 
 def plan_buckets(max_length: int, max_batch_tokens: int) -> list[Bucket]:
@@ -158,7 +155,6 @@ class Graphs:
         self._capture = capture
         self._measure = measure
         self._captured: dict[tuple[int, int], _Captured] = {}
-        self._was_tried = False
 
     @property
     def num_captured(self) -> int:
@@ -166,10 +162,7 @@ class Graphs:
         return len(self._captured)
 
     def capture(self) -> None:
-        """Capture graphs in the first call. Never raises."""
-        if self._was_tried:
-            return
-        self._was_tried = True
+        """Capture graphs. Call it only once. It never raises."""
         captured: dict[Bucket, _Captured] = {}
         try:
             with on_device(self._device):
@@ -185,6 +178,10 @@ class Graphs:
                 "CUDA graphs are disabled because a capture failed: %s: %s", type(error).__name__, reason
             )
             return
+        finally:
+            # From here on, only the functions that replay graphs hold them. After a failure there are none,
+            # so the memory of the graphs is free again.
+            del self._capture
         self._buckets = sorted(captured)
         self._captured = {bucket[:2]: graph for bucket, graph in captured.items()}
         most = self._buckets[-1].num_rows - 1 if captured else 0
@@ -274,6 +271,12 @@ def measure_launch(function: Callable[[], object]) -> Times:
 class CudaCapture:
     """Captures CUDA graphs that share memory, since only one of them is replayed at a time.
 
+    No graph is destroyed while another one may still be replayed, not even a graph whose capture failed. When
+    torch destroys a graph, releases since February 2026 (pytorch/pytorch#175276) free the workspace that
+    cuBLAS has for the stream of the capture. All graphs here are captured on one stream, and the others would
+    still write to that workspace (https://github.com/pytorch/pytorch/issues/193402). Therefore this object
+    holds all graphs, and each function that replays one of them holds this object.
+
     Args:
         device: The device to capture on.
     """
@@ -284,12 +287,15 @@ class CudaCapture:
             self._stream = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
         self._scratch = torch.zeros(1, dtype=torch.float32, device=device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._has_captured = False
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         """See `Capture`."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
+        place = len(self._graphs)
+        graph = self._new_graph()
         # This block also restores the thread's stream after a failed capture: `torch.cuda.graph` of older
         # releases leaves its own stream in place if the end of the capture raises.
         with torch.cuda.stream(stream), self._cleaning_up():
@@ -298,19 +304,25 @@ class CudaCapture:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 # `replay` keeps a reference, so that no later capture from the pool reuses this memory.
                 output = function()
+        self._has_captured = True
 
         def replay() -> Tensor:
-            graph.replay()
+            self._graphs[place].replay()
             return output
 
         return replay
+
+    def _new_graph(self) -> torch.cuda.CUDAGraph:
+        self._graphs.append(torch.cuda.CUDAGraph())
+        return self._graphs[-1]
 
     @contextmanager
     def _cleaning_up(self) -> Iterator[None]:
         """Tell torch's allocator and its random generator that a failed capture has ended.
 
-        If the end of a capture raises, `CUDAGraph.capture_end` returns before it does this. Without it, the
-        allocator would never again free memory that more than one stream used.
+        If the end of a capture raises, `CUDAGraph.capture_end` of many releases returns before it does this.
+        torch delays the release of memory that several streams used until no capture runs. Without this call,
+        torch would believe for ever that a capture runs.
         """
         try:
             yield
@@ -320,6 +332,8 @@ class CudaCapture:
                 torch._C._cuda_releasePool(self._index, self._pool)
             with suppress(Exception):  # the device has failed
                 self._free_generator()
+            if not self._has_captured:
+                self._graphs.clear()  # nothing is replayed yet, and the next capture may need the memory
             raise
 
     def _free_generator(self) -> None:
@@ -329,7 +343,8 @@ class CudaCapture:
         error. In torch 2.10, a capture that ends with an error leaves the mark. Random numbers on the device
         and replays of other graphs then raise an error, until a later capture ends without an error.
         """
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+        graph = self._new_graph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._scratch.zero_()
 
 

@@ -57,15 +57,15 @@ def device_seconds(function: Callable[[], object], device: torch.device) -> floa
 
 
 @torch.inference_mode()
-def choose_linear_gelu(
+def least_fused_rows(
     fused: LinearGelu,
     separate: LinearGelu,
     device: torch.device,
     dtype: torch.dtype,
     widths: tuple[int, int],
     seconds: Timer = device_seconds,
-) -> tuple[LinearGelu, int | None]:
-    """Compare a fused kernel with separate ones, and return the faster one. Log the choice. Never raises.
+) -> int | None:
+    """Compare a fused kernel with separate ones, and decide where it is used. Log the choice. Never raises.
 
     The library's product is often faster than the product in the fused kernel. The fused kernel, however,
     saves one write and one read of the product. Which is faster depends on the device and on the number of
@@ -80,9 +80,8 @@ def choose_linear_gelu(
         seconds: Measures a function.
 
     Returns:
-        A function and a number of rows. The function runs the fused kernel for inputs of at least that many
-        rows, and the separate kernels for smaller inputs. If the fused kernel is wrong, fails or is never
-        faster, the number is None, and the function is `separate`.
+        The least number of rows for which the fused kernel is used; None if it is wrong, fails or is never
+        faster.
     """
     try:
         check_linear_gelu(fused, device, dtype, widths)
@@ -90,12 +89,12 @@ def choose_linear_gelu(
     except Exception as error:  # the compiler, the driver, the comparison or the memory failed
         reason = first_line(error)
         logger.info("GELU after the up projection on %s: %s: %s", device, type(error).__name__, reason)
-        return separate, None
+        return None
     if least is None:
         logger.info("GELU after the up projection on %s: the fused kernel is not faster", device)
-        return separate, None
-    logger.info("GELU in the kernel of the up projection on %s: from %d rows on", device, least)
-    return lambda x, weight, bias: (fused if len(x) >= least else separate)(x, weight, bias), least
+    else:
+        logger.info("GELU in the kernel of the up projection on %s: from %d rows on", device, least)
+    return least
 
 
 def check_linear_gelu(

@@ -20,8 +20,8 @@ from bge_rerank_integrations.engine.cuda.graphs import (
     plan_buckets,
 )
 from bge_rerank_integrations.engine.device import activation_dtype
-from bge_rerank_integrations.engine.model import EncoderShape
 from bge_rerank_integrations.engine.packing import PackedBatch
+from bge_rerank_integrations.engine.shape import EncoderShape
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from bge_rerank_integrations.engine.packing import IntArray
 
-IntArray = npt.NDArray[np.int32]
+logger = logging.getLogger(__name__)
 
 
 class Transfer(Protocol):
@@ -132,7 +131,10 @@ class PinnedTransfer:
         has_arrived.record(torch.cuda.current_stream(self._device))
 
         def read() -> list[float]:
-            has_arrived.synchronize()
+            # The thread that reads has selected no device. Without this, CUDA would create a context on the
+            # first GPU, whichever GPU computes.
+            with torch.cuda.device(self._device):
+                has_arrived.synchronize()
             values: list[float] = fetched.tolist()
             self._results.append(result)
             return values

@@ -1,0 +1,30 @@
+"""The settings that the scores of a ranking job depend on. A job can only be resumed with the same ones."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from bge_rerank_integrations import __version__
+from bge_rerank_integrations.config import ScorerConfig
+
+# Where the files of the model are, which devices of one kind compute, and how long callers wait. No score
+# depends on any of this.
+_WITHOUT_INFLUENCE: Final = frozenset(
+    {"cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens"}
+)
+
+
+def settings_of_scores(config: ScorerConfig) -> dict[str, Any]:
+    """Return the settings that scores depend on, with the version of the package and the checkpoint.
+
+    `num_threads` is one of them, since it changes scores by rounding errors. A `device` or `dtype` of `auto`
+    stays as it is.
+    """
+    from bge_rerank_integrations.engine.describe import describe_checkpoint
+
+    settings = {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_INFLUENCE}
+    return {
+        **settings,
+        "version": __version__,
+        "checkpoint": describe_checkpoint(config).fingerprint,
+    }
