@@ -313,7 +313,9 @@ def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
         Scorer(name, local_files_only=True)
 
 
-@pytest.mark.parametrize("settings", [{"cache_folder": "\0"}, {"cache_folder": "\ud800"}])
+@pytest.mark.parametrize(
+    "settings", [{"cache_folder": "\0"}, {"cache_folder": "\ud800"}, {"revision": "a\0"}]
+)
 def test_names_that_the_hub_library_cannot_use_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(CheckpointNotFoundError, match="not a valid name"):
         Scorer("organisation/name", local_files_only=True, **settings)

@@ -64,6 +64,8 @@ def _download(config: ScorerConfig) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    _check_name("revision", config.revision)
+    _check_name("cache_folder", config.cache_folder)
     what = f"model {config.model!r}" + (f" at revision {config.revision!r}" if config.revision else "")
     try:
         return Path(
@@ -95,8 +97,6 @@ def _download(config: ScorerConfig) -> Path:
             f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
             "`hf auth login`"
         ) from error
-    except ValueError as error:  # a name that is not UTF-8, or contains NUL
-        raise CheckpointNotFoundError(f"{what} or cache_folder is not a valid name ({error})") from error
     except OSError as error:  # network errors, and huggingface_hub's errors for an unreachable hub
         raise HubUnreachableError(
             f"{what} is not an existing local folder, is not in the local cache, and the hub could not be "
@@ -105,3 +105,13 @@ def _download(config: ScorerConfig) -> Path:
             "the model. Or set cache_folder to a cache that contains it, with local_files_only=True. Or use "
             f'model="{EMBEDDED_MODEL}", the small English model that comes with this package'
         ) from error
+
+
+def _check_name(setting: str, name: str | None) -> None:
+    """Raise an error for a name that no file can have. Some releases of the hub library do not look at it."""
+    try:
+        is_valid = name is None or b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        is_valid = False
+    if not is_valid:
+        raise CheckpointNotFoundError(f"{setting} {name!r} is not a valid name")
