@@ -197,10 +197,10 @@ def _rates(results: Sequence[tuple[str, Cell]], chosen: dict[str, Entry]) -> lis
 
 
 def _costs(contenders: dict[str, Contender], setup: Setup, requests: Requests) -> dict[str, Any]:
-    """Return what the queue and the door add to a small request of a lone caller."""
+    """Return what the queue and HTTP add to a small request of a lone caller."""
     costs: dict[str, Any] = {}
     if "http-ours" in contenders:
-        costs["door"] = over_http.door_cost(setup, contenders["http-ours"], requests.short)
+        costs["http"] = over_http.http_cost(setup, contenders["http-ours"], requests.short)
     if "in-process-scorer" in contenders:
         costs["lone_caller"] = in_process.queue_overhead(setup)
     return costs
@@ -265,10 +265,10 @@ def _conclusions(results: Sequence[tuple[str, Cell]], document: dict[str, Any]) 
                 f"short requests beside a long one: {ratio:.3f} times the p99 of {theirs}; expected 0.333 or "
                 "less"
             )
-    if door := document.get("door"):
+    if http := document.get("http"):
         lines.append(
-            f"one caller, 5 passages: {door['http_ms']:.1f} ms over HTTP, {door['rank_ms']:.1f} ms through "
-            f"Scorer.rank, so the door takes {door['door_ms']:.1f} ms; expected 3 or less"
+            f"one caller, 5 passages: {http['http_ms']:.1f} ms over HTTP, {http['rank_ms']:.1f} ms through "
+            f"Scorer.rank, so HTTP adds {http['added_ms']:.1f} ms; expected 3 or less"
         )
     if lone := document.get("lone_caller"):
         lines.append(

@@ -399,8 +399,8 @@ def test_serve_measures_every_load_over_http_and_in_process() -> None:
         assert each["num_requests"] > 0
         assert 0 < each["p50_s"] <= each["p99_s"]
     assert report["max_difference"]["in-process-scorer"] <= 1e-4
-    assert report["door"]["door_ms"] == report["door"]["http_ms"] - report["door"]["rank_ms"]
-    assert "so the door takes" in output
+    assert report["http"]["added_ms"] == report["http"]["http_ms"] - report["http"]["rank_ms"]
+    assert "so HTTP adds" in output
     assert "so the queue takes" in output
 
 

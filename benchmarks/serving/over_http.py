@@ -24,7 +24,7 @@ from bge_rerank_integrations import Scorer
 # Loading a large model on a busy machine takes minutes.
 START_LIMIT_S: Final = 600.0
 REQUEST_LIMIT_S: Final = 600.0
-NUM_DOOR: Final = 300
+NUM_SMALL_REQUESTS: Final = 300
 # Both servers are told not to reach for the hub, and infinity_emb not to send usage statistics.
 ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",
@@ -138,7 +138,7 @@ def load_infinity(setup: Setup, stack: ExitStack, python: Path | None) -> Conten
     return _start(name, lambda port: [*command, *options, "--port", str(port)], stack)
 
 
-def door_cost(setup: Setup, server: Contender, request: Callable[[], Request]) -> dict[str, float]:
+def http_cost(setup: Setup, server: Contender, request: Callable[[], Request]) -> dict[str, float]:
     """Time small requests over HTTP and through `Scorer.rank` of this process, in turn.
 
     Returns:
@@ -146,10 +146,11 @@ def door_cost(setup: Setup, server: Contender, request: Callable[[], Request]) -
     """
     with Scorer(setup.model, device=setup.device, dtype="float32") as scorer:
         medians = medians_in_turn(
-            {"http_ms": lambda: server.ask(request()), "rank_ms": lambda: scorer.rank(*request())}, NUM_DOOR
+            {"http_ms": lambda: server.ask(request()), "rank_ms": lambda: scorer.rank(*request())},
+            NUM_SMALL_REQUESTS,
         )
     medians = {name: 1000 * seconds for name, seconds in medians.items()}
-    return {**medians, "door_ms": medians["http_ms"] - medians["rank_ms"]}
+    return {**medians, "added_ms": medians["http_ms"] - medians["rank_ms"]}
 
 
 def _start(name: str, command: Callable[[int], Sequence[str]], stack: ExitStack) -> Contender:
