@@ -117,7 +117,11 @@ _HOME = {
 }
 
 # The library that a name cannot be imported without.
-_LIBRARY = {"BGERerankPostprocessor": "llama_index", "BGEReranker": "langchain_core", "RemoteScorer": "httpx"}
+_LIBRARY = {
+    "BGERerankPostprocessor": "llama_index.core",
+    "BGEReranker": "langchain_core",
+    "RemoteScorer": "httpx",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -130,4 +134,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     # help() and inspect.getmembers() import every name that is listed here.
-    return sorted(name for name in __all__ if name not in _LIBRARY or find_spec(_LIBRARY[name]) is not None)
+    return sorted(name for name in __all__ if name not in _LIBRARY or _is_installed(_LIBRARY[name]))
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ImportError:  # its parent is missing
+        return False

@@ -364,7 +364,7 @@ class RerankOptions(BaseModel):
         return added
 
 
-# The options that choose the shared scorer. They have no effect with `scorer=`.
+# The options that choose the shared scorer. They cannot be combined with `scorer=`.
 _SETTINGS_OF_SHARED_SCORER = frozenset(_SCORER_FIELDS) - {"normalize"}
 
 

@@ -34,8 +34,8 @@ _MAX_DEVICE_INDEX: Final = 127
 _MAX_NUM_THREADS: Final = 1024
 # Longer than any XLM-RoBERTa checkpoint allows. The loaded model has its own, lower limit.
 _MAX_LENGTH: Final = 65_536
-# Kernels of attention take at most 65,535 sequences on a GPU, and a pair has at least six tokens.
-_MAX_BATCH_TOKENS: Final = 1 << 18
+# Kernels of attention take at most 65,535 sequences on a GPU, and a pair has at least four tokens.
+_MAX_BATCH_TOKENS: Final = 4 * 65_535
 # The token ids alone of this many tokens take 4 TB.
 _MAX_QUEUED_TOKENS: Final = 1 << 40
 
@@ -112,9 +112,9 @@ class ScorerConfig:
             in bfloat16 or float32, and everything else in float32.
         max_length: Maximum length of a pair in tokens, including its four special tokens. The default is 512
             for every model, as in FlagReranker. `bge-reranker-v2-m3` accepts up to 8192.
-        query_max_length: Maximum length of a query in tokens; None means three quarters of `max_length`. A
-            longer query is truncated. `Scorer.stats` counts truncated queries, and the first one of a process
-            is logged.
+        query_max_length: Maximum length of a query in tokens; None means three quarters of `max_length`, or
+            less if that leaves no token for a passage. A longer query is truncated. `Scorer.stats` counts
+            truncated queries, and the first one of a process is logged.
         query_truncation_side: End of a long query that is cut off. `right`, the default and FlagReranker's
             rule, keeps the beginning of the query. `left` keeps its end, which suits queries that start with
             a chat history and end with the question. The query instruction is kept in both cases.
@@ -186,7 +186,7 @@ class ScorerConfig:
 
     @property
     def effective_query_max_length(self) -> int:
-        """Maximum length of a query in tokens, three quarters of `max_length` if none was set."""
+        """Maximum length of a query in tokens. If none was set, it follows from `max_length`."""
         if self.query_max_length is not None:
             return self.query_max_length
         return min(self.max_length * 3 // 4, self.max_length - NUM_SPECIAL_TOKENS - 1)

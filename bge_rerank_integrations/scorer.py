@@ -461,9 +461,10 @@ class Scorer(PackageScorer):
         """
         check_timeout(timeout)
         Scorer._shared.discard((type(self), self.config), self)
-        pipeline, self._pipeline = self._pipeline, None
+        pipeline = self._pipeline
         if pipeline is not None:
             pipeline.close(timeout)
+        self._pipeline = None
 
     def __enter__(self) -> Scorer:
         return self

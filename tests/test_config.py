@@ -122,7 +122,7 @@ def test_unknown_keys_are_named() -> None:
         ({"num_threads": 100_000}, "num_threads must be an integer from 1 to 1,024"),
         ({"max_length": 65_537}, "max_length must be an integer from 6 to 65,536"),
         ({"query_max_length": 10**6}, "query_max_length must be an integer from 1 to 65,536"),
-        ({"max_batch_tokens": 2**18 + 1}, "max_batch_tokens must be an integer from 1 to 262,144"),
+        ({"max_batch_tokens": 4 * 65_535 + 1}, "max_batch_tokens must be an integer from 1 to 262,140"),
         (
             {"max_queued_tokens": 2**40 + 1},
             "max_queued_tokens must be an integer from 1 to 1,099,511,627,776",
@@ -156,7 +156,7 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) ->
         {"devices": ("cuda", "cuda:1"), "device": "auto"},
         {"device": "cuda:12", "dtype": "float16"},
         {"query_max_length": 507},
-        {"num_threads": 1024, "max_batch_tokens": 2**18, "max_queued_tokens": 2**40},
+        {"num_threads": 1024, "max_batch_tokens": 4 * 65_535, "max_queued_tokens": 2**40},
         {"device": "cuda:127"},
         {"max_length": 6, "query_max_length": 1},
         *({"max_length": length} for length in range(6, 18)),

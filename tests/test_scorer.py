@@ -36,7 +36,7 @@ from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.runtime import warn_once
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from tests.support.engine import score_all
-from tests.support.queues import PATIENCE_S
+from tests.support.queues import PATIENCE_S, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
@@ -664,6 +664,36 @@ async def test_close_finishes_accepted_requests(checkpoint: Path, texts: list[st
     scorer.close()
     for scores in await asyncio.gather(*tasks):
         assert scores == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_second_close_ends_the_wait_of_the_first(checkpoint: Path) -> None:
+    scorer = Scorer(checkpoint, device="cpu", dtype="float32", max_batch_tokens=64)
+    pipeline, may_compute = scorer._pipeline, threading.Event()
+    assert pipeline is not None
+    (runner,) = pipeline.runners
+    forward = runner._forward
+
+    def compute(batch: PackedBatch) -> torch.Tensor:
+        assert may_compute.wait(PATIENCE_S)
+        return forward(batch)
+
+    runner._forward = compute
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            ranking = pool.submit(scorer.rank, QUERY, [f"text {number}" for number in range(30)])
+            wait_until(lambda: scorer.health().queued_tokens)
+            first = pool.submit(scorer.close)
+            wait_until(lambda: scorer.health().state != "ok")
+            # A scorer that is being closed still has figures.
+            assert scorer.health().queued_tokens > 0
+            assert scorer.stats().queued_requests == 1
+            scorer.close(timeout=0)
+            with pytest.raises(ScorerClosedError):
+                ranking.result(PATIENCE_S)
+        finally:
+            may_compute.set()
+        first.result(PATIENCE_S)
+    assert scorer.health().state == "closed"
 
 
 def test_copies_are_the_same_and_pickles_hold_settings_only(shared_config: ScorerConfig) -> None:

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from functools import partial
 from itertools import count
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -92,8 +93,12 @@ def test_an_interrupted_call_blocks_no_later_one() -> None:
         is_reached = call_at(
             line, {SharedObjects.get}, interrupt, partial(shared.get, "key", None, str.upper)
         )
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(shared.get, "key", None, str.upper).result(PATIENCE_S) == "KEY"
+        found: Queue[str] = Queue()
+        threading.Thread(
+            target=lambda shared=shared, found=found: found.put(shared.get("key", None, str.upper)),
+            daemon=True,
+        ).start()
+        assert found.get(timeout=PATIENCE_S) == "KEY"
         if not is_reached:
             break
     assert line > 4

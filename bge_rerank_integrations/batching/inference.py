@@ -224,8 +224,9 @@ class Pipeline:
         try:
             feeding = self._executor.submit(self._feed, request, pairs, remaining)
         except RuntimeError as error:
-            request.future.cancel()  # the executor keeps a task that it could start no thread for
-            if "shutdown" not in str(error):  # of the executor, because another thread has closed it
+            request.future.cancel()  # the executor keeps the task even if it cannot start a thread
+            # The message contains "shutdown" if another thread has closed the executor.
+            if "shutdown" not in str(error):
                 raise
             raise ScorerClosedError("this scorer is closed; create a new one") from error
         try:

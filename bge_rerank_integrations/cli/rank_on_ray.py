@@ -84,7 +84,8 @@ def rank_on_ray(
         "columns": [on_ray.query_column, on_ray.passages_column] if is_parquet else None,
     }
     # Another number of threads changes scores by rounding errors. On Ray, so does the order in which blocks
-    # reach an actor. Unless it is given, the number follows from the CPUs of an actor, which may change.
+    # reach an actor. Without `--num-threads`, the number depends on the CPUs of an actor, which may change
+    # between runs.
     del settings["num_threads"]
     actors = ActorOptions(
         num_actors=on_ray.num_actors,

@@ -44,7 +44,7 @@ class FolderSource(Datasource):
 
     Args:
         files: The files. One task reads one file.
-        read: Yields the tables of a file, each with at most so many rows.
+        read: Yields the tables of a file, each with at most `rows_per_block` rows.
         rows_per_block: Maximum number of rows of a table.
     """
 
@@ -112,7 +112,7 @@ def _numbered_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def read_parquet(file: Path, rows_per_block: int) -> Iterator[pa.Table]:
-    """Yield the rows of a file in tables with at most so many rows."""
+    """Yield the rows of a file in tables with at most `rows_per_block` rows."""
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=rows_per_block):
             yield pa.Table.from_batches([batch])

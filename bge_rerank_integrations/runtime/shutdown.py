@@ -9,9 +9,9 @@ and models call `raise_if_exiting` before each layer.
 from __future__ import annotations
 
 import atexit
+import threading
 import time
 from collections.abc import Callable, Iterable
-from threading import Thread, current_thread
 from typing import Final
 
 from bge_rerank_integrations.errors import ScorerClosedError
@@ -19,6 +19,9 @@ from bge_rerank_integrations.runtime.fork_guard import was_forked
 
 # Longest time in seconds that interpreter exit waits for all threads of this package.
 _EXIT_S: Final = 4.0
+# Time in seconds between two looks at threads that have not ended.
+_FIRST_PAUSE_S: Final = 0.0002
+_LONGEST_PAUSE_S: Final = 0.01
 
 _is_exiting = False
 _ends: list[Callable[[float], None]] = []
@@ -49,7 +52,7 @@ def raise_if_exiting() -> None:
         raise ScorerClosedError("the interpreter is exiting")
 
 
-def join_until(threads: Iterable[Thread], deadline: float | None) -> bool:
+def join_until(threads: Iterable[threading.Thread], deadline: float | None) -> bool:
     """Wait until threads have ended. The current thread is left out, because it cannot wait for itself.
 
     Args:
@@ -59,10 +62,18 @@ def join_until(threads: Iterable[Thread], deadline: float | None) -> bool:
     Returns:
         Whether all threads have ended.
     """
-    others = [thread for thread in threads if thread is not current_thread()]
+    others = {thread for thread in threads if thread is not threading.current_thread()}
+    pause_s = _FIRST_PAUSE_S
+    # If Ctrl-C interrupts `Thread.join`, Python before 3.13 takes the running thread for an ended one. Nobody
+    # would wait for it at exit, and the process would abort. So the main thread joins only ended threads.
+    while not others.isdisjoint(threading.enumerate()):
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     for thread in others:
-        thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-    return not any(thread.is_alive() for thread in others)
+        thread.join()
+    return True
 
 
 def _end_all() -> None:

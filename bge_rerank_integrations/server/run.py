@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,6 +21,7 @@ try:
 except ImportError as error:
     raise missing_extra("server", "uvicorn") from error
 
+from bge_rerank_integrations.runtime.shutdown import join_until
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.app import create_app
 from bge_rerank_integrations.server.settings import ServerSettings, check_seconds
@@ -87,8 +89,7 @@ def run_server(
         )
         loader.start()
         server.run(sockets=[listener])
-    loader.join(grace_s)
-    if loader.is_alive():
+    if not join_until([loader], time.monotonic() + grace_s):
         # The process got a signal while it loads the model. Loading cannot be interrupted, and a regular exit
         # of the interpreter while a native library runs would abort the process.
         logging.shutdown()

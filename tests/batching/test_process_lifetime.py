@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.runner import Runner
 from bge_rerank_integrations.errors import RequestTimeoutError
+from bge_rerank_integrations.runtime.shutdown import join_until
 
 PAIRS = [("a question", f"passage {number}") for number in range(8)]
 
@@ -180,3 +183,49 @@ def live_models(max_batch_tokens: int) -> int:
     return sum(
         type(each) is Runner and each.max_batch_tokens == max_batch_tokens for each in gc.get_objects()
     )
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals to threads")
+def test_ctrl_c_while_threads_end_does_not_make_them_look_ended() -> None:
+    may_end = threading.Event()
+    thread = threading.Thread(target=may_end.wait, daemon=True)
+    thread.start()
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        join_until([thread], None)
+    assert thread.is_alive()
+    assert not join_until([thread], time.monotonic())
+    may_end.set()
+    assert join_until([thread], None)
+    timer.join()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals to threads")
+def test_a_process_ends_well_after_ctrl_c_in_close(checkpoint: Path) -> None:
+    code = """
+        import signal, sys, threading
+        from bge_rerank_integrations import Scorer
+
+        scorer = Scorer(sys.argv[1], device="cpu", max_batch_tokens=512, long_passages="windows")
+        passages = [f"passage number {number} " + "word " * 10_000 for number in range(30)]
+        caller = threading.Thread(target=lambda: print(len(scorer.rank("a", passages))))
+        caller.start()
+        while not scorer.health().queued_tokens:
+            pass
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+        try:
+            scorer.close()
+            print("not interrupted")
+        except KeyboardInterrupt:
+            print("interrupted")
+        scorer.close()
+        print("closed")
+    """
+    completed = run_child(code, checkpoint)
+    assert completed.stderr == ""
+    assert completed.returncode == 0
+    assert sorted(completed.stdout.split()) == ["30", "closed", "interrupted"]

@@ -313,12 +313,21 @@ def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
         Scorer(name, local_files_only=True)
 
 
+@pytest.mark.parametrize("local_files_only", [True, False])
 @pytest.mark.parametrize(
-    "settings", [{"cache_folder": "\0"}, {"cache_folder": "\ud800"}, {"revision": "a\0"}]
+    "settings",
+    [
+        {"cache_folder": "\0"},
+        {"cache_folder": "\ud800"},
+        {"revision": "a\0"},
+        {"revision": "\udc80"},
+    ],
 )
-def test_names_that_the_hub_library_cannot_use_are_refused(settings: dict[str, Any]) -> None:
+def test_names_that_the_hub_library_cannot_use_are_refused(
+    settings: dict[str, Any], local_files_only: bool
+) -> None:
     with pytest.raises(CheckpointNotFoundError, match="not a valid name"):
-        Scorer("organisation/name", local_files_only=True, **settings)
+        Scorer("organisation/name", local_files_only=local_files_only, **settings)
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_struct_with_a_string_that_is_not_utf_8_is_an_error_of_its_row(scorer:
     scored = data._score_table(scorer, table, columns=("query", "passage"), on_error="column")
     first, second = scored.column("error").to_pylist()
     assert first == "the passage must be a string, not dict"
-    assert second.startswith("the passage must be a string, not ")
+    assert second in {"the passage must be a string, not bytes", "the passage must be a string, not dict"}
 
 
 @pytest.mark.parametrize("is_ragged", [False, True])

@@ -7,8 +7,7 @@ from typing import Any, Final
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.config import ScorerConfig
 
-# Where the files of the model are, which devices of one kind compute, and how long callers wait. No score
-# depends on any of this.
+# These change scores by rounding errors at most.
 _WITHOUT_INFLUENCE: Final = frozenset(
     {"cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens"}
 )

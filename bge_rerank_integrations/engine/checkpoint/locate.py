@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -64,8 +65,11 @@ def _download(config: ScorerConfig) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    _check_name("revision", config.revision)
-    _check_name("cache_folder", config.cache_folder)
+    # Some releases of the hub library do not check these.
+    if not _is_name(config.revision, str.encode):
+        raise CheckpointNotFoundError(f"revision {config.revision!r} is not a valid name")
+    if not _is_name(config.cache_folder, os.fsencode):
+        raise CheckpointNotFoundError(f"cache_folder {config.cache_folder!r} is not a valid name")
     what = f"model {config.model!r}" + (f" at revision {config.revision!r}" if config.revision else "")
     try:
         return Path(
@@ -107,11 +111,8 @@ def _download(config: ScorerConfig) -> Path:
         ) from error
 
 
-def _check_name(setting: str, name: str | None) -> None:
-    """Raise an error for a name that no file can have. Some releases of the hub library do not look at it."""
+def _is_name(name: str | None, encode: Callable[[str], bytes]) -> bool:
     try:
-        is_valid = name is None or b"\0" not in os.fsencode(name)
+        return name is None or b"\0" not in encode(name)
     except UnicodeEncodeError:
-        is_valid = False
-    if not is_valid:
-        raise CheckpointNotFoundError(f"{setting} {name!r} is not a valid name")
+        return False

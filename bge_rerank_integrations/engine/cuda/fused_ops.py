@@ -55,7 +55,7 @@ class FusedOps(NamedTuple):
     def is_plain(self) -> bool:
         """Whether these are torch's own operators."""
         # A fallback has the same operators under another name, so whole tuples may differ. One operator is
-        # enough, because every other implementation has its own.
+        # enough, because every other implementation has its own `add_norm`.
         return self.add_norm is PLAIN_OPS.add_norm
 
 

@@ -162,7 +162,7 @@ class Graphs:
         return len(self._captured)
 
     def capture(self) -> None:
-        """Capture graphs. Call it only once. It never raises."""
+        """Capture graphs, once. If this fails, the reason is logged and there are no graphs."""
         captured: dict[Bucket, _Captured] = {}
         try:
             with on_device(self._device):
@@ -322,7 +322,7 @@ class CudaCapture:
 
         If the end of a capture raises, `CUDAGraph.capture_end` of many releases returns before it does this.
         torch delays the release of memory that several streams used until no capture runs. Without this call,
-        torch would believe for ever that a capture runs.
+        torch would assume that a capture is still running.
         """
         try:
             yield
