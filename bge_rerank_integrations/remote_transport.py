@@ -135,6 +135,14 @@ class Transport:
         shared = self._join_client()
         try:
             yield shared.client
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C may have left a lock of the connection pool taken, so later calls use another client.
+            with self._lock:
+                if self._client is shared:
+                    self._client = None
+            raise
         finally:
             with self._lock:
                 shared.num_calls -= 1

@@ -126,7 +126,13 @@ class Pipeline:
         """
         remaining = start_countdown(timeout)
         with progress_bar() if progress else _NO_BAR as (set_total, on_progress):
-            return wait(self._feed(Request(on_progress), pairs, remaining, set_total), remaining())
+            request = Request(on_progress)
+            try:
+                return wait(self._feed(request, pairs, remaining, set_total), remaining())
+            except BaseException:
+                # Ctrl-C can also come between the two calls. This has no effect on a future that is done.
+                request.future.cancel()
+                raise
 
     async def arun(self, pairs: PreparedPairs, *, timeout: float | None = None) -> list[float]:
         """Do the same as `run` without blocking the event loop."""
@@ -212,7 +218,7 @@ class Pipeline:
         remaining = start_countdown(timeout)
         self._executor.shutdown(wait=False)
         # When the threads have ended, all accepted requests are in the queue.
-        join_until(self._tokenizers, None if timeout is None else time.monotonic() + timeout)
+        join_until(tuple(self._tokenizers), None if timeout is None else time.monotonic() + timeout)
         self._batcher.close(remaining())
         self.runners = ()
 

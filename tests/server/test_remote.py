@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -50,6 +51,7 @@ from bge_rerank_integrations.remote_wire import Answer, _retry_after, retry_dela
 from bge_rerank_integrations.server import create_app
 from bge_rerank_integrations.server.endpoint import read_headers
 from tests.server.conftest import KEY
+from tests.support.queues import PATIENCE_S
 from tests.support.servers import HeldScorer, running, wait_until
 
 QUERY = "what does a giant panda eat?"
@@ -655,6 +657,26 @@ async def test_a_closed_scorer(keyed_url: str) -> None:
         scorer.rank("a", ["b"])
     with pytest.raises(ScorerClosedError):
         await scorer.arank("a", ["b"])
+
+
+def test_a_call_that_ctrl_c_has_ended_stops_no_later_call(
+    scorer: RemoteScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = scorer.score([(QUERY, "a panda")])
+
+    def interrupted(client: httpx.Client, *_: object, **__: object) -> None:
+        # Ctrl-C can end httpcore's `ThreadLock.__enter__` when the lock is taken.
+        transport: Any = client._transport
+        transport._pool._optional_thread_lock.__enter__()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(httpx.Client, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score([(QUERY, "a panda")])
+    answers: Queue[list[float]] = Queue()
+    threading.Thread(target=lambda: answers.put(scorer.score([(QUERY, "a panda")])), daemon=True).start()
+    assert answers.get(timeout=PATIENCE_S) == expected
 
 
 def test_a_given_client_stays_open_and_cannot_be_pickled() -> None:
