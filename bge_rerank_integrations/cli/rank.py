@@ -181,7 +181,11 @@ def _open(source: str) -> Iterator[IO[bytes]]:
 
 
 def _settings_on_this_machine(config: ScorerConfig) -> dict[str, Any]:
-    """Return the settings that scores depend on, with the device and precision that `auto` selects."""
+    """Return the settings that scores depend on, with the device and precision that `auto` selects.
+
+    The number of threads is one of them, although it changes scores by rounding errors only. A resumed job
+    then has the same scores as one that was not interrupted.
+    """
     from bge_rerank_integrations.engine.describe import describe_machine
 
     machine = describe_machine(config)
@@ -189,6 +193,7 @@ def _settings_on_this_machine(config: ScorerConfig) -> dict[str, Any]:
         **settings_of_scores(config),
         "device": machine.device.partition(":")[0],  # without the number of a GPU
         "dtype": machine.dtype,
+        "num_threads": config.num_threads,
     }
 
 

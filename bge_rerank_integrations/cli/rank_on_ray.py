@@ -83,10 +83,6 @@ def rank_on_ray(
         "return_texts": return_texts,
         "columns": [on_ray.query_column, on_ray.passages_column] if is_parquet else None,
     }
-    # Another number of threads changes scores by rounding errors. On Ray, so does the order in which blocks
-    # reach an actor. Without `--num-threads`, the number depends on the CPUs of an actor, which may change
-    # between runs.
-    del settings["num_threads"]
     actors = ActorOptions(
         num_actors=on_ray.num_actors,
         num_cpus=on_ray.cpus_per_actor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -23,11 +24,13 @@ from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer
 from bge_rerank_integrations.engine.packing import pack
 from bge_rerank_integrations.engine.runner import Runner, load_runners
 from tests.support.engine import CPU, random_ids, score_all
+from tests.support.interrupts import call_until
+from tests.support.queues import wait_until
 from tests.support.threads import in_new_thread
 
 
-def refuse(thread: threading.Thread) -> None:
-    """Do what `Thread.start` does in a process with too many threads."""
+def refuse(*args: object) -> None:
+    """Do what `Thread.start` and `start_new_thread` do in a process with too many threads."""
     raise RuntimeError("can't start new thread")
 
 
@@ -107,7 +110,7 @@ def test_loading_onto_a_gpu_leaves_the_number_of_torch_threads(
 def test_a_process_with_too_many_threads_still_sets_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     before, default = torch.get_num_threads(), default_threads()
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(_thread, "start_new_thread", refuse)
         with thread_count(before + 3):
             assert torch.get_num_threads() == before + 3
         assert torch.get_num_threads() == before
@@ -161,3 +164,14 @@ def test_the_default_is_kept_after_an_error() -> None:
 
     in_new_thread(change)
     assert default_threads() == before
+
+
+def test_an_interrupt_after_any_call_keeps_the_default_and_leaves_no_thread() -> None:
+    before, num_threads = default_threads(), _thread._count()
+    num_calls = 0
+    while call_until(num_calls, lambda: set_thread_count(torch.get_num_threads() + 1)):
+        num_calls += 1
+        wait_until(lambda: _thread._count() == num_threads)
+        assert default_threads() == before
+    set_thread_count(before)
+    assert num_calls > 10

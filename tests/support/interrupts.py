@@ -42,5 +42,34 @@ def call_at(line: int, functions: set[Any], action: Callable[[], object], call: 
     return is_reached
 
 
+def call_until(call_number: int, call: Callable[[], object]) -> bool:
+    """Call a function, and raise an exception once n calls inside it have begun or ended.
+
+    CPython looks for Ctrl-C at these points.
+
+    Returns:
+        Whether there were so many.
+    """
+    numbers = iter(range(call_number, -1, -1))
+    is_reached = False
+
+    def profile(_: FrameType, kind: str, __: object) -> None:
+        nonlocal is_reached
+        if kind in ("call", "c_return") and next(numbers, None) == 0:
+            sys.setprofile(None)
+            is_reached = True
+            raise ReachedError
+
+    profiler = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    except ReachedError:
+        pass
+    finally:
+        sys.setprofile(profiler)
+    return is_reached
+
+
 def stop() -> None:
     raise ReachedError

@@ -9,15 +9,14 @@ from bge_rerank_integrations.config import ScorerConfig
 
 # These change scores by rounding errors at most.
 _WITHOUT_INFLUENCE: Final = frozenset(
-    {"cache_folder", "local_files_only", "devices", "max_wait_ms", "max_queued_tokens"}
+    {"cache_folder", "local_files_only", "devices", "num_threads", "max_wait_ms", "max_queued_tokens"}
 )
 
 
 def settings_of_scores(config: ScorerConfig) -> dict[str, Any]:
     """Return the settings that scores depend on, with the version of the package and the checkpoint.
 
-    `num_threads` is one of them, since it changes scores by rounding errors. A `device` or `dtype` of `auto`
-    stays as it is.
+    A `device` or `dtype` of `auto` stays as it is.
     """
     from bge_rerank_integrations.engine.describe import describe_checkpoint
 

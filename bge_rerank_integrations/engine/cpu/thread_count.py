@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,27 +22,46 @@ def kept_default() -> Iterator[None]:
     application that uses torch for the first time would keep a number that was meant for a thread of this
     package. Within the block, which takes less than a millisecond, it still would.
     """
-    has_read, is_over = threading.Event(), threading.Event()
+    # Plain locks, each released once. Ctrl-C in `Thread.start`, `Thread.join` or `Event.wait` can leave the
+    # lock inside it taken.
+    has_read, is_over, has_restored = (_acquired_lock() for _ in range(3))
 
     def keep() -> None:
-        default = torch.get_num_threads()  # the default, because this thread is new
-        has_read.set()
-        is_over.wait()
-        torch.set_num_threads(default)
+        try:
+            default = torch.get_num_threads()  # the default, because this thread is new
+            has_read.release()
+            is_over.acquire()
+            torch.set_num_threads(default)
+        finally:
+            has_restored.release()
 
     # Two blocks at the same time would read each other's numbers.
     with _lock:
-        keeper = threading.Thread(target=keep, name="bge-rerank-default-threads", daemon=True)
+        has_keeper = False
         try:
-            with suppress(RuntimeError):  # too many threads in the process; the default then changes
-                keeper.start()
-            if keeper.ident is not None:
-                has_read.wait()
+            has_keeper = _starts_thread(keep)
+            if has_keeper:
+                has_read.acquire()
             yield
         finally:
-            is_over.set()
-            if keeper.ident is not None:
-                keeper.join()
+            is_over.release()
+            if has_keeper:
+                has_restored.acquire()
+
+
+def _acquired_lock() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _starts_thread(run: Callable[[], None]) -> bool:
+    """Start a thread. Return False if the process can have no more; the default then changes."""
+    try:
+        _thread.start_new_thread(run, ())
+    except RuntimeError:
+        return False
+    return True
 
 
 def set_thread_count(num_threads: int) -> None:
