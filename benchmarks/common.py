@@ -152,7 +152,11 @@ def _cpu_model() -> str:
     found = dict(
         re.findall(r"^(model name|cpu family|model)\s*: (.*)$", path.read_text(encoding="utf-8"), re.M)
     )
-    return ", ".join(f"{key} {found[key]}" for key in sorted(found, reverse=True)) or platform.machine()
+    if "model name" not in found:
+        return platform.machine()
+    return ", ".join(
+        [found["model name"], *(f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)]
+    )
 
 
 def spread(pairs: Pairs, count: int) -> Pairs:

@@ -35,7 +35,7 @@ def plot_speed(report: Mapping[str, Any], path: Path) -> None:
             color=[_OURS if is_ours(result["key"]) else _THEIRS for result in results],
         )
         axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
-        axes.set_title(f"{workload['name']}: {workload['title']}", fontsize=10)
+        axes.set_title(f"{workload['name']}: {workload['title']}; {workload['num_pairs']} pairs", fontsize=10)
         axes.set_xlabel("tokens per second")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -46,11 +46,11 @@ class Spec(NamedTuple):
 
 
 SPECS: Final = {
-    "A": Spec("one query, 100 passages of mixed length", 1, 100),
-    "B": Spec("32 queries, 100 passages of mixed length each", 32, 100),
-    "C": Spec("one query, 100 passages, each pair 512 tokens", 1, 100, MAX_LENGTH),
-    "D": Spec("one query, 8 short passages: latency", 1, 8, 32, 3, 20),
-    "E": Spec("100 queries, 100 passages of mixed length each", 100, 100),
+    "A": Spec("one query, passages of mixed length", 1, 100),
+    "B": Spec("queries with 100 passages of mixed length each", 32, 100),
+    "C": Spec("one query, each pair 512 tokens", 1, 100, MAX_LENGTH),
+    "D": Spec("one query, short passages", 1, 8, 32, 3, 20),
+    "E": Spec("many queries with 100 passages of mixed length each", 100, 100),
 }
 LETTERS: Final = (*SPECS, REAL_TEXT)
 

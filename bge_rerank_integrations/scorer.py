@@ -57,8 +57,8 @@ class Scorer(PackageScorer):
     threads and asyncio tasks can use it at the same time. Requests that wait in the queue share batches. Each
     request gets the scores that it would get alone, within rounding errors.
 
-    Every method that scores accepts a timeout in seconds. When the timeout expires or an async call is
-    cancelled, pairs that are not being computed yet are dropped.
+    `score`, `rank`, `rank_many` and their asynchronous forms accept a timeout in seconds. When the timeout
+    expires or an async call is cancelled, pairs that are not being computed yet are dropped.
 
     The arguments are the settings of `ScorerConfig`, which describes each of them.
 

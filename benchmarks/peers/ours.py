@@ -23,7 +23,7 @@ def load(dtype: str, setup: Setup, stack: ExitStack) -> Contender:
     """Load a scorer. The exit stack closes it."""
     require_dtype(dtype, setup)
     scorer = _scorer(setup, dtype, stack)
-    return Contender(name="Scorer.score", dtype=dtype, run=lambda pairs, _: scorer.score(pairs))
+    return Contender(name="this package", dtype=dtype, run=lambda pairs, _: scorer.score(pairs))
 
 
 def require_dtype(dtype: str, setup: Setup) -> None:

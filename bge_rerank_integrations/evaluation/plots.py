@@ -65,7 +65,7 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
         compared = report.compared
         depths.axhline(compared.means[PER_QUERY], color=_OTHER, linestyle=":", label=compared.name)
     depths.set_title("quality by number of reranked passages")
-    depths.set_xlabel("reranked passages per query")
+    depths.set_xlabel("reranked passages for each query")
     depths.set_ylabel("nDCG@10")
     depths.legend(loc="lower right")
     for axes in (queries, depths):
