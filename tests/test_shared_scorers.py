@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,8 +20,8 @@ import pytest
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.runtime.shared_objects import SharedObjects
-from tests.support.interrupts import call_at, stop
-from tests.support.queues import PATIENCE_S
+from tests.support.interrupts import Interrupt, call_at, stop
+from tests.support.queues import PATIENCE_S, wait_until
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -102,6 +103,30 @@ def test_an_interrupted_call_blocks_no_later_one() -> None:
         if not is_reached:
             break
     assert line > 4
+
+
+def test_ctrl_c_while_an_object_becomes_ready_leaves_no_caller_waiting() -> None:
+    for number in count():
+        shared = SharedObjects[str, str]()
+        interrupt = Interrupt(number)
+        found: Queue[str] = Queue()
+
+        def create(
+            key: str, shared: Any = shared, found: Any = found, arm: Callable[[], None] = interrupt.arm
+        ) -> str:
+            for _ in range(3):
+                threading.Thread(
+                    target=lambda: found.put(shared.get("key", None, str.upper)), daemon=True
+                ).start()
+            wait_until(lambda: len(shared._entries["key"].future._condition._waiters) == 3)
+            arm()
+            return key.upper()
+
+        interrupt.call(partial(shared.get, "key", None, create))
+        assert [found.get(timeout=PATIENCE_S) for _ in range(3)] == ["KEY"] * 3
+        if not interrupt.is_reached:
+            break
+    assert number > 10
 
 
 def run_forked(parent: str, call: str, checkpoint: Path) -> str:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -29,6 +29,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.runtime.conditions import SafeCondition
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
 from bge_rerank_integrations.runtime.shutdown import end_at_exit, is_exiting, join_until
+from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 from bge_rerank_integrations.text.tokenization import IntArray
 
 logger = logging.getLogger(__name__)
@@ -449,6 +450,10 @@ class MicroBatcher:
         with self._changed:
             running = [r for worker in self._workers.values() for batch in worker.batches for r in batch]
             requests = dict.fromkeys([*running, *self._queue])
+        if requests:
+            run_uninterrupted(partial(self._fail_unfinished, requests))
+
+    def _fail_unfinished(self, requests: Iterable[Request]) -> None:
         for request in requests:
             # Callers must not share an exception. Its traceback would refer to the frames of all of them.
             self._fail(request, ScorerClosedError("the scorer was closed before this request was finished"))

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.runtime.conditions import SafeFuture
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
+from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -74,32 +76,33 @@ class SharedObjects(Generic[K, T]):
 
         Raises:
             InputTypeError: Python takes no weak references to the holder.
-            BaseException: The exception of `create`. All waiting callers get it. The next call tries again.
+            Exception: The exception of `create`. All waiting callers get it. The next call tries again.
+            BaseException: Ctrl-C interrupted this call. The other callers do not get it. If the object does
+                not exist yet, one of them creates it.
         """
-        entry = _Entry[T]()
-        is_first = False
-        try:
-            with self._lock:
-                entry = self._entries.get(key, entry)
-                entry.add(holder)
-                is_first = key not in self._entries
-                self._entries[key] = entry
-            if is_first:
-                entry.future.set_result(create(key))
-            return entry.future.result()
-        except BaseException as error:
-            # `create` has failed, or Ctrl-C came between the lines above.
-            if is_first and not entry.future.done():
+        while True:
+            entry = _Entry[T]()
+            is_first = False
+            try:
                 with self._lock:
-                    if self._entries.get(key) is entry:
-                        del self._entries[key]
-                entry.future.set_exception(error)
-            raise
-        finally:
-            # The exception of a failed creation refers to this frame. Without the reference from this frame
-            # to the exception there is no cycle, and the memory of the failed attempt is freed with the
-            # exception.
-            del entry
+                    entry = self._entries.get(key, entry)
+                    entry.add(holder)
+                    is_first = key not in self._entries
+                    self._entries[key] = entry
+                if is_first:
+                    run_uninterrupted(partial(self._set_result, entry, create(key)))
+                return entry.future.result()
+            except BaseException as error:
+                # `create` has failed, or Ctrl-C came between the lines above.
+                if is_first:
+                    run_uninterrupted(partial(self._set_exception, key, entry, error))
+                if is_first or isinstance(error, Exception) or not _is_exception_of(entry.future, error):
+                    raise
+            finally:
+                # The exception of a failed creation refers to this frame. Without the reference from this
+                # frame to the exception there is no cycle, and the memory of the failed attempt is freed with
+                # the exception.
+                del entry
 
     def get_ready(self, key: K, holder: object | None) -> T | None:
         """Do the same as `get` if the object exists. Return None if it would have to be created."""
@@ -132,6 +135,20 @@ class SharedObjects(Generic[K, T]):
             if entry is not None and entry.future.done() and entry.future.result() is value:
                 del self._entries[key]
 
+    def _set_result(self, entry: _Entry[T], value: T) -> None:
+        with self._lock:
+            if not entry.future.done():
+                entry.future.set_result(value)
+
+    def _set_exception(self, key: K, entry: _Entry[T], error: BaseException) -> None:
+        """Tell those that wait for the object, unless it exists. The next call creates it."""
+        with self._lock:
+            if entry.future.done():
+                return
+            if self._entries.get(key) is entry:
+                del self._entries[key]
+            entry.future.set_exception(error)
+
     def _begin_anew(self) -> None:
         """Forget all objects in a forked child. Their threads and devices do not work there."""
         # They stay in memory, because their threads and devices could not be released either. A thread of the
@@ -139,3 +156,7 @@ class SharedObjects(Generic[K, T]):
         self._inherited = self._entries
         self._entries = {}
         self._lock = threading.RLock()
+
+
+def _is_exception_of(future: Future[T], error: BaseException) -> bool:
+    return future.done() and future.exception() is error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
@@ -292,3 +294,31 @@ async def test_close_waits_for_tokenizing_no_longer_than_its_timeout(checkpoint:
     assert done
     with pytest.raises(ScorerClosedError):
         await task
+
+
+@pytest.mark.parametrize("call", ["ascore(pairs())", "arank_many(pairs(), timeout=0.1)"])
+def test_a_process_ends_although_an_iterator_does_not(call: str) -> None:
+    code = f"""
+        import asyncio, threading
+        from bge_rerank_integrations import Scorer
+        from bge_rerank_integrations.errors import RequestTimeoutError
+
+        reading = threading.Event()
+
+        def pairs():
+            reading.set()
+            threading.Event().wait()
+            yield
+
+        async def main():
+            task = asyncio.create_task(Scorer("embedded", device="cpu").{call})
+            await asyncio.to_thread(reading.wait)
+            if "timeout" in {call!r}:
+                await asyncio.wait([task])
+                assert isinstance(task.exception(), RequestTimeoutError)
+
+        asyncio.run(main())
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")

@@ -46,7 +46,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.runtime.conditions import SafeCondition
 from bge_rerank_integrations.text.tokenization import IntArray
 from tests.support.engine import replica_of
-from tests.support.interrupts import call_at, stop
+from tests.support.interrupts import Interrupt, call_at, stop
 from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -705,6 +705,29 @@ def test_a_signal_handler_can_close_a_scorer_in_a_thread_at_any_time() -> None:
         with pytest.raises(ScorerClosedError):
             batcher.submit([ids(1)])
     assert line > 10
+
+
+def test_an_interrupted_close_leaves_no_caller_waiting() -> None:
+    for number in count():
+        gate = Gate()
+        batcher = MicroBatcher([replica(gate, 2)])
+        futures = [batcher.submit([ids(value), ids(value)]) for value in range(3)]
+        gate.wait_until_entered()
+        interrupt = Interrupt(number)
+
+        def close(batcher: MicroBatcher = batcher, arm: Callable[[], None] = interrupt.arm) -> None:
+            arm()
+            batcher.close(0.0)
+
+        interrupt.call(close)
+        batcher.close(0.0)
+        for future in futures:
+            with pytest.raises(ScorerClosedError):
+                future.result(PATIENCE_S)
+        gate.let_through()
+        if not interrupt.is_reached:
+            break
+    assert number > 10
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])

@@ -6,6 +6,7 @@ import _thread
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer
 from bge_rerank_integrations.engine.packing import pack
 from bge_rerank_integrations.engine.runner import Runner, load_runners
 from tests.support.engine import CPU, random_ids, score_all
-from tests.support.interrupts import call_until
+from tests.support.interrupts import Interrupt
 from tests.support.queues import wait_until
 from tests.support.threads import in_new_thread
 
@@ -168,10 +169,17 @@ def test_the_default_is_kept_after_an_error() -> None:
 
 def test_an_interrupt_after_any_call_keeps_the_default_and_leaves_no_thread() -> None:
     before, num_threads = default_threads(), _thread._count()
-    num_calls = 0
-    while call_until(num_calls, lambda: set_thread_count(torch.get_num_threads() + 1)):
-        num_calls += 1
+    for number in count():
+        interrupt = Interrupt(number)
+
+        def change(arm: Callable[[], None] = interrupt.arm) -> None:
+            arm()
+            set_thread_count(torch.get_num_threads() + 1)
+
+        interrupt.call(change)
         wait_until(lambda: _thread._count() == num_threads)
         assert default_threads() == before
+        if not interrupt.is_reached:
+            break
     set_thread_count(before)
-    assert num_calls > 10
+    assert number > 10

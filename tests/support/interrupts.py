@@ -12,6 +12,10 @@ class ReachedError(Exception):
     """Ends a call at a chosen line."""
 
 
+class InterruptError(BaseException):
+    """Ends a call as Ctrl-C does."""
+
+
 def call_at(line: int, functions: set[Any], action: Callable[[], object], call: Callable[[], object]) -> bool:
     """Call a function, and an action before the n-th line that it executes in some functions.
 
@@ -42,33 +46,38 @@ def call_at(line: int, functions: set[Any], action: Callable[[], object], call: 
     return is_reached
 
 
-def call_until(call_number: int, call: Callable[[], object]) -> bool:
-    """Call a function, and raise an exception once n calls inside it have begun or ended.
+class Interrupt:
+    """Raises an exception in this thread once n calls have begun or ended, counted from `arm`.
 
     CPython looks for Ctrl-C at these points.
 
-    Returns:
-        Whether there were so many.
+    Attributes:
+        is_reached: Whether there were so many calls.
     """
-    numbers = iter(range(call_number, -1, -1))
-    is_reached = False
 
-    def profile(_: FrameType, kind: str, __: object) -> None:
-        nonlocal is_reached
-        if kind in ("call", "c_return") and next(numbers, None) == 0:
+    def __init__(self, call_number: int) -> None:
+        self.is_reached = False
+        self._numbers = iter(range(call_number, -1, -1))
+
+    def arm(self) -> None:
+        """Start to count. `call` ends it."""
+        sys.setprofile(self._profile)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call a function, which may call `arm`, and suppress the exception."""
+        profiler = sys.getprofile()
+        try:
+            function()
+        except InterruptError:
+            pass
+        finally:
+            sys.setprofile(profiler)
+
+    def _profile(self, frame: FrameType, kind: str, _: object) -> None:
+        if kind in ("call", "c_return") and next(self._numbers, None) == 0:
             sys.setprofile(None)
-            is_reached = True
-            raise ReachedError
-
-    profiler = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        call()
-    except ReachedError:
-        pass
-    finally:
-        sys.setprofile(profiler)
-    return is_reached
+            self.is_reached = True
+            raise InterruptError
 
 
 def stop() -> None:
