@@ -62,8 +62,16 @@ def _copy_value(value: Any, copies: dict[int, dict[Any, Any]]) -> Any:
                 return value
     if id(value) not in copies:
         copied = copies[id(value)] = {}
-        copied.update((key, _copy_value(each, copies)) for key, each in value.items())
+        copied.update((key, _copy_or_share(each, copies)) for key, each in value.items())
     return copies[id(value)]
+
+
+def _copy_or_share(value: Any, copies: dict[int, dict[Any, Any]]) -> Any:
+    """Copy a value, or return it if hundreds of dicts lie in each other."""
+    try:
+        return _copy_value(value, copies)
+    except RecursionError:
+        return value
 
 
 def type_of(value: object) -> str:

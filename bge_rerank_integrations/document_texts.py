@@ -67,9 +67,9 @@ def _text(index: int, document: TextSource, rank_fields: Sequence[str] | None, t
         _check_document(document, index)
         if template is not None:
             return _fill(template, document, index)
-        return "\n".join([*_lines(document.metadata, rank_fields or ()), document.page_content])
+        return "\n".join([*_lines(document.metadata, rank_fields or (), index), document.page_content])
     if isinstance(document, Mapping):
-        return "\n".join(_lines(document, document if rank_fields is None else rank_fields))
+        return "\n".join(_lines(document, document if rank_fields is None else rank_fields, index))
     raise InputTypeError(
         f"document {index} must be a string, a mapping or a Document, not {type_of(document)}",
         index=index,
@@ -91,8 +91,14 @@ def _check_document(document: Document, index: int) -> None:
         )
 
 
-def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {values[name]}" for name in names if name in values and not is_missing(values[name])]
+def _lines(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any], index: int) -> list[str]:
+    present = [name for name in names if name in values and not is_missing(values[name])]
+    try:
+        return [f"{name}: {values[name]}" for name in present]
+    except Exception:  # of the value's class; the message may contain the value
+        raise InputError(
+            f"a field of document {index} cannot be converted to a string", index=index
+        ) from None
 
 
 class _Empty:
@@ -133,7 +139,7 @@ def _fill(template: str, document: Document, index: int) -> str:
         )
     try:
         return template.format_map(values)
-    except (TypeError, ValueError, OverflowError):  # the message may contain the value
+    except Exception:  # of the value's class, or of its format; the message may contain the value
         raise InputError(
             f"a metadata field of document {index} does not fit its format in document_template", index=index
         ) from None

@@ -157,7 +157,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
                     f"node {index} must be a NodeWithScore, not {type_of(node)}", index=index
                 )
             _check_node(node.node, index)
-            texts.append(_without_own_keys(node.node).get_content(metadata_mode=self.metadata_mode))
+            try:
+                text = _without_own_keys(node.node).get_content(metadata_mode=self.metadata_mode)
+            except Exception:  # of a template or of a value's class; the message may contain the value
+                raise InputError(
+                    f"the text of node {index} cannot be made from its templates and metadata", index=index
+                ) from None
+            texts.append(text)
         return _Call(nodes, query_bundle, texts)
 
     @contextmanager

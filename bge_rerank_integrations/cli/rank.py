@@ -124,8 +124,6 @@ def rank(
     input_path = Path(source) if source != "-" and Path(source).is_file() else None
     with ExitStack() as stack:
         lines = check_format(stack.enter_context(_open(source)))
-        scorer = stack.enter_context(Scorer.from_config(config))
-        skip: int | None = 0
         job = None
         if output is not None:
             settings = {
@@ -135,7 +133,8 @@ def rank(
                 "return_texts": return_texts,
             }
             job = stack.enter_context(FileJob(output, settings, input_path, overwrite=overwrite))
-            skip = job.begin()
+        scorer = stack.enter_context(Scorer.from_config(config))
+        skip = 0 if job is None else job.begin()
         if skip is None:
             click.echo(wrap(f"{output} is already complete."), err=True)
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from bge_rerank_integrations.cli.console import require_stdout
+from bge_rerank_integrations.cli.jobs.job_record import resolve_output
 from bge_rerank_integrations.cli.options import (
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -62,7 +63,7 @@ def rerank_run_command(
     if output is None:
         require_stdout()
     else:
-        output = output.resolve()  # keep a symbolic link
+        output = resolve_output(output)
         if output in inputs:
             raise click.UsageError(f"{output} is one of the inputs; choose another output file")
         if output.exists() and not output.is_file():

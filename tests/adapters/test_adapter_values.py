@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, ScorerConfig
 from bge_rerank_integrations.adapter_options import RerankOptions
-from bge_rerank_integrations.errors import ConfigError, InputTypeError
+from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from tests.support.scorers import PANDA, TEA, TableScorer
 
 QUERY = "what does a panda eat?"
@@ -358,3 +358,57 @@ def test_every_option_is_checked() -> None:
 def test_an_integer_is_accepted_for_a_float_option(adapter_type: type[RerankOptions], tmp_path: Path) -> None:
     adapter = adapter_type(max_wait_ms=1, timeout=2, score_threshold=1, model=tmp_path, cache_folder=tmp_path)
     assert (adapter.max_wait_ms, adapter.timeout, adapter.score_threshold) == (1.0, 2.0, 1.0)
+
+
+# --- values that cannot be converted or copied --------------------------------------------------------
+
+
+class Unprintable:
+    def __format__(self, spec: str) -> str:
+        raise KeyError("VALUE-CANARY")
+
+
+@pytest.mark.parametrize("options", [{"rank_fields": ["a"]}, {"document_template": "{a}{page_content}"}])
+@pytest.mark.parametrize("value", [10**5000, Unprintable()], ids=["huge", "unprintable"])
+def test_a_value_without_a_string_is_named_by_its_document(options: dict[str, Any], value: Any) -> None:
+    documents = [Document(page_content="t", metadata={"a": each}) for each in (1, value)]
+    with pytest.raises(InputError, match="document 1") as caught:
+        BGEReranker(scorer=TableScorer(), **options).compress_documents(documents, QUERY)
+    assert caught.value.index == 1
+    assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text_template": "{foo}"},
+        {"metadata_template": "{foo}"},
+        {"metadata": {"a": 10**5000}},
+    ],
+    ids=["text_template", "metadata_template", "huge"],
+)
+def test_a_node_without_a_text_is_named(fields: dict[str, Any]) -> None:
+    nodes = [
+        NodeWithScore(node=TextNode(text="t", **{"metadata": {"a": 1}, **more})) for more in ({}, fields)
+    ]
+    with pytest.raises(InputError, match="node 1") as caught:
+        BGERerankPostprocessor(scorer=TableScorer()).postprocess_nodes(nodes, query_str=QUERY)
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize("depth", [10, 5000])
+def test_metadata_of_any_depth_is_returned(depth: int) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(depth):
+        deep = {"inner": deep}
+    document = Document(page_content="t", metadata=deep)
+    (result,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    node = NodeWithScore(node=TextNode(text="t", metadata=deep, excluded_embed_metadata_keys=["inner"]))
+    (returned,) = BGERerankPostprocessor(scorer=TableScorer()).postprocess_nodes([node], query_str=QUERY)
+    assert "relevance_score" not in deep
+    for copied in (result.metadata, returned.metadata):
+        inner: Any = copied
+        num_levels = 0
+        while inner := inner.get("inner"):
+            num_levels += 1
+        assert num_levels == depth - 1

@@ -343,6 +343,14 @@ def test_nothing_is_written_over_an_input(on: list[str], folder: Path) -> None:
     assert run("rerank-run", partial, folder, "-o", link, *on).exit_code == 0
     assert link.is_symlink()
     assert target.read_text().startswith("q1 Q0 a 1")
+    loop = folder / "loop"
+    loop.symlink_to(loop)
+    for refused in (
+        run("rerank-run", partial, folder, "-o", loop, *on),
+        run("rank", folder / "corpus.jsonl", "-o", loop, *on),
+    ):
+        assert refused.exit_code == 1
+        assert isinstance(refused.exception, SystemExit), "not a traceback"
     failed = run("rerank-run", partial, folder, "-o", folder / ("x" * 250), "--model", "/no/such/model")
     assert failed.exit_code == 1
     assert "name too long" in flat(failed.stderr), "the output is checked before the model"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from bge_rerank_integrations.cli.jobs.job_record import INPUT, JobRecord, record_path
+from bge_rerank_integrations.cli.jobs.job_record import INPUT, JobRecord, record_path, resolve_output
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.errors import DatasetError
 
@@ -45,7 +45,7 @@ class FileJob:
     def __init__(
         self, output: Path, settings: dict[str, Any], input_path: Path | None, *, overwrite: bool = False
     ) -> None:
-        output = output.resolve()
+        output = resolve_output(output)
         self._output = output
         self._partial = output.with_name(output.name + ".partial")
         if output.exists() and not output.is_file():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bge_rerank_integrations.cli.jobs.job_record import JobRecord
+from bge_rerank_integrations.cli.jobs.job_record import JobRecord, resolve_output
 from bge_rerank_integrations.errors import DatasetError
 
 # Spark, Hadoop and their readers use this name for a complete folder.
@@ -42,7 +42,7 @@ class FolderJob:
     def __init__(
         self, output: Path, settings: dict[str, Any], files: Sequence[Path], *, overwrite: bool = False
     ) -> None:
-        output = output.resolve()
+        output = resolve_output(output)
         if output.exists() and not output.is_dir():
             raise DatasetError(f"{output} is a file; choose another output folder")
         if any(output in file.resolve().parents for file in files):

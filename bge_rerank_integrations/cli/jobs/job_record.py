@@ -19,6 +19,18 @@ def record_path(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
+def resolve_output(output: Path) -> Path:
+    """Return the path that symbolic links lead to, so that the links stay when a file replaces it.
+
+    Raises:
+        DatasetError: The links form a loop.
+    """
+    try:
+        return output.resolve()
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
+        raise DatasetError(f"{output} is a symbolic link in a loop") from None
+
+
 class JobRecord:
     """The record of a job in `OUTPUT.job.json`. In a `with` statement, it holds the lock `OUTPUT.lock`.
 
