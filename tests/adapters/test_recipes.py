@@ -21,6 +21,7 @@ from pydantic import Field
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 QUESTION = "what does a giant panda eat?"
 PASSAGES = [
     "The stock market fell sharply on Monday.",
@@ -40,9 +41,9 @@ class FixedRetriever(BaseRetriever):
         return [Document(page_content=text, id=str(at)) for at, text in enumerate(PASSAGES)]
 
 
-def blocks(heading: str) -> list[str]:
+def blocks(heading: str, text: str = TEXT) -> list[str]:
     """Return the Python blocks below a heading, with a local model instead of the model on the hub."""
-    (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert found
     return [block.replace("BAAI/bge-reranker-base", "embedded") for block in found]
@@ -63,7 +64,6 @@ def test_every_block_compiles_and_every_recipe_is_tested() -> None:
         "Streamlit",
         "gunicorn",
         "Celery",
-        "Thresholds from FlagReranker",
     ]
     for heading in headings:
         for block in blocks(heading):
@@ -224,7 +224,7 @@ class FakeSignal:
 
 
 def test_equivalent_thresholds_on_both_scales_keep_the_same_documents() -> None:
-    (code,) = blocks("Thresholds from FlagReranker")
+    (code,) = blocks("Thresholds", MIGRATING)
     recipe = run(code)
     assert recipe["to_raw"](recipe["to_normalized"](-1.5)) == pytest.approx(-1.5)
     documents = [Document(page_content=text) for text in PASSAGES]
