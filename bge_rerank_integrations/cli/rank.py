@@ -125,7 +125,7 @@ def rank(
     with ExitStack() as stack:
         lines = check_format(stack.enter_context(_open(source)))
         job = None
-        if output is not None:
+        if output is not None:  # before the model is loaded, which takes longer
             settings = {
                 **_settings_on_this_machine(config),
                 "top_n": top_n,

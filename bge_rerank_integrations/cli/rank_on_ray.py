@@ -14,6 +14,7 @@ import click
 from bge_rerank_integrations.cli.console import wrap
 from bge_rerank_integrations.cli.jobs.folder_job import FolderJob
 from bge_rerank_integrations.cli.jobs.input_folder import find_input_files
+from bge_rerank_integrations.cli.jobs.job_record import resolve_output
 from bge_rerank_integrations.cli.jobs.requests import REQUEST_FORM, MalformedInputError
 from bge_rerank_integrations.cli.jobs.score_settings import settings_of_scores
 from bge_rerank_integrations.cli.ray_options import RayOptions
@@ -71,7 +72,8 @@ def rank_on_ray(
     if output is None:
         raise click.UsageError("--ray writes a folder; give its name with -o")
     folder = Path(source).resolve()
-    if output.resolve().is_relative_to(folder):
+    target = resolve_output(output)
+    if target.is_relative_to(folder):
         raise click.UsageError(
             "the output folder lies inside SOURCE, and would be read as input the next time"
         )
@@ -105,7 +107,7 @@ def rank_on_ray(
         if is_parquet:
             written = rank_parquet_folder(
                 files,
-                output.resolve(),
+                target,
                 config,
                 query_column=on_ray.query_column,
                 passages_column=on_ray.passages_column,
@@ -119,7 +121,7 @@ def rank_on_ray(
             written = rank_jsonl_folder(
                 files,
                 folder,
-                output.resolve(),
+                target,
                 config,
                 partial(
                     rank_raw_lines, top_n=top_n, threshold=threshold, return_texts=return_texts, strict=strict

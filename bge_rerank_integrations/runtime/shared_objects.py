@@ -96,8 +96,10 @@ class SharedObjects(Generic[K, T]):
                 # `create` has failed, or Ctrl-C came between the lines above.
                 if is_first:
                     run_uninterrupted(partial(self._set_exception, key, entry, error))
-                if is_first or isinstance(error, Exception) or not _is_exception_of(entry.future, error):
+                is_of_other_caller = not is_first and _is_exception_of(entry.future, error)
+                if isinstance(error, Exception) or not is_of_other_caller:
                     raise
+                # Ctrl-C has interrupted the caller that created the object, but not this one.
             finally:
                 # The exception of a failed creation refers to this frame. Without the reference from this
                 # frame to the exception there is no cycle, and the memory of the failed attempt is freed with

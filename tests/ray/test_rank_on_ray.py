@@ -203,6 +203,16 @@ def test_an_output_folder_inside_the_input_is_refused(on: list[str], tmp_path: P
         assert "the output folder lies inside SOURCE" in flat(result.stderr)
 
 
+def test_an_output_folder_in_a_loop_of_links_is_refused(on: list[str], tmp_path: Path) -> None:
+    source, loop = tmp_path / "in", tmp_path / "loop"
+    source.mkdir()
+    (source / "a.jsonl").write_text(json.dumps(request(1)))
+    loop.symlink_to(loop)
+    result = run("rank", "--ray", source, "-o", loop, *on)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), "not a traceback"
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

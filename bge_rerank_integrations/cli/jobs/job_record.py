@@ -26,9 +26,13 @@ def resolve_output(output: Path) -> Path:
         DatasetError: The links form a loop.
     """
     try:
-        return output.resolve()
-    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
-        raise DatasetError(f"{output} is a symbolic link in a loop") from None
+        resolved = output.resolve()
+        is_loop = resolved.is_symlink()  # since Python 3.13
+    except RuntimeError:  # before it
+        is_loop = True
+    if is_loop:
+        raise DatasetError(f"{output} is a symbolic link in a loop")
+    return resolved
 
 
 class JobRecord:

@@ -22,6 +22,7 @@ def kept_default() -> Iterator[None]:
     application that uses torch for the first time would keep a number that was meant for a thread of this
     package. Within the block, which takes less than a millisecond, it still would.
     """
+    # The thread that restores the default starts before the block. Ctrl-C could prevent a later start.
     # Plain locks, each released once. Ctrl-C in `Thread.start`, `Thread.join` or `Event.wait` can leave the
     # lock inside it taken.
     has_read, is_over, has_restored = (_acquired_lock() for _ in range(3))
