@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,7 @@ def test_compute_score_takes_a_pair_or_a_list(scorer: Scorer) -> None:
     assert scorer.compute_score([pair]) == [raw]
     assert scorer.compute_score([pair, pair], normalize=True) == [sigmoid(raw)] * 2
     assert scorer.compute_score([]) == []
+    assert scorer.compute_score(each for each in (pair, pair)) == [raw, raw]
     with pytest.raises(InputTypeError, match="normalize must be True, False or None"):
         scorer.compute_score(pair, normalize="no")  # type: ignore[arg-type]
 
@@ -191,6 +193,13 @@ def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoint: Pa
         assert len(scorer.score(iter(pairs))) == 9000
         with pytest.raises(QueueFullError):
             scorer.score(pairs)
+
+
+def test_an_iterator_whose_first_part_can_never_fit_the_queue_is_refused(checkpoint: Path) -> None:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=1000) as scorer:
+        with pytest.raises(QueueFullError):
+            scorer.score(("panda", str(number)) for number in range(9000))
+        assert (scorer.health().queued_requests, scorer.health().queued_tokens) == (0, 0)
 
 
 def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
@@ -420,6 +429,10 @@ BAD_CALLS = [
     (lambda s: s.score([("q", "p"), ("a", "b", "c")]), "pair 1 .* not tuple of 3", 1),
     (lambda s: s.score("secret"), "pairs must be a list", None),
     (lambda s: s.score(None), "pairs must be a list", None),
+    (lambda s: s.score(["ab"]), "pair 0 must be a .query, passage. tuple, not str", 0),
+    (lambda s: s.score([{"q": 1, "p": 2}]), "pair 0 must be a .query, passage. tuple, not dict", 0),
+    (lambda s: s.rank("q", 5), "passages must be a sequence of strings, not int", None),
+    (lambda s: s.rank("q", None), "passages must be a sequence of strings, not NoneType", None),
     (lambda s: s.rank(None, ["p"]), "the query must be a string, not NoneType", None),
     (lambda s: s.rank(b"q", []), None, None),
     (lambda s: s.rank("q", "secret"), "passages must be a sequence of strings, not str", None),
@@ -644,6 +657,9 @@ def test_close(shared_config: ScorerConfig) -> None:
     first.close()
     first.close()
     assert "closed" in repr(first)
+    health = first.health()
+    assert (health.state, health.ok, health.queued_requests, health.queued_tokens) == ("closed", False, 0, 0)
+    assert (health.replicas, health.replicas_alive) == (1, 0)
     for call in (
         lambda: first.score([("a", "b")]),
         lambda: first.rank("a", []),
@@ -713,6 +729,25 @@ def test_progress_shows_on_stderr_and_only_when_asked(scorer: Scorer, texts: lis
     with redirect_stderr(shown):
         assert scorer.score(pairs, progress=True) == quiet
     assert f"{len(texts)}/{len(texts)}" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scorer, **options: scorer.score([(QUERY, "a"), (QUERY, "b")], **options),
+        lambda scorer, **options: scorer.score(iter([(QUERY, "a"), (QUERY, "b")]), **options),
+        lambda scorer, **options: scorer.rank(QUERY, ["a", "b"], **options),
+        lambda scorer, **options: scorer.rank_many([(QUERY, ["a", "b"])], **options),
+    ],
+)
+def test_each_method_shows_progress_if_asked(scorer: Scorer, call: Any) -> None:
+    shown = io.StringIO()
+    with redirect_stderr(shown):
+        call(scorer)
+    assert shown.getvalue() == ""
+    with redirect_stderr(shown):
+        call(scorer, progress=True)
+    assert re.search(r"\b2(/2|pair)", shown.getvalue())  # the number of pairs of an iterator is unknown
 
 
 class Shouting(str):

@@ -91,7 +91,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int
             raise Refusal(400, "the compressed request body is damaged", "DamagedBody") from None
         if max(len(body), num_received) > max_bytes:
             raise too_large
-    if body and not unpacker.is_complete:
+    if not unpacker.is_complete:
         raise Refusal(400, "the compressed request body is incomplete", "DamagedBody")
     return bytes(body)
 

@@ -53,8 +53,7 @@ class TokenCache:
     def get(self, key: bytes | None) -> Encoded | None:
         """Return the entry of a text, or None if the cache does not contain it."""
         with self._lock:
-            entry = None if key is None else self._entries.get(key)
-            if key is None or entry is None:
+            if key is None or (entry := self._entries.get(key)) is None:
                 self.misses += 1
                 return None
             self._entries.move_to_end(key)

@@ -553,6 +553,15 @@ async def test_rerank_takes_rank_fields_for_documents_too(
     assert scorer.asked == [(QUERY, [scored])]
 
 
+async def test_rank_fields_of_a_call_replace_the_template(rerank: Rerank) -> None:
+    scorer = TableScorer()
+    reranker = BGEReranker(scorer=scorer, document_template="{title}, {year}: {page_content}")
+    given = [Document(page_content="t", metadata={"title": "a", "year": 2016})]
+    await rerank(reranker, given)
+    await rerank(reranker, given, rank_fields=["title"])
+    assert scorer.asked == [(QUERY, ["a, 2016: t"]), (QUERY, ["title: a\nt"])]
+
+
 async def test_rank_fields_that_are_one_string_are_refused(rerank: Rerank) -> None:
     with pytest.raises(ValidationError, match="rank_fields"):
         BGEReranker(rank_fields="title")
@@ -613,7 +622,7 @@ async def test_rerank_names_a_bad_document_by_index(rerank: Rerank, bad: Any) ->
     assert "CANARY" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [PANDA, {"text": PANDA}])
+@pytest.mark.parametrize("bad", [PANDA, {"text": PANDA}, Document(page_content=PANDA), 5, None])
 async def test_rerank_refuses_one_text_in_place_of_several(rerank: Rerank, bad: Any) -> None:
     with pytest.raises(InputTypeError, match="documents must be a sequence") as caught:
         await rerank(BGEReranker(scorer=TableScorer()), bad)
@@ -1078,6 +1087,32 @@ def test_cross_encoder_names_the_pair_whose_score_is_not_finite() -> None:
     with pytest.raises(NonFiniteScoreError, match=r"^pair 1: the model's score of the passage is") as caught:
         encoder.score([("a", TEA), ("b", PANDA), ("a", PANDA), ("b", BEAR)])
     assert caught.value.index == 1
+
+
+def test_cross_encoder_keeps_an_error_that_names_no_pair() -> None:
+    class Overflow(Recorder):
+        def rank_many(self, *args: Any, **kwargs: Any) -> list[Ranking]:
+            raise NonFiniteScoreError("a score is not finite")
+
+    with pytest.raises(NonFiniteScoreError, match=r"^a score is not finite$") as caught:
+        BGEReranker(scorer=Overflow()).as_cross_encoder().score([("a", TEA), ("b", PANDA)])
+    assert caught.value.index is None
+
+
+def test_cross_encoder_gives_python_floats() -> None:
+    scorer = TableScorer({TEA: np.float32(0.5)})  # type: ignore[dict-item]
+    [score] = BGEReranker(scorer=scorer).as_cross_encoder().score([("a", TEA)])
+    assert (type(score), score) == (float, 0.5)
+
+
+async def test_an_error_of_a_users_scorer_that_names_no_pair_is_kept(rerank_many: RerankMany) -> None:
+    class Overflow(TableScorer):
+        def rank(self, *args: Any, **kwargs: Any) -> list[RankedPassage]:
+            raise NonFiniteScoreError("a score is not finite")
+
+    with pytest.raises(NonFiniteScoreError, match="a score is not finite") as caught:
+        await rerank_many(BGEReranker(scorer=Overflow()), [(QUERY, [TEA]), (QUERY, [PANDA])])
+    assert caught.value.index is None
 
 
 def test_cross_encoder_names_the_pair_of_a_users_scorer_too() -> None:

@@ -21,6 +21,7 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.errors import (
     InputTypeError,
     NonFiniteScoreError,
+    QueueFullError,
     RequestTimeoutError,
     ScorerClosedError,
 )
@@ -216,6 +217,16 @@ async def test_an_iterator_waits_for_its_own_pairs_if_the_queue_is_full(checkpoi
     with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=30 * PART) as scorer:
         scores = await scorer.ascore(iter(pairs(4 * PART)))
         assert len(scores) == 4 * PART
+
+
+@KINDS
+async def test_an_iterator_whose_first_part_can_never_fit_the_queue_is_refused(
+    kind: Callable[[Iterable[tuple[str, str]]], Pairs], checkpoint: Path
+) -> None:
+    with Scorer(checkpoint, device="cpu", dtype="float32", max_queued_tokens=5 * PART) as scorer:
+        with pytest.raises(QueueFullError):
+            await scorer.ascore(kind(pairs(2 * PART)))
+        assert (scorer.health().queued_requests, scorer.health().queued_tokens) == (0, 0)
 
 
 def reading_threads() -> list[threading.Thread]:

@@ -226,6 +226,23 @@ def test_one_bad_request_among_sixteen_fails_alone(
     assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).failed == 1
 
 
+def test_a_request_that_arrives_after_a_failure_shares_no_batch_with_the_suspects(
+    make: Callable[..., MicroBatcher], gate: Gate
+) -> None:
+    batcher = make(lambda batch: gate(batch) and poisoned(batch))
+    first = batcher.submit([ids(1)])
+    gate.wait_until_entered()
+    bad, good = batcher.submit([ids(13)]), batcher.submit([ids(20)])
+    gate.let_through(1)
+    gate.wait_until_entered()
+    late = [batcher.submit([ids(30 + number)]) for number in range(3)]
+    gate.let_through()
+    assert results([first, good, *late]) == [[1.0], [20.0], [30.0], [31.0], [32.0]]
+    assert isinstance(bad.exception(PATIENCE_S), ValueError)
+    assert sorted(gate.batches[1]) == [13.0, 20.0]
+    assert [batch for batch in gate.batches[2:] if 13.0 in batch] == [[13.0]]
+
+
 def test_an_error_reaches_its_caller_unchanged(make: Callable[..., MicroBatcher]) -> None:
     error = KeyError("mine")
 
@@ -443,6 +460,10 @@ async def test_a_timeout_ends_an_async_call(checkpoint: Path, texts: list[str]) 
         passages = [f"{text} {number}" for number in range(30) for text in texts]
         with pytest.raises(RequestTimeoutError):
             await scorer.arank("query", passages, timeout=0.01)
+        with pytest.raises(RequestTimeoutError):
+            await scorer.ascore([("query", passage) for passage in passages], timeout=0.01)
+        with pytest.raises(RequestTimeoutError):
+            await scorer.arank_many([("query", passages)], timeout=0.01)
         assert [p.index for p in await scorer.arank("query", passages[:3], timeout=60)]
         assert scorer.health().queued_requests == 0
 

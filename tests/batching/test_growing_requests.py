@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,55 @@ async def test_cancellation_ends_the_encoding(
     assert device.tokenizer.num_parts == 2
     assert device.num_sequences <= 64 + 512
     assert device.pipeline.health().queued_tokens == 0
+
+
+def test_a_full_queue_refuses_before_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:
+    running, waiting = pairs_of(passages[:1]), pairs_of(passages[1:11])
+    num_tokens = int(sum(lengths_of(start(), waiting)))
+    device = start(max_queued_tokens=num_tokens)
+    may_finish = threading.Event()
+
+    def give(lengths: torch.Tensor) -> torch.Tensor:
+        assert may_finish.wait(PATIENCE_S)
+        return lengths
+
+    device.give = give
+    with ThreadPoolExecutor() as pool:
+        try:
+            futures = [pool.submit(device.score, running)]
+            assert device.begun.wait(PATIENCE_S)
+            futures.append(pool.submit(device.score, waiting))
+            wait_until(lambda: device.pipeline.health().queued_tokens == num_tokens)
+            with pytest.raises(QueueFullError):
+                device.score(pairs_of(passages[20:]))
+            assert device.tokenizer.num_parts == 2, "the refused passages were not encoded"
+        finally:
+            may_finish.set()
+        assert [len(future.result(PATIENCE_S)) for future in futures] == [1, 10]
+
+
+async def test_a_pipeline_that_is_closing_refuses_async_calls(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    device = start()
+    may_finish = threading.Event()
+
+    def give(lengths: torch.Tensor) -> torch.Tensor:
+        assert may_finish.wait(PATIENCE_S)
+        return lengths
+
+    device.give = give
+    accepted = asyncio.create_task(device.pipeline.arun(PreparedPairs([(QUERY, passages[:1])])))
+    assert await asyncio.to_thread(device.begun.wait, PATIENCE_S)
+    closing = asyncio.create_task(asyncio.to_thread(device.pipeline.close))
+    try:
+        await asyncio.to_thread(wait_until, lambda: device.pipeline.health().state == "closed")
+        with pytest.raises(ScorerClosedError):
+            await device.pipeline.arun(PreparedPairs([(QUERY, passages[:1])]))
+    finally:
+        may_finish.set()
+    await closing
+    assert len(await accepted) == 1
 
 
 def test_an_error_of_the_device_ends_the_encoding(start: Callable[..., Device], passages: list[str]) -> None:

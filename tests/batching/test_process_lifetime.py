@@ -24,6 +24,7 @@ from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.runner import Runner
 from bge_rerank_integrations.errors import RequestTimeoutError
 from bge_rerank_integrations.runtime.shutdown import join_until
+from tests.support.queues import PATIENCE_S
 
 PAIRS = [("a question", f"passage {number}") for number in range(8)]
 
@@ -76,6 +77,18 @@ EXIT_DURING_BATCH = """
 """
 
 
+EXIT_WITHOUT_AN_ANSWER = """
+    from bge_rerank_integrations.batching.batcher import MicroBatcher
+    from bge_rerank_integrations.batching.workers import Replica
+    from tests.support.queues import AsyncDevice, ids, wait_until
+
+    device = AsyncDevice()
+    batcher = MicroBatcher([Replica(device.launch, lambda: 100, device.depth)])
+    future = batcher.submit([ids(1)])
+    wait_until(lambda: device.num_waiting)
+"""
+
+
 def run_child(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
@@ -109,6 +122,13 @@ def test_a_process_with_delayed_worker_threads_exits_cleanly(checkpoint: Path) -
 def test_a_process_that_ends_during_a_long_batch_exits_cleanly(num_threads: int) -> None:
     child = run_child(EXIT_DURING_BATCH, str(num_threads))
     assert (child.returncode, child.stderr) == (0, "")
+
+
+def test_a_process_whose_device_never_answers_ends() -> None:
+    started = time.monotonic()
+    child = run_child(EXIT_WITHOUT_AN_ANSWER)
+    assert (child.returncode, child.stderr) == (0, "")
+    assert time.monotonic() - started < PATIENCE_S / 2, "it did not wait for the device"
 
 
 @pytest.fixture

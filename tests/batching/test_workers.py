@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.request import Request
-from bge_rerank_integrations.batching.workers import Replica
+from bge_rerank_integrations.batching.workers import Pending, Replica
 from bge_rerank_integrations.engine.runner import is_device_lost
 from bge_rerank_integrations.errors import DeviceLostError, ScorerClosedError, WorkerDiedError
 from bge_rerank_integrations.text.tokenization import IntArray
@@ -149,6 +150,53 @@ def test_a_busy_device_takes_what_an_idle_one_has_left(make: Callable[..., Micro
     for device in devices:
         device.finish(2)
     assert results([first, rest]) == [[0.0], [1.0, 2.0, 3.0]]
+
+
+def test_a_launch_says_whether_the_device_is_empty(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    were_alone: list[bool] = []
+
+    def launch(sequences: list[IntArray], *, is_alone: bool) -> Pending | None:
+        were_alone.append(is_alone)
+        return device.launch(sequences, is_alone=is_alone)
+
+    batcher = MicroBatcher([Replica(launch, lambda: 100, 2)], is_device_lost=is_device_lost)
+    futures = [batcher.submit([sized(number, 100)]) for number in range(2)]
+    wait_until(lambda: len(were_alone) == 2)
+    device.finish(2)
+    results(futures)
+    futures = [batcher.submit([sized(2, 100)])]
+    device.finish(1)
+    results(futures)
+    assert were_alone == [True, False, True]
+    batcher.close()
+
+
+def test_the_time_behind_another_batch_is_no_computing_time(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    batcher = make(device)
+    started = time.monotonic()
+    futures = [batcher.submit([sized(number, 100)]) for number in range(3)]
+    for future in futures:
+        time.sleep(0.05)
+        device.finish(1)
+        future.result(PATIENCE_S)
+    elapsed_ms = 1000 * (time.monotonic() - started)
+    # The two longest of the three batches were computed one after the other.
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).compute.p50_ms <= elapsed_ms / 2
+
+
+def test_the_time_without_work_is_no_computing_time(make: Callable[..., MicroBatcher]) -> None:
+    device = AsyncDevice()
+    device.finish(2)
+    batcher = make(device)
+    batcher.submit([ids(1)]).result(PATIENCE_S)
+    time.sleep(0.05)
+    started = time.monotonic()
+    batcher.submit([ids(2)]).result(PATIENCE_S)
+    elapsed_ms = 1000 * (time.monotonic() - started)
+    # Of two values, the smaller one is the median. The second batch was computed in the measured time.
+    assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).compute.p50_ms <= elapsed_ms
 
 
 # --- errors while several batches are on the device --------------------------------------------------

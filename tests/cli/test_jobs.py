@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +314,43 @@ def test_overwriting_begins_again_and_keeps_what_is_finished_until_the_end(
         assert job.begin() == 0, "the old output must not count as this job's output"
         job.write([["new\n"]])
     assert output.read_text() == "new\n"
+
+
+def write_until_malformed(job: FileJob, *rows: str) -> None:
+    def batches() -> Iterator[list[str]]:
+        yield from ([row] for row in rows)
+        raise MalformedLineError(len(rows) + 1, "it is not JSON")
+
+    with pytest.raises(MalformedLineError):
+        job.write(batches())
+
+
+def test_the_rows_before_a_malformed_line_are_kept(output: Path, source: Path) -> None:
+    with FileJob(output, {}, source) as job:
+        job.begin()
+        write_until_malformed(job, '{"line": 1}\n', '{"line": 2}\n')
+    assert Path(f"{output}.partial").read_text() == '{"line": 1}\n{"line": 2}\n'
+    with FileJob(output, {}, source) as job:
+        assert job.begin() == 2
+        job.write([['{"line": 3}\n']])
+    assert output.read_text() == '{"line": 1}\n{"line": 2}\n{"line": 3}\n'
+
+
+def test_a_job_without_rows_leaves_no_files_after_a_malformed_line(output: Path, source: Path) -> None:
+    with FileJob(output, {}, source) as job:
+        job.begin()
+        write_until_malformed(job)
+    assert not [path for path in output.parent.iterdir() if path.suffix in {".partial", ".json"}]
+
+
+def test_an_older_output_never_counts_as_that_of_a_job_without_rows(output: Path, source: Path) -> None:
+    output.write_text("old\n")
+    with FileJob(output, {}, source, overwrite=True) as job:
+        job.begin()
+        write_until_malformed(job)
+    assert output.read_text() == "old\n"
+    with FileJob(output, {}, source) as job:
+        assert job.begin() == 0, "the job is not complete"
 
 
 def test_a_file_of_unknown_origin_is_refused(output: Path, source: Path) -> None:

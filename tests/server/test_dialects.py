@@ -194,6 +194,11 @@ def test_malformed_native_requests() -> None:
         NATIVE.parse({"requests": [["q", ["a"]], ["q", [None]]]})
     with pytest.raises(InputError, match="timeout must"):
         NATIVE.parse({"requests": [], "timeout_s": -1})
+    with pytest.raises(InputError, match="'timeout_s' is out of range"):
+        NATIVE.parse({"requests": [], "timeout_s": 10**400})
+    for timeout in ("3", [3], True):
+        with pytest.raises(InputTypeError, match="'timeout_s' must be a number or null"):
+            NATIVE.parse({"requests": [], "timeout_s": timeout})
 
 
 @pytest.mark.parametrize(

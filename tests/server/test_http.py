@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gzip
+import http.client
 import json
 import logging
 import socket
@@ -22,6 +23,7 @@ from bge_rerank_integrations.errors import (
     ConfigError,
     DeviceLostError,
     NonFiniteScoreError,
+    RequestTimeoutError,
     ScorerClosedError,
     WorkerDiedError,
 )
@@ -111,6 +113,28 @@ def test_requests_and_responses_of_real_clients(client: httpx.Client) -> None:
     assert [each["index"] for each in answer["results"] if "truncated" in each] == [4]
     assert "1 of 6 documents were truncated" in answer["meta"]["warnings"][0]
     assert None not in answer["results"][0].values()
+    whole = client.post("/v2/rerank", json={**body, "documents": PASSAGES[:2]}).json()
+    assert "warnings" not in whole["meta"]
+
+
+def test_a_request_without_a_model_is_answered_with_that_of_the_server(
+    client: httpx.Client, local: Scorer
+) -> None:
+    assert client.post("/v1/rerank", json=COHERE).json()["model"] == Path(local.config.model).name
+
+
+def test_a_connection_is_used_again(open_url: str) -> None:
+    body = json.dumps(COHERE).encode()
+    connection = http.client.HTTPConnection(open_url.removeprefix("http://"), timeout=30)
+    connection.connect()
+    used = connection.sock
+    for _ in range(3):
+        connection.request("POST", "/v1/rerank", body)
+        response = connection.getresponse()
+        assert (response.status, response.headers["connection"]) == (200, None)
+        response.read()
+        assert connection.sock is used
+    connection.close()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +160,7 @@ def test_a_wrong_key(path: str, authorization: str | None, keyed_url: str) -> No
     assert response.headers["www-authenticate"] == "Bearer"
     body = response.json()
     assert body["message"] == body["detail"] == "the API key is missing or wrong"
+    assert body["error_type"] == "Unauthorized"
     assert KEY not in response.text
 
 
@@ -254,7 +279,7 @@ def test_a_compressed_body(pack: Any, client: httpx.Client) -> None:
     encoding = {"content-encoding": "gzip" if pack is gzip.compress else "deflate"}
     content = pack(json.dumps(COHERE).encode())
     assert client.post("/v1/rerank", content=content, headers=encoding).status_code == 200
-    for damaged in (content[:-9], b"x" + content, content[:20] + b"xx" + content[22:]):
+    for damaged in (b"", content[:5], content[:-9], b"x" + content, content[:20] + b"xx" + content[22:]):
         response = client.post("/v1/rerank", content=damaged, headers=encoding)
         assert response.status_code == 400
         assert "compressed request body" in response.json()["message"]
@@ -293,11 +318,16 @@ def _few(path: str) -> dict[str, Any]:
     }
 
 
-def test_a_disconnected_client_cancels_its_work(held: HeldScorer, held_client: httpx.Client) -> None:
+def test_a_disconnected_client_cancels_its_work(
+    held: HeldScorer, held_client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "bge_rerank_integrations")
     with pytest.raises(httpx.ReadTimeout):
         held_client.post("/rerank", json={"query": "q", "texts": ["1"]}, timeout=0.3)
     wait_until(lambda: held.num_cancelled == 1)
     assert held.queued_tokens == 0
+    wait_until(lambda: ": disconnected, 0 pairs" in caplog.text)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_request_that_takes_too_long(held: HeldScorer) -> None:
@@ -332,22 +362,27 @@ def test_slow_senders_and_idle_connections_do_not_stop_others(
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "error_type"),
     [
-        (NonFiniteScoreError("the model's score of pair 0 is not finite", index=0), 500),
-        (WorkerDiedError("ended"), 503),
-        (DeviceLostError("lost"), 503),
-        (ScorerClosedError("closed"), 503),
-        (RuntimeError("CANARY"), 500),
+        (NonFiniteScoreError("the model's score of pair 0 is not finite", index=0), 500, "Backend"),
+        (WorkerDiedError("ended"), 503, "Unhealthy"),
+        (DeviceLostError("lost"), 503, "Unhealthy"),
+        (ScorerClosedError("closed"), 503, "Unhealthy"),
+        (RequestTimeoutError("slow"), 504, "Backend"),
+        (RuntimeError("CANARY"), 500, "Backend"),
     ],
 )
-def test_failures_of_the_scorer(error: Exception, status: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_of_the_scorer(
+    error: Exception, status: int, error_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
     held = HeldScorer(is_held=False)
     held.error = error
     with TestClient(create_app(held)) as client:  # type: ignore[arg-type]
         response = client.post("/v1/rerank", json={"query": "q", "documents": ["CANARY"]})
-    assert response.status_code == status
+    assert (response.status_code, response.json()["error_type"]) == (status, error_type)
     assert "CANARY" not in response.text + caplog.text
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == (status == 500), "only an unexpected error is an error of the server"
 
 
 def test_health_and_metrics(local: Scorer, open_url: str) -> None:

@@ -213,6 +213,7 @@ def test_wrong_base_urls(base_url: Any, message: str) -> None:
         ({"timeout": 0}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
         ({"timeout": "1"}, "timeout"),
+        ({"timeout": True}, "timeout"),
         ({"max_retries": -1}, "max_retries"),
         ({"max_retries": True}, "max_retries"),
         ({"normalize": 1}, "normalize"),
@@ -416,6 +417,21 @@ def test_messages_of_other_servers_are_left_out() -> None:
     with pytest.raises(InputError) as caught:
         stub(Answers(httpx.Response(400, json={"message": "CANARY"}))).rank("a", ["b"])
     assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("told", "shown"), [("told", "told"), ("x" * 100_000, "x" * 500)])
+def test_messages_of_this_packages_server_are_shown(told: str, shown: str) -> None:
+    answer = httpx.Response(400, json={"message": told, "type": "InputError"})
+    with pytest.raises(InputError) as caught:
+        stub(Answers(answer)).rank("a", ["b"])
+    assert str(caught.value) == f"the server answered with status 400: {shown}"
+
+
+def test_a_call_without_time_sends_nothing_and_says_so() -> None:
+    answers = Answers()
+    with pytest.raises(RequestTimeoutError, match="the server did not answer within the timeout"):
+        stub(answers).rank("a", ["b"], timeout=0)
+    assert not answers.requests
 
 
 @pytest.mark.parametrize(
@@ -721,8 +737,9 @@ def test_an_answer_that_is_not_a_ranking_of_the_passages_is_refused(passages: li
         stub(answer).score([("q", "a"), ("q", "b")])
 
 
-def test_counts_that_are_no_numbers_are_refused() -> None:
-    ranking = {"passages": [passage()], "counts": {"num_pairs": "x"}}
+@pytest.mark.parametrize("count", ["x", -1, True, 1.0, None])
+def test_counts_that_are_no_numbers_are_refused(count: object) -> None:
+    ranking = {"passages": [passage()], "counts": {"num_pairs": count}}
     with pytest.raises(RemoteError):
         stub(lambda _: httpx.Response(200, json={"rankings": [ranking]})).rank("q", ["a"])
 

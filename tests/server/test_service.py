@@ -77,6 +77,19 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert [ranking[0].score for ranking in [*await first, *await second]] == [1, 2]
 
 
+async def test_a_repeated_passage_counts_once_when_room_is_checked() -> None:
+    scorer = HeldScorer(max_queued_tokens=1000)
+    service = service_of(scorer)
+    first = asyncio.ensure_future(service.rank(work_of("1 " * 900)))
+    await until(lambda: scorer.num_calls == 1)
+    num_asked = scorer.num_asked
+    with pytest.raises(QueueFullError):  # of the scorer, which knows the number of tokens
+        await service.rank(work_of(*["3 " * 21] * 7))
+    assert scorer.num_asked == num_asked + 1
+    scorer.is_held = False
+    assert len(await first) == 1
+
+
 async def test_a_request_larger_than_the_queue_is_split_so_that_it_fits() -> None:
     scorer = HeldScorer(is_held=False, max_queued_tokens=256)
     (ranking,) = await service_of(scorer).rank(work_of(*[f"{number} " * 50 for number in range(20)]))

@@ -39,6 +39,13 @@ def test_least_recently_used_goes_first() -> None:
     assert cache.get(cache.key("k")) is not None
 
 
+def test_an_entry_that_is_stored_again_takes_no_more_room() -> None:
+    cache = TokenCache(1100)  # room for ten entries
+    for name in "abcdefghij" * 2:
+        cache.put(cache.key(name), (ids(9), False))
+    assert all(cache.get(cache.key(name)) is not None for name in "abcdefghij")
+
+
 def test_large_entries_and_long_texts_are_not_kept() -> None:
     cache = TokenCache(1000)
     cache.put(cache.key("large"), (ids(50), False))

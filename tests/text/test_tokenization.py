@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from bge_rerank_integrations import ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.locate import EMBEDDED_FOLDER
@@ -133,6 +134,15 @@ def test_an_instruction_that_leaves_a_query_no_room_is_refused(path: Path) -> No
         PairTokenizer(path, ScorerConfig(max_length=64, query_instruction="word " * 60))
 
 
+def test_an_instruction_must_leave_a_query_at_least_one_token(path: Path, plain: Tokenizer) -> None:
+    instruction = "word " * 20
+    num_tokens = len(plain.encode(instruction, add_special_tokens=False).ids)
+    options: Any = {"max_length": 64, "query_instruction": instruction}
+    PairTokenizer(path, ScorerConfig(query_max_length=num_tokens + 1, **options))
+    with pytest.raises(ConfigError, match=f"query instruction has {num_tokens} tokens"):
+        PairTokenizer(path, ScorerConfig(query_max_length=num_tokens, **options))
+
+
 def test_a_default_prompt_is_an_instruction_unless_there_is_one(path: Path, tokenizer: PairTokenizer) -> None:
     for instruction, used in ((None, "Prompt: "), ("", ""), ("Query: ", "Query: ")):
         config = ScorerConfig(max_length=64, query_instruction=instruction)
@@ -210,7 +220,7 @@ GAPS = st.text(st.sampled_from(" \n\t\r\u3000\u00a0\u2003\u200b\u0301"), min_siz
     words=st.lists(st.tuples(WORDS, GAPS), min_size=1, max_size=12),
     repeats=st.integers(1, 400),
     insertion=st.integers(0, 4000),
-    long_gap=st.sampled_from([0, 0, 300, 20_000]),
+    long_gap=st.sampled_from([0, 0, 300, 20_000, 300_000]),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_cut_before_tokenizing_never_shows(
@@ -230,7 +240,7 @@ def test_the_cut_before_tokenizing_never_shows(
 @given(
     words=st.lists(st.tuples(WORDS, GAPS), min_size=1, max_size=12),
     repeats=st.integers(1, 400),
-    long_gap=st.sampled_from([0, 0, 300, 20_000]),
+    long_gap=st.sampled_from([0, 0, 300, 20_000, 300_000]),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_cut_before_the_end_of_a_query_never_shows(
@@ -421,9 +431,26 @@ def test_wordpiece_specials_are_text_too(tmp_path: Path) -> None:
     assert only_window(tokenizer, "a", "</s> a <mask> <unk>") == [0, 5, 2, 2, 3, 5, 3, 3, 2]
 
 
-def test_a_tokenizer_with_another_pair_format_is_refused(tmp_path: Path) -> None:
-    data: dict[str, Any] = json.loads(train_tokenizer(["a b c"]).to_str())
+def test_a_text_that_begins_with_a_very_long_gap_is_read(
+    tokenizer: PairTokenizer, plain_without_specials: Tokenizer
+) -> None:
+    text = "a " * 3 + " " * 300_000 + "giant panda " * 50
+    expected = plain_ids(plain_without_specials, "query", text, max_length=64, query_max_length=48)
+    assert only_window(tokenizer, "query", text) == expected
+
+
+@pytest.mark.parametrize("num_separators", [None, 0, 1, 3])
+def test_a_tokenizer_with_another_pair_format_is_refused(tmp_path: Path, num_separators: int | None) -> None:
+    tokenizer = train_tokenizer(["a b c"])
+    data: dict[str, Any] = json.loads(tokenizer.to_str())
     data["post_processor"] = None
+    if num_separators is not None:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>",
+            pair=" ".join(["<s> $A", *["</s>"] * num_separators, "$B </s>"]),
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )
+        data = json.loads(tokenizer.to_str())
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(UnsupportedCheckpointError, match="does not frame pairs"):
         PairTokenizer(tmp_path / "tokenizer.json", ScorerConfig())
