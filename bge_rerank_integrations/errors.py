@@ -7,7 +7,7 @@ RerankError
 │   └── InputTypeError (TypeError)      an argument of a call has the wrong type
 ├── CheckpointError                     the model cannot be used
 │   ├── CheckpointNotFoundError         the folder, repository, revision or file does not exist
-│   ├── HubUnreachableError             the model hub did not answer
+│   ├── HubUnreachableError             the model could not be downloaded from the hub
 │   ├── UnsupportedCheckpointError      the model is not a one-label XLM-RoBERTa cross-encoder
 │   └── CorruptCheckpointError          the files are damaged, incomplete or contain NaN or infinity
 ├── DatasetError                        a file of queries, passages, judgements or results is unusable
@@ -98,7 +98,7 @@ class CheckpointNotFoundError(CheckpointError):
 
 
 class HubUnreachableError(CheckpointError):
-    """The model hub could not be reached and the checkpoint is not in the local cache."""
+    """The checkpoint is not in the local cache, and it could not be downloaded from the model hub."""
 
 
 class UnsupportedCheckpointError(CheckpointError):

@@ -104,7 +104,7 @@ ALLOWED_IN = {
         "engine.cpu.llvm_features",
     ],
     "transformers": ["engine.checkpoint.model_config"],
-    "huggingface_hub": ["engine.checkpoint.locate"],
+    "huggingface_hub": ["engine.checkpoint.download"],
     "prometheus_client": ["telemetry"],
     "opentelemetry": ["telemetry"],
     "bm25s": ["evaluation.bm25"],

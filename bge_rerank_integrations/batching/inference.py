@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bge_rerank_integrations.batching.batcher import MicroBatcher
@@ -24,6 +25,7 @@ from bge_rerank_integrations.batching.timeouts import (
 from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.errors import (
+    CheckpointError,
     QueueFullError,
     RequestTimeoutError,
     ScorerClosedError,
@@ -298,14 +300,22 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     """
     # These imports load torch. They are local, so that `import` of a module that mentions `Scorer` stays
     # fast.
-    from bge_rerank_integrations.engine.checkpoint.files import require_file
     from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
+
+    check_process()
+    folder = find_checkpoint(config)
+    try:
+        return _load(config, folder)
+    except OSError as error:  # a file cannot be read
+        raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
+
+
+def _load(config: ScorerConfig, folder: Path) -> Pipeline:
+    from bge_rerank_integrations.engine.checkpoint.files import require_file
     from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
     from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt
     from bge_rerank_integrations.engine.runner import is_device_lost, load_runners
 
-    check_process()
-    folder = find_checkpoint(config)
     shape = read_shape(folder)
     check_max_length(config, shape)
     cache = TokenCache(_MAX_CACHED_TOKENS)

@@ -338,6 +338,14 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "file", CheckpointNotFoundError, "is a file; pass the folder")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that fails to be read")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_cannot_be_read_is_reported(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/self/mem")
+    refuse(folder, CheckpointError, r"^the model in .* cannot be loaded: \[Errno 5\] Input/output error")
+
+
 def test_an_invalid_hub_id_is_refused() -> None:
     with pytest.raises(CheckpointNotFoundError, match="nor a valid hub id"):
         Scorer("not a/valid/id")

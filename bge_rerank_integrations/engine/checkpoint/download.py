@@ -1,0 +1,114 @@
+"""Downloads a checkpoint from the hub, and says what to do if that is not possible."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.files import INDEX, INPUT_FILES
+from bge_rerank_integrations.engine.checkpoint.mistaken_folders import ADAPTER_CONFIG, download_command
+from bge_rerank_integrations.errors import CheckpointError, CheckpointNotFoundError, HubUnreachableError
+
+
+def download_checkpoint(config: ScorerConfig) -> Path:
+    """Return the folder of a checkpoint in the local cache. Download what is missing from the hub.
+
+    Raises:
+        CheckpointNotFoundError: The repository or revision does not exist, or access is denied.
+        HubUnreachableError: The hub does not answer, or the download fails.
+        CheckpointError: The cache cannot be written.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # Some releases of the hub library do not check these.
+    if not _is_name(config.revision, str.encode):
+        raise CheckpointNotFoundError(f"revision {config.revision!r} is not a valid name")
+    if not _is_name(config.cache_folder, os.fsencode):
+        raise CheckpointNotFoundError(f"cache_folder {config.cache_folder!r} is not a valid name")
+    what = f"model {config.model!r}" + (f" at revision {config.revision!r}" if config.revision else "")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                config.model,
+                revision=config.revision,
+                cache_dir=config.cache_folder,
+                local_files_only=config.local_files_only,
+                allow_patterns=[
+                    "config.json",
+                    "tokenizer.json",
+                    "model*.safetensors",
+                    INDEX,
+                    ADAPTER_CONFIG,
+                    *INPUT_FILES,
+                ],
+            )
+        )
+    except errors.HFValidationError as error:
+        raise CheckpointNotFoundError(
+            f"{what} is neither an existing folder nor a valid hub id ('organisation/name')"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise CheckpointNotFoundError(
+            f"{what} is gated: accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise CheckpointNotFoundError(
+            f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
+            "`hf auth login`"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise HubUnreachableError(
+            f"{what} is not an existing local folder, is not complete in the local cache, and "
+            f"{_why_not_downloaded(config, error)}. {_work_offline(config)}"
+        ) from error
+    except Exception as error:  # the hub library, its HTTP client and its download engine have many types
+        message = f"{what} could not be downloaded: {_reason(error)}"
+        if _is_file_error(error):
+            raise CheckpointError(
+                f"{message}. Free some space, or set cache_folder to a folder that can be written"
+            ) from error
+        raise HubUnreachableError(f"{message}. Try again. {_work_offline(config)}") from error
+
+
+def _why_not_downloaded(config: ScorerConfig, error: Exception) -> str:
+    import huggingface_hub
+
+    if config.local_files_only:
+        return "local_files_only=True forbids a download"
+    if huggingface_hub.is_offline_mode():
+        return "the environment variable HF_HUB_OFFLINE forbids a download"
+    return f"the hub could not be reached ({_reason(error.__cause__ or error)})"
+
+
+def _work_offline(config: ScorerConfig) -> str:
+    return (
+        f"To work offline, download it once on a connected machine (`{download_command(config.model)}`), "
+        "copy that folder to this machine and pass its path as the model. Or set cache_folder to a cache "
+        f'that contains it, with local_files_only=True. Or use model="{EMBEDDED_MODEL}", the small English '
+        "model that comes with this package"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):  # its message contains a URL, which may be a signed one
+        return f"the hub answered with status {error.response.status_code}"
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _is_file_error(error: Exception) -> bool:
+    """Return whether an error comes from a file, not from a connection."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+
+
+def _is_name(name: str | None, encode: Callable[[str], bytes]) -> bool:
+    try:
+        return name is None or b"\0" not in encode(name)
+    except UnicodeEncodeError:
+        return False
