@@ -222,9 +222,10 @@ class Canary:
         return Path.touch, (self.path,)
 
 
-def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "executed")))
+    (folder / name).write_bytes(pickle.dumps(Canary(tmp_path / "executed")))
     refuse(folder, UnsupportedCheckpointError, "pickled weights only.*save_pretrained")
     assert not (tmp_path / "executed").exists()
 
@@ -511,6 +512,40 @@ def test_a_prompt_changes_the_fingerprint(folder: Path) -> None:
     assert fingerprint(folder) != before
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_change_of_a_file_changes_the_fingerprint(folder: Path, name: str) -> None:
+    from bge_rerank_integrations.engine.checkpoint.files import fingerprint
+
+    # Longer than the first and the last megabyte, which are read of the weights.
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * (5 << 12))
+    original = (folder / name).read_bytes()
+    found = [fingerprint(folder)]
+    for changed in (
+        b"x" + original[1:],
+        original[:-1] + b"x",
+        original + b"x",
+        original[:-1],
+    ):
+        (folder / name).write_bytes(changed)
+        found.append(fingerprint(folder))
+    (folder / name).write_bytes(original)
+    assert fingerprint(folder) == found[0]
+    assert len(set(found)) == 5
+
+
+def test_a_config_of_an_older_release_of_transformers(folder: Path, scorer: Scorer) -> None:
+    """The published configs of the BGE rerankers have these keys."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("add_cross_attention", "dtype", "is_decoder", "tie_word_embeddings"):
+        config.pop(name, None)
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    older = {"output_past": True, "position_embedding_type": "absolute", "torch_dtype": "float32"}
+    path.write_text(json.dumps({**config, **labels, **older, "transformers_version": "4.28.1"}))
+    with Scorer(folder, device="cpu", dtype="float32") as other:
+        assert other.score(PAIRS) == scorer.score(PAIRS)
+
+
 def test_a_cached_hub_model_loads_offline(checkpoint: Path, tmp_path: Path, scorer: Scorer) -> None:
     repository = tmp_path / "models--someone--reranker"
     (repository / "refs").mkdir(parents=True)
@@ -562,6 +597,15 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     refuse(folder, CheckpointNotFoundError, "contains no model-00002-of-00002")
 
 
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": {}}, {"weight_map": ["model-00001-of-00002.safetensors"]}]
+)
+def test_an_index_without_files_is_refused(folder: Path, index: Any) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(folder, CorruptCheckpointError, "names no weight files; download it again")
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
 def test_an_index_that_names_a_file_outside_its_folder_is_refused(folder: Path, name: Any) -> None:
     weight_map = shard(folder)
@@ -584,6 +628,7 @@ def test_weights_stored_in_another_precision_give_the_same_scores(folder: Path, 
 def test_unused_tensors_are_allowed(folder: Path, scorer: Scorer) -> None:
     unused = {
         "roberta.embeddings.position_ids": torch.arange(514)[None],
+        "roberta.embeddings.token_type_ids": torch.zeros(1, 514, dtype=torch.int64),
         "roberta.pooler.dense.weight": torch.zeros(64, 64),
         "roberta.pooler.dense.bias": torch.zeros(64),
     }
