@@ -104,7 +104,14 @@ def evaluate_command(
     if num_unknown := len(dataset.qrels.keys() - dataset.queries.keys()):
         unknown = f"Judged queries without a text in queries.jsonl: {num_unknown}. They are left out."
         click.echo(wrap(unknown), err=True)
-    first = _search(dataset, depth) if run is None else read_run(run)
+    if num_missing := dataset.num_unknown_passages():
+        missing = (
+            f"Relevant passages that are not in corpus.jsonl: {num_missing} of {dataset.num_relevant()}. "
+            "They count as not found."
+        )
+        click.echo(wrap(missing), err=True)
+    # nDCG@10 and MRR@10 need ten passages, even if fewer are reranked.
+    first = _search(dataset, max(depth, 10)) if run is None else read_run(run)
     compared = None if compare is None else (compare.stem, read_run(compare))
     with Scorer.from_config(config) as scorer:
         report = evaluate(scorer, dataset, first, depth, compared=compared, progress=shows_progress(quiet))
@@ -113,7 +120,8 @@ def evaluate_command(
             plot_report(report, plot, title=cut(f"{folder.resolve().name}, {config.model}", WIDTH))
     finally:  # print the numbers even if the plot could not be written
         if as_json:
-            click.echo(json.dumps(_record(report, config, folder)))
+            source = {"folder": str(folder), "split": split, "run": None if run is None else str(run)}
+            click.echo(json.dumps({**source, **_record(report, config)}))
         else:
             stage = f"{'BM25' if run is None else run.name}, top {depth}"
             for line in _table(report, dataset, stage, config):
@@ -131,7 +139,7 @@ def _search(dataset: BeirDataset, depth: int) -> Run:
     return found
 
 
-def _record(report: Report, config: ScorerConfig, folder: Path) -> dict[str, object]:
+def _record(report: Report, config: ScorerConfig) -> dict[str, object]:
     """Return the report as a JSON object."""
     from bge_rerank_integrations.engine.describe import describe_precision
 
@@ -140,7 +148,6 @@ def _record(report: Report, config: ScorerConfig, folder: Path) -> dict[str, obj
         "model": config.model,
         "device": precision.device,
         "dtype": precision.dtype,
-        "folder": str(folder),
         **dataclasses.asdict(report),
     }
     record["intervals"] = _plain(report.intervals)

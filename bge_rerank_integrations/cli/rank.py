@@ -28,6 +28,7 @@ from bge_rerank_integrations.cli.rank_on_ray import rank_on_ray
 from bge_rerank_integrations.cli.ray_options import RankCommand, RayOptions, ray_options
 from bge_rerank_integrations.cli.summary import print_summary
 from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.locate import pin_checkpoint
 from bge_rerank_integrations.ranking import check_threshold, check_top_n
 from bge_rerank_integrations.scorer import Scorer
 
@@ -126,6 +127,7 @@ def rank(
         lines = check_format(stack.enter_context(_open(source)))
         job = None
         if output is not None:  # before the model is loaded, which takes longer
+            config = pin_checkpoint(config)
             settings = {
                 **_settings_on_this_machine(config),
                 "top_n": top_n,

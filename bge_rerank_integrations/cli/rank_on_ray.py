@@ -19,6 +19,7 @@ from bge_rerank_integrations.cli.jobs.requests import REQUEST_FORM, MalformedInp
 from bge_rerank_integrations.cli.jobs.score_settings import settings_of_scores
 from bge_rerank_integrations.cli.ray_options import RayOptions
 from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.engine.checkpoint.locate import pin_checkpoint
 from bge_rerank_integrations.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def rank_on_ray(
             "the output folder lies inside SOURCE, and would be read as input the next time"
         )
     files, is_parquet = find_input_files(folder)
+    config = pin_checkpoint(config)
     settings = {
         **settings_of_scores(config),
         "top_n": top_n,

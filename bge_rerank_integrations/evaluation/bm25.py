@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from bge_rerank_integrations.errors import DatasetError, missing_extra
 from bge_rerank_integrations.evaluation.datasets import Run
 
+# Chinese and Japanese have no spaces between words, so each of their characters counts as a word.
+_UNSPACED: Final = (
+    "\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_WORD: Final = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}"
+
 
 class Bm25:
-    """BM25 with the defaults of bm25s, except that stop words are kept.
+    """BM25 with the defaults of bm25s, except for the words: stop words are kept.
+
+    A word has at least two characters. In Chinese and Japanese, each character is a word.
 
     Args:
         corpus: Maps a passage id to its text.
@@ -50,4 +58,4 @@ class Bm25:
         }
 
     def _tokenize(self, texts: list[str]) -> Any:
-        return self._bm25s.tokenize(texts, stopwords=None, show_progress=False)
+        return self._bm25s.tokenize(texts, stopwords=None, token_pattern=_WORD, show_progress=False)

@@ -17,6 +17,7 @@ Run = dict[str, dict[str, float]]
 
 # Larger grades mean nothing, and pytrec_eval reserves memory for each grade up to the largest.
 _MAX_GRADE: Final = 1000
+_GZIP: Final = b"\x1f\x8b"
 _UNUSABLE: Final = re.compile("[\0\ud800-\udfff]").search
 
 
@@ -46,6 +47,20 @@ class BeirDataset:
             for query_id, text in self.queries.items()
             if any(relevance > 0 for relevance in self.qrels.get(query_id, {}).values())
         }
+
+    def num_unknown_passages(self) -> int:
+        """Return the number of relevant judgements, for evaluated queries, of passages not in the corpus."""
+        return sum(
+            relevance > 0 and passage_id not in self.corpus
+            for query_id in self.judged_queries()
+            for passage_id, relevance in self.qrels[query_id].items()
+        )
+
+    def num_relevant(self) -> int:
+        """Return the number of relevant judgements for evaluated queries."""
+        return sum(
+            relevance > 0 for query_id in self.judged_queries() for relevance in self.qrels[query_id].values()
+        )
 
 
 def join_title(title: str | None, text: str) -> str:
@@ -91,7 +106,8 @@ def read_beir(folder: Path, split: str = "test", *, strict: bool = False) -> Bei
         strict: Raise `DatasetError` if a passage is judged twice for a query.
 
     Raises:
-        DatasetError: A file is missing or malformed, or no query of the split has a relevant passage.
+        DatasetError: A file is missing or malformed, no query of the split has a relevant passage, or the
+            corpus contains none of the relevant passages.
     """
     qrels: dict[str, dict[str, int]] = {}
     num_repeated = num_conflicting = 0
@@ -114,6 +130,11 @@ def read_beir(folder: Path, split: str = "test", *, strict: bool = False) -> Bei
     )
     if not dataset.judged_queries():
         raise DatasetError(f"{path} has no relevant passage for any query of {folder / 'queries.jsonl'}")
+    if dataset.num_unknown_passages() == dataset.num_relevant():
+        raise DatasetError(
+            f"none of the relevant passages in {path} is in {folder / 'corpus.jsonl'}; are its ids from "
+            "another data set?"
+        )
     return dataset
 
 
@@ -167,9 +188,14 @@ def sorted_run(scores: Mapping[str, float]) -> dict[str, float]:
 
 def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
     """Yield the line number, query id, passage id and relevance grade of each judgement."""
+    may_be_header = True
     for number, line in _lines(path):
+        if not line.strip():
+            continue
         fields = line.rstrip("\n").split("\t")
-        if (number == 1 and fields[-1] == "score") or not line.strip():
+        is_header = may_be_header and fields[-1] == "score"
+        may_be_header = False
+        if is_header:
             continue
         try:
             query_id, passage_id, text = fields
@@ -219,4 +245,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8") from error
+        raise DatasetError(_why_not_text(path)) from error
+
+
+def _why_not_text(path: Path) -> str:
+    """Return a message for a file that is not UTF-8. It names the first such line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith(_GZIP):
+                return f"{path} is compressed with gzip; unpack it with `gunzip --keep`"
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"{path}, line {number}: not UTF-8"
+    return f"{path} is not UTF-8"

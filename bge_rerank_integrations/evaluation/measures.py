@@ -81,7 +81,8 @@ def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
 
     Args:
         first: Run of the first stage.
-        reranked: Reranker's run with all passages of `first`. Passages with equal scores keep its order.
+        reranked: Reranker's run with the best `depth` passages of `first`. Passages with equal scores keep
+            its order.
         depth: Number of passages per query that are reranked.
     """
     combined: Run = {}
@@ -192,7 +193,8 @@ def evaluate(
         scorer: The reranker.
         dataset: Texts and judgements. Only queries with a relevant passage are evaluated.
         first: Run of the first stage.
-        depth: Number of passages per query to rerank. Recall is measured at this depth.
+        depth: Number of passages per query to rerank; the others of `first` follow below them. Recall is
+            measured at this depth.
         compared: Name and run of another reranker. Passages of that run that are not reranked here are
             ignored.
         progress: Show a progress bar on stderr.
@@ -204,20 +206,22 @@ def evaluate(
     """
     queries = dataset.judged_queries()
     qrels = {query_id: dataset.qrels[query_id] for query_id in queries}
-    first = {
-        query_id: dict(list(sorted_run(first.get(query_id, {})).items())[:depth]) for query_id in queries
-    }
+    whole = {query_id: sorted_run(first.get(query_id, {})) for query_id in queries}
+    first = {query_id: dict(list(scores.items())[:depth]) for query_id, scores in whole.items()}
     num_unanswered = sum(not scores for scores in first.values())
     if num_unanswered == len(first):
         raise DatasetError("the run has no passage for any judged query; are its ids from another data set?")
     names = [*MEASURES, f"R@{min(10, depth)}", f"R@{depth}"]
-    before = measure(qrels, first, names)
-    other = None if compared is None else (compared[0], measure(qrels, _cut_to(first, *compared), names))
+    before = measure(qrels, whole, names)
+    other = None
+    if compared is not None:
+        theirs = reranked_to_depth(whole, _cut_to(first, *compared), depth)
+        other = (compared[0], measure(qrels, theirs, names))
     started = time.perf_counter()
     reranked = rerank_run(scorer, queries, dataset.corpus, first, progress=progress)
     seconds = time.perf_counter() - started
     scores = reranked.run
-    after = measure(qrels, scores, names)
+    after = measure(qrels, reranked_to_depth(whole, scores, depth), names)
     return Report(
         depth=depth,
         before={name: _mean(values) for name, values in before.items()},
@@ -228,7 +232,7 @@ def evaluate(
             for query_id, value in before[PER_QUERY].items()
         ],
         curve={
-            cut: _mean(measure(qrels, reranked_to_depth(first, scores, cut), [PER_QUERY])[PER_QUERY])
+            cut: _mean(measure(qrels, reranked_to_depth(whole, scores, cut), [PER_QUERY])[PER_QUERY])
             for cut in sorted({0, *(cut for cut in _CURVE if cut < depth), depth})
         },
         compared=None if other is None else _compare(*other, after),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 
 from bge_rerank_integrations.errors import DatasetError, missing_extra
@@ -21,7 +23,7 @@ def check_plot(path: Path) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise missing_extra("eval", "matplotlib") from error
-    formats = FigureCanvasBase.get_supported_filetypes()
+    formats = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # it needs TeX
     if path.suffix[1:].lower() not in formats:
         raise DatasetError(
             f"the plot cannot be written to {path}: its suffix must be one of {', '.join(sorted(formats))}"
@@ -43,10 +45,11 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)  # this canvas needs no display
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a `$` is no formula
     queries, depths = figure.subplots(1, 2)
 
     changes = sorted((change.after - change.before for change in report.changes), reverse=True)
@@ -63,16 +66,23 @@ def plot_report(report: Report, path: Path, *, title: str) -> None:
     depths.axhline(report.curve[0], color="grey", linestyle="--", linewidth=1, label="first stage alone")
     if report.compared is not None:
         compared = report.compared
-        depths.axhline(compared.means[PER_QUERY], color=_OTHER, linestyle=":", label=compared.name)
+        # matplotlib leaves a label that begins with `_` out of the legend.
+        depths.axhline(compared.means[PER_QUERY], color=_OTHER, linestyle=":", label=f" {compared.name}")
     depths.set_title("quality by number of reranked passages")
     depths.set_xlabel("reranked passages for each query")
     depths.set_ylabel("nDCG@10")
-    depths.legend(loc="lower right")
+    for text in depths.legend(loc="best").get_texts():
+        text.set_parse_math(False)
     for axes in (queries, depths):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plot = io.BytesIO()  # an error while drawing leaves an older plot as it is
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the font has no Chinese characters
+        figure.savefig(plot, dpi=150, format=path.suffix[1:].lower())
     try:
-        figure.savefig(path, dpi=150)
+        path.write_bytes(plot.getvalue())
     except OSError as error:
         raise DatasetError(f"the plot cannot be written to {path}: {error.strerror}") from error

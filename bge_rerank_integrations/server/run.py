@@ -31,6 +31,8 @@ logger = logging.getLogger("bge_rerank_integrations.server")
 _BACKLOG: Final = 2048
 # Time in seconds that clients have to read their responses after the drain.
 _LAST_RESPONSES_S: Final = 2
+# Time in seconds to wait for a model that is still being loaded when the server ends. Nobody needs it.
+_LOAD_ENDS_S: Final = 1.0
 # Seconds that an idle connection stays open. A client that sends on a connection in the moment in which the
 # server closes it gets no response, so clients and load balancers must close first. They do after 5 to 60 s.
 _KEEP_ALIVE_S: Final = 75
@@ -89,7 +91,11 @@ def run_server(
         )
         loader.start()
         server.run(sockets=[listener])
-    if not join_until([loader], time.monotonic() + grace_s):
+    try:
+        has_ended = join_until([loader], time.monotonic() + min(grace_s, _LOAD_ENDS_S))
+    except KeyboardInterrupt:
+        has_ended = False
+    if not has_ended:
         # The process got a signal while it loads the model. Loading cannot be interrupted, and a regular exit
         # of the interpreter while a native library runs would abort the process.
         logging.shutdown()

@@ -414,6 +414,17 @@ def test_eval_says_how_many_judged_queries_have_no_text(on: list[str], folder: P
     assert flat(result.stderr) == "Judged queries without a text in queries.jsonl: 2. They are left out."
 
 
+def test_eval_says_how_many_relevant_passages_are_missing(on: list[str], folder: Path) -> None:
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.write("q1\tnowhere\t1\n")
+    result = run("eval", folder, "--json", *on)
+    assert result.exit_code == 0
+    assert flat(result.stderr).startswith(
+        "Relevant passages that are not in corpus.jsonl: 1 of 3. They count as"
+    )
+    assert (json.loads(result.stdout)["split"], json.loads(result.stdout)["run"]) == ("test", None)
+
+
 def test_eval_says_that_bm25_finds_nothing(folder: Path) -> None:
     (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "zebra"}\n')
     result = run("eval", folder, "--model", "/no/such/model")
@@ -451,6 +462,7 @@ def test_eval_takes_a_run_as_first_stage(on: list[str], folder: Path) -> None:
     trec = folder / "first.trec"
     trec.write_text("q1 Q0 b 1 3.0 x\nq1 Q0 a 2 2.0 x\nunjudged Q0 a 1 1.0 x\n")
     record = json.loads(run("eval", folder, "--run", trec, "--json", *on).stdout)
+    assert record["run"] == str(trec)
     assert record["num_pairs"] == 2
     assert record["before"]["MRR@10"] == pytest.approx((0.5 + 0) / 2)
 

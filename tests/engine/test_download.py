@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bge_rerank_integrations import Scorer
 from tests.support.hub import COMMIT, Hub, running_hub
+from tests.support.queues import PATIENCE_S, wait_until
 
 PAIRS = [["what does a panda eat?", "The giant panda eats bamboo."], ["a", "b"]]
 
@@ -48,28 +52,48 @@ def hub(checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
     shutil.copytree(checkpoint, folder)
     (folder / "README.md").write_text("A model.")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    (folder / "model.fp16.safetensors").write_bytes(b"other weights")
     with running_hub({"team/reranker": folder}) as hub:
         yield hub
 
 
+def environment_of(hub: Hub, home: Path) -> dict[str, str]:
+    """Return an environment in which the hub library uses the hub."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith("HF_") or name.lower().endswith("_proxy"))
+    }
+    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+
+
+def start_child(code: str, hub: Hub, home: Path, argument: Any, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), json.dumps(argument)],
+        env={**environment_of(hub, home), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def run_child(code: str, hub: Hub, home: Path, argument: Any, **environment: str) -> list[Any]:
     """Run code with the hub, and return the JSON lines that it prints."""
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), json.dumps(argument)],
-        env={
-            **{name: value for name, value in kept.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home),
-            **environment,
-        },
+    child = start_child(code, hub, home, argument, **environment)
+    stdout, stderr = child.communicate(timeout=300)
+    assert child.returncode == 0, stderr
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+def run_cli(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bge_rerank_integrations.cli", *arguments, "--device", "cpu"],
+        env=environment_of(hub, home),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert child.returncode == 0, child.stderr
-    return [json.loads(line) for line in child.stdout.splitlines()]
 
 
 def find(hub: Hub, home: Path, *configs: dict[str, Any], **environment: str) -> list[Any]:
@@ -112,10 +136,10 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     )
     assert missing[0] == revision[0] == gated[0] == "CheckpointNotFoundError"
     assert "neither an existing local folder nor on the hub" in missing[1]
-    assert "at revision 'v9'" in revision[1]
+    assert revision[1] == "model 'team/reranker' is on the hub, but has no revision 'v9'"
     assert "accept its terms on the hub" in gated[1]
     assert down[0] == forbidden[0] == local[0] == "HubUnreachableError"
-    assert "the hub could not be reached (the hub answered with status 503). To work offline" in down[1]
+    assert "the hub could not be used (the hub answered with status 503). To work offline" in down[1]
     assert "the hub answered with status 403" in forbidden[1]
     assert "and local_files_only=True forbids a download. To work offline" in local[1]
     assert hub.downloads == []
@@ -125,7 +149,7 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     ("environment", "message"),
     [
         ({"HF_HUB_OFFLINE": "1"}, "the environment variable HF_HUB_OFFLINE forbids a download. To work"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub could not be reached (ConnectError: "),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub could not be used (ConnectError: "),
         ({"HF_ENDPOINT": "nonsense"}, "could not be downloaded: UnsupportedProtocol: "),
         # The proxy is the hub, which does not know the method CONNECT.
         (
@@ -156,6 +180,59 @@ def test_a_download_that_breaks_off_can_be_repeated(hub: Hub, tmp_path: Path) ->
     assert (Path(folder) / "model.safetensors").stat().st_size == (
         hub.repositories["team/reranker"] / "model.safetensors"
     ).stat().st_size
+
+
+def test_ctrl_c_ends_a_download_soon(hub: Hub, tmp_path: Path) -> None:
+    hub.stalls = {"model.safetensors"}
+    child = start_child(FIND, hub, tmp_path, [{"model": "team/reranker"}])
+    wait_until(lambda: "model.safetensors" in hub.downloads)
+    child.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    assert child.stderr is not None
+    assert any(line.startswith("KeyboardInterrupt") for line in child.stderr)
+    assert time.monotonic() - started < PATIENCE_S / 4, "it did not wait for the download"
+    hub.stalls = set()  # one half of the file is left
+    child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == -signal.SIGINT
+    assert find(hub, tmp_path, {})[0][0] == "found"
+
+
+def test_credentials_of_a_proxy_are_not_shown(hub: Hub, tmp_path: Path) -> None:
+    [[kind, text]] = find(hub, tmp_path, {}, HTTPS_PROXY="ht!tp://user:SECRET@host", HF_ENDPOINT="https://h")
+    assert kind == "HubUnreachableError"
+    assert "ht!tp://host" in text
+    assert "SECRET" not in text
+
+
+def test_a_job_needs_no_model_in_the_cache_and_keeps_to_its_commit(hub: Hub, tmp_path: Path) -> None:
+    requests, output = tmp_path / "requests.jsonl", tmp_path / "ranked.jsonl"
+    request = json.dumps({"query": PAIRS[0][0], "passages": [passage for _, passage in PAIRS]})
+    requests.write_text(f"{request}\nbroken\n{request}\n")
+    command = ["rank", str(requests), "-o", str(output), "--model", "team/reranker"]
+    stopped = run_cli(hub, tmp_path, *command, "--strict")
+    assert stopped.returncode == 3, stopped.stderr
+    assert "Fetching" not in stopped.stderr, "progress bars are for terminals"
+    # Other weights come to the same branch.
+    hub.commit = "f" * 40
+    path = hub.repositories["team/reranker"] / "model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    refused = run_cli(hub, tmp_path, *command)
+    assert refused.returncode == 1
+    assert "other settings (checkpoint)" in " ".join(refused.stderr.split())
+    resumed = run_cli(hub, tmp_path, *command, "--revision", COMMIT)
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (json.loads(line) for line in output.read_text().splitlines())
+    assert first["results"] == second["results"]
+
+
+def test_a_job_whose_download_fails_leaves_no_files(hub: Hub, tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"query": "a", "passages": ["b"]}\n')
+    failed = run_cli(hub, tmp_path, "rank", str(requests), "-o", str(tmp_path / "out"), "--model", "team/no")
+    assert failed.returncode == 1
+    assert "nor on the hub" in " ".join(failed.stderr.split())
+    assert "--local-files-only" not in failed.stderr
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import math
 import subprocess
@@ -114,6 +115,8 @@ def test_a_beir_folder_is_read(folder: Path) -> None:
         ),
         ("qrels/test.tsv", "q\tp\n", "line 1: not"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tp\tmuch\n", "line 2: not"),
+        ("qrels/test.tsv", "q\tp\t1\nquery-id\tcorpus-id\tscore\n", "line 2: not"),
+        ("qrels/test.tsv", "q0\tp99\t1\nq1\tp98\t1\n", "none of the relevant passages in .*another data set"),
     ],
 )
 def test_a_malformed_dataset_is_reported_by_file_and_line(
@@ -137,9 +140,20 @@ def test_a_passage_judged_more_than_once_counts_with_its_highest_grade(folder: P
 def test_a_missing_or_undecodable_file_is_reported(folder: Path) -> None:
     with pytest.raises(DatasetError, match=r"train\.tsv cannot be read"):
         read_beir(folder, "train")
-    (folder / "queries.jsonl").write_bytes(b"\xff")
-    with pytest.raises(DatasetError, match="not UTF-8"):
+    (folder / "queries.jsonl").write_bytes(b'{"_id": "q", "text": "' + b"x" * 20_000 + b'"}\n\n{"\xff"}\n')
+    with pytest.raises(DatasetError, match=r"queries\.jsonl, line 3: not UTF-8"):
         read_beir(folder)
+    (folder / "queries.jsonl").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(DatasetError, match=r"queries\.jsonl is compressed with gzip; unpack it"):
+        read_beir(folder)
+
+
+def test_relevant_passages_that_the_corpus_lacks_are_counted(folder: Path) -> None:
+    (folder / "qrels" / "test.tsv").write_text(
+        "\n\nquery-id\tcorpus-id\tscore\nq0\tp0\t1\nq0\tp99\t2\nq1\tp98\t0\n"
+    )
+    dataset = read_beir(folder)
+    assert (dataset.num_unknown_passages(), dataset.num_relevant()) == (1, 2)
 
 
 def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
@@ -202,6 +216,67 @@ def test_bm25_finds_the_passage_of_its_own_words() -> None:
     assert run["nothing"] == {}
     assert search.search({}, 5) == {}
     assert "c" in search.search({"q": "the"}, 5)["q"]  # stop words count
+
+
+@pytest.mark.parametrize(
+    ("query", "best"),
+    [
+        ("大熊猫吃什么", "panda"),
+        ("竹子", "panda"),
+        ("ジャイアントパンダ", "katakana"),
+        ("Python 编程", "python"),
+        ("機械学習とは", "learning"),
+    ],
+)
+def test_bm25_finds_chinese_and_japanese(query: str, best: str) -> None:
+    corpus = {
+        "tea": "绿茶是一种热饮料。",
+        "panda": "大熊猫是一种熊，主要吃竹子。",
+        "katakana": "パンダは笹を食べる。",
+        "python": "Python是一种编程语言。",
+        "learning": "機械学習は人工知能の一分野である。",
+    }
+    assert next(iter(Bm25(corpus).search({"q": query}, 5)["q"])) == best
+
+
+def test_reranking_few_passages_changes_the_order_of_these_only(scorer: Scorer, folder: Path) -> None:
+    dataset = read_beir(folder)
+    first = Bm25(dataset.corpus).search(dataset.judged_queries(), 20)
+    few = evaluate(scorer, dataset, first, 3, progress=False)
+    many = evaluate(scorer, dataset, first, 20, progress=False)
+    for name in ("nDCG@10", "MRR@10", "MAP"):
+        assert few.before[name] == many.before[name], "the first stage is the same"
+    assert few.curve == {0: few.before["nDCG@10"], 2: many.curve[2], 3: few.after["nDCG@10"]}
+    assert few.after["R@3"] == few.before["R@3"]
+    same = evaluate(scorer, dataset, first, 3, compared=("same", first), progress=False)
+    assert same.compared is not None
+    assert same.compared.means == same.before
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_plot_takes_any_title_and_name(
+    scorer: Scorer, folder: Path, tmp_path: Path, suffix: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    dataset = read_beir(folder)
+    first = Bm25(dataset.corpus).search(dataset.judged_queries(), 20)
+    report = evaluate(scorer, dataset, first, 10, compared=(r"_a$\frac{$", first), progress=False)
+    path = tmp_path / f"plot{suffix}"
+    plot_report(report, path, title="price_$5_to_$10 熊猫")
+    assert path.stat().st_size > 1000
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+    if suffix == ".svg":
+        assert "_a$" in path.read_text(encoding="utf-8")
+
+
+def test_a_plot_that_cannot_be_written_is_reported(scorer: Scorer, folder: Path, tmp_path: Path) -> None:
+    dataset = read_beir(folder)
+    report = evaluate(scorer, dataset, {"q0": {"p0": 1.0}}, 10, progress=False)
+    with pytest.raises(DatasetError, match="suffix must be one of"):
+        plot_report(report, tmp_path / "plot.pgf", title="needs TeX")
+    path = tmp_path / "plot.png"
+    path.mkdir()
+    with pytest.raises(DatasetError, match=r"cannot be written to .*: Is a directory"):
+        plot_report(report, path, title="x")
 
 
 def test_a_run_is_reranked_by_the_scorer(scorer: Scorer, folder: Path) -> None:

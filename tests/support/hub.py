@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +25,8 @@ class Hub:
         repositories: The folder of each repository, by the name of the repository.
         refusals: The status and the error code of repositories that the hub refuses to show.
         cuts: Names of files whose connection the hub closes after half of the file.
+        stalls: Names of files of which the hub sends only one half, until the name is removed.
+        commit: The commit of the branch `main`. Each older commit has the same files.
         downloads: Names of the files that were downloaded.
     """
 
@@ -31,6 +34,8 @@ class Hub:
     repositories: dict[str, Path]
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     cuts: set[str] = field(default_factory=set)
+    stalls: set[str] = field(default_factory=set)
+    commit: str = COMMIT
     downloads: list[str] = field(default_factory=list)
 
 
@@ -56,14 +61,15 @@ def running_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
                 self._refuse(*hub.refusals[name])
             elif name not in hub.repositories:
                 self._refuse(401, "RepoNotFound")
-            elif revision not in ("main", COMMIT):
+            elif revision not in ("main", COMMIT, hub.commit):
                 self._refuse(404, "RevisionNotFound")
             elif kind == "revision":
-                self._send_json({"id": name, "sha": COMMIT, "siblings": _siblings(hub.repositories[name])})
+                commit = hub.commit if revision == "main" else revision
+                self._send_json({"id": name, "sha": commit, "siblings": _siblings(hub.repositories[name])})
             elif kind == "tree":
                 self._send_json(_tree(hub.repositories[name]))
             else:
-                self._send_file(hub.repositories[name] / "/".join(path))
+                self._send_file(hub.repositories[name] / "/".join(path), revision)
 
         def _refuse(self, status: int, code: str) -> None:
             self._send(status, {"x-error-code": code, "x-error-message": code}, b"")
@@ -71,12 +77,12 @@ def running_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
         def _send_json(self, value: object) -> None:
             self._send(200, {"content-type": "application/json"}, json.dumps(value).encode())
 
-        def _send_file(self, file: Path) -> None:
+        def _send_file(self, file: Path, commit: str) -> None:
             if not file.is_file():
                 self._refuse(404, "EntryNotFound")
                 return
             content = file.read_bytes()
-            headers = {"etag": f'"{_blob_id(content)}"', "x-repo-commit": COMMIT, "accept-ranges": "bytes"}
+            headers = {"etag": f'"{_blob_id(content)}"', "x-repo-commit": commit, "accept-ranges": "bytes"}
             if self.command == "GET":
                 hub.downloads.append(file.name)
             if self.command == "GET" and file.name in hub.cuts:
@@ -90,7 +96,13 @@ def running_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(content[: len(content) // 2] if cut else content)
+                half = len(content) // 2
+                with suppress(ConnectionError):  # the client has ended
+                    self.wfile.write(content[:half])
+                    while Path(self.path).name in hub.stalls:
+                        time.sleep(0.01)
+                    if not cut:
+                        self.wfile.write(content[half:])
             self.close_connection = self.close_connection or cut
 
         def log_message(self, *args: object) -> None:

@@ -7,9 +7,17 @@ from typing import Any, Final
 from bge_rerank_integrations import __version__
 from bge_rerank_integrations.config import ScorerConfig
 
-# These change scores by rounding errors at most.
+# These change scores by rounding errors at most. The digest of the checkpoint stands for its revision.
 _WITHOUT_INFLUENCE: Final = frozenset(
-    {"cache_folder", "local_files_only", "devices", "num_threads", "max_wait_ms", "max_queued_tokens"}
+    {
+        "revision",
+        "cache_folder",
+        "local_files_only",
+        "devices",
+        "num_threads",
+        "max_wait_ms",
+        "max_queued_tokens",
+    }
 )
 
 
@@ -17,6 +25,9 @@ def settings_of_scores(config: ScorerConfig) -> dict[str, Any]:
     """Return the settings that scores depend on, with the version of the package and the checkpoint.
 
     A `device` or `dtype` of `auto` stays as it is.
+
+    Args:
+        config: A config from `pin_checkpoint`. Its checkpoint is on this machine.
     """
     from bge_rerank_integrations.engine.describe import describe_checkpoint
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, Final
 
 from bge_rerank_integrations.config import EMBEDDED_MODEL, ScorerConfig
 from bge_rerank_integrations.engine.checkpoint.files import INDEX, INPUT_FILES
 from bge_rerank_integrations.engine.checkpoint.mistaken_folders import ADAPTER_CONFIG, download_command
 from bge_rerank_integrations.errors import CheckpointError, CheckpointNotFoundError, HubUnreachableError
+from bge_rerank_integrations.runtime.shutdown import join_until
+
+_CREDENTIALS: Final = re.compile(r"//[^/\s@]*@")  # of a proxy, in a URL
 
 
 def download_checkpoint(config: ScorerConfig) -> Path:
@@ -20,7 +27,6 @@ def download_checkpoint(config: ScorerConfig) -> Path:
         HubUnreachableError: The hub does not answer, or the download fails.
         CheckpointError: The cache cannot be written.
     """
-    import huggingface_hub
     from huggingface_hub import errors
 
     # Some releases of the hub library do not check these.
@@ -31,7 +37,7 @@ def download_checkpoint(config: ScorerConfig) -> Path:
     what = f"model {config.model!r}" + (f" at revision {config.revision!r}" if config.revision else "")
     try:
         return Path(
-            huggingface_hub.snapshot_download(
+            _download(
                 config.model,
                 revision=config.revision,
                 cache_dir=config.cache_folder,
@@ -39,7 +45,8 @@ def download_checkpoint(config: ScorerConfig) -> Path:
                 allow_patterns=[
                     "config.json",
                     "tokenizer.json",
-                    "model*.safetensors",
+                    "model.safetensors",
+                    "model-*-of-*.safetensors",
                     INDEX,
                     ADAPTER_CONFIG,
                     *INPUT_FILES,
@@ -54,7 +61,11 @@ def download_checkpoint(config: ScorerConfig) -> Path:
         raise CheckpointNotFoundError(
             f"{what} is gated: accept its terms on the hub, then log in with `hf auth login`"
         ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"model {config.model!r} is on the hub, but has no revision {config.revision!r}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointNotFoundError(
             f"{what} is neither an existing local folder nor on the hub; if it is private, log in with "
             "`hf auth login`"
@@ -73,6 +84,45 @@ def download_checkpoint(config: ScorerConfig) -> Path:
         raise HubUnreachableError(f"{message}. Try again. {_work_offline(config)}") from error
 
 
+def _download(model: str, **options: Any) -> str:
+    """Call `snapshot_download`. Ctrl-C ends the wait for it at once, and the download when more data arrive.
+
+    `snapshot_download` itself would wait for the end of the download before it raises `KeyboardInterrupt`.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import tqdm
+
+    is_stopped = threading.Event()
+
+    class Bar(tqdm):
+        """A progress bar that is shown on a terminal only, and that stops the download."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["disable"] = kwargs.get("disable") or None  # None: unless stderr is a terminal
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if is_stopped.is_set():
+                raise InterruptedError("the download was stopped")
+            return super().update(n)
+
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(huggingface_hub.snapshot_download(model, tqdm_class=Bar, **options))
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="bge-rerank-download", daemon=True)
+    thread.start()
+    try:
+        join_until([thread], None)
+    finally:
+        is_stopped.set()
+    return result.result()
+
+
 def _why_not_downloaded(config: ScorerConfig, error: Exception) -> str:
     import huggingface_hub
 
@@ -80,7 +130,7 @@ def _why_not_downloaded(config: ScorerConfig, error: Exception) -> str:
         return "local_files_only=True forbids a download"
     if huggingface_hub.is_offline_mode():
         return "the environment variable HF_HUB_OFFLINE forbids a download"
-    return f"the hub could not be reached ({_reason(error.__cause__ or error)})"
+    return f"the hub could not be used ({_reason(error.__cause__ or error)})"
 
 
 def _work_offline(config: ScorerConfig) -> str:
@@ -98,7 +148,8 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, errors.HfHubHTTPError):  # its message contains a URL, which may be a signed one
         return f"the hub answered with status {error.response.status_code}"
-    line = next(iter(str(error).splitlines()), "")
+    line = next(iter(str(error).splitlines()), "").rstrip(".")
+    line = _CREDENTIALS.sub("//", line)
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Final
@@ -45,6 +46,20 @@ def find_checkpoint(config: ScorerConfig) -> Path:
     if path.is_absolute() or config.model[0] in ".~" or (os.sep == "\\" and "\\" in config.model):
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist")
     return download_checkpoint(config)
+
+
+def pin_checkpoint(config: ScorerConfig) -> ScorerConfig:
+    """Return a config that always finds the same checkpoint. Download the checkpoint if necessary.
+
+    The branch of a repository on the hub may move. The returned config names a commit instead.
+
+    Raises:
+        CheckpointError, ConfigError: For the same reasons as `find_checkpoint`.
+    """
+    folder = find_checkpoint(config)
+    if folder.parent.name != "snapshots" or Path(config.model).expanduser().is_dir():
+        return config
+    return dataclasses.replace(config, revision=folder.name)
 
 
 def _require_embedded() -> Path:
