@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from bge_rerank_integrations.cli.app import main
+from tests.support.hub import running_hub
 from tests.support.serve_command import PATIENCE_S, serving
 from tests.support.servers import wait_until
 
@@ -129,6 +130,28 @@ def test_a_signal_while_the_model_is_loaded(checkpoint: Path) -> None:
     with serving("--model", str(checkpoint), "--device", "cpu", "--grace-s", "0.1") as server:
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+def test_a_signal_while_the_model_is_downloaded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that nobody needs any more does not hold up the end."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_hub({"team/reranker": checkpoint}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.stalls = {"model.safetensors"}
+        with serving("--model", "team/reranker", "--device", "cpu", "--grace-s", "200") as server:
+            wait_until(lambda: "model.safetensors" in hub.downloads, PATIENCE_S)
+            assert httpx.get(f"{server.url}/health/live").status_code == 200
+            assert httpx.get(f"{server.url}/health/ready").status_code == 503
+            started = time.monotonic()
+            server.process.terminate()
+            assert server.end() == 0
+            assert time.monotonic() - started < 100
+            assert "Fetching" not in server.output, "progress bars are for terminals"
+        hub.stalls = set()
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
