@@ -37,7 +37,13 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
+def _is_not_printed_already(record: logging.LogRecord) -> bool:
+    """Return False for records of the hub library, which prints its records itself."""
+    return record.name.partition(".")[0] != "huggingface_hub"
+
+
 _HANDLER: Final = _StderrHandler()
+_HANDLER.addFilter(_is_not_printed_already)
 
 
 @contextmanager

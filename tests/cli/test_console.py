@@ -308,3 +308,15 @@ def test_every_setting_is_an_option_with_a_help_text(command: str, absent: set[s
         assert isinstance(parameter, click.Option)
         assert parameter.help, name
         assert "None" not in parameter.help, name
+
+
+@pytest.mark.parametrize("name", ["huggingface_hub.file_download", "another_library"])
+def test_a_warning_of_a_library_is_printed_once(name: str) -> None:
+    code = (
+        "import logging, huggingface_hub.file_download\n"
+        "from bge_rerank_integrations.cli.logs import warnings_on_stderr\n"
+        "with warnings_on_stderr():\n"
+        f"    logging.getLogger({name!r}).warning('a warning')\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stderr == "a warning\n"
