@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from tests.support.plain_model import load_plain_model
 
 # This must be set before a hub library is imported. No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The background jobs of a shell ignore Ctrl-C, and so do their children. Tests send it to both.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
