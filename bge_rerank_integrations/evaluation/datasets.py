@@ -50,17 +50,18 @@ class BeirDataset:
 
     def num_unknown_passages(self) -> int:
         """Return the number of relevant judgements, for evaluated queries, of passages not in the corpus."""
-        return sum(
-            relevance > 0 and passage_id not in self.corpus
-            for query_id in self.judged_queries()
-            for passage_id, relevance in self.qrels[query_id].items()
-        )
+        return sum(passage_id not in self.corpus for passage_id in self._relevant())
 
     def num_relevant(self) -> int:
         """Return the number of relevant judgements for evaluated queries."""
-        return sum(
-            relevance > 0 for query_id in self.judged_queries() for relevance in self.qrels[query_id].values()
-        )
+        return sum(1 for _ in self._relevant())
+
+    def _relevant(self) -> Iterator[str]:
+        """Yield the passage id of each relevant judgement for an evaluated query."""
+        for query_id in self.judged_queries():
+            for passage_id, relevance in self.qrels[query_id].items():
+                if relevance > 0:
+                    yield passage_id
 
 
 def join_title(title: str | None, text: str) -> str:

@@ -82,14 +82,14 @@ def reranked_to_depth(first: Run, reranked: Run, depth: int) -> Run:
     Args:
         first: Run of the first stage.
         reranked: Reranker's run with the best `depth` passages of `first`. Passages with equal scores keep
-            its order.
+            its order. Its other passages are ignored.
         depth: Number of passages per query that are reranked.
     """
     combined: Run = {}
     for query_id, scores in first.items():
         order = list(sorted_run(scores))
         kept = set(order[:depth])
-        top = [passage_id for passage_id in sorted_run(reranked[query_id]) if passage_id in kept]
+        top = [passage_id for passage_id in sorted_run(reranked.get(query_id, {})) if passage_id in kept]
         combined[query_id] = {passage_id: -rank for rank, passage_id in enumerate(top + order[depth:])}
     return combined
 
@@ -215,8 +215,9 @@ def evaluate(
     before = measure(qrels, whole, names)
     other = None
     if compared is not None:
-        theirs = reranked_to_depth(whole, _cut_to(first, *compared), depth)
-        other = (compared[0], measure(qrels, theirs, names))
+        name, run = compared
+        _check_compared(first, name, run)
+        other = (name, measure(qrels, reranked_to_depth(whole, run, depth), names))
     started = time.perf_counter()
     reranked = rerank_run(scorer, queries, dataset.corpus, first, progress=progress)
     seconds = time.perf_counter() - started
@@ -245,8 +246,8 @@ def evaluate(
     )
 
 
-def _cut_to(first: Run, name: str, run: Run) -> Run:
-    """Return the passages of a run that the first stage also has, in the run's order."""
+def _check_compared(first: Run, name: str, run: Run) -> None:
+    """Raise `DatasetError` if a run lacks a query or a passage of the first stage."""
     for query_id, scores in first.items():
         ranked = run.get(query_id, {})
         if scores and not ranked:
@@ -257,12 +258,6 @@ def _cut_to(first: Run, name: str, run: Run) -> Run:
                 f"the compared run {name!r} lacks a passage of the first stage: id {missing!r}, for query "
                 f"{query_id!r}"
             )
-    return {
-        query_id: {
-            passage_id: score for passage_id, score in run.get(query_id, {}).items() if passage_id in scores
-        }
-        for query_id, scores in first.items()
-    }
 
 
 def _compare(

@@ -181,6 +181,17 @@ class Device:
         runner = Runner(self.forward, device=torch.device("cpu"), padding_idx=1, max_batch_tokens=2048)
         self.pipeline = Pipeline(self.tokenizer, self.cache, [runner], config, is_device_lost)
 
+    def hold(self) -> threading.Event:
+        """Let every batch wait until the returned event is set."""
+        may_finish = threading.Event()
+
+        def give(lengths: torch.Tensor) -> torch.Tensor:
+            assert may_finish.wait(PATIENCE_S)
+            return lengths
+
+        self.give = give
+        return may_finish
+
     def score(self, pairs: list[Pair], **options: Any) -> list[float]:
         prepared = PreparedPairs(group_pairs(pairs))
         return prepared.scores(self.pipeline.run(prepared, **options), normalize=False)
@@ -314,13 +325,7 @@ def test_a_full_queue_refuses_before_the_encoding(start: Callable[..., Device], 
     running, waiting = pairs_of(passages[:1]), pairs_of(passages[1:11])
     num_tokens = int(sum(lengths_of(start(), waiting)))
     device = start(max_queued_tokens=num_tokens)
-    may_finish = threading.Event()
-
-    def give(lengths: torch.Tensor) -> torch.Tensor:
-        assert may_finish.wait(PATIENCE_S)
-        return lengths
-
-    device.give = give
+    may_finish = device.hold()
     with ThreadPoolExecutor() as pool:
         try:
             futures = [pool.submit(device.score, running)]
@@ -339,13 +344,7 @@ async def test_a_pipeline_that_is_closing_refuses_async_calls(
     start: Callable[..., Device], passages: list[str]
 ) -> None:
     device = start()
-    may_finish = threading.Event()
-
-    def give(lengths: torch.Tensor) -> torch.Tensor:
-        assert may_finish.wait(PATIENCE_S)
-        return lengths
-
-    device.give = give
+    may_finish = device.hold()
     accepted = asyncio.create_task(device.pipeline.arun(PreparedPairs([(QUERY, passages[:1])])))
     assert await asyncio.to_thread(device.begun.wait, PATIENCE_S)
     closing = asyncio.create_task(asyncio.to_thread(device.pipeline.close))

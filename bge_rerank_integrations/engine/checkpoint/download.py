@@ -22,6 +22,8 @@ _CREDENTIALS: Final = re.compile(r"//[^/\s@]*@")  # of a proxy, in a URL
 def download_checkpoint(config: ScorerConfig) -> Path:
     """Return the folder of a checkpoint in the local cache. Download what is missing from the hub.
 
+    The name of the folder is the commit.
+
     Raises:
         CheckpointNotFoundError: The repository or revision does not exist, or access is denied.
         HubUnreachableError: The hub does not answer, or the download fails.

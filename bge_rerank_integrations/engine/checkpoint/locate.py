@@ -28,6 +28,24 @@ def find_checkpoint(config: ScorerConfig) -> Path:
             fails.
         CheckpointError: The folder cannot be read, or the cache cannot be written.
     """
+    return _find_folder(config) or download_checkpoint(config)
+
+
+def pin_checkpoint(config: ScorerConfig) -> ScorerConfig:
+    """Return a config that always finds the same checkpoint. Download the checkpoint if necessary.
+
+    The branch of a repository on the hub may move. The returned config names a commit instead.
+
+    Raises:
+        CheckpointError, ConfigError: For the same reasons as `find_checkpoint`.
+    """
+    if _find_folder(config) is not None:
+        return config
+    return dataclasses.replace(config, revision=download_checkpoint(config).name)
+
+
+def _find_folder(config: ScorerConfig) -> Path | None:
+    """Return the folder that a model names, or None if the model is a repository on the hub."""
     if config.model == EMBEDDED_MODEL:
         return _require_embedded()
     try:
@@ -45,21 +63,7 @@ def find_checkpoint(config: ScorerConfig) -> Path:
         raise CheckpointNotFoundError(f"model {config.model!r} is a file; pass the folder that contains it")
     if path.is_absolute() or config.model[0] in ".~" or (os.sep == "\\" and "\\" in config.model):
         raise CheckpointNotFoundError(f"model folder {config.model!r} does not exist")
-    return download_checkpoint(config)
-
-
-def pin_checkpoint(config: ScorerConfig) -> ScorerConfig:
-    """Return a config that always finds the same checkpoint. Download the checkpoint if necessary.
-
-    The branch of a repository on the hub may move. The returned config names a commit instead.
-
-    Raises:
-        CheckpointError, ConfigError: For the same reasons as `find_checkpoint`.
-    """
-    folder = find_checkpoint(config)
-    if folder.parent.name != "snapshots" or Path(config.model).expanduser().is_dir():
-        return config
-    return dataclasses.replace(config, revision=folder.name)
+    return None
 
 
 def _require_embedded() -> Path:
