@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ except ImportError as error:
     raise missing_extra("remote", "httpx") from error
 
 from bge_rerank_integrations.remote_wire import Answer, ApiKey, raise_unusable
+from bge_rerank_integrations.runtime.locks import SafeLock
 from bge_rerank_integrations.runtime.steps import Sleep, arun_steps, run_steps
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Transport:
         self._key = key
         self._given_client = client
         self._given_async_client = async_client
-        self._lock = threading.Lock()
+        self._lock = SafeLock()
         self._is_closed = False
         self._client: _SharedClient | None = None
         # A client refers to its event loop. The clients of closed loops are removed when another is created.

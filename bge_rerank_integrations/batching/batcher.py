@@ -26,8 +26,8 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
-from bge_rerank_integrations.runtime.conditions import SafeCondition
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
+from bge_rerank_integrations.runtime.locks import SafeCondition
 from bge_rerank_integrations.runtime.shutdown import end_at_exit, is_exiting, join_until
 from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 from bge_rerank_integrations.text.tokenization import IntArray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from bisect import insort
 from collections import deque
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from enum import Enum, auto
 
-from bge_rerank_integrations.runtime.conditions import SafeFuture
+from bge_rerank_integrations.runtime.locks import SafeFuture, SafeLock
 from bge_rerank_integrations.text.tokenization import IntArray
 
 Batch = dict["Request", list[int]]
@@ -64,7 +63,7 @@ class Request:
         self.started_at: float | None = None
         self.num_lost_devices = 0
         self.runs_alone = False
-        self.progress_lock = threading.Lock()
+        self.progress_lock = SafeLock()
         # (length, -index) of waiting sequences, longest last. Sequences are taken from the end, so that a
         # batch has sequences of similar length.
         self._queued: list[tuple[int, int]] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from bge_rerank_integrations.engine.device import (
 from bge_rerank_integrations.engine.packing import IntArray, PackedBatch, pack
 from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.runtime.fork_guard import is_child
+from bge_rerank_integrations.runtime.locks import SafeLock
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Runner:
         self._num_threads = num_threads
         self._transfer = transfer or PlainTransfer(device)
         self._graphs = graphs
-        self._lock = threading.Lock()
+        self._lock = SafeLock()
         self.depth = self._transfer.depth
 
     def limit_batch_time(self, max_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -311,4 +311,4 @@ class _Key(NamedTuple):
 
 # Only scorers hold strong references, so a runner is freed with its last scorer.
 _loaded: WeakValueDictionary[_Key, Runner] = WeakValueDictionary()
-_loading = threading.Lock()
+_loading = SafeLock()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakSet
+
+from bge_rerank_integrations.runtime.locks import SafeLock
 
 OnProgress = Callable[[int], object]
 
@@ -53,7 +54,7 @@ def _bar_class() -> Any:
         drawn, or if Ctrl-C interrupts it. Every other thread that shows a bar then waits for ever.
         """
 
-        _lock = threading.RLock()
+        _lock = SafeLock()
         _instances: ClassVar[WeakSet[Any]] = WeakSet()
         monitor_interval = 0  # no thread that redraws slow bars
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from bge_rerank_integrations.errors import InputTypeError
-from bge_rerank_integrations.runtime.conditions import SafeFuture
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
+from bge_rerank_integrations.runtime.locks import SafeFuture, SafeLock
 from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 
 K = TypeVar("K", bound=Hashable)
@@ -59,7 +58,7 @@ class SharedObjects(Generic[K, T]):
     def __init__(self) -> None:
         self._entries: dict[K, _Entry[T]] = {}
         # The garbage collector may run the `__del__` of a holder, which calls `release`, in any thread.
-        self._lock = threading.RLock()
+        self._lock = SafeLock()
         call_in_forked_children(self._begin_anew)
 
     def get(self, key: K, holder: object | None, create: Callable[[K], T]) -> T:
@@ -157,7 +156,7 @@ class SharedObjects(Generic[K, T]):
         # parent may have held the lock, or may have been creating an object.
         self._inherited = self._entries
         self._entries = {}
-        self._lock = threading.RLock()
+        self._lock = SafeLock()
 
 
 def _is_exception_of(future: Future[T], error: BaseException) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
+
+from bge_rerank_integrations.runtime.locks import SafeLock
 
 _logged: set[str] = set()
-_lock = threading.Lock()
+_lock = SafeLock()
 
 
 def warn_once(logger: logging.Logger, message: str, *args: object) -> None:

@@ -6,12 +6,13 @@ Retrieval returns the same passages again and again, and a fast GPU computes fas
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from bge_rerank_integrations.runtime.locks import SafeLock
 
 Encoded = tuple[npt.NDArray[np.int32], bool]
 """The first ids of a text, in a read-only array, and whether the text has more ids."""
@@ -40,8 +41,8 @@ class TokenCache:
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._entries: OrderedDict[bytes, Encoded] = OrderedDict()
-        # An RLock, because a signal handler that scores may interrupt the thread that holds it.
-        self._lock = threading.RLock()
+        # It can be taken again, because a signal handler that scores may interrupt the thread that holds it.
+        self._lock = SafeLock()
 
     @staticmethod
     def key(text: str) -> bytes | None:

@@ -43,7 +43,7 @@ from bge_rerank_integrations.errors import (
     ScorerClosedError,
     WorkerDiedError,
 )
-from bge_rerank_integrations.runtime.conditions import SafeCondition
+from bge_rerank_integrations.runtime.locks import SafeCondition
 from bge_rerank_integrations.text.tokenization import IntArray
 from tests.support.engine import replica_of
 from tests.support.interrupts import Interrupt, call_at, stop

@@ -18,6 +18,7 @@ from torch import Tensor
 import bge_rerank_integrations.engine.cpu.first_calls  # noqa: F401
 from bge_rerank_integrations.engine.cpu.thread_count import kept_default
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
+from bge_rerank_integrations.runtime.locks import SafeLock
 from bge_rerank_integrations.runtime.shutdown import end_at_exit, join_until
 from bge_rerank_integrations.runtime.tracebacks import release_frames
 
@@ -55,7 +56,7 @@ class SplitForward:
         self._num_threads = num_threads
         self._length_of_double_cost = length_of_double_cost
         self._row_multiple = row_multiple
-        self._start = threading.Lock()
+        self._start = SafeLock()
         self._threads: _Threads | None = None
 
     def __call__(self, batch: PackedBatch) -> Tensor:
@@ -167,7 +168,7 @@ class _Threads:
 
     def __init__(self, num_threads: int) -> None:
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
-        self._ending = threading.Lock()
+        self._ending = SafeLock()
         self._has_ended = False
         ready = threading.Barrier(num_threads + 1)
         self._threads = [

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
+from bge_rerank_integrations.runtime.locks import SafeLock
 
-_lock = threading.Lock()
+_lock = SafeLock()
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def thread_count(num_threads: int) -> Iterator[None]:
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()  # a thread of the parent may have held it
+    _lock = SafeLock()  # a thread of the parent may have held it
 
 
 call_in_forked_children(_renew_lock)
