@@ -9,6 +9,7 @@ and models call `raise_if_exiting` before each layer.
 from __future__ import annotations
 
 import atexit
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -66,7 +67,7 @@ def join_until(threads: Iterable[threading.Thread], deadline: float | None) -> b
     pause_s = _FIRST_PAUSE_S
     # If Ctrl-C interrupts `Thread.join`, Python before 3.13 takes the running thread for an ended one. Nobody
     # would wait for it at exit, and the process would abort. So the main thread joins only ended threads.
-    while not others.isdisjoint(threading.enumerate()):
+    while _any_running(others):
         if deadline is not None and time.monotonic() >= deadline:
             return False
         time.sleep(pause_s)
@@ -74,6 +75,14 @@ def join_until(threads: Iterable[threading.Thread], deadline: float | None) -> b
     for thread in others:
         thread.join()
     return True
+
+
+def _any_running(threads: set[threading.Thread]) -> bool:
+    if sys.version_info >= (3, 14):
+        # In Python 3.14, Ctrl-C in `threading.enumerate` could leave its lock taken (see `SafeLock`). Then no
+        # thread of the process could start or end.
+        return any(thread.is_alive() for thread in threads)
+    return not threads.isdisjoint(threading.enumerate())
 
 
 def _end_all() -> None:
