@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -52,7 +54,12 @@ def test_no_package_is_pinned_twice_for_one_python(python: str) -> None:
 @pytest.mark.parametrize("versions", [[], ["oldest"]])
 def test_other_versions_are_refused(versions: list[str]) -> None:
     refused = subprocess.run(
-        ["sh", "scripts/test", "--versions", *versions], cwd=ROOT, capture_output=True, text=True, check=False
+        ["sh", "scripts/test", "--versions", *versions],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable},
     )
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "--versions takes lowest, pinned or newest.\n"

@@ -18,7 +18,7 @@ from bge_rerank_integrations.engine.attention import resolve_attention
 from bge_rerank_integrations.engine.blocks import Blocks, PlainBlocks
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights, verify_weights
 from bge_rerank_integrations.engine.cpu.freed_memory import keep_freed_memory
-from bge_rerank_integrations.engine.cpu.int8_support import require_int8
+from bge_rerank_integrations.engine.cpu.int8_support import is_faster_in_int8, require_int8
 from bge_rerank_integrations.engine.cpu.parallel import Forward, SplitForward
 from bge_rerank_integrations.engine.cpu.row_blocks import ROW_MULTIPLE, RowBlocks
 from bge_rerank_integrations.engine.cuda.graphs import Graphs
@@ -118,7 +118,8 @@ def _build_floating(spec: ModelSpec) -> Model:
     if (spec.device.type, spec.dtype) == ("cpu", torch.bfloat16) and linear is not onednn_linear:
         logger.warning(
             "bfloat16 is much slower than float32 on this CPU, which has no instructions for it; use "
-            "dtype='float32' or dtype='int8'"
+            "dtype='float32'%s",
+            " or dtype='int8'" if is_faster_in_int8() else "",
         )
     if linear is onednn_linear:
         return _build_packed(spec, RowBlocks(PlainBlocks(linear)), ROW_MULTIPLE)

@@ -182,7 +182,7 @@ def test_int8_is_right_without_pairs_of_bfloat16() -> None:
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "38 passed in" in run.stdout
+    assert "38 passed" in run.stdout
 
 
 @needs_pairs
@@ -519,14 +519,18 @@ def test_int8_is_the_same_without_vnni(limit: str) -> None:
         "with Scorer('embedded', device='cpu', dtype='int8') as scorer:\n"
         "    print(scorer.score([('what is a cat', 'A cat is an animal. ' * n) for n in range(1, 60)]))"
     )
-    environments = {**os.environ}, {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
-    here, limited = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=each)
-        for each in environments
+    # On some processors, attention multiplies in bfloat16. Both limits turn that off.
+    vnni, limited = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "ONEDNN_MAX_CPU_ISA": each},
+        )
+        for each in ("AVX512_CORE_VNNI", limit)
     )
-    # On some processors, the limit also decides in which precision attention multiplies.
-    tolerance = 0.05 if HAS_PAIRS else 1e-5
-    np.testing.assert_allclose(eval(here.stdout), eval(limited.stdout), atol=tolerance)
+    np.testing.assert_allclose(eval(vnni.stdout), eval(limited.stdout), atol=1e-5)
 
 
 @pytest.mark.parametrize(
