@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -198,7 +199,11 @@ def _split(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 
 
 def _in_a_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Reject an output file whose folder does not exist, before the command does any work."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"folder {str(path.parent)!r} does not exist", param=parameter)
+    """Reject an output file that cannot be created in its folder, before the command does any work."""
+    if path is not None and not path.exists():
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise click.BadParameter(f"folder {str(path.parent)!r} does not exist", param=parameter)
+        if not os.access(folder, os.W_OK):
+            raise click.BadParameter(f"folder {str(path.parent)!r} is not writable", param=parameter)
     return path

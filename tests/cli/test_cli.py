@@ -88,6 +88,15 @@ def test_an_error_is_a_message_and_a_status(arguments: list[str], status: int, m
     assert "Traceback" not in result.output
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable_is_reported_before_any_work(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    result = run("rank", "-o", tmp_path / "out.jsonl", "--model", "/no/such/model", stdin="{}")
+    tmp_path.chmod(0o700)
+    assert result.exit_code == 2
+    assert "is not writable" in flat(result.stderr)
+
+
 def test_without_a_hub_the_embedded_model_is_offered() -> None:
     result = run("rank", stdin=json.dumps(REQUEST))
     assert result.exit_code == 1

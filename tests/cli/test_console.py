@@ -149,6 +149,21 @@ def test_output_that_cannot_be_written_is_one_error(
         assert result.stderr == "Error: output: No space left on device\n"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_an_output_file_that_cannot_be_written_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "requests.jsonl", tmp_path / "ranked.jsonl"
+    source.write_text((json.dumps(REQUEST) + "\n") * 200)
+    command = [*COMMAND, "rank", str(source), "-o", str(output), "--model", str(checkpoint)]
+    limited = f"ulimit -f 16; exec {shlex.join(command)}"  # 16 blocks of 512 or 1,024 bytes
+    result = subprocess.run(limited, shell=True, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert " ".join(result.stderr.split()) == f"Error: {output}.partial cannot be written: File too large"
+    result = in_shell(command[len(COMMAND) :], "")
+    assert result.returncode == 0
+    assert "Resuming after line" in result.stderr
+    assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [*range(1, 201)]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_messages_that_cannot_be_written_do_not_stop_a_job(checkpoint: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "requests.jsonl", tmp_path / "ranked.jsonl"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,17 +114,30 @@ class FileJob:
         Raises:
             MalformedInputError: Reading `batches` raises it. If no row was written, the job's files are
                 removed.
+            DatasetError: The partial file cannot be written. The job can be resumed.
         """
         try:
-            with self._partial.open("a", encoding="utf-8", newline="\n") as file:
+            with self._partial.open("ab", buffering=0) as file:
                 for rows in batches:
-                    file.writelines(rows)
-                    file.flush()
-                os.fsync(file.fileno())
+                    self._append(file, "".join(rows).encode())
+                with self._name_in_errors():
+                    os.fsync(file.fileno())
         except MalformedInputError:
             self._discard_if_empty()
             raise
         self._partial.replace(self._output)
+
+    def _append(self, file: IO[bytes], data: bytes) -> None:
+        with self._name_in_errors():
+            while data:  # one call writes only a part if the disk is nearly full
+                data = data[file.write(data) :]
+
+    @contextmanager
+    def _name_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of a file that is open, which does not name it
+            raise DatasetError(f"{self._partial} cannot be written: {error.strerror}") from error
 
     def _discard_if_empty(self) -> None:
         # With --overwrite, an older output can still exist. The empty partial file then stays, because it
