@@ -250,6 +250,16 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     refuse(folder, CheckpointNotFoundError, f"contains no {name}")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_an_interrupted_download_left_out_is_named(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    (folder / name).unlink()
+    snapshot = tmp_path / "models--someone--reranker" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    refuse(snapshot, CheckpointNotFoundError, f"contains no {name}.*download of the model was interrupted")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{"])
 def test_a_config_that_is_not_a_json_object_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)

@@ -43,7 +43,7 @@ def require_file(folder: Path, name: str) -> Path:
         hint = ""
         if name == "tokenizer.json":
             hint = "; write it with AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
-        raise CheckpointNotFoundError(f"{folder} contains no {name}{hint}")
+        raise CheckpointNotFoundError(f"{folder} contains no {name}{hint}{_cache_hint(folder)}")
     refuse_lfs_pointer(path)
     return path
 
@@ -75,8 +75,15 @@ def weight_files(folder: Path) -> list[Path]:
         )
     raise CheckpointNotFoundError(
         f"{folder} contains no {WEIGHTS}. If the model is published only as pytorch_model.bin: "
-        f"{_TO_SAFETENSORS}"
+        f"{_TO_SAFETENSORS}{_cache_hint(folder)}"
     )
+
+
+def _cache_hint(folder: Path) -> str:
+    """Return what to do if a folder in a hub cache lacks a file because its download was interrupted."""
+    if folder.parent.name != "snapshots":
+        return ""
+    return ". If the download of the model was interrupted, load it once with a connection to the hub"
 
 
 def read_json(path: Path) -> dict[str, Any]:
