@@ -41,12 +41,14 @@ def test_prometheus(checkpoint: Path) -> None:
 
 def test_opentelemetry(checkpoint: Path) -> None:
     reader = InMemoryMetricReader()
+    counters: set[str] = set()
     meter = MeterProvider([reader]).get_meter("test")
 
     def read() -> dict[str, float]:
         data = reader.get_metrics_data()
         assert data is not None
         metrics = data.resource_metrics[0].scope_metrics[0].metrics
+        counters.update(metric.name for metric in metrics if getattr(metric.data, "is_monotonic", False))
         points: dict[str, list[Any]] = {metric.name: list(metric.data.data_points) for metric in metrics}
         assert all(point.attributes == {"model": str(checkpoint)} for (point,) in points.values())
         return {name: point.value for name, (point,) in points.items()}
@@ -60,6 +62,8 @@ def test_opentelemetry(checkpoint: Path) -> None:
         assert (values["bge_rerank.cache_misses"], values["bge_rerank.cache_hit_rate"]) == (1, 0)
         assert (values["bge_rerank.query_truncations"], values["bge_rerank.blank_passages"]) == (0, 0)
     assert read() == {"bge_rerank.up": 0}
+    assert {"bge_rerank.requests", "bge_rerank.pairs", "bge_rerank.cache_misses"} <= counters
+    assert not {"bge_rerank.up", "bge_rerank.queued_tokens", "bge_rerank.cache_hit_rate"} & counters
 
 
 @pytest.mark.parametrize(
