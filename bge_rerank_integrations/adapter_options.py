@@ -7,7 +7,8 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from functools import cached_property
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -45,8 +46,12 @@ from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteSco
 from bge_rerank_integrations.missing_scorer import MissingScorer, missing_scorer_dump, read_scorer
 from bge_rerank_integrations.protocols import PackageScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
+from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
+from bge_rerank_integrations.runtime.locks import SafeLock
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S, naming_request
+
+Options = TypeVar("Options", bound="RerankOptions")
 
 _SCORER_FIELDS = tuple(field.name for field in dataclasses.fields(ScorerConfig))
 
@@ -198,7 +203,11 @@ class RerankOptions(BaseModel):
         copied = super().model_copy(deep=deep)
         if update:
             extra = copied.__pydantic_extra__  # None, unless a subclass allows more options
-            checked = type(self).model_validate({**copied.__dict__, **(extra or {}), **update})
+            values = {name: copied.__dict__[name] for name in type(self).model_fields}
+            checked = _validated(type(self), {**values, **(extra or {}), **update})
+            for name in copied.__dict__.keys() - values.keys():
+                if isinstance(getattr(type(self), name, None), cached_property):
+                    del copied.__dict__[name]  # it may depend on the options
             copied.__dict__.update(checked.__dict__)
             if extra is not None:
                 extra.update(checked.__pydantic_extra__ or {})
@@ -206,14 +215,18 @@ class RerankOptions(BaseModel):
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
-        before, were_set = self.__dict__.copy(), self.model_fields_set.copy()
-        try:
-            super().__setattr__(name, value)
-        except ValidationError:
-            # Pydantic checks options against each other after it has set them. Restore the previous values.
-            self.__dict__.update(before)
-            self.model_fields_set.intersection_update(were_set)
-            raise
+        # Pydantic validates an option together with the others, and then replaces all of them. Another thread
+        # may set an option meanwhile: a query engine of LlamaIndex sets the callback manager.
+        with _assigning.lock:
+            before, were_set = self.__dict__.copy(), self.model_fields_set.copy()
+            try:
+                super().__setattr__(name, value)
+            except ValidationError:
+                # Pydantic checks options against each other after it has set them. Restore the previous
+                # values.
+                self.__dict__.update(before)
+                self.model_fields_set.intersection_update(were_set)
+                raise
 
     def scorer_config(self) -> ScorerConfig:
         """Return the settings of the shared scorer for these options."""
@@ -366,6 +379,38 @@ class RerankOptions(BaseModel):
 
 # The options that choose the shared scorer. They cannot be combined with `scorer=`.
 _SETTINGS_OF_SHARED_SCORER = frozenset(_SCORER_FIELDS) - {"normalize"}
+
+
+def _validated(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    """Return new options of a class. Unlike a call of the class, this does not call an `__init__` of its own.
+
+    Args:
+        kind: The class.
+        values: Values by the names of the fields. Other names become extra options, or raise
+            `ValidationError`.
+    """
+    aliases = {name: field.validation_alias for name, field in kind.model_fields.items()}
+    named = {
+        alias if isinstance(alias := aliases.get(name), str) else name: value
+        for name, value in values.items()
+    }
+    options = kind.__new__(kind)
+    kind.__pydantic_validator__.validate_python(named, self_instance=options)
+    return options
+
+
+class _Assigning:
+    """The lock under which options are set. One lock serves all adapters, so that they can be pickled."""
+
+    def __init__(self) -> None:
+        self.lock = SafeLock()
+        call_in_forked_children(self._renew)  # another thread of the parent may have held the lock
+
+    def _renew(self) -> None:
+        self.lock = SafeLock()
+
+
+_assigning = _Assigning()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from langchain_core.documents import Document
 
 from bge_rerank_integrations.adapter_results import is_missing, type_of
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
+from bge_rerank_integrations.validation import refuse_without_order
 
 TextSource = str | Mapping[str, Any] | Document
 
@@ -30,6 +31,7 @@ def texts_of(
     """
     if isinstance(documents, str | Mapping | Document) or not isinstance(documents, Iterable):
         raise InputTypeError("documents must be a sequence of strings, mappings or Documents")
+    refuse_without_order("documents", documents)
     return [_text(index, document, rank_fields, template) for index, document in enumerate(documents)]
 
 

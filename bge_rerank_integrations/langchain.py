@@ -25,11 +25,12 @@ from bge_rerank_integrations.adapter_options import Names, RerankOptions
 from bge_rerank_integrations.adapter_results import (
     MARKS,
     RETRIEVAL_KEYS,
+    as_score,
     independent_copy,
-    is_score,
     summarize,
     summarize_all,
     type_of,
+    yielding_now_and_then,
 )
 from bge_rerank_integrations.cross_encoder import CrossEncoderView
 from bge_rerank_integrations.document_texts import TextSource, check_fields, check_template, texts_of
@@ -130,7 +131,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         documents = _check_documents(documents)
         texts = self._texts(documents, self.rank_fields)
         ranked = await self._arank(check_query(query), texts, self.top_n, callbacks)
-        return [self._scored_copy(documents[passage.index], passage) for passage in ranked]
+        passages = yielding_now_and_then(ranked)
+        return [self._scored_copy(documents[passage.index], passage) async for passage in passages]
 
     def rerank(
         self,
@@ -301,8 +303,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         copied = independent_copy(document)
         metadata = copied.metadata
         # The keys that retrievers and other rerankers use.
-        found = [metadata.get(key) for key in (self.score_key, "score") if is_score(metadata.get(key))]
-        metadata |= self.added_metadata(metadata, passage, found[0] if found else None)
+        scores = [as_score(metadata.get(key)) for key in (self.score_key, "score")]
+        found = next((score for score in scores if score is not None), None)
+        metadata |= self.added_metadata(metadata, passage, found)
         metadata[self.score_key] = float(passage.score)  # a scorer of the user may return a NumPy float
         return copied
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +33,11 @@ from bge_rerank_integrations.adapter_options import RerankOptions
 from bge_rerank_integrations.adapter_results import (
     MARKS,
     RETRIEVAL_KEYS,
+    as_score,
     independent_copy,
     summarize,
     type_of,
+    yielding_now_and_then,
 )
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage
@@ -120,7 +122,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         call = self._prepare(nodes, query_bundle)
         with self._events(call) as returned:
             ranked = self.rank_texts(call.query.query_str, call.texts, self.top_n, self.score_threshold)
-            returned.extend(self._scored(call, ranked))
+            returned += [self._copy(call.nodes[passage.index], passage) for passage in ranked]
             call.figures.update(summarize(ranked, len(call.texts)))
         return returned
 
@@ -134,7 +136,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
             ranked = await self.arank_texts(
                 call.query.query_str, call.texts, self.top_n, self.score_threshold
             )
-            returned.extend(self._scored(call, ranked))
+            passages = yielding_now_and_then(ranked)
+            returned += [self._copy(call.nodes[passage.index], passage) async for passage in passages]
             call.figures.update(summarize(ranked, len(call.texts)))
         return returned
 
@@ -190,13 +193,10 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         finally:
             dispatcher.event(ReRankEndEvent(nodes=returned))
 
-    def _scored(self, call: _Call, ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
-        return [self._copy(call.nodes[passage.index], passage) for passage in ranked]
-
     def _copy(self, original: NodeWithScore, passage: RankedPassage) -> NodeWithScore:
         # The object of an IndexNode, such as another index, is not part of the node's data.
         node = independent_copy(original.node, shared=("obj",))
-        added = self.added_metadata(node.metadata, passage, original.score)
+        added = self.added_metadata(node.metadata, passage, as_score(original.score))
         if added:
             # Excluded from both texts, so that no prompt and no embedding contains these keys.
             node = node.model_copy(

@@ -64,7 +64,15 @@ def missing_scorer_dump(name: str) -> dict[str, str]:
 
 
 def read_scorer(value: Any) -> Any:
-    """Return a `MissingScorer` for the value of `missing_scorer_dump`, and any other value unchanged."""
+    """Return a `MissingScorer` for the value of `missing_scorer_dump`, and any other value unchanged.
+
+    Raises:
+        ConfigError: The value is a class or a string, which are often given by mistake.
+    """
+    if isinstance(value, type):  # a class has the methods of a scorer, too
+        raise ConfigError(f"scorer is the class {value.__name__}; give an instance of it")
+    if isinstance(value, str):
+        raise ConfigError("scorer is a string; give a model as model=, and a server as RemoteScorer(url)")
     if isinstance(value, Mapping) and list(value) == [_KEY]:
         name = value[_KEY]
         if isinstance(name, str):

@@ -61,11 +61,20 @@ def check_passages(passages: Any) -> list[str]:
     # The items of these types are no passages, but characters, numbers or keys.
     if isinstance(passages, str | bytes | bytearray | Mapping) or not isinstance(passages, Iterable):
         raise InputTypeError(f"passages must be a sequence of strings, not {_kind(passages)}")
+    refuse_without_order("passages", passages)
     checked = list(passages)
     for index, passage in enumerate(checked):
         if not isinstance(passage, str):
             raise InputTypeError(f"passage {index} must be a string, not {_kind(passage)}", index=index)
     return list(map(_plain, checked))
+
+
+def refuse_without_order(name: str, values: Any) -> None:
+    """Raise `InputTypeError` for a set, whose items have no index, or a table, whose items are columns."""
+    if isinstance(values, set | frozenset):
+        raise InputTypeError(f"{name} must be a sequence, not {_kind(values)}, which has no order")
+    if type(values).__name__ == "DataFrame":  # of any library
+        raise InputTypeError(f"{name} must be a sequence, not {_kind(values)}; give one of its columns")
 
 
 def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:

@@ -10,12 +10,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, create_autospec
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, RankedPassage, Scorer
 from bge_rerank_integrations.adapter_options import RerankOptions
@@ -330,6 +331,29 @@ def test_a_copy_has_the_updated_options_and_keeps_the_others(
     assert adapter.model_dump() == before
     plain = adapter_type().model_copy(update={"devices": ["cuda:0", "cuda:1"], "model": Path("a")}, deep=deep)
     assert (plain.devices, plain.model) == (("cuda:0", "cuda:1"), "a")
+
+
+@ADAPTERS
+def test_a_subclass_with_an_init_of_its_own_can_be_copied(adapter_type: type[RerankOptions]) -> None:
+    class Best(adapter_type):  # type: ignore[valid-type,misc]
+        number: int = Field(default=1, alias="n")
+
+        def __init__(self, best: int) -> None:
+            super().__init__(model="embedded", top_n=best, n=2)
+
+        @cached_property
+        def twice(self) -> int:
+            return 2 * int(self.top_n or 0)
+
+    best = Best(3)
+    assert best.twice == 6
+    copied = best.model_copy(update={"top_n": 1})
+    assert (copied.top_n, copied.number, copied.twice, best.twice) == (1, 2, 2, 6)
+    assert best.model_copy(update={"number": 5}).number == 5
+    assert best.model_copy().top_n == 3
+    for update in ({"top_n": -1}, {"twice": 1}, {"other": 1}):
+        with pytest.raises(ValidationError, match=next(iter(update))):
+            best.model_copy(update=update)
 
 
 def test_a_copy_keeps_its_callback_manager() -> None:

@@ -229,13 +229,23 @@ def test_nodes_that_were_not_scored_are_copies_too() -> None:
 
 def test_values_that_cannot_be_copied_are_shared_and_the_rest_is_copied() -> None:
     lock = threading.Lock()
-    metadata = {"lock": lock, "tags": [1], "nested": {"lock": lock, "tags": [1]}}
+    metadata: dict[str, Any] = {"lock": lock, "tags": [1], "nested": {"lock": lock, "tags": [1]}}
+    metadata["pages"] = [{"number": 1}, [lock, [1]], ({"number": 2}, lock)]
+    metadata["pages"].append(metadata["pages"])
+    before = repr(metadata)
     document = Document(page_content=PANDA, metadata=metadata)
     (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
-    assert returned.metadata["lock"] is returned.metadata["nested"]["lock"] is lock
-    returned.metadata["tags"].append(2)
-    returned.metadata["nested"]["tags"].append(2)
-    assert (metadata["tags"], metadata["nested"]) == ([1], {"lock": lock, "tags": [1]})
+    copied = returned.metadata
+    pages = copied["pages"]
+    assert copied["lock"] is copied["nested"]["lock"] is pages[1][0] is pages[2][1] is lock
+    assert pages[3] is pages
+    assert pages[:3] == metadata["pages"][:3]
+    copied["tags"].append(2)
+    copied["nested"]["tags"].append(2)
+    pages[0]["number"] = pages[2][0]["number"] = 9
+    pages[1][1].append(2)
+    pages.append(3)
+    assert repr(metadata) == before
 
 
 class Loose(Document):

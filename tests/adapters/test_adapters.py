@@ -9,23 +9,28 @@ import gc
 import inspect
 import json
 import logging
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from pydantic_core import PydanticUndefined
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer, ScorerConfig
@@ -47,6 +52,7 @@ from tests.support.adapters import (
     ranked_documents,
     ranked_nodes,
 )
+from tests.support.queues import PATIENCE_S
 from tests.support.scorers import TableScorer
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -283,12 +289,26 @@ async def test_a_dump_made_with_a_scorer_refuses_to_score_until_one_is_given(
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
-@pytest.mark.parametrize("bad", [{"give_again": 3}, {"give_again": "x", "more": "y"}, {}, "x"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"give_again": 3}, "scorer"),
+        ({"give_again": "x", "more": "y"}, "scorer"),
+        ({}, "scorer"),
+        ("http://127.0.0.1:1", r"scorer is a string; .* RemoteScorer\(url\)"),
+        (Scorer, "scorer is the class Scorer; give an instance of it"),
+    ],
+    ids=str,
+)
 def test_objects_that_are_no_scorers_are_refused(
-    adapter_type: Callable[..., RerankOptions], bad: Any
+    adapter_type: Callable[..., RerankOptions], bad: Any, message: str
 ) -> None:
-    with pytest.raises(ValidationError, match="scorer"):
+    with pytest.raises(ValidationError, match=message):
         adapter_type(scorer=bad)
+    adapter = adapter_type(model="embedded")
+    with pytest.raises(ValidationError, match=message):
+        adapter.scorer = bad
+    assert adapter.scorer is None
 
 
 @pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
@@ -535,19 +555,117 @@ async def test_adapters_reject_the_same_input(adapter: Adapter) -> None:
             await adapter(QUERY, ["a"], **bad)
 
 
-@pytest.mark.parametrize("score", [None, 0.25])
-def test_only_a_retrieval_score_that_was_given_is_kept(score: float | None) -> None:
+@pytest.mark.parametrize(
+    ("score", "kept_score"),
+    [
+        (None, None),
+        (0.25, 0.25),
+        (np.float32(0.25), 0.25),
+        (Decimal("0.25"), 0.25),
+        (3, 3.0),
+        (float("nan"), None),
+        (np.float32("nan"), None),
+        (0.25j, None),
+        (10**400, None),
+        (True, None),
+        ("0.25", None),
+    ],
+    ids=repr,
+)
+def test_a_retrieval_score_is_kept_as_a_python_float(score: Any, kept_score: float | None) -> None:
     options: dict[str, Any] = {"scorer": TableScorer({}), "keep_retrieval_score": True}
-    kept = {"retrieval_rank": 0} if score is None else {"retrieval_rank": 0, "retrieval_score": score}
+    kept: dict[str, float] = {"retrieval_rank": 0}
+    if kept_score is not None:
+        kept["retrieval_score"] = kept_score
     document = Document(page_content="a", metadata={} if score is None else {"score": score})
     (returned,) = BGEReranker(**options).compress_documents([document], QUERY)
-    assert {key: value for key, value in returned.metadata.items() if key.startswith("retrieval_")} == kept
-    node = NodeWithScore(node=TextNode(text="a"), score=score)
+    found = {key: value for key, value in returned.metadata.items() if key.startswith("retrieval_")}
+    node = NodeWithScore(node=TextNode(text="a"))
+    node.score = score  # unlike the constructor, LlamaIndex checks no assignment
     (postprocessed,) = BGERerankPostprocessor(**options).postprocess_nodes([node], query_str=QUERY)
-    assert postprocessed.metadata == kept
+    for metadata in (found, postprocessed.metadata):
+        assert metadata == kept
+        assert [type(value) for value in metadata.values()] == [int, float][: len(kept)]
+    json.loads(postprocessed.to_json())
+
+
+@pytest.mark.parametrize("name", ["set", "frozenset", "DataFrame"])
+def test_values_without_an_order_are_refused(name: str, scorer: Scorer) -> None:
+    class DataFrame(list[str]):
+        """A table, such as that of pandas: its items are the names of its columns."""
+
+    kinds: dict[str, Callable[..., Any]] = {"set": set, "frozenset": frozenset, "DataFrame": DataFrame}
+    values = kinds[name](["a", "b"])
+    reranker = BGEReranker(scorer=scorer)
+    for call in (
+        lambda: scorer.rank(QUERY, values),
+        lambda: reranker.rerank(values, QUERY),
+        lambda: reranker.rerank_many([(QUERY, values)]),
+    ):
+        with pytest.raises(InputTypeError, match=f"must be a sequence, not {name}"):
+            call()
+    assert len(scorer.rank(QUERY, {"a": 1, "b": 2}.keys())) == 2  # type: ignore[arg-type]  # has an order
 
 
 # --- threads and event loops----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter_type", ADAPTER_TYPES)
+def test_options_that_two_threads_set_are_both_kept(adapter_type: type[RerankOptions]) -> None:
+    is_set = threading.Event()
+
+    class Slow(adapter_type):  # type: ignore[valid-type,misc]
+        @field_validator("normalize")
+        @classmethod
+        def _wait(cls, value: bool) -> bool:
+            other.start()
+            is_set.wait(0.3)  # this is the whole duration, as the other thread must wait
+            return value
+
+    def set_top_n() -> None:
+        adapter.top_n = 7
+        is_set.set()
+
+    adapter = Slow(model="embedded")
+    other = threading.Thread(target=set_top_n)
+    adapter.normalize = False
+    other.join(PATIENCE_S)
+    assert (adapter.top_n, adapter.normalize) == (7, False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_options_can_be_set_in_a_child_that_was_forked_while_they_were_set() -> None:
+    code = (
+        "import os, threading\n"
+        "from pydantic import field_validator\n"
+        "from bge_rerank_integrations import BGEReranker\n"
+        "begun, over = threading.Event(), threading.Event()\n"
+        "class Slow(BGEReranker):\n"
+        "    @field_validator('normalize')\n"
+        "    @classmethod\n"
+        "    def _wait(cls, value):\n"
+        "        begun.set()\n"
+        "        over.wait(60)\n"
+        "        return value\n"
+        "thread = threading.Thread(target=setattr, args=(Slow(model='embedded'), 'normalize', False))\n"
+        "thread.start()\n"
+        "begun.wait(60)\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    BGEReranker(model='embedded').top_n = 3\n"
+        "    os._exit(7)\n"
+        "over.set()\n"
+        "thread.join()\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert (run.stdout, run.stderr) == ("7\n", "")
 
 
 def test_threads_that_share_documents_change_nothing(checkpoint: Path, texts: list[str]) -> None:
@@ -654,6 +772,23 @@ async def test_the_event_loop_stays_free(
         assert len(ranked) == len(passages)
         longest_gaps.append(max(gaps))
     assert min(longest_gaps) < 0.2
+
+
+@ASYNC_ADAPTERS
+async def test_other_tasks_run_while_results_are_copied(adapter: Adapter) -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(count())
+    ranked = await adapter(QUERY, [f"{number}" for number in range(800)], scorer=TableScorer({}))
+    other.cancel()
+    assert len(ranked) == 800
+    assert turns >= 100
 
 
 @ASYNC_ADAPTERS
