@@ -77,7 +77,7 @@ class RerankOptions(BaseModel):
         normalize: Apply a sigmoid, so that scores lie between 0 and 1. This is the default here, because it
             is the scale that frameworks expect. False returns raw logits, which are the default of `Scorer`.
         keep_retrieval_score: Keep the retriever's result in the metadata of the returned documents:
-            `retrieval_score`, if the retriever gave one, and `retrieval_rank`, counted from 0.
+            `retrieval_score`, a float, if the retriever gave one, and `retrieval_rank`, counted from 0.
         mark_unread: Mark documents that the model did not read completely. The marks are keys in the
             metadata. `rerank_truncated` is True if the end of the document did not fit into the model.
             `rerank_blank` is True if the document is blank and was not scored. Other documents get neither
