@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from bge_rerank_integrations.config import (
     ScorerConfig,
     TruncationSide,
 )
-from bge_rerank_integrations.errors import ScorerClosedError
+from bge_rerank_integrations.errors import RerankError, ScorerClosedError
 from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
@@ -78,6 +79,8 @@ class Scorer(PackageScorer):
     _shared: ClassVar[SharedObjects[tuple[type[Scorer], ScorerConfig], Scorer]] = SharedObjects()
     # Async callers load models in these threads, so that the event loop's default pool stays free.
     _loaders: ClassVar[ThreadPoolExecutor] = _make_loaders()
+    # Why the scorer of a pickle could not be loaded.
+    _load_error: RerankError | None = None
 
     def __init__(
         self,
@@ -478,8 +481,8 @@ class Scorer(PackageScorer):
         return f"Scorer(model={self.config.model!r}, {', '.join(devices) or 'closed'})"
 
     # A pickle contains the settings only, and another process loads its own model.
-    def __reduce__(self) -> tuple[Callable[[ScorerConfig], Scorer], tuple[ScorerConfig]]:
-        return type(self).shared, (self.config,)
+    def __reduce__(self) -> tuple[Callable[..., Scorer], tuple[type[Scorer], ScorerConfig]]:
+        return _unpickle, (type(self), self.config)
 
     def _normalizes(self, normalize: bool | None) -> bool:
         return self._config.normalize if normalize is None else normalize
@@ -505,8 +508,26 @@ class Scorer(PackageScorer):
     def _require_pipeline(self) -> Pipeline:
         pipeline = self._pipeline
         if pipeline is None:
+            if self._load_error is not None:
+                raise copy.copy(self._load_error)  # callers must not share an exception and its traceback
             raise ScorerClosedError("this scorer is closed; create a new one")
         return pipeline
+
+
+def _unpickle(kind: type[Scorer], config: ScorerConfig) -> Scorer:
+    """Return the shared scorer for the settings in a pickle. If it cannot load, its calls raise the error.
+
+    If a worker of `multiprocessing.Pool` raises an exception while it reads its task, it ends, and the caller
+    waits for ever.
+    """
+    try:
+        return kind.shared(config)
+    except RerankError as error:
+        scorer = kind.__new__(kind)
+        scorer._config = config
+        scorer._pipeline = None
+        scorer._load_error = error.with_traceback(None)
+        return scorer
 
 
 def _load(key: tuple[type[Scorer], ScorerConfig]) -> Scorer:

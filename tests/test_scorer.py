@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -718,6 +720,50 @@ def test_copies_are_the_same_and_pickles_hold_settings_only(shared_config: Score
     pickled = pickle.dumps(scorer)
     assert len(pickled) < 2000
     assert pickle.loads(pickled) is scorer
+
+
+async def test_a_pickle_that_cannot_be_loaded_raises_the_error_when_it_is_used(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    with Scorer(folder, device="cpu") as scorer:
+        pickled = pickle.dumps(scorer)
+    shutil.rmtree(folder)
+    loaded = pickle.loads(pickled)
+    assert loaded.config == scorer.config
+    assert loaded.health().state == "closed"
+    errors = []
+    for call in (lambda: loaded.rank("q", ["a"]), lambda: loaded.score([("q", "a")]), loaded.warmup):
+        with pytest.raises(CheckpointNotFoundError, match="does not exist") as caught:
+            call()
+        errors.append(caught.value)
+    assert len(set(map(id, errors))) == 3
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
+        await loaded.arank("q", ["a"])
+    loaded.close()
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
+        pickle.loads(pickle.dumps(loaded)).rank("q", ["a"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_pool_that_gets_a_scorer_raises_an_error() -> None:
+    code = (
+        "import multiprocessing\n"
+        "from bge_rerank_integrations import ForkedProcessError, Scorer\n"
+        "def rank(scorer):\n"
+        "    return scorer.rank('q', ['a'])\n"
+        "if __name__ == '__main__':\n"
+        "    scorer = Scorer('embedded', device='cpu')\n"
+        "    with multiprocessing.get_context('fork').Pool(1) as pool:\n"
+        "        try:\n"
+        "            pool.map(rank, [scorer])\n"
+        "        except ForkedProcessError as error:\n"
+        "            print(error)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert "neither CUDA nor CPU thread pools work after a fork" in run.stdout
+    assert run.stderr == ""
 
 
 def test_progress_shows_on_stderr_and_only_when_asked(scorer: Scorer, texts: list[str]) -> None:

@@ -306,8 +306,16 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     folder = find_checkpoint(config)
     try:
         return _load(config, folder)
-    except OSError as error:  # a file cannot be read
-        raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
+    except (OSError, MemoryError) as error:  # a file cannot be read, or the memory is full
+        raise _cannot_load(folder, error) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's words for a full memory
+            raise
+        raise _cannot_load(folder, error) from error
+
+
+def _cannot_load(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the model in {folder} cannot be loaded: {str(error) or 'not enough memory'}")
 
 
 def _load(config: ScorerConfig, folder: Path) -> Pipeline:

@@ -32,8 +32,8 @@ def check_process() -> None:
     if was_forked():
         raise ForkedProcessError(
             "this process was forked from a process that had loaded a model, and neither CUDA nor CPU thread "
-            "pools work after a fork. Load the model in the child process instead: in gunicorn's post_fork "
-            "hook, on Celery's worker_process_init signal, or in the worker_init_fn of a "
+            "pools work after a fork. Load the model in the child process instead: in gunicorn's "
+            "post_worker_init hook, on Celery's worker_process_init signal, or in the worker_init_fn of a "
             "torch DataLoader. Alternatively, start child processes with the 'spawn' method"
         )
 

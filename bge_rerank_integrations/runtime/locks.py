@@ -4,6 +4,10 @@ Python raises `KeyboardInterrupt` between two steps of Python code in the main t
 `threading.Condition` is Python code that takes a lock. An interrupt at its end leaves the lock taken, and the
 worker threads, which need the lock, then wait for ever. `__enter__` of `RLock` is a single step, except in
 Python 3.14.
+
+gevent replaces the threads and locks of `threading`. All its threads run in one thread of the system, and
+`RLock` would take them for one thread, which may take the lock again. If the locks of `threading` are
+replaced, `SafeLock()` and `SafeCondition()` therefore return these.
 """
 
 from __future__ import annotations
@@ -18,6 +22,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def _are_replaced() -> bool:
+    """Return whether a library such as gevent has replaced the locks of `threading`."""
+    return not isinstance(threading.RLock(), RLock)
+
+
 class SafeLock(RLock):  # type: ignore[misc]
     """A lock that the thread which holds it may take again.
 
@@ -26,6 +35,9 @@ class SafeLock(RLock):  # type: ignore[misc]
         >>> with lock:
         ...     pass
     """
+
+    def __new__(cls) -> SafeLock:  # noqa: D102
+        return threading.RLock() if _are_replaced() else super().__new__(cls)  # type: ignore[return-value]
 
     if sys.version_info[:2] == (3, 14):
         # Python 3.14 looks for Ctrl-C after `__enter__`, but before the block that calls `__exit__`
@@ -48,6 +60,9 @@ class SafeCondition(SafeLock, threading.Condition):  # type: ignore[misc]
     `wait` and `notify` come from `threading.Condition`. They call `_release_save`, `_acquire_restore` and
     `_is_owned`, which are here those of `RLock`.
     """
+
+    def __new__(cls) -> SafeCondition:  # noqa: D102
+        return threading.Condition() if _are_replaced() else super().__new__(cls)  # type: ignore[return-value]
 
     def __init__(self) -> None:
         # `Condition.__init__` would also set `_lock` to this object itself. Such a cycle is freed only by the

@@ -172,9 +172,9 @@ import app
 child = os.fork()
 if child == 0:
     hook = sys.argv[1]
-    if hook == "post_fork":
+    if hook == "post_worker_init":
         exec(compile(open("gunicorn.conf.py").read(), "gunicorn.conf.py", "exec"))
-        post_fork(None, None)
+        post_worker_init(None)
     results = app.reranker.rerank(["Bamboo, mostly.", "A bear."], "what does a giant panda eat?")
     os._exit(0 if len(results) == 2 else 1)
 _, status = os.waitpid(child, 0)
@@ -183,7 +183,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("hook", ["post_fork", "none"])
+@pytest.mark.parametrize("hook", ["post_worker_init", "none"])
 def test_gunicorns_hook_in_a_forked_child(hook: str, tmp_path: Path) -> None:
     app, conf = blocks("gunicorn")
     (tmp_path / "app.py").write_text(app, encoding="utf-8")

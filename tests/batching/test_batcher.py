@@ -822,7 +822,7 @@ def test_a_forked_child_gets_a_typed_error(checkpoint: Path, parent: str) -> Non
                     os._exit(1)
                 except ForkedProcessError as error:
                     assert "had loaded a model" in str(error)
-                    for advice in ("post_fork", "worker_process_init", "worker_init_fn", "spawn"):
+                    for advice in ("post_worker_init", "worker_process_init", "worker_init_fn", "spawn"):
                         assert advice in str(error), advice
             scorer.close()
             os._exit(0)

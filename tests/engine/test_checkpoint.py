@@ -6,6 +6,8 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,6 +357,33 @@ def test_a_file_that_cannot_be_read_is_reported(folder: Path, name: str) -> None
     (folder / name).unlink()
     (folder / name).symlink_to("/proc/self/mem")
     refuse(folder, CheckpointError, r"^the model in .* cannot be loaded: \[Errno 5\] Input/output error")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the size of the process")
+def test_a_model_that_does_not_fit_into_memory_is_reported(folder: Path) -> None:
+    size = 1 << 32
+    header = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with (folder / "model.safetensors").open("wb") as file:  # a sparse file
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from bge_rerank_integrations import CheckpointError, Scorer\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "limit = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 31), limit))\n"
+        "try:\n"
+        "    Scorer(sys.argv[1], device='cpu')\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert run.stderr == ""
+    assert f"the model in {folder} cannot be loaded: " in run.stdout
+    assert "Cannot allocate memory" in run.stdout
 
 
 def test_an_invalid_hub_id_is_refused() -> None:
