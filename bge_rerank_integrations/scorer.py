@@ -369,7 +369,8 @@ class Scorer(PackageScorer):
             logits = await pipeline.arun(prepared, timeout=timeout)
             return prepared.scores(logits, normalize=self.config.normalize)
         scores: list[float] = []
-        async with aclosing(pipeline.astream(chunks, timeout=timeout)) as stream:
+        # `chunks` may have a thread, which must not wait until an exception of this call is forgotten.
+        async with aclosing(chunks), aclosing(pipeline.astream(chunks, timeout=timeout)) as stream:
             async for prepared, logits in stream:
                 scores += prepared.scores(logits, normalize=self.config.normalize, start=len(scores))
         return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from typing import Any, Final
@@ -115,7 +115,7 @@ def check_stream(pairs: Iterator[Pair], num_pairs: int) -> Iterator[list[Pair]]:
         start += len(part)
 
 
-async def acheck_stream(pairs: AsyncIterable[Pair], num_pairs: int) -> AsyncIterator[list[Pair]]:
+async def acheck_stream(pairs: AsyncIterable[Pair], num_pairs: int) -> AsyncGenerator[list[Pair]]:
     """Do the same as `check_stream` for an asynchronous iterable."""
     part: list[Pair] = []
     start = 0

@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
@@ -37,7 +37,7 @@ async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
         reader.end()
 
 
-async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
+async def read_in_thread(items: Iterator[T]) -> AsyncGenerator[T]:
     """Yield the items of an iterator. All of them are read in one separate thread."""
     reader = _Reader()
     try:

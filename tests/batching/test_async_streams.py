@@ -143,6 +143,7 @@ async def test_a_score_that_is_not_finite_has_its_index_in_the_stream(
         with pytest.raises(NonFiniteScoreError, match=f"pair {PART + 7} ") as caught:
             await broken.ascore(kind(bad))
         assert caught.value.index == PART + 7
+        wait_until(lambda: not reading_threads())  # although the exception still refers to the call
 
 
 @KINDS
