@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,8 @@ print(scorer.health().state, [thread.name for thread in threading.enumerate() if
 def test_greenlets_share_a_scorer(before: str) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", before + CODE],
+        # Some versions of torch start a process, which gevent forks. tokenizers would warn about it.
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},
         capture_output=True,
         text=True,
         check=False,
