@@ -29,8 +29,10 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.server import ServerSettings, create_app
+from bge_rerank_integrations.server.body import read_body
 from bge_rerank_integrations.server.dialects.table import DIALECTS
 from bge_rerank_integrations.server.endpoint import MAX_PAIRS_OF_REQUEST
+from bge_rerank_integrations.server.refusal import Refusal
 from tests.server.conftest import KEY
 from tests.support.servers import HeldScorer, running, wait_until
 
@@ -238,6 +240,17 @@ def test_a_body_that_is_too_large(kind: str, held: HeldScorer, held_client: http
     assert response.status_code == 413
     assert "larger than 10485 bytes" in response.json()["message"]
     assert held_client.post("/v1/rerank", content=small).status_code == 200  # the server goes on
+
+
+async def test_a_declared_size_of_thousands_of_digits_is_too_large() -> None:
+    """uvicorn with h11 refuses such a header itself, other servers may not."""
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body was read")
+
+    with pytest.raises(Refusal, match="larger than 10 bytes") as caught:
+        await read_body(receive, {"content-length": "9" * 5000}, 10)
+    assert caught.value.status == 413
 
 
 def test_a_client_that_expects_100_continue(held: HeldScorer, held_client: httpx.Client) -> None:
