@@ -19,7 +19,6 @@ from pydantic import (
     GetPydanticSchema,
     PlainSerializer,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
@@ -46,8 +45,6 @@ from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteSco
 from bge_rerank_integrations.missing_scorer import MissingScorer, missing_scorer_dump, read_scorer
 from bge_rerank_integrations.protocols import PackageScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
-from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
-from bge_rerank_integrations.runtime.locks import SafeLock
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S, naming_request
 
@@ -203,9 +200,10 @@ class RerankOptions(BaseModel):
         copied = super().model_copy(deep=deep)
         if update:
             extra = copied.__pydantic_extra__  # None, unless a subclass allows more options
-            values = {name: copied.__dict__[name] for name in type(self).model_fields}
+            fields = type(self).model_fields
+            values = {name: value for name, value in copied.__dict__.items() if name in fields}
             checked = _validated(type(self), {**values, **(extra or {}), **update})
-            for name in copied.__dict__.keys() - values.keys():
+            for name in copied.__dict__.keys() - fields:
                 if isinstance(getattr(type(self), name, None), cached_property):
                     del copied.__dict__[name]  # it may depend on the options
             copied.__dict__.update(checked.__dict__)
@@ -215,18 +213,22 @@ class RerankOptions(BaseModel):
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Pydantic validates an option together with the others, and then replaces all of them. Another thread
-        # may set an option meanwhile: a query engine of LlamaIndex sets the callback manager.
-        with _assigning.lock:
-            before, were_set = self.__dict__.copy(), self.model_fields_set.copy()
-            try:
-                super().__setattr__(name, value)
-            except ValidationError:
-                # Pydantic checks options against each other after it has set them. Restore the previous
-                # values.
-                self.__dict__.update(before)
-                self.model_fields_set.intersection_update(were_set)
-                raise
+        if name not in type(self).model_fields:
+            super().__setattr__(name, value)
+            return
+        # Pydantic checks options against each other after it has set them, and replaces all of them. This
+        # happens in a copy, so an error leaves no trace. An option that another thread sets meanwhile is
+        # kept: each query engine of LlamaIndex sets the callback manager.
+        checked = super().model_copy()
+        before = checked.__dict__.copy()
+        super(RerankOptions, checked).__setattr__(name, value)
+        new = {
+            key: each
+            for key, each in checked.__dict__.items()
+            if key not in before or each is not before[key]
+        }
+        self.__dict__.update(new)
+        self.__pydantic_fields_set__.add(name)
 
     def scorer_config(self) -> ScorerConfig:
         """Return the settings of the shared scorer for these options."""
@@ -389,28 +391,10 @@ def _validated(kind: type[Options], values: Mapping[str, Any]) -> Options:
         values: Values by the names of the fields. Other names become extra options, or raise
             `ValidationError`.
     """
-    aliases = {name: field.validation_alias for name, field in kind.model_fields.items()}
-    named = {
-        alias if isinstance(alias := aliases.get(name), str) else name: value
-        for name, value in values.items()
-    }
-    options = kind.__new__(kind)
-    kind.__pydantic_validator__.validate_python(named, self_instance=options)
+    options: Options = kind.__pydantic_validator__.validate_python(
+        dict(values), self_instance=kind.__new__(kind), by_name=True, by_alias=False
+    )
     return options
-
-
-class _Assigning:
-    """The lock under which options are set. One lock serves all adapters, so that they can be pickled."""
-
-    def __init__(self) -> None:
-        self.lock = SafeLock()
-        call_in_forked_children(self._renew)  # another thread of the parent may have held the lock
-
-    def _renew(self) -> None:
-        self.lock = SafeLock()
-
-
-_assigning = _Assigning()
 
 
 @contextmanager

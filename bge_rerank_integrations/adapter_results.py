@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import operator
+from collections import ChainMap
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import date
-from numbers import Number
+from decimal import Decimal
+from numbers import Number, Real
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -52,42 +54,49 @@ def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
 
 
 def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy a value. `copies` holds the copies of dicts and lists so far, by the id of the original."""
-    if type(value) in _ATOMS:
+    """Copy a value. Share what cannot be copied, and what lies in hundreds of other values.
+
+    Args:
+        value: The value.
+        copies: The copies so far, by the ids of their originals. A value that occurs again is copied once.
+    """
+    kind = type(value)
+    if kind in _ATOMS:
         return value
-    if type(value) is list and set(map(type, value)) <= _ATOMS:
-        return value.copy()  # for an embedding, `deepcopy` is a hundred times slower
-    if type(value) is not dict:
-        try:
-            return copy.deepcopy(value, dict(copies))
-        except Exception:
-            return _copy_items(value, copies)
-    return _copy_items(value, copies)
-
-
-def _copy_items(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy a dict, list or tuple item by item. Share the items that cannot be copied, and any other value."""
-    if id(value) in copies:  # the value contains itself
+    if id(value) in copies:
         return copies[id(value)]
-    if isinstance(value, dict):
-        fields = copies[id(value)] = {}
-        fields.update((key, _copy_or_share(each, copies)) for key, each in value.items())
-        return fields
-    if type(value) is list:
-        items = copies[id(value)] = []
-        items.extend(_copy_or_share(each, copies) for each in value)
-        return items
-    if type(value) is tuple:
-        return tuple(_copy_or_share(each, copies) for each in value)
-    return value
-
-
-def _copy_or_share(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy a value, or return it if hundreds of values lie in each other."""
+    if kind is list and set(map(type, value)) <= _ATOMS:
+        copies[id(value)] = value.copy()  # for an embedding, `deepcopy` is a hundred times slower
+        return copies[id(value)]
     try:
-        return _copy_value(value, copies)
+        if kind is dict:
+            return _copy_dict(value, copies)
+        if kind is list:
+            items = copies[id(value)] = []
+            for item in value:
+                items.append(_copy_value(item, copies))  # noqa: PERF401  # an item may be the list itself
+            return items
+        if kind is tuple:
+            return copies.setdefault(id(value), tuple([_copy_value(item, copies) for item in value]))
     except RecursionError:
+        copies.pop(id(value), None)  # it may be incomplete
         return value
+    try:
+        # What `deepcopy` stores in its memo is incomplete if it fails.
+        copied = copy.deepcopy(value, ChainMap({}, copies))  # type: ignore[arg-type]  # not only a dict
+    except Exception:
+        if isinstance(value, dict):
+            return _copy_dict(value, copies)
+        copied = value
+    copies[id(value)] = copied
+    return copied
+
+
+def _copy_dict(value: dict[Any, Any], copies: dict[int, Any]) -> dict[Any, Any]:
+    copied = copies[id(value)] = {}
+    for key, item in value.items():
+        copied[key] = _copy_value(item, copies)
+    return copied
 
 
 async def yielding_now_and_then(items: Iterable[T]) -> AsyncIterator[T]:
@@ -123,11 +132,12 @@ def as_score(value: Any) -> float | None:
 
     Retrievers and other rerankers may give a NumPy float, which JSON and the checkpoints of LangGraph lack.
     """
-    if not isinstance(value, Number) or isinstance(value, bool | complex) or is_missing(value):
+    # NumPy counts a duration as an integer.
+    if not isinstance(value, Real | Decimal) or isinstance(value, bool | np.timedelta64) or is_missing(value):
         return None
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, OverflowError):  # of a type without order, or too large
+        return float(value)
+    except OverflowError:
         return None
 
 

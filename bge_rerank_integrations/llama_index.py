@@ -115,6 +115,13 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
         values = {name: value for name, value in self.__dict__.items() if name != "callback_manager"}
         return {**state, "__dict__": values}
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        # The base class calls `__init__`, which a subclass may have replaced.
+        BaseModel.__setstate__(self, state)
+        if "callback_manager" not in self.__dict__:
+            field = type(self).model_fields["callback_manager"]
+            self.__dict__["callback_manager"] = field.get_default(call_default_factory=True)
+
     @dispatcher.span
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None

@@ -7,7 +7,7 @@ import copy
 import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import AbstractAsyncContextManager, aclosing, closing, nullcontext
 from typing import ClassVar, Final
 
 from bge_rerank_integrations.batching.inference import Pipeline, load_pipeline
@@ -22,7 +22,7 @@ from bge_rerank_integrations.config import (
     ScorerConfig,
     TruncationSide,
 )
-from bge_rerank_integrations.errors import RerankError, ScorerClosedError
+from bge_rerank_integrations.errors import ScorerClosedError
 from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
@@ -80,7 +80,7 @@ class Scorer(PackageScorer):
     # Async callers load models in these threads, so that the event loop's default pool stays free.
     _loaders: ClassVar[ThreadPoolExecutor] = _make_loaders()
     # Why the scorer of a pickle could not be loaded.
-    _load_error: RerankError | None = None
+    _load_error: Exception | None = None
 
     def __init__(
         self,
@@ -360,17 +360,19 @@ class Scorer(PackageScorer):
         asynchronous iterator in a separate task.
         """
         pipeline = self._require_pipeline()
+        closing_chunks: AbstractAsyncContextManager[object] = nullcontext()
         if isinstance(pairs, AsyncIterable):
             chunks = acheck_stream(pairs, _NUM_STREAMED_PAIRS)
         elif isinstance(pairs, Iterator):
             chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
+            # The thread must not wait until an exception of this call, which refers to it, is forgotten.
+            closing_chunks = aclosing(chunks)
         else:
             prepared = PreparedPairs(group_pairs(check_pairs(pairs)))
             logits = await pipeline.arun(prepared, timeout=timeout)
             return prepared.scores(logits, normalize=self.config.normalize)
         scores: list[float] = []
-        # `chunks` may have a thread, which must not wait until an exception of this call is forgotten.
-        async with aclosing(chunks), aclosing(pipeline.astream(chunks, timeout=timeout)) as stream:
+        async with closing_chunks, aclosing(pipeline.astream(chunks, timeout=timeout)) as stream:
             async for prepared, logits in stream:
                 scores += prepared.scores(logits, normalize=self.config.normalize, start=len(scores))
         return scores
@@ -523,11 +525,12 @@ def _unpickle(kind: type[Scorer], config: ScorerConfig) -> Scorer:
     """
     try:
         return kind.shared(config)
-    except RerankError as error:
+    except Exception as error:
         scorer = kind.__new__(kind)
         scorer._config = config
         scorer._pipeline = None
-        scorer._load_error = error.with_traceback(None)
+        # A copy has no traceback and no cause, which would keep the memory of the failed attempt.
+        scorer._load_error = copy.copy(error)
         return scorer
 
 

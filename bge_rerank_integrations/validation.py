@@ -73,7 +73,7 @@ def refuse_without_order(name: str, values: Any) -> None:
     """Raise `InputTypeError` for a set, whose items have no index, or a table, whose items are columns."""
     if isinstance(values, set | frozenset):
         raise InputTypeError(f"{name} must be a sequence, not {_kind(values)}, which has no order")
-    if type(values).__name__ == "DataFrame":  # of any library
+    if any(kind.__name__ == "DataFrame" for kind in type(values).__mro__):  # of any library
         raise InputTypeError(f"{name} must be a sequence, not {_kind(values)}; give one of its columns")
 
 

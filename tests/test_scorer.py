@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import errno
+import gc
 import io
 import logging
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, suppress
@@ -28,7 +30,9 @@ from safetensors.torch import load_file, save_file
 from bge_rerank_integrations import RankedPassage, Ranking, Scorer, ScorerConfig, SupportsRank
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
+    DeviceError,
     InputError,
     InputTypeError,
     NonFiniteScoreError,
@@ -743,6 +747,52 @@ async def test_a_pickle_that_cannot_be_loaded_raises_the_error_when_it_is_used(
     loaded.close()
     with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         pickle.loads(pickle.dumps(loaded)).rank("q", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), CheckpointError),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+            CheckpointError,
+        ),
+        (MemoryError(), CheckpointError),
+        (DeviceError("the device is out of memory"), DeviceError),
+        (RuntimeError("can't start new thread"), RuntimeError),
+    ],
+    ids=repr,
+)
+def test_a_failed_load_keeps_its_error_and_no_memory(
+    error: Exception, expected: type[Exception], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Weights:
+        """Stands for the memory that loading takes."""
+
+    loaded_weights: list[weakref.ref[Weights]] = []
+
+    def load_runners(*_: object) -> None:
+        weights = Weights()
+        loaded_weights.append(weakref.ref(weights))
+        raise type(error)(*error.args)
+
+    with Scorer(checkpoint, device="cpu", num_threads=1) as scorer:
+        pickled = pickle.dumps(scorer)
+    monkeypatch.setattr("bge_rerank_integrations.engine.runner.load_runners", load_runners)
+    with pytest.raises(expected) as caught:
+        Scorer(checkpoint, device="cpu")
+    assert type(caught.value) is expected
+    assert str(error) in str(caught.value)
+    gc.collect()
+    gc.disable()
+    try:
+        failed = pickle.loads(pickled)
+        assert loaded_weights.pop()() is None
+    finally:
+        gc.enable()
+    with pytest.raises(expected) as caught:
+        failed.rank("q", ["a"])
+    assert type(caught.value) is expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

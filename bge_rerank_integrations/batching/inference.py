@@ -28,6 +28,7 @@ from bge_rerank_integrations.errors import (
     CheckpointError,
     QueueFullError,
     RequestTimeoutError,
+    RerankError,
     ScorerClosedError,
     UnsupportedCheckpointError,
 )
@@ -49,6 +50,8 @@ _logger = logging.getLogger(__name__)
 _NUM_TOKENIZERS: Final = 2
 # 8 MB, enough for about ten thousand passages of a hundred tokens.
 _MAX_CACHED_TOKENS: Final = 1 << 21
+# What torch says if the memory of a GPU or of the machine is full.
+_NO_MEMORY: Final = ("out of memory", "allocate memory", "not enough memory")
 _BLANK: Final = (
     "%d of the %d passages of a request are blank. They are not scored and rank last. Set "
     "blank_passages='refuse' to get an error instead. This warning is logged once per process; "
@@ -306,16 +309,13 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     folder = find_checkpoint(config)
     try:
         return _load(config, folder)
-    except (OSError, MemoryError) as error:  # a file cannot be read, or the memory is full
-        raise _cannot_load(folder, error) from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch's words for a full memory
+    except RerankError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:  # a file cannot be read, or the memory is full
+        message = str(error) or "not enough memory"
+        if isinstance(error, RuntimeError) and not any(words in message for words in _NO_MEMORY):
             raise
-        raise _cannot_load(folder, error) from error
-
-
-def _cannot_load(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"the model in {folder} cannot be loaded: {str(error) or 'not enough memory'}")
+        raise CheckpointError(f"the model in {folder} cannot be loaded: {message}") from error
 
 
 def _load(config: ScorerConfig, folder: Path) -> Pipeline:

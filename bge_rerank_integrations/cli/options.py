@@ -201,9 +201,9 @@ def _split(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 def _in_a_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Reject an output file that cannot be created in its folder, before the command does any work."""
     if path is not None and not path.exists():
-        folder = path.absolute().parent
+        folder = Path(os.path.realpath(path)).parent  # a link may lead to another folder
         if not folder.is_dir():
-            raise click.BadParameter(f"folder {str(path.parent)!r} does not exist", param=parameter)
+            raise click.BadParameter(f"folder {str(folder)!r} does not exist", param=parameter)
         if not os.access(folder, os.W_OK):
-            raise click.BadParameter(f"folder {str(path.parent)!r} is not writable", param=parameter)
+            raise click.BadParameter(f"folder {str(folder)!r} is not writable", param=parameter)
     return path

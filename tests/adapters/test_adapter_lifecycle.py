@@ -16,7 +16,8 @@ from typing import Any
 from unittest.mock import Mock, create_autospec
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, RankedPassage, Scorer
 from bge_rerank_integrations.adapter_options import RerankOptions
@@ -337,9 +338,15 @@ def test_a_copy_has_the_updated_options_and_keeps_the_others(
 def test_a_subclass_with_an_init_of_its_own_can_be_copied(adapter_type: type[RerankOptions]) -> None:
     class Best(adapter_type):  # type: ignore[valid-type,misc]
         number: int = Field(default=1, alias="n")
+        other_number: int = Field(default=1, validation_alias=AliasChoices("m", "o"))
 
         def __init__(self, best: int) -> None:
             super().__init__(model="embedded", top_n=best, n=2)
+
+        @model_validator(mode="after")
+        def _limit(self) -> Self:
+            self.__dict__["top_n"] = min(self.top_n or 0, 10)
+            return self
 
         @cached_property
         def twice(self) -> int:
@@ -349,11 +356,29 @@ def test_a_subclass_with_an_init_of_its_own_can_be_copied(adapter_type: type[Rer
     assert best.twice == 6
     copied = best.model_copy(update={"top_n": 1})
     assert (copied.top_n, copied.number, copied.twice, best.twice) == (1, 2, 2, 6)
-    assert best.model_copy(update={"number": 5}).number == 5
+    assert best.model_copy(update={"number": 5, "other_number": 6}).number == 5
+    assert best.model_copy(update={"top_n": 50}).top_n == 10
+    best.top_n = 20
+    assert best.top_n == 10
+    best.top_n = 3
     assert best.model_copy().top_n == 3
-    for update in ({"top_n": -1}, {"twice": 1}, {"other": 1}):
+    for update in ({"top_n": -1}, {"twice": 1}, {"other": 1}, {"n": 1}):
         with pytest.raises(ValidationError, match=next(iter(update))):
             best.model_copy(update=update)
+
+
+class Chosen(BGERerankPostprocessor):
+    """A subclass with an `__init__` that does not take the options."""
+
+    def __init__(self, best: int) -> None:
+        super().__init__(scorer=TableScorer(), top_n=best)
+
+
+def test_a_subclass_with_an_init_of_its_own_can_be_pickled() -> None:
+    restored = pickle.loads(pickle.dumps(Chosen(1)))
+    assert type(restored) is Chosen
+    assert len(rank_with(restored, TEXTS)) == 1
+    assert len(rank_with(restored.model_copy(update={"top_n": 2}), TEXTS)) == 2
 
 
 def test_a_copy_keeps_its_callback_manager() -> None:

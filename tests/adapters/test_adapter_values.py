@@ -248,6 +248,35 @@ def test_values_that_cannot_be_copied_are_shared_and_the_rest_is_copied() -> Non
     assert repr(metadata) == before
 
 
+def test_values_in_hundreds_of_others_are_whole() -> None:
+    """At some depth the original is shared. No copy is empty, even if a value occurs at several depths."""
+    values: list[Any] = [["leaf", threading.Lock()]]
+    for number in range(1200):
+        values.append([values[-1]] if number % 2 else {"in": values[-1]})
+    metadata = {str(number): value for number, value in enumerate(values)}
+    document = Document(page_content=PANDA, metadata={"deepest": values[-1], **metadata})
+    (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    for number in range(len(values)):
+        inner = returned.metadata[str(number)]
+        for _ in range(number):
+            (inner,) = inner.values() if isinstance(inner, dict) else inner
+        assert inner == values[0]
+    assert returned.metadata["0"] is not values[0]
+
+
+def test_a_value_that_occurs_often_is_copied_once() -> None:
+    lock = threading.Lock()
+    twice: Any = ("leaf", lock)
+    for _ in range(60):  # each level doubles the number of paths to the leaf
+        twice = (twice, twice)
+    tags = [1]
+    document = Document(page_content=PANDA, metadata={"twice": twice, "tags": tags, "again": tags})
+    (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    assert returned.metadata["twice"][0] is returned.metadata["twice"][1]
+    assert returned.metadata["tags"] is returned.metadata["again"]
+    assert returned.metadata["tags"] is not tags
+
+
 class Loose(Document):
     """A document type with fields that it does not declare, and with a private attribute."""
 

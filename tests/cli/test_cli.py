@@ -368,13 +368,22 @@ def test_nothing_is_written_over_an_input(on: list[str], folder: Path) -> None:
     assert "is the input" in flat(result.stderr)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_numbers_are_printed_even_if_the_plot_cannot_be(on: list[str], folder: Path) -> None:
     plot = folder / "plot.png"
-    plot.symlink_to("/no/such/folder/plot.png")
+    plot.symlink_to("/dev/full")
     result = run("eval", folder, "--plot", plot, *on)
     assert result.exit_code == 1
-    assert "plot.png: No such file" in flat(result.stderr)
+    assert "No space left on device" in flat(result.stderr)
     assert "nDCG@10" in result.stdout
+
+
+def test_a_link_into_a_folder_that_does_not_exist_is_refused_before_any_work(folder: Path) -> None:
+    plot = folder / "plot.png"
+    plot.symlink_to("/no/such/folder/plot.png")
+    result = run("eval", folder, "--plot", plot, "--model", "/no/such/model")
+    assert result.exit_code == 2
+    assert "folder '/no/such/folder' does not exist" in flat(result.stderr)
 
 
 def test_a_plot_of_an_unknown_format_is_refused_before_any_work(folder: Path) -> None:
