@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import operator
-from collections import ChainMap
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import date
 from decimal import Decimal
@@ -78,14 +77,17 @@ def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
             return items
         if kind is tuple:
             return copies.setdefault(id(value), tuple([_copy_value(item, copies) for item in value]))
+        return _copy_object(value, copies)
     except RecursionError:
         copies.pop(id(value), None)  # it may be incomplete
         return value
+
+
+def _copy_object(value: Any, copies: dict[int, Any]) -> Any:
     try:
-        # What `deepcopy` stores in its memo is incomplete if it fails.
-        copied = copy.deepcopy(value, ChainMap({}, copies))  # type: ignore[arg-type]  # not only a dict
+        copied = copy.deepcopy(value, _Memo(copies))
     except Exception:
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # of a subclass
             return _copy_dict(value, copies)
         copied = value
     copies[id(value)] = copied
@@ -97,6 +99,18 @@ def _copy_dict(value: dict[Any, Any], copies: dict[int, Any]) -> dict[Any, Any]:
     for key, item in value.items():
         copied[key] = _copy_value(item, copies)
     return copied
+
+
+class _Memo(dict[int, Any]):
+    """The memo of a call of `deepcopy`. It finds earlier copies, but adds none to them: the call may fail."""
+
+    def __init__(self, copies: dict[int, Any]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def get(self, key: int, default: Any = None) -> Any:
+        """Return the copy of an object by its id."""
+        return super().get(key, self._copies.get(key, default))
 
 
 async def yielding_now_and_then(items: Iterable[T]) -> AsyncIterator[T]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from langchain_core.documents import Document
@@ -262,6 +263,28 @@ def test_values_in_hundreds_of_others_are_whole() -> None:
             (inner,) = inner.values() if isinstance(inner, dict) else inner
         assert inner == values[0]
     assert returned.metadata["0"] is not values[0]
+
+
+def test_objects_refer_to_the_same_copies_as_before() -> None:
+    class Note:
+        def __init__(self, tags: list[Any]) -> None:
+            self.tags = tags
+
+    class Broken(dict[str, Any]):
+        def __reduce_ex__(self, _: object) -> Any:
+            raise TypeError("cannot be copied")
+
+    tags: list[Any] = [[1]]
+    element = ElementTree.Element("a", {"b": "c"})  # its `__deepcopy__` is written in C
+    metadata = {"tags": tags, "note": Note(tags), "element": element, "broken": Broken(tags=tags)}
+    document = Document(page_content=PANDA, metadata=metadata)
+    (returned,) = BGEReranker(scorer=TableScorer()).compress_documents([document], QUERY)
+    copied = returned.metadata
+    assert copied["tags"] is copied["note"].tags is copied["broken"]["tags"]
+    assert copied["tags"] is not tags
+    assert copied["element"] is not element
+    assert copied["element"].attrib == {"b": "c"}
+    assert type(copied["broken"]) is dict
 
 
 def test_a_value_that_occurs_often_is_copied_once() -> None:
