@@ -31,6 +31,7 @@ RETRIEVAL_KEYS: Final = (RETRIEVAL_RANK_KEY, RETRIEVAL_SCORE_KEY)
 
 # Values of these types cannot be changed, so that a copy may share them.
 _ATOMS: Final = frozenset({int, float, str, bool, type(None)})
+# Number of copies after which the event loop runs other tasks.
 _ITEMS_PER_TURN: Final = 8
 
 

@@ -19,7 +19,6 @@ IMPORTS = "from bge_rerank_integrations import BGEReranker, Scorer\n"
 CODE = """
 import gevent
 import threading
-import time
 
 passages = ["A bear sleeps all winter.", "Giant pandas eat bamboo, mostly.", "Pandas live in China."]
 query = "what does a giant panda eat?"

@@ -630,7 +630,7 @@ def test_options_that_two_threads_set_are_both_kept(adapter_type: type[RerankOpt
         @classmethod
         def _wait(cls, value: bool) -> bool:
             other.start()
-            is_set.wait(0.3)  # this is the whole duration, as the other thread must wait
+            is_set.wait(PATIENCE_S)  # the other thread sets its option while this one is being set
             return value
 
     def set_top_n() -> None:
