@@ -21,19 +21,19 @@ except ImportError as error:
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from typing_extensions import Self
 
-from bge_rerank_integrations.adapter_options import Names, RerankOptions
-from bge_rerank_integrations.adapter_results import (
+from bge_rerank_integrations.adapters.calls import arank_requests, arank_texts, rank_requests, rank_texts
+from bge_rerank_integrations.adapters.copies import independent_copy, yielding_now_and_then
+from bge_rerank_integrations.adapters.cross_encoder import CrossEncoderView
+from bge_rerank_integrations.adapters.document_texts import TextSource, check_fields, check_template, texts_of
+from bge_rerank_integrations.adapters.options import Names, RerankOptions
+from bge_rerank_integrations.adapters.results import (
     MARKS,
     RETRIEVAL_KEYS,
     as_score,
-    independent_copy,
     summarize,
     summarize_all,
     type_of,
-    yielding_now_and_then,
 )
-from bge_rerank_integrations.cross_encoder import CrossEncoderView
-from bge_rerank_integrations.document_texts import TextSource, check_fields, check_template, texts_of
 from bge_rerank_integrations.errors import ConfigError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
 from bge_rerank_integrations.validation import check_query, check_requests
@@ -206,7 +206,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         limit = self._top_n(top_n)
         num_pairs = sum(len(texts) for _, texts in prepared)
         with self._run(None, num_pairs) as outputs:
-            rankings = self.rank_requests(prepared, limit, self.score_threshold)
+            rankings = rank_requests(self, prepared, limit, self.score_threshold)
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
@@ -222,7 +222,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         limit = self._top_n(top_n)
         num_pairs = sum(len(texts) for _, texts in prepared)
         async with self._arun(None, num_pairs) as outputs:
-            rankings = await self.arank_requests(prepared, limit, self.score_threshold)
+            rankings = await arank_requests(self, prepared, limit, self.score_threshold)
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
@@ -243,7 +243,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
     ) -> Sequence[RankedPassage]:
         with self._run(callbacks, len(texts)) as outputs:
-            ranked = self.rank_texts(query, texts, top_n, self.score_threshold)
+            ranked = rank_texts(self, query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 
@@ -251,7 +251,7 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
         self, query: str, texts: list[str], top_n: int | None, callbacks: Callbacks | None
     ) -> Sequence[RankedPassage]:
         async with self._arun(callbacks, len(texts)) as outputs:
-            ranked = await self.arank_texts(query, texts, top_n, self.score_threshold)
+            ranked = await arank_texts(self, query, texts, top_n, self.score_threshold)
             outputs |= summarize(ranked, len(texts))
         return ranked
 

@@ -29,15 +29,15 @@ from pydantic import (
     model_validator,
 )
 
-from bge_rerank_integrations.adapter_options import RerankOptions
-from bge_rerank_integrations.adapter_results import (
+from bge_rerank_integrations.adapters.calls import arank_texts, rank_texts
+from bge_rerank_integrations.adapters.copies import independent_copy, yielding_now_and_then
+from bge_rerank_integrations.adapters.options import RerankOptions
+from bge_rerank_integrations.adapters.results import (
     MARKS,
     RETRIEVAL_KEYS,
     as_score,
-    independent_copy,
     summarize,
     type_of,
-    yielding_now_and_then,
 )
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage
@@ -128,7 +128,7 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         call = self._prepare(nodes, query_bundle)
         with self._events(call) as returned:
-            ranked = self.rank_texts(call.query.query_str, call.texts, self.top_n, self.score_threshold)
+            ranked = rank_texts(self, call.query.query_str, call.texts, self.top_n, self.score_threshold)
             returned += [self._copy(call.nodes[passage.index], passage) for passage in ranked]
             call.figures.update(summarize(ranked, len(call.texts)))
         return returned
@@ -140,8 +140,8 @@ class BGERerankPostprocessor(RerankOptions, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         call = self._prepare(nodes, query_bundle)
         with self._events(call) as returned:
-            ranked = await self.arank_texts(
-                call.query.query_str, call.texts, self.top_n, self.score_threshold
+            ranked = await arank_texts(
+                self, call.query.query_str, call.texts, self.top_n, self.score_threshold
             )
             passages = yielding_now_and_then(ranked)
             returned += [self._copy(call.nodes[passage.index], passage) async for passage in passages]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bge_rerank_integrations import SupportsRank
-from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapters.options import RerankOptions
 from bge_rerank_integrations.errors import RerankError
 from examples.embedding import SentenceEmbedder
 from examples.folder import DEFAULT_PATHS, FolderError

@@ -18,7 +18,7 @@ import bge_rerank_integrations
 from bge_rerank_integrations import BGEReranker, Scorer, ScorerConfig
 
 MODULES = [
-    "adapter_options",
+    "adapters.options",
     "batching.batcher",
     "batching.stats",
     "cli.options",

@@ -20,7 +20,7 @@ from pydantic import AliasChoices, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, RankedPassage, Scorer
-from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapters.options import RerankOptions
 from bge_rerank_integrations.errors import CheckpointNotFoundError, RequestTimeoutError, ScorerClosedError
 from tests.support.adapters import ADAPTER_TYPES, QUERY, arank_with, rank_with
 from tests.support.queues import PATIENCE_S

@@ -27,7 +27,7 @@ from llama_index.core.schema import (
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, ScorerConfig
-from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapters.options import RerankOptions
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from tests.support.scorers import PANDA, TEA, TableScorer
 

@@ -32,7 +32,7 @@ from pydantic import ValidationError, field_validator
 from pydantic_core import PydanticUndefined
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor, Scorer, ScorerConfig
-from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapters.options import RerankOptions
 from bge_rerank_integrations.errors import (
     CheckpointNotFoundError,
     ConfigError,

@@ -8,7 +8,7 @@ from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from bge_rerank_integrations import BGEReranker, BGERerankPostprocessor
-from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapters.options import RerankOptions
 
 QUERY = "what does a panda eat?"
 Ranked = tuple[int, float | None]

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 
-from bge_rerank_integrations.adapter_options import RerankOptions
+from bge_rerank_integrations.adapters.calls import rank_requests, rank_texts
+from bge_rerank_integrations.adapters.options import RerankOptions
 from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.validation import check_pairs, check_query, check_requests
 
@@ -34,7 +35,7 @@ class CrossEncoderView(BaseCrossEncoder):
         requests = [(query, [pairs[index][1] for index in indices]) for query, indices in groups.items()]
         order = [index for indices in groups.values() for index in indices]
         try:
-            rankings = self._reranker.rank_requests(check_requests(requests), None, None)
+            rankings = rank_requests(self._reranker, check_requests(requests), None, None)
         except NonFiniteScoreError as error:
             if error.index is None:
                 raise
@@ -43,7 +44,7 @@ class CrossEncoderView(BaseCrossEncoder):
             # The error names the query only. Rank that query alone, so that the error names the passage.
             query, texts = requests[error.index or 0]
             try:
-                self._reranker.rank_texts(check_query(query), texts, None, None)
+                rank_texts(self._reranker, check_query(query), texts, None, None)
             except InputError as exact:
                 raise _error_of_pair(exact, groups[query]) from None
             raise

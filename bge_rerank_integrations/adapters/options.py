@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
@@ -24,11 +23,11 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import Self
 
-from bge_rerank_integrations.adapter_results import (
+from bge_rerank_integrations.adapters.missing_scorer import MissingScorer, missing_scorer_dump, read_scorer
+from bge_rerank_integrations.adapters.results import (
     MARKS,
     RETRIEVAL_RANK_KEY,
     RETRIEVAL_SCORE_KEY,
-    check_ranking,
     marks_of,
 )
 from bge_rerank_integrations.config import (
@@ -41,12 +40,11 @@ from bge_rerank_integrations.config import (
     TruncationSide,
     path_to_str,
 )
-from bge_rerank_integrations.errors import ConfigError, InputError, NonFiniteScoreError
-from bge_rerank_integrations.missing_scorer import MissingScorer, missing_scorer_dump, read_scorer
+from bge_rerank_integrations.errors import ConfigError, InputError
 from bge_rerank_integrations.protocols import PackageScorer, SupportsRank
 from bge_rerank_integrations.ranking import RankedPassage, check_threshold
 from bge_rerank_integrations.scorer import Scorer
-from bge_rerank_integrations.validation import MAX_TIMEOUT_S, naming_request
+from bge_rerank_integrations.validation import MAX_TIMEOUT_S
 
 Options = TypeVar("Options", bound="RerankOptions")
 
@@ -283,78 +281,6 @@ class RerankOptions(BaseModel):
         # The model of a mock is not a string.
         return model if isinstance(model, str) else type(self.scorer).__name__
 
-    def rank_texts(
-        self, query: str, texts: Sequence[str], top_n: int | None, threshold: float | None
-    ) -> Sequence[RankedPassage]:
-        """Rank texts with this adapter's scorer, `normalize` and `timeout`.
-
-        Without texts, or with a `top_n` of 0, no model is loaded.
-        """
-        if not texts or top_n == 0:
-            return []
-        scorer = self.resolve_scorer()
-        if isinstance(scorer, PackageScorer):
-            return scorer.rank(query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize)
-        return check_ranking(scorer.rank(query, texts, top_n, threshold), len(texts), scorer)
-
-    async def arank_texts(
-        self, query: str, texts: Sequence[str], top_n: int | None, threshold: float | None
-    ) -> Sequence[RankedPassage]:
-        """Do the same as `rank_texts` without blocking the event loop."""
-        if not texts or top_n == 0:
-            return []
-        scorer = await self.aresolve_scorer()
-        if isinstance(scorer, PackageScorer):
-            return await scorer.arank(
-                query, texts, top_n, threshold, timeout=self.timeout, normalize=self.normalize
-            )
-        return check_ranking(await scorer.arank(query, texts, top_n, threshold), len(texts), scorer)
-
-    def rank_requests(
-        self,
-        requests: Sequence[tuple[str, Sequence[str]]],
-        top_n: int | None,
-        threshold: float | None,
-    ) -> Sequence[Sequence[RankedPassage]]:
-        """Rank the texts of several queries, in one call if the scorer is one of this package.
-
-        Raises:
-            InputError: For the same reasons as `rank_texts`; `.index` says which request.
-            NonFiniteScoreError: `.index` is the position among the texts of all requests.
-        """
-        if top_n == 0 or not any(texts for _, texts in requests):
-            return [[] for _ in requests]
-        scorer = self.resolve_scorer()
-        if isinstance(scorer, PackageScorer):
-            return scorer.rank_many(
-                requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
-            )
-        rankings: list[Sequence[RankedPassage]] = []
-        for number, (query, texts) in enumerate(requests):
-            with _naming(requests, number):
-                rankings.append(self.rank_texts(query, texts, top_n, threshold))
-        return rankings
-
-    async def arank_requests(
-        self,
-        requests: Sequence[tuple[str, Sequence[str]]],
-        top_n: int | None,
-        threshold: float | None,
-    ) -> Sequence[Sequence[RankedPassage]]:
-        """Do the same as `rank_requests` without blocking the event loop."""
-        if top_n == 0 or not any(texts for _, texts in requests):
-            return [[] for _ in requests]
-        scorer = await self.aresolve_scorer()
-        if isinstance(scorer, PackageScorer):
-            return await scorer.arank_many(
-                requests, top_n, threshold, timeout=self.timeout, normalize=self.normalize
-            )
-        rankings: list[Sequence[RankedPassage]] = []
-        for number, (query, texts) in enumerate(requests):
-            with _naming(requests, number):
-                rankings.append(await self.arank_texts(query, texts, top_n, threshold))
-        return rankings
-
     def added_metadata(
         self, metadata: dict[str, Any], passage: RankedPassage, retrieval_score: object
     ) -> dict[str, Any]:
@@ -395,19 +321,6 @@ def _validated(kind: type[Options], values: Mapping[str, Any]) -> Options:
         dict(values), self_instance=kind.__new__(kind), by_name=True, by_alias=False
     )
     return options
-
-
-@contextmanager
-def _naming(requests: Sequence[tuple[str, Sequence[str]]], number: int) -> Iterator[None]:
-    """Let an error in this block, which ranks one request, have the index that `Scorer.rank_many` gives."""
-    with naming_request(number):
-        try:
-            yield
-        except NonFiniteScoreError as error:
-            if error.index is None:
-                raise
-            num_before = sum(len(texts) for _, texts in requests[:number])
-            raise NonFiniteScoreError(str(error), index=num_before + error.index) from None
 
 
 class _Unquoted(str):

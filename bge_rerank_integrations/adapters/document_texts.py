@@ -8,7 +8,7 @@ from typing import Any
 
 from langchain_core.documents import Document
 
-from bge_rerank_integrations.adapter_results import is_missing, type_of
+from bge_rerank_integrations.adapters.results import is_missing, type_of
 from bge_rerank_integrations.errors import ConfigError, InputError, InputTypeError
 from bge_rerank_integrations.validation import refuse_without_order
 
