@@ -6,12 +6,11 @@ part and how they read the outcome.
 
 from __future__ import annotations
 
-import math
 import random
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
+from bge_rerank_integrations.batching.timeouts import Countdown, start_countdown
 from bge_rerank_integrations.errors import (
     ConfigError,
     InputError,
@@ -33,9 +32,7 @@ from bge_rerank_integrations.validation import (
     check_pairs,
     check_passages,
     check_query,
-    check_requests,
     check_stream,
-    check_timeout,
     group_pairs,
 )
 
@@ -79,12 +76,6 @@ class Failure(NamedTuple):
 def random_delay_s(attempt: int) -> float:
     """Return a delay that grows with the number of attempts. The random part spreads many callers."""
     return min(_FIRST_DELAY_S * 2.0**attempt, _MAX_DELAY_S) * random.uniform(0.5, 1.0)
-
-
-def deadline_of(timeout: float | None) -> float | None:
-    """Return the end of a call by `time.monotonic`. Raise `InputError` if its timeout is invalid."""
-    check_timeout(timeout)
-    return None if timeout is None else time.monotonic() + timeout
 
 
 class DividedCalls(Generic[Step, Outcome]):
@@ -131,57 +122,43 @@ class DividedCalls(Generic[Step, Outcome]):
         self._timed_out = timed_out
 
     def score(
-        self, pairs: Iterable[tuple[str, str]], deadline: float | None
+        self, pairs: Iterable[tuple[str, str]], remaining: Countdown
     ) -> Generator[Step | Sleep, Outcome, list[float]]:
         """Score pairs. A list is checked before any of it is sent, and an iterator while it is read."""
         chunks: Iterable[list[tuple[str, str]]]
         chunks = check_stream(pairs, MAX_PAIRS) if isinstance(pairs, Iterator) else [check_pairs(pairs)]
         scores: list[float] = []
         for chunk in chunks:
-            scores += yield from self.score_chunk(chunk, deadline, len(scores))
+            scores += yield from self.score_chunk(chunk, remaining, len(scores))
         return scores
 
     def score_chunk(
-        self, pairs: list[tuple[str, str]], deadline: float | None, start: int
+        self, pairs: list[tuple[str, str]], remaining: Countdown, start: int
     ) -> Generator[Step | Sleep, Outcome, list[float]]:
         """Score checked pairs. `start` is the index of the first one, for error messages."""
         selection = Selection(None, None, self._normalize)
         rankings = yield from self._rank(
-            group_pairs(pairs), selection, deadline, only_scores=True, start=start
+            group_pairs(pairs), selection, remaining, only_scores=True, start=start
         )
         in_order = [sorted(ranking, key=lambda passage: passage.index) for ranking in rankings]
         return [passage.score for ranking in in_order for passage in ranking]
 
     def rank(
-        self,
-        query: str,
-        passages: Sequence[str],
-        top_n: int | None,
-        threshold: float | None,
-        timeout: float | None,
-        normalize: bool | None,
+        self, query: str, passages: Sequence[str], selection: Selection, remaining: Countdown
     ) -> Generator[Step | Sleep, Outcome, Ranking]:
         """Rank the passages of one query."""
-        selection = self._select(top_n, threshold, normalize)
         texts = check_passages(passages)
-        requests = [(check_query(query), texts)]
-        rankings = yield from self._rank(requests, selection, deadline_of(timeout))
+        rankings = yield from self._rank([(check_query(query), texts)], selection, remaining)
         return rankings[0]
 
     def rank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        top_n: int | None,
-        threshold: float | None,
-        timeout: float | None,
-        normalize: bool | None,
+        self, requests: list[tuple[str, list[str]]], selection: Selection, remaining: Countdown
     ) -> Generator[Step | Sleep, Outcome, list[Ranking]]:
-        """Rank the passages of several queries. An error names the request instead of the passage."""
-        selection = self._select(top_n, threshold, normalize)
-        checked = check_requests(requests)
-        return (yield from self._rank(checked, selection, deadline_of(timeout), names_request=True))
+        """Rank the passages of several checked requests. An error names the request, not the passage."""
+        return self._rank(requests, selection, remaining, names_request=True)
 
-    def _select(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> Selection:
+    def select(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> Selection:
+        """Return the checked options of a ranking. Without `normalize`, the setting of the scorer applies."""
         scale = self._normalize if normalize is None else normalize
         return check_selection(top_n, threshold, normalize=scale)
 
@@ -189,7 +166,7 @@ class DividedCalls(Generic[Step, Outcome]):
         self,
         requests: Sequence[tuple[str, list[str]]],
         selection: Selection,
-        deadline: float | None,
+        remaining: Countdown,
         *,
         names_request: bool = False,
         only_scores: bool = False,
@@ -201,7 +178,7 @@ class DividedCalls(Generic[Step, Outcome]):
         for fragments in split_requests(requests, max_pairs=MAX_PAIRS, max_characters=_MAX_CHARACTERS):
             part = Part([(each.query, each.passages) for each in fragments], selection.top_n, only_scores)
             try:
-                rankings = yield from self._repeat(part, deadline)
+                rankings = yield from self._repeat(part, remaining)
             except NonFiniteScoreError as error:
                 raise score_error_of_call(error, start) from None
             except InputError as error:
@@ -211,12 +188,12 @@ class DividedCalls(Generic[Step, Outcome]):
         # Parts return logits, because they decide the order. The sigmoid is applied here.
         return merge_rankings(len(requests), ranked, selection)
 
-    def _repeat(self, part: Part, deadline: float | None) -> Generator[Step | Sleep, Outcome, list[Ranking]]:
+    def _repeat(self, part: Part, remaining: Countdown) -> Generator[Step | Sleep, Outcome, list[Ranking]]:
         """Send a part until it succeeds, its time is over or there were enough attempts."""
-        deadlines = [each for each in (deadline, deadline_of(self._timeout)) if each is not None]
+        remaining_of_part = start_countdown(self._timeout)
         attempt = 0
         while True:
-            left_s = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
+            left_s = _shorter(remaining(), remaining_of_part())
             if left_s == 0:
                 raise RequestTimeoutError(self._timed_out)
             self._check_open()
@@ -225,8 +202,14 @@ class DividedCalls(Generic[Step, Outcome]):
             if isinstance(answer, list):
                 return answer
             error, delay_s = answer
-            left_s = min(deadlines) - time.monotonic() if deadlines else math.inf
-            if delay_s is None or attempt >= self._max_retries or delay_s >= left_s:
+            left_s = _shorter(remaining(), remaining_of_part())
+            is_late = delay_s is not None and left_s is not None and delay_s >= left_s
+            if delay_s is None or attempt >= self._max_retries or is_late:
                 raise error
             yield Sleep(delay_s)
             attempt += 1
+
+
+def _shorter(first_s: float | None, second_s: float | None) -> float | None:
+    """Return the shorter of two times. None means no limit."""
+    return min((each for each in (first_s, second_s) if each is not None), default=None)

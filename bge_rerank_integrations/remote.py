@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from bge_rerank_integrations.api_key import API_KEY_VARIABLE
-from bge_rerank_integrations.divided_calls import MAX_PAIRS, DividedCalls, Failure, Part, deadline_of
+from bge_rerank_integrations.batching.async_inputs import aread_pairs, aread_requests
+from bge_rerank_integrations.batching.timeouts import next_item, start_countdown
+from bge_rerank_integrations.divided_calls import MAX_PAIRS, DividedCalls, Failure, Part
 from bge_rerank_integrations.errors import ConfigError, ScorerClosedError
 from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking
@@ -22,7 +25,7 @@ from bge_rerank_integrations.remote_wire import (
     parse_rankings,
     retry_delay,
 )
-from bge_rerank_integrations.validation import acheck_stream
+from bge_rerank_integrations.validation import check_requests
 
 if TYPE_CHECKING:
     import httpx
@@ -120,7 +123,7 @@ class RemoteScorer(PackageScorer):
         Example:
             >>> scores = scorer.score([("what is a panda?", "The giant panda is a bear."), ("hi", "bye")])
         """
-        return self._transport.run(self._calls.score(pairs, deadline_of(timeout)))
+        return self._transport.run(self._calls.score(pairs, start_countdown(timeout)))
 
     async def ascore(
         self,
@@ -130,14 +133,16 @@ class RemoteScorer(PackageScorer):
     ) -> list[float]:
         """Do the same as `score` without blocking the event loop.
 
-        An iterator is read in the caller's task. If reading it blocks, pass an asynchronous iterator.
+        An iterator is read in a separate thread, and an asynchronous iterator in the caller's task. Both are
+        read while their pairs are scored.
         """
-        deadline = deadline_of(timeout)
-        if not isinstance(pairs, AsyncIterable):
-            return await self._transport.arun(self._calls.score(pairs, deadline))
+        remaining = start_countdown(timeout)
+        if not isinstance(pairs, Iterator | AsyncIterable):
+            return await self._transport.arun(self._calls.score(pairs, remaining))
         scores: list[float] = []
-        async for chunk in acheck_stream(pairs, MAX_PAIRS):
-            scores += await self._transport.arun(self._calls.score_chunk(chunk, deadline, len(scores)))
+        async with aclosing(aread_pairs(pairs, MAX_PAIRS)) as chunks:
+            while (chunk := await next_item(chunks, remaining)) is not None:
+                scores += await self._transport.arun(self._calls.score_chunk(chunk, remaining, len(scores)))
         return scores
 
     def rank(
@@ -172,7 +177,10 @@ class RemoteScorer(PackageScorer):
             >>> scorer.rank("what is a panda?", ["hi", "The giant panda is a bear."])[0].index
             1
         """
-        return self._transport.run(self._calls.rank(query, passages, top_n, threshold, timeout, normalize))
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        steps = self._calls.rank(query, passages, selection, remaining)
+        return self._transport.run(steps)
 
     async def arank(
         self,
@@ -185,9 +193,10 @@ class RemoteScorer(PackageScorer):
         normalize: bool | None = None,
     ) -> Ranking:
         """Do the same as `rank` without blocking the event loop."""
-        return await self._transport.arun(
-            self._calls.rank(query, passages, top_n, threshold, timeout, normalize)
-        )
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        steps = self._calls.rank(query, passages, selection, remaining)
+        return await self._transport.arun(steps)
 
     def rank_many(
         self,
@@ -217,7 +226,10 @@ class RemoteScorer(PackageScorer):
         Example:
             >>> rankings = scorer.rank_many([("panda", ["a bear", "tea"]), ("tea", ["a cup of tea"])])
         """
-        return self._transport.run(self._calls.rank_many(requests, top_n, threshold, timeout, normalize))
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        steps = self._calls.rank_many(check_requests(requests), selection, remaining)
+        return self._transport.run(steps)
 
     async def arank_many(
         self,
@@ -228,10 +240,15 @@ class RemoteScorer(PackageScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do the same as `rank_many` without blocking the event loop."""
-        return await self._transport.arun(
-            self._calls.rank_many(requests, top_n, threshold, timeout, normalize)
-        )
+        """Do the same as `rank_many` without blocking the event loop.
+
+        An iterator is read in a separate thread.
+        """
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        checked = await aread_requests(requests, remaining)
+        steps = self._calls.rank_many(checked, selection, remaining)
+        return await self._transport.arun(steps)
 
     def to_dict(self) -> dict[str, str | float | bool | None]:
         """Return the settings, without the API key, as a JSON-serializable dict for `from_dict`."""

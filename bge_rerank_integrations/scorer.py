@@ -7,12 +7,13 @@ import copy
 import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, closing, nullcontext
+from contextlib import aclosing, closing
 from typing import ClassVar, Final
 
+from bge_rerank_integrations.batching.async_inputs import aread_pairs, aread_requests
 from bge_rerank_integrations.batching.inference import Pipeline, load_pipeline
 from bge_rerank_integrations.batching.stats import ScorerHealth, ScorerStats
-from bge_rerank_integrations.batching.timeouts import await_within, start_countdown
+from bge_rerank_integrations.batching.timeouts import start_countdown
 from bge_rerank_integrations.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_OVERLAP,
@@ -26,12 +27,10 @@ from bge_rerank_integrations.errors import ScorerClosedError
 from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking, Selection, check_selection
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
-from bge_rerank_integrations.runtime.reader_threads import read_in_thread, run_in_thread
 from bge_rerank_integrations.runtime.shared_objects import SharedObjects
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.validation import (
     Pair,
-    acheck_stream,
     check_pairs,
     check_passages,
     check_query,
@@ -360,19 +359,15 @@ class Scorer(PackageScorer):
         asynchronous iterator in a separate task.
         """
         pipeline = self._require_pipeline()
-        closing_chunks: AbstractAsyncContextManager[object] = nullcontext()
-        if isinstance(pairs, AsyncIterable):
-            chunks = acheck_stream(pairs, _NUM_STREAMED_PAIRS)
-        elif isinstance(pairs, Iterator):
-            chunks = read_in_thread(check_stream(pairs, _NUM_STREAMED_PAIRS))
-            # The thread must not wait until an exception of this call, which refers to it, is forgotten.
-            closing_chunks = aclosing(chunks)
-        else:
+        if not isinstance(pairs, Iterator | AsyncIterable):
             prepared = PreparedPairs(group_pairs(check_pairs(pairs)))
             logits = await pipeline.arun(prepared, timeout=timeout)
             return prepared.scores(logits, normalize=self.config.normalize)
         scores: list[float] = []
-        async with closing_chunks, aclosing(pipeline.astream(chunks, timeout=timeout)) as stream:
+        async with (
+            aclosing(aread_pairs(pairs, _NUM_STREAMED_PAIRS)) as chunks,
+            aclosing(pipeline.astream(chunks, timeout=timeout)) as stream,
+        ):
             async for prepared, logits in stream:
                 scores += prepared.scores(logits, normalize=self.config.normalize, start=len(scores))
         return scores
@@ -408,11 +403,7 @@ class Scorer(PackageScorer):
         """
         remaining = start_countdown(timeout)
         selection = self._select(top_n, threshold, normalize)
-        if isinstance(requests, Iterator):
-            checked = await await_within(run_in_thread(check_requests, requests), remaining)
-        else:
-            checked = check_requests(requests)
-        prepared = self._prepare_each(checked)
+        prepared = self._prepare_each(await aread_requests(requests, remaining))
         logits = await self._require_pipeline().arun(prepared, timeout=remaining())
         return prepared.rankings(logits, selection)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any, Final, NamedTuple
 
+from bge_rerank_integrations.batching.async_inputs import aread_pairs, aread_requests
+from bge_rerank_integrations.batching.timeouts import next_item, start_countdown
 from bge_rerank_integrations.divided_calls import (
     MAX_PAIRS,
     DividedCalls,
     Failure,
     Part,
-    deadline_of,
     random_delay_s,
 )
 from bge_rerank_integrations.errors import (
@@ -36,7 +38,7 @@ except ImportError as error:
 from bge_rerank_integrations.protocols import PackageScorer
 from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.runtime.steps import arun_steps, run_steps
-from bge_rerank_integrations.validation import acheck_stream
+from bge_rerank_integrations.validation import check_requests
 
 # Another attempt can succeed after these errors: on another replica, or when the queue is shorter.
 _RETRIED: Final = (DeviceLostError, QueueFullError, ServerUnreachableError, WorkerDiedError)
@@ -120,7 +122,7 @@ class ServeScorer(PackageScorer):
             RequestTimeoutError: The call did not finish within its timeout.
             RerankError: For the same reasons as `Scorer.score`.
         """
-        return run_steps(self._calls.score(pairs, deadline_of(timeout)), self._take)
+        return run_steps(self._calls.score(pairs, start_countdown(timeout)), self._take)
 
     async def ascore(
         self,
@@ -130,14 +132,18 @@ class ServeScorer(PackageScorer):
     ) -> list[float]:
         """Do the same as `score` without blocking the event loop.
 
-        An iterator is read in the caller's task. If reading it blocks, pass an asynchronous iterator.
+        An iterator is read in a separate thread, and an asynchronous iterator in the caller's task. Both are
+        read while their pairs are scored.
         """
-        deadline = deadline_of(timeout)
-        if not isinstance(pairs, AsyncIterable):
-            return await arun_steps(self._calls.score(pairs, deadline), self._atake)
+        remaining = start_countdown(timeout)
+        if not isinstance(pairs, Iterator | AsyncIterable):
+            return await arun_steps(self._calls.score(pairs, remaining), self._atake)
         scores: list[float] = []
-        async for chunk in acheck_stream(pairs, MAX_PAIRS):
-            scores += await arun_steps(self._calls.score_chunk(chunk, deadline, len(scores)), self._atake)
+        async with aclosing(aread_pairs(pairs, MAX_PAIRS)) as chunks:
+            while (chunk := await next_item(chunks, remaining)) is not None:
+                scores += await arun_steps(
+                    self._calls.score_chunk(chunk, remaining, len(scores)), self._atake
+                )
         return scores
 
     def rank(
@@ -168,7 +174,10 @@ class ServeScorer(PackageScorer):
             InputError: An argument has the wrong type or is out of range; `.index` says which passage.
             RerankError: For the same reasons as `score`.
         """
-        return run_steps(self._calls.rank(query, passages, top_n, threshold, timeout, normalize), self._take)
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        steps = self._calls.rank(query, passages, selection, remaining)
+        return run_steps(steps, self._take)
 
     async def arank(
         self,
@@ -181,7 +190,9 @@ class ServeScorer(PackageScorer):
         normalize: bool | None = None,
     ) -> Ranking:
         """Do the same as `rank` without blocking the event loop."""
-        steps = self._calls.rank(query, passages, top_n, threshold, timeout, normalize)
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        steps = self._calls.rank(query, passages, selection, remaining)
         return await arun_steps(steps, self._atake)
 
     def rank_many(
@@ -209,7 +220,10 @@ class ServeScorer(PackageScorer):
             InputError: For the same reasons as `rank`; `.index` says which request.
             RerankError: For the same reasons as `score`.
         """
-        return run_steps(self._calls.rank_many(requests, top_n, threshold, timeout, normalize), self._take)
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        steps = self._calls.rank_many(check_requests(requests), selection, remaining)
+        return run_steps(steps, self._take)
 
     async def arank_many(
         self,
@@ -220,10 +234,15 @@ class ServeScorer(PackageScorer):
         timeout: float | None = None,
         normalize: bool | None = None,
     ) -> list[Ranking]:
-        """Do the same as `rank_many` without blocking the event loop."""
-        return await arun_steps(
-            self._calls.rank_many(requests, top_n, threshold, timeout, normalize), self._atake
-        )
+        """Do the same as `rank_many` without blocking the event loop.
+
+        An iterator is read in a separate thread.
+        """
+        remaining = start_countdown(timeout)
+        selection = self._calls.select(top_n, threshold, normalize)
+        checked = await aread_requests(requests, remaining)
+        steps = self._calls.rank_many(checked, selection, remaining)
+        return await arun_steps(steps, self._atake)
 
     def __repr__(self) -> str:
         return f"ServeScorer(app={self._handle.app_name!r})"

@@ -512,6 +512,71 @@ def test_an_iterator_is_read_while_it_is_scored() -> None:
     assert caught.value.index == 1500
 
 
+async def test_slow_iterators_leave_the_loop_free() -> None:
+    reading, ticked = threading.Event(), threading.Event()
+
+    def wait_for_loop() -> None:
+        reading.set()
+        assert ticked.wait(PATIENCE_S), "the loop was blocked"
+
+    def stream_pairs() -> Iterator[tuple[str, str]]:
+        wait_for_loop()
+        yield from [("q", "p")] * 1500
+
+    def stream_requests() -> Iterator[tuple[str, list[str]]]:
+        wait_for_loop()
+        yield "q", ["a", "b"]
+
+    scorer = stub(Answers())
+    for call, count in ((scorer.ascore(stream_pairs()), 1500), (scorer.arank_many(stream_requests()), 1)):
+        reading.clear()
+        ticked.clear()
+        task = asyncio.create_task(call)
+        assert await asyncio.to_thread(reading.wait, PATIENCE_S)
+        ticked.set()
+        assert len(await task) == count
+
+
+async def test_reading_counts_towards_the_timeout() -> None:
+    may_end = threading.Event()
+
+    def stream_pairs() -> Iterator[tuple[str, str]]:
+        may_end.wait(PATIENCE_S)
+        yield "q", "p"
+
+    async def astream_pairs() -> AsyncIterator[tuple[str, str]]:
+        await asyncio.Event().wait()
+        yield "q", "p"
+
+    def stream_requests() -> Iterator[tuple[str, list[str]]]:
+        may_end.wait(PATIENCE_S)
+        yield "q", ["a", "b"]
+
+    def stream_slow_requests() -> Iterator[tuple[str, list[str]]]:
+        time.sleep(0.1)
+        yield "q", ["a", "b"]
+
+    answers = Answers()
+    scorer = stub(answers)
+    for call in (
+        scorer.ascore(stream_pairs(), timeout=0.05),
+        scorer.ascore(astream_pairs(), timeout=0.05),
+        scorer.arank_many(stream_requests(), timeout=0.05),
+        asyncio.to_thread(scorer.rank_many, stream_slow_requests(), timeout=0.05),
+    ):
+        with pytest.raises(RequestTimeoutError):
+            await call
+    may_end.set()
+    assert not answers.requests
+
+
+def test_a_wrong_timeout_is_refused_before_anything_is_read() -> None:
+    requests = iter([("q", ["a"])])
+    with pytest.raises(InputError, match="timeout"):
+        stub(Answers()).rank_many(requests, timeout=-1)
+    assert next(requests) == ("q", ["a"])
+
+
 async def test_a_refused_passage_is_named_as_by_the_local_scorer(checkpoint: Path) -> None:
     """The client splits requests at 1024 passages, and the server at 512."""
     blank_late = [*(f"passage {number}" for number in range(1600)), " "]
