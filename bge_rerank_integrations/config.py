@@ -270,12 +270,12 @@ class ScorerConfig:
     def _check_device(self) -> None:
         if self.devices is not None:
             self._check_devices(self.devices)
-        for device in self.devices or (self.device,):
+        for index, device in enumerate(self.devices or (self.device,)):
             match = _DEVICE.fullmatch(device)
             if match is None or int(match["index"] or 0) > _MAX_DEVICE_INDEX:
+                name = "device must be 'auto'," if self.devices is None else f"devices[{index}] must be"
                 raise ConfigError(
-                    "device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', with N from 0 to "
-                    f"{_MAX_DEVICE_INDEX}"
+                    f"{name} 'cpu', 'cuda', 'cuda:N' or 'mps', with N from 0 to {_MAX_DEVICE_INDEX}"
                 )
             if device.startswith("cpu") and self.dtype == "float16":
                 raise ConfigError(FLOAT16_ON_CPU)

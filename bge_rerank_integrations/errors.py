@@ -110,9 +110,9 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class DatasetError(RerankError):
-    """A file of queries, passages, judgements or results is missing or malformed.
+    """A file of queries, passages, judgements or results is missing or malformed, or cannot be written.
 
-    The message names the file and the line.
+    The message names the file, and the line if there is one.
     """
 
 

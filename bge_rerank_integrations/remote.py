@@ -40,11 +40,11 @@ class RemoteScorer(PackageScorer):
     of `Scorer`, but no `progress`. Any number of threads and asyncio tasks
     can use one instance. It has one pool of connections for sync calls, and one for each event loop.
 
-    An HTTP request is retried if the connection fails, if the server answers with status 429, 502, 503 or
-    504, or if a proxy answers 500. The delay before the next attempt is the one in the header `Retry-After`,
-    or a random delay that grows with each attempt. There are at most `max_retries` retries, and none
-    starts after the request's `timeout` or the timeout of the call. A long list of passages is sent in
-    several HTTP requests, one after the other.
+    An HTTP request is retried if the connection fails, if the status is 429, 502 or 503, or if a proxy
+    answers with status 500 or 504. A timeout is not retried. The delay before the next attempt is the one in
+    the header `Retry-After`, or a random delay that grows with each attempt. There are at most `max_retries`
+    retries, and none starts after the request's `timeout` or the timeout of the call. A long list of passages
+    is sent in several HTTP requests, one after the other.
 
     Copying a scorer returns the scorer itself. A pickle contains the settings but not the API key. The
     unpickled scorer reads the key from the environment.
@@ -266,8 +266,10 @@ class RemoteScorer(PackageScorer):
         Raises:
             ConfigError: A setting is unknown, missing or invalid.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"the settings must be a mapping, not {type(data).__name__}")
         known = {"base_url", "timeout", "max_retries", "normalize"}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(set(data) - known, key=str)
         if unknown or "base_url" not in data:
             raise ConfigError(
                 f"base_url is required, and the known settings are {sorted(known)}; unknown settings: "

@@ -82,7 +82,8 @@ def merge_rankings(
         selection: The passages to keep of each request, and the scale of their scores.
 
     Returns:
-        One ranking for each request, in order. Its counts are the sums over its fragments.
+        One ranking for each request, in order. Its counts are the sums over its fragments. A query that lost
+        tokens counts once.
     """
     passages: list[list[RankedPassage]] = [[] for _ in range(num_requests)]
     counts: list[dict[str, int]] = [{} for _ in range(num_requests)]

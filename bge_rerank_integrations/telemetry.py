@@ -58,7 +58,13 @@ _METRICS: Final = (
         "query_truncations", "counter", "{query}", "Queries that lost tokens.", lambda s: s.query_truncations
     ),
     _Metric("blank_passages", "counter", "{passage}", "Blank passages.", lambda s: s.blank_passages),
-    _Metric("splits", "counter", "{batch}", "Batches that ran out of memory.", lambda s: s.splits),
+    _Metric(
+        "splits",
+        "counter",
+        "{batch}",
+        "Batches that ran out of memory and made the next ones smaller.",
+        lambda s: s.splits,
+    ),
     _Metric(
         "lost_replicas", "counter", "{device}", "Devices that failed permanently.", lambda s: s.lost_replicas
     ),

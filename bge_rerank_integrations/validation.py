@@ -38,7 +38,7 @@ def check_query(query: Any, *, may_be_blank: bool = False) -> str:
 
     Args:
         query: The query.
-        may_be_blank: Whether it may be blank, as in pairs to score. The query of a ranking may not.
+        may_be_blank: Whether it may be blank, as in pairs to score. The query of a ranking must not be blank.
 
     Raises:
         InputTypeError: The query is not a string.
@@ -89,6 +89,7 @@ def check_pairs(pairs: Any, *, start: int = 0) -> list[Pair]:
     """
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise InputTypeError(f"pairs must be a list of (query, passage) pairs, not {_kind(pairs)}")
+    refuse_without_order("pairs", pairs)
     checked: list[Pair] = []
     for index, pair in enumerate(pairs, start=start):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -145,6 +146,7 @@ def check_requests(
     """
     if isinstance(requests, str) or not isinstance(requests, Iterable):
         raise InputTypeError(f"requests must be a list of (query, passages) tuples, not {_kind(requests)}")
+    refuse_without_order("requests", requests)
     checked = []
     for index, request in enumerate(requests):
         if not isinstance(request, tuple | list) or len(request) != 2:

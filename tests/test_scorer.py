@@ -979,3 +979,14 @@ def test_the_processs_torch_settings_are_left_as_they_were(checkpoint: Path) -> 
     with Scorer(checkpoint, device="cpu", dtype="float32") as other:
         other.score([("a", "b")])
     assert current() == before
+
+
+def test_sets_and_tables_of_pairs_are_refused(scorer: Scorer) -> None:
+    class DataFrame(list[tuple[str, str]]):
+        """A table, which gives its columns when it is iterated."""
+
+    for pairs in ({("a", "b")}, frozenset({("a", "b")}), DataFrame([("a", "b")])):
+        with pytest.raises(InputTypeError, match=r"pairs must be a sequence"):
+            scorer.score(pairs)
+        with pytest.raises(InputTypeError, match=r"requests must be a sequence"):
+            scorer.rank_many(pairs)

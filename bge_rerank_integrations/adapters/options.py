@@ -201,9 +201,7 @@ class RerankOptions(BaseModel):
             fields = type(self).model_fields
             values = {name: value for name, value in copied.__dict__.items() if name in fields}
             checked = _validated(type(self), {**values, **(extra or {}), **update})
-            for name in copied.__dict__.keys() - fields:
-                if isinstance(getattr(type(self), name, None), cached_property):
-                    del copied.__dict__[name]  # it may depend on the options
+            copied._forget_cached_properties()
             copied.__dict__.update(checked.__dict__)
             if extra is not None:
                 extra.update(checked.__pydantic_extra__ or {})
@@ -225,8 +223,16 @@ class RerankOptions(BaseModel):
             for key, each in checked.__dict__.items()
             if key not in before or each is not before[key]
         }
+        if new:
+            self._forget_cached_properties()
         self.__dict__.update(new)
         self.__pydantic_fields_set__.add(name)
+
+    def _forget_cached_properties(self) -> None:
+        """Let the cached properties of a subclass be computed again. They may depend on the options."""
+        for name in self.__dict__.keys() - type(self).model_fields:
+            if isinstance(getattr(type(self), name, None), cached_property):
+                self.__dict__.pop(name, None)  # another thread may do the same
 
     def scorer_config(self) -> ScorerConfig:
         """Return the settings of the shared scorer for these options."""

@@ -33,7 +33,8 @@ class ScorerStats:
     """What a scorer has done since it was loaded.
 
     Attributes:
-        requests: Number of calls whose sequences were queued.
+        requests: Number of requests that were queued. A call is one request. A call of `score` with an
+            iterator is one request for each 4,096 pairs.
         failed: Number of requests that ended with an exception.
         cancelled: Number of requests that were cancelled or timed out.
         pairs: Number of scored sequences. Each window of a passage counts.
@@ -51,7 +52,8 @@ class ScorerStats:
         truncations: Number of pairs whose passage lost tokens.
         query_truncations: Number of queries that lost tokens, each counted once per request.
         blank_passages: Number of passages that were blank and were not scored.
-        splits: Number of batches that ran out of memory and were repeated in smaller parts.
+        splits: Number of batches that ran out of memory and made the next batches smaller. Scorers that share
+            a loaded model also share this number.
         lost_replicas: Number of devices that failed and are no longer used.
 
     Example:

@@ -88,7 +88,7 @@ class Runner:
         depth: Number of batches that may be launched before the first of them is waited for.
         max_batch_tokens: Most tokens in one forward pass now. An out-of-memory error lowers it. It grows back
             while batches succeed, since another program may have used the memory only for a while.
-        num_splits: Number of batches that ran out of memory.
+        num_splits: Number of batches that ran out of memory and lowered `max_batch_tokens`.
     """
 
     def __init__(

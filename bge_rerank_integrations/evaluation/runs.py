@@ -78,8 +78,7 @@ def rerank_run(
                 keys = [(query_id, passage_id) for query_id in part for passage_id in run[query_id]]
                 query_id, passage_id = keys[error.index or 0]
                 raise NonFiniteScoreError(
-                    f"the model's score of passage {passage_id!r} for query {query_id!r} is not finite",
-                    index=num_pairs + (error.index or 0),
+                    f"the model's score of passage {passage_id!r} for query {query_id!r} is not finite"
                 ) from None
             except InputError as error:
                 if error.index is None:

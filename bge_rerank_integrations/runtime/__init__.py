@@ -1,1 +1,1 @@
-"""State of the process: forks, interpreter exit, exceptions and warnings."""
+"""What depends on the process: locks, threads, forks, interrupts, exit, and objects that it shares."""

@@ -127,18 +127,18 @@ class RerankEndpoint:
                     is_body_read=exchange.is_body_read,
                     is_body_sent="expect" not in headers,
                 )
-            reply = exchange.reply
-            counts = (0, 0, 0) if reply is None else (reply.num_pairs, reply.num_tokens, reply.num_truncated)
-            for name, value in zip(("num_pairs", "num_tokens", "num_truncated"), counts, strict=True):
-                set_attribute(f"bge_rerank.{name}", value)
-            set_attribute("http.response.status_code", status)
+            counts = {} if exchange.reply is None else exchange.reply.counts
+            for name, value in counts.items():
+                set_attribute(f"bge_rerank.num_{name}", value)
+            if isinstance(status, int):
+                set_attribute("http.response.status_code", status)
         logger.info(
-            "%s %s %s: %s, %d pairs, %d tokens, %d truncated, %.1f ms",
+            "%s %s %s: %s, %s%.1f ms",
             exchange.id,
             self._path,
             exchange.dialect.name,
             status,
-            *counts,
+            "".join(f"{value} {name}, " for name, value in counts.items()),
             1000 * (time.perf_counter() - started),
         )
 
@@ -148,7 +148,9 @@ class RerankEndpoint:
         """Return the status, the JSON body and the headers of the response."""
         try:
             reply = exchange.reply = await self._rank(exchange, headers, receive)
-            return 200, exchange.dialect.render(reply), {"x-truncated-documents": str(reply.num_truncated)}
+            truncated = reply.counts.get("truncated")
+            headers = {} if truncated is None else {"x-truncated-documents": str(truncated)}
+            return 200, exchange.dialect.render(reply), headers
         except ClientDisconnectedError:
             raise
         except Exception as error:

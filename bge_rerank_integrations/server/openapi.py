@@ -9,22 +9,30 @@ from bge_rerank_integrations import __version__
 from bge_rerank_integrations.server.dialects.dialect import Dialect
 from bge_rerank_integrations.server.dialects.table import DIALECTS
 
+_IS_READY: Final = "Whether requests are accepted now."
+_MODELS: Final = "The model of the server."
 _PROBES: Final = {
     "/health/live": "Whether the process can rank requests, now or when the model is loaded.",
-    "/health/ready": "Whether requests are accepted now.",
+    "/health/ready": _IS_READY,
+    "/health": _IS_READY,
     "/metrics": "Metrics for Prometheus.",
-    "/v1/models": "The model of the server.",
+    "/v1/models": _MODELS,
+    "/models": _MODELS,
+    "/openapi.json": "This description.",
 }
-_WITH_KEY: Final = frozenset({"/v1/models"})
+_WITH_KEY: Final = frozenset({"/v1/models", "/models", "/openapi.json"})
+_ALWAYS_200: Final = frozenset({"/metrics", "/openapi.json"})
+_NOT_LIVE: Final = "The process must be replaced: the model could not be loaded, or the device is lost."
 _REFUSALS: Final = {
     "400": "The request is malformed.",
     "401": "The API key is missing or wrong.",
     "408": "The body did not arrive in time.",
-    "413": "The body is larger than the server's limit.",
+    "413": "The body is too large, it has too many documents, or a document is too long for the queue.",
     "415": "The compression of the body is unknown.",
     "422": "The request is malformed (Text Embeddings Inference).",
     "429": "The queue is full. The header `Retry-After` has the seconds to wait.",
-    "503": "The model is being loaded, or the server is shutting down.",
+    "500": "A score is not finite, or something unexpected failed.",
+    "503": "The model is being loaded, the server is shutting down, or the device is lost.",
     "504": "The request was not finished in time.",
 }
 
@@ -33,9 +41,11 @@ def openapi_document() -> dict[str, Any]:
     """Return the description of all endpoints as an OpenAPI 3.1 document."""
     paths: dict[str, Any] = {path: {"post": _operation(dialects)} for path, dialects in DIALECTS.items()}
     for path, text in _PROBES.items():
-        statuses = ["401", "503"] if path in _WITH_KEY else ["503"]
         responses = {"200": {"description": text}}
-        responses |= {status: {"description": _REFUSALS[status]} for status in statuses}
+        if path in _WITH_KEY:
+            responses["401"] = {"description": _REFUSALS["401"]}
+        if path not in _ALWAYS_200:
+            responses["503"] = {"description": _NOT_LIVE if path == "/health/live" else _REFUSALS["503"]}
         paths[path] = {"get": {"summary": text, "responses": responses}}
     return {
         "openapi": "3.1.0",
@@ -46,10 +56,11 @@ def openapi_document() -> dict[str, Any]:
                 "Refusal": {
                     "type": "object",
                     "properties": {
-                        **{name: {"type": "string"} for name in ("message", "detail", "type")},
+                        **{name: {"type": "string"} for name in ("message", "detail", "error_type", "type")},
+                        "error": {"type": ["string", "object"], "description": "depends on the format"},
                         "index": {"type": "integer", "description": "position of the invalid item"},
                     },
-                    "required": ["message", "detail", "error", "type"],
+                    "required": ["message", "detail", "error", "error_type", "type"],
                 }
             },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -106,6 +107,30 @@ def test_score(names: tuple[str, str]) -> None:
     ]
     with pytest.raises(InputError, match="one text, or as many texts"):
         SCORE.parse({first: ["q", "r"], second: ["a", "b", "c"]})
+
+
+class ReadFields(dict[str, Any]):
+    """A body that records which fields are read."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of a field."""
+        self.names.add(name)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize("dialect", ALL, ids=lambda dialect: dialect.name)
+def test_every_field_that_a_dialect_reads_is_described(dialect: Dialect) -> None:
+    body = ReadFields(dialect.example)
+    dialect.parse(body)
+    assert set(dialect.required) <= body.names <= set(dialect.fields)
 
 
 def test_native_keeps_everything() -> None:

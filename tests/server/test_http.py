@@ -7,6 +7,7 @@ import gzip
 import http.client
 import json
 import logging
+import re
 import socket
 import time
 import zlib
@@ -339,7 +340,7 @@ def test_a_disconnected_client_cancels_its_work(
         held_client.post("/rerank", json={"query": "q", "texts": ["1"]}, timeout=0.3)
     wait_until(lambda: held.num_cancelled == 1)
     assert held.queued_tokens == 0
-    wait_until(lambda: ": disconnected, 0 pairs" in caplog.text)
+    wait_until(lambda: ": disconnected, " in caplog.text)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -442,6 +443,34 @@ def test_the_openapi_document_has_every_path(client: httpx.Client) -> None:
     assert {"200", "400", "401", "413", "429", "503"} <= set(operation["responses"])
     assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
     assert "401" not in document["paths"]["/metrics"]["get"]["responses"]
+    assert set(document["paths"]["/metrics"]["get"]["responses"]) == {"200"}
+    assert "loaded" in document["paths"]["/health/ready"]["get"]["responses"]["503"]["description"]
+    read_only = {path for path, methods in document["paths"].items() if "get" in methods}
+    assert read_only == {
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+        "/models",
+        "/openapi.json",
+        "/v1/models",
+    }
+    schema = document["components"]["schemas"]["Refusal"]
+    refused = client.post("/v1/rerank", json={}).json()
+    assert set(schema["required"]) == set(refused) <= set(schema["properties"])
+
+
+def test_scores_without_a_ranking_claim_no_counts(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "bge_rerank_integrations")
+    body = {"requests": [["q", ["a", "word " * 1000]]], "only_scores": True}
+    response = client.post("/v1/rank", json=body)
+    (ranking,) = response.json()["rankings"]
+    assert [set(passage) for passage in ranking["passages"]] == [{"index", "score"}] * 2
+    assert (ranking["counts"], "x-truncated-documents" in response.headers) == ({}, False)
+    wait_until(lambda: ": 200, 2 pairs, " in caplog.text)
+    assert not re.search(r"tokens|truncated", caplog.text)
 
 
 def test_request_ids(client: httpx.Client) -> None:

@@ -12,7 +12,7 @@ import pickle
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -228,6 +228,9 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     assert "CANARY" not in str(caught.value)
     with pytest.raises(ConfigError, match="unknown"):
         RemoteScorer.from_dict({"base_url": "http://host", "api_key": "x"})
+    for data in (None, ["base_url"], {1: 2, "x": 3, "base_url": "http://host"}, {"base_url": 5}):
+        with pytest.raises(ConfigError):
+            RemoteScorer.from_dict(data)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -528,7 +531,11 @@ async def test_slow_iterators_leave_the_loop_free() -> None:
         yield "q", ["a", "b"]
 
     scorer = stub(Answers())
-    for call, count in ((scorer.ascore(stream_pairs()), 1500), (scorer.arank_many(stream_requests()), 1)):
+    calls: list[tuple[Coroutine[Any, Any, list[Any]], int]] = [
+        (scorer.ascore(stream_pairs()), 1500),
+        (scorer.arank_many(stream_requests()), 1),
+    ]
+    for call, count in calls:
         reading.clear()
         ticked.clear()
         task = asyncio.create_task(call)

@@ -29,7 +29,7 @@ class FolderJob:
         overwrite: Start from the beginning, even if an output exists.
 
     Raises:
-        DatasetError: The output lies inside the input, or it is a file.
+        DatasetError: The output folder contains an input file, or it is a file.
 
     Example:
         >>> with FolderJob(Path("ranked"), {"model": "embedded"}, files) as job:

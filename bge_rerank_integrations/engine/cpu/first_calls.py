@@ -1,8 +1,8 @@
 """Calls functions whose first call in a process must not run on several threads at once.
 
 Importing this module makes each of those first calls on one thread. Python's import lock makes other
-importers wait until it is done. Every module that starts threads for computation must import this module
-first.
+importers wait until it is done. Every module that starts threads that run a forward pass must import this
+module first.
 
 The function at fault is in oneMKL 2024.2, which torch's wheels link. The first call of any of its vector math
 functions detects the processor: `mkl_vml_serv_cpu_detect` first stores the raw processor number in a global

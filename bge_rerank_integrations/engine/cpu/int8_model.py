@@ -1,9 +1,9 @@
 """The cross-encoder in int8 on CPUs. It needs no calibration data.
 
 Weights are quantized by output channel when the model is loaded, and activations by token when they are
-computed. Matrix products run in oneDNN on the processor's int8 instructions. Norms, GELU, the softmax and the
-residual stream are float32. The products of attention are bfloat16 on processors that multiply pairs of them
-fast, else float32.
+computed. Matrix products run in oneDNN on processors with VNNI or AMX, else in `int16_products`. Norms, GELU,
+the softmax and the residual stream are float32. The products of attention are bfloat16 on processors that
+multiply pairs of them fast, else float32.
 
 The layers are not built from `Blocks` as those of `PackedCrossEncoder` are. They change the residual stream
 in place, and after attention they process it in blocks of rows, so that a block stays in the cache from one

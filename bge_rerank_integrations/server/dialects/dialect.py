@@ -79,6 +79,13 @@ class Reply:
         return sum(ranking.num_truncated_queries for ranking in self.rankings)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Numbers of pairs, tokens and truncated passages, as far as they are known."""
+        if self.work.only_scores:
+            return {"pairs": self.num_pairs}
+        return {"pairs": self.num_pairs, "tokens": self.num_tokens, "truncated": self.num_truncated}
+
+    @property
     def usage(self) -> dict[str, int]:
         """Numbers of tokens, under the names that most clients read."""
         return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens}

@@ -32,6 +32,11 @@ COUNT_SCHEMA: Final = {
     "minimum": 0,
     "description": "most results to return; 0 and null are all",
 }
+RANK_FIELDS_SCHEMA: Final = {
+    "type": ["array", "null"],
+    "items": {"type": "string"},
+    "description": "fields of document objects to score; null is `text`",
+}
 DOCUMENTS_SCHEMA: Final = {
     "type": "array",
     "items": {"anyOf": [{"type": "string"}, {"type": "object", "properties": {"text": {"type": "string"}}}]},

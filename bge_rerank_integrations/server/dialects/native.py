@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any, Final
 
 from bge_rerank_integrations.errors import InputTypeError
-from bge_rerank_integrations.ranking import check_top_n
+from bge_rerank_integrations.ranking import Ranking, check_top_n
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import (
     EXAMPLE_QUERY,
     EXAMPLE_TEXTS,
+    MODEL_SCHEMA,
     read_flag,
     read_model,
     read_number,
@@ -40,11 +41,18 @@ def _render(reply: Reply) -> dict[str, Any]:
     return {
         "id": reply.id,
         "model": reply.model,
-        "rankings": [
-            {"passages": [dataclasses.asdict(passage) for passage in ranking], "counts": vars(ranking)}
-            for ranking in reply.rankings
-        ],
+        "rankings": [_only_scores(each) if reply.work.only_scores else _all(each) for each in reply.rankings],
     }
+
+
+def _all(ranking: Ranking) -> dict[str, Any]:
+    return {"passages": [dataclasses.asdict(passage) for passage in ranking], "counts": vars(ranking)}
+
+
+def _only_scores(ranking: Ranking) -> dict[str, Any]:
+    """Leave out the counts and flags, which `Scorer.score` does not give."""
+    passages = [{"index": passage.index, "score": passage.score} for passage in ranking]
+    return {"passages": passages, "counts": {}}
 
 
 NATIVE: Final = Dialect(
@@ -53,6 +61,7 @@ NATIVE: Final = Dialect(
     render=_render,
     error=plain_error,
     fields={
+        "model": MODEL_SCHEMA,
         "requests": {
             "type": "array",
             "items": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, openai_error
@@ -13,6 +13,7 @@ from bge_rerank_integrations.server.dialects.fields import (
     EXAMPLE_QUERY,
     EXAMPLE_TEXTS,
     MODEL_SCHEMA,
+    RANK_FIELDS_SCHEMA,
     RAW_SCORES_SCHEMA,
     RETURN_TEXTS_SCHEMA,
     TEXT_SCHEMA,
@@ -33,11 +34,7 @@ _FIELDS: Final = {
     "return_documents": RETURN_TEXTS_SCHEMA,
     "raw_scores": RAW_SCORES_SCHEMA,
     "use_activation": ACTIVATION_SCHEMA,
-    "rank_fields": {
-        "type": ["array", "null"],
-        "items": {"type": "string"},
-        "description": "fields of document objects to score; null is `text`",
-    },
+    "rank_fields": RANK_FIELDS_SCHEMA,
 }
 
 
@@ -60,7 +57,7 @@ def _render_infinity(reply: Reply) -> dict[str, Any]:
     return _response(reply, lambda text: text)
 
 
-def _response(reply: Reply, document: Any) -> dict[str, Any]:
+def _response(reply: Reply, document: Callable[[str], Any]) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": 1},
@@ -73,22 +70,25 @@ def _response(reply: Reply, document: Any) -> dict[str, Any]:
         "object": "rerank",
         "created": reply.created,
         "model": reply.model,
-        "results": list(_results(reply, document)),
+        "results": results_of(reply, document),
         "usage": reply.usage,
         "meta": meta,
     }
 
 
-def _results(reply: Reply, document: Any) -> Iterator[dict[str, Any]]:
+def results_of(reply: Reply, document: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """Return the result of each passage. `document` makes the returned document from its text."""
     (_, texts), ranking = reply.work.requests[0], reply.rankings[0]
+    results = []
     for passage in ranking:
-        result = {"index": passage.index, "relevance_score": passage.score}
+        result: dict[str, Any] = {"index": passage.index, "relevance_score": passage.score}
         # Some clients fail on null. A field that does not apply is therefore left out.
         if reply.work.return_documents:
             result["document"] = document(texts[passage.index])
         if passage.truncated:
             result["truncated"] = True
-        yield result
+        results.append(result)
+    return results
 
 
 _EXAMPLE: Final = {"query": EXAMPLE_QUERY, "documents": EXAMPLE_TEXTS, "top_n": 1}

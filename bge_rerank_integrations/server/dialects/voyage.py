@@ -6,12 +6,15 @@ from typing import Any, Final
 
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import (
+    ACTIVATION_SCHEMA,
     COUNT_SCHEMA,
     DOCUMENTS_SCHEMA,
     EXAMPLE_QUERY,
     EXAMPLE_TEXTS,
     FLAG_SCHEMA,
     MODEL_SCHEMA,
+    RANK_FIELDS_SCHEMA,
+    RAW_SCORES_SCHEMA,
     RETURN_TEXTS_SCHEMA,
     TEXT_SCHEMA,
     read_count,
@@ -22,6 +25,7 @@ from bge_rerank_integrations.server.dialects.fields import (
     read_text,
     read_texts,
 )
+from bge_rerank_integrations.server.dialects.rerank import results_of
 
 
 def _parse(body: Body) -> Work:
@@ -37,15 +41,7 @@ def _parse(body: Body) -> Work:
 
 
 def _render(reply: Reply) -> dict[str, Any]:
-    (_, texts), ranking = reply.work.requests[0], reply.rankings[0]
-    results: list[dict[str, Any]] = []
-    for passage in ranking:
-        result: dict[str, Any] = {"index": passage.index, "relevance_score": passage.score}
-        if reply.work.return_documents:
-            result["document"] = texts[passage.index]
-        if passage.truncated:
-            result["truncated"] = True
-        results.append(result)
+    results = results_of(reply, lambda text: text)
     # `results` is for clients of other dialects that also send `top_k`.
     return {
         "object": "list",
@@ -66,6 +62,10 @@ VOYAGE: Final = Dialect(
         "query": TEXT_SCHEMA,
         "documents": DOCUMENTS_SCHEMA,
         "top_k": COUNT_SCHEMA,
+        "top_n": {**COUNT_SCHEMA, "description": "used without `top_k`"},
+        "raw_scores": RAW_SCORES_SCHEMA,
+        "use_activation": ACTIVATION_SCHEMA,
+        "rank_fields": RANK_FIELDS_SCHEMA,
         "truncation": {**FLAG_SCHEMA, "description": "false refuses texts that are too long"},
         "return_documents": RETURN_TEXTS_SCHEMA,
     },
