@@ -168,6 +168,11 @@ def naming_request(index: int) -> Iterator[None]:
         raise type(error)(f"request {index}: {error}", index=index) from None
 
 
+def reason_of(error: InputError) -> str:
+    """Return the message of an error without the request that `naming_request` has named."""
+    return str(error).removeprefix(f"request {error.index}: ")
+
+
 def group_pairs(pairs: Iterable[Pair]) -> list[tuple[str, list[str]]]:
     """Return pairs as (query, passages) requests. Neighbours with the same query share a request."""
     groups = groupby(pairs, key=lambda pair: pair[0])

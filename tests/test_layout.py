@@ -174,6 +174,8 @@ def test_libraries_stay_in_their_places(module: str) -> None:
         "import bge_rerank_integrations",
         "from bge_rerank_integrations import ScorerConfig, RankedPassage, RerankError",
         "from bge_rerank_integrations import Scorer",
+        "from bge_rerank_integrations.server import ServerSettings",
+        "from bge_rerank_integrations.cli.app import main",
     ],
 )
 def test_importing_loads_neither_torch_nor_a_framework(statement: str) -> None:
@@ -195,6 +197,7 @@ def test_importing_loads_neither_torch_nor_a_framework(statement: str) -> None:
         ("ray.score_dataset", "ray.data", "ray"),
         ("ray.app", "ray", "ray"),
         ("ray.ServeScorer", "ray", "ray"),
+        ("server.create_app", "starlette", "server"),
     ],
 )
 def test_a_missing_framework_is_named_with_its_command(name: str, library: str, extra: str) -> None:

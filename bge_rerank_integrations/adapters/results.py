@@ -22,6 +22,8 @@ RETRIEVAL_RANK_KEY: Final = "retrieval_rank"
 RETRIEVAL_SCORE_KEY: Final = "retrieval_score"
 RETRIEVAL_KEYS: Final = (RETRIEVAL_RANK_KEY, RETRIEVAL_SCORE_KEY)
 """Metadata keys that keep the result of the retriever."""
+# What only a scorer of this package counts.
+_OWN_COUNTS: Final = ("num_tokens", "num_truncated", "num_truncated_queries", "num_blank")
 
 
 def type_of(value: object) -> str:
@@ -102,15 +104,9 @@ def marks_of(passage: RankedPassage) -> dict[str, bool]:
 
 def summarize(ranked: Sequence[RankedPassage], num_pairs: int) -> dict[str, int | None]:
     """Return the figures of a ranking for traces. Figures that the scorer does not give are None."""
-    own = ranked if isinstance(ranked, Ranking) else None
-    return {
-        "num_pairs": num_pairs,
-        "num_tokens": None if own is None else own.num_tokens,
-        "num_truncated": None if own is None else own.num_truncated,
-        "num_truncated_queries": None if own is None else own.num_truncated_queries,
-        "num_blank": None if own is None else own.num_blank,
-        "num_returned": len(ranked),
-    }
+    counts = vars(ranked) if isinstance(ranked, Ranking) else {}
+    own = {name: counts.get(name) for name in _OWN_COUNTS}
+    return {"num_pairs": num_pairs, **own, "num_returned": len(ranked)}
 
 
 def summarize_all(

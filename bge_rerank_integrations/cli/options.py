@@ -36,7 +36,7 @@ _NOT_OPTIONS: Final = frozenset(
 )
 
 # Options of single commands that set neither a setting of `ScorerConfig` nor have another name in Python.
-_OTHER_OPTIONS: Final = frozenset({"grace_s", "max_body_mb", "timeout_s", "top_n"})
+_OTHER_OPTIONS: Final = frozenset({"grace_s", "max_body_mib", "timeout_s", "top_n"})
 
 # A setting as Python names it, with its value if there is one. A name that is part of a path or in quotes, as
 # an id of the user's data, does not match.

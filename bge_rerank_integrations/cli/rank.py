@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def rank(
     \b
     bge-rerank rank --ray requests/ -o ranked/ --num-actors 2
     """
-    config = ScorerConfig.from_dict({**config.to_dict(), "normalize": normalize})
+    config = dataclasses.replace(config, normalize=normalize)
     check_top_n(top_n)
     check_threshold(threshold, normalize=normalize)
     if on_ray is not None:
@@ -187,13 +188,13 @@ def _settings_on_this_machine(config: ScorerConfig) -> dict[str, Any]:
     The number of threads is one of them, although it changes scores by rounding errors only. A resumed job
     then has the same scores as one that was not interrupted.
     """
-    from bge_rerank_integrations.engine.describe import describe_machine
+    from bge_rerank_integrations.engine.describe import describe_precision
 
-    machine = describe_machine(config)
+    chosen = describe_precision(config)
     return {
         **settings_of_scores(config),
-        "device": machine.device.partition(":")[0],  # without the number of a GPU
-        "dtype": machine.dtype,
+        "device": chosen.device.partition(":")[0],  # without the number of a GPU
+        "dtype": chosen.dtype,
         "num_threads": config.num_threads,
     }
 

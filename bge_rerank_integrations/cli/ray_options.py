@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import click
@@ -17,7 +17,7 @@ _ADDRESS: Final = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\
 _ANY_CLUSTER: Final = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RayOptions:
     """The options of `rank` that only have a meaning on Ray.
 
@@ -32,12 +32,12 @@ class RayOptions:
     """
 
     address: str
-    num_actors: int
-    cpus_per_actor: float | None
-    gpus_per_actor: float
-    rows_per_block: int | None
-    query_column: str
-    passages_column: str
+    num_actors: int = 1
+    cpus_per_actor: float | None = None
+    gpus_per_actor: float = 0.0
+    rows_per_block: int | None = None
+    query_column: str = "query"
+    passages_column: str = "passages"
 
 
 class RankCommand(click.Command):
@@ -54,23 +54,15 @@ class RankCommand(click.Command):
 
 def ray_options(command: _Command) -> _Command:
     """Add the options of a job on Ray. The command receives them as `on_ray`, or None without `--ray`."""
-    defaults: dict[str, Any] = {
-        "num_actors": 1,
-        "cpus_per_actor": None,
-        "gpus_per_actor": 0.0,
-        "rows_per_block": None,
-        "query_column": "query",
-        "passages_column": "passages",
-    }
+    names = [field.name for field in dataclasses.fields(RayOptions) if field.name != "address"]
 
     @functools.wraps(command)
     def with_ray(ray_address: str | None, **values: Any) -> None:
-        given = {name: values.pop(name) for name in defaults}
-        unused = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
-        if ray_address is None and unused:
-            raise click.UsageError(f"{', '.join(unused)} can only be used with --ray")
-        chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
-        on_ray = None if ray_address is None else RayOptions(address=ray_address, **chosen)
+        given = {name: value for name in names if (value := values.pop(name)) is not None}
+        if ray_address is None and given:
+            unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise click.UsageError(f"{unused} can only be used with --ray")
+        on_ray = None if ray_address is None else RayOptions(address=ray_address, **given)
         command(on_ray=on_ray, **values)
 
     decorated: _Command = with_ray

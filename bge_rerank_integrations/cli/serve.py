@@ -11,6 +11,13 @@ from bge_rerank_integrations.cli.logs import log_with_time
 from bge_rerank_integrations.cli.options import EXISTING_FILE, config_options
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.server.settings import (
+    DEFAULT_GRACE_S,
+    DEFAULT_MAX_QUEUED_TOKENS,
+    ServerSettings,
+    check_exposure,
+    read_api_key,
+)
 
 
 @click.command()
@@ -30,30 +37,30 @@ from bge_rerank_integrations.scorer import Scorer
 @click.option("--no-auth", is_flag=True, help="Serve without an API key, even if other machines can connect.")
 @click.option("--model-name", help="Name of the model in responses.  [default: last part of --model]")
 @click.option(
-    "--max-body-mb",
+    "--max-body-mib",
     type=float,
-    default=32.0,
+    default=ServerSettings.max_body_mib,
     show_default=True,
     help="Maximum size of a request body in MiB.",
 )
 @click.option(
     "--timeout-s",
     type=float,
-    default=60.0,
+    default=ServerSettings.timeout_s,
     show_default=True,
     help="Maximum time to receive the body of a request, and again to score it, in seconds.",
 )
 @click.option(
     "--grace-s",
     type=float,
-    default=30.0,
+    default=DEFAULT_GRACE_S,
     show_default=True,
     help="Maximum time to finish accepted requests after SIGTERM, in seconds.",
 )
 @click.option(
     "--max-queued-tokens",
     type=click.IntRange(min=1),
-    default=1_000_000,
+    default=DEFAULT_MAX_QUEUED_TOKENS,
     show_default=True,
     help="Maximum number of tokens in the queue. A request that exceeds it gets status 429.",
 )
@@ -72,7 +79,7 @@ def serve(
     api_key_file: Path | None,
     no_auth: bool,
     model_name: str | None,
-    max_body_mb: float,
+    max_body_mib: float,
     timeout_s: float,
     grace_s: float,
     max_queued_tokens: int,
@@ -96,7 +103,6 @@ def serve(
       -d '{"query": "what is a panda?", "documents": ["A bear.", "Tea."]}'
     """
     from bge_rerank_integrations.server.run import run_server
-    from bge_rerank_integrations.server.settings import ServerSettings, check_exposure, read_api_key
 
     # Each request chooses its scale. The scorer therefore returns raw logits.
     config = dataclasses.replace(
@@ -104,7 +110,7 @@ def serve(
     )
     settings = ServerSettings(
         api_key=read_api_key(api_key_file),
-        max_body_mb=max_body_mb,
+        max_body_mib=max_body_mib,
         timeout_s=timeout_s,
         model_name=model_name,
     )

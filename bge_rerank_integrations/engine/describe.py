@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -44,10 +44,10 @@ class MachineReport:
     """How this machine would run a model with a given config.
 
     Attributes:
-        device: Such as `cpu` or `cuda:0`. If the config names several devices, such as `cuda:0, cuda:1`.
+        device: Such as `cpu` or `cuda:0`. Commas separate several devices: `cuda:0, cuda:1`.
         device_name: Product name of the first device. The attributes below describe that device.
         device_reason: Why this device is used.
-        dtype: Precision of the encoder.
+        dtype: Precision of the encoder, by its name in a config.
         dtype_reason: Why this precision is used.
         attention: Name of the attention implementation.
         attention_reason: What that implementation does.
@@ -116,7 +116,7 @@ class PrecisionReport:
     """The precision that a config selects on this machine, and a faster one where there is one.
 
     Attributes:
-        device: Such as `cpu`. If the config names several devices, such as `cuda:0, cuda:1`.
+        device: Such as `cpu`. Commas separate several devices: `cuda:0, cuda:1`.
         dtype: Precision of the encoder, by its name in a config.
         faster: Value of `dtype` that is faster on this device; None if there is none.
         faster_extra: The extra of this package that `faster` needs and that is not installed; None if
@@ -138,11 +138,10 @@ def describe_precision(config: ScorerConfig) -> PrecisionReport:
     """
     devices = [resolve_device(each) for each in config.per_device()]
     dtype = resolve_dtype(config, devices[0])
-    name = "float8" if dtype is torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
     faster = _faster_dtype(devices[0], dtype)
     return PrecisionReport(
         device=", ".join(map(str, devices)),
-        dtype=name,
+        dtype=_name_of(dtype),
         faster=faster,
         faster_extra="int8" if faster == "int8" and find_spec("numba") is None else None,
     )
@@ -173,7 +172,7 @@ def describe_machine(config: ScorerConfig) -> MachineReport:
         device=", ".join(map(str, devices)),
         device_name=_device_name(device),
         device_reason=choose_device().reason if config.device == "auto" and not config.devices else chosen,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name_of(dtype),
         dtype_reason=dtype_reason,
         attention=name_of(attention),
         attention_reason=_summary(attention),
@@ -198,13 +197,13 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
         CheckpointError: The checkpoint is not on this machine, or it is not a reranker.
         ConfigError: `max_length` is more than the model accepts.
     """
-    folder = find_checkpoint(ScorerConfig.from_dict({**config.to_dict(), "local_files_only": True}))
+    folder = find_checkpoint(dataclasses.replace(config, local_files_only=True))
     shape = read_shape(folder)
     check_max_length(config, shape)
     read_default_prompt(folder)  # it raises for inputs that this package cannot build
     return CheckpointReport(
         folder=str(folder),
-        num_bytes=sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file()),
+        num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         num_parameters=sum(math.prod(dimensions) for dimensions in shape.parameter_shapes().values()),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -212,6 +211,11 @@ def describe_checkpoint(config: ScorerConfig) -> CheckpointReport:
         max_length=shape.max_length,
         fingerprint=fingerprint(folder),
     )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """Return the name of a precision in a config."""
+    return "float8" if dtype is torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def _faster_dtype(device: torch.device, dtype: torch.dtype) -> str | None:

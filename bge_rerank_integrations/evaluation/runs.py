@@ -11,6 +11,7 @@ from tqdm import tqdm
 from bge_rerank_integrations.errors import DatasetError, InputError, NonFiniteScoreError
 from bge_rerank_integrations.evaluation.datasets import Run
 from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.validation import reason_of
 
 # Large enough to fill batches with pairs of similar length, small enough that the device rarely waits for
 # tokenization.
@@ -83,8 +84,9 @@ def rerank_run(
             except InputError as error:
                 if error.index is None:
                     raise
-                reason = str(error).removeprefix(f"request {error.index}: ")
-                raise DatasetError(f"query {part[error.index]!r} cannot be reranked: {reason}") from None
+                raise DatasetError(
+                    f"query {part[error.index]!r} cannot be reranked: {reason_of(error)}"
+                ) from None
             for query_id, ranking in zip(part, rankings, strict=True):
                 passage_ids = list(run[query_id])
                 reranked[query_id] = {passage_ids[passage.index]: passage.score for passage in ranking}

@@ -25,7 +25,7 @@ from bge_rerank_integrations.config import (
     TruncationSide,
 )
 from bge_rerank_integrations.ray.replica import RerankReplica
-from bge_rerank_integrations.server.settings import ServerSettings
+from bge_rerank_integrations.server.settings import DEFAULT_GRACE_S, DEFAULT_MAX_QUEUED_TOKENS, ServerSettings
 
 _NAME: Final = "Reranker"
 _SETTINGS: Final = tuple(
@@ -37,7 +37,7 @@ _HEADROOM: Final = 2
 
 _Count = Annotated[int, Field(ge=1)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # `serve run` passes strings, such as `devices=cuda:0,cuda:1`.
 _Names = Annotated[
     Sequence[str], BeforeValidator(lambda names: names.split(",") if isinstance(names, str) else names)
@@ -63,7 +63,7 @@ class ServeArguments(BaseModel):
         api_key_file: File with the API key on the machines of the replicas; None takes it from the
             environment variable `BGE_RERANK_API_KEY` of the replicas.
         model_name: Name of the model in responses; None means the last part of `model`.
-        max_body_mb: Largest request body in MiB, counted after decompression.
+        max_body_mib: Largest request body in MiB, counted after decompression.
         timeout_s: Maximum time in seconds to receive a request. The same limit applies to scoring it.
         grace_s: Maximum time in seconds to finish accepted requests when a replica is stopped.
         max_queued_tokens: Maximum number of tokens in the queue of a replica. It refuses requests beyond it
@@ -84,15 +84,15 @@ class ServeArguments(BaseModel):
     num_replicas: _Count | None = None
     min_replicas: _Count = 1
     max_replicas: _Count | None = None
-    target_ongoing_requests: _Seconds = 64
+    target_ongoing_requests: _Positive = 64
     num_cpus: _Amount = 1
     num_gpus: _Amount = 0
     max_ongoing_requests: _Count = 256
     api_key_file: str | None = None
     model_name: str | None = None
-    max_body_mb: _Seconds = 32
-    timeout_s: _Seconds = 60
-    grace_s: _Seconds = 30
+    max_body_mib: _Positive = ServerSettings.max_body_mib
+    timeout_s: _Positive = ServerSettings.timeout_s
+    grace_s: _Positive = DEFAULT_GRACE_S
 
     model: str | os.PathLike[str] = DEFAULT_MODEL
     revision: str | None = None
@@ -108,7 +108,7 @@ class ServeArguments(BaseModel):
     max_batch_tokens: int | None = None
     num_threads: int | None = None
     max_wait_ms: float = 0.0
-    max_queued_tokens: int = 1_000_000
+    max_queued_tokens: int = DEFAULT_MAX_QUEUED_TOKENS
     query_instruction: str | None = None
     passage_instruction: str | None = None
     long_passages: LongPassages = "truncate"
@@ -155,7 +155,7 @@ def app(args: ServeArguments) -> serve.Application:
     Example:
         >>> serve.run(app(ServeArguments(model="embedded", num_replicas=2)))
     """
-    settings = {name: getattr(args, name) for name in ("model_name", "max_body_mb", "timeout_s")}
+    settings = {name: getattr(args, name) for name in ("model_name", "max_body_mib", "timeout_s")}
     ServerSettings(**settings)  # raises for an invalid setting before a replica starts
     scaling: dict[str, Any] = {"num_replicas": args.num_replicas or 1}
     if args.max_replicas is not None:

@@ -7,10 +7,14 @@ import ipaddress
 import math
 import os
 from pathlib import Path
+from typing import Final
 
 from bge_rerank_integrations.api_key import API_KEY_VARIABLE, is_api_key
 from bge_rerank_integrations.errors import ConfigError
 from bge_rerank_integrations.validation import MAX_TIMEOUT_S
+
+DEFAULT_GRACE_S: Final = 30.0
+DEFAULT_MAX_QUEUED_TOKENS: Final = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,7 @@ class ServerSettings:
 
     Attributes:
         api_key: The key that clients must send in the header `Authorization`. None accepts every client.
-        max_body_mb: Maximum size of a request body in MiB, after decompression.
+        max_body_mib: Maximum size of a request body in MiB, after decompression.
         timeout_s: Maximum time in seconds to read a request body. The same limit applies to scoring the
             request. At most a year.
         model_name: Name of the model in `/v1/models`, and in responses to requests that name no model. None
@@ -30,11 +34,11 @@ class ServerSettings:
 
     Example:
         >>> ServerSettings(api_key="secret", timeout_s=10.0)
-        ServerSettings(max_body_mb=32.0, timeout_s=10.0, model_name=None)
+        ServerSettings(max_body_mib=32.0, timeout_s=10.0, model_name=None)
     """
 
     api_key: str | None = dataclasses.field(default=None, repr=False)
-    max_body_mb: float = 32.0
+    max_body_mib: float = 32.0
     timeout_s: float = 60.0
     model_name: str | None = None
 
@@ -42,13 +46,13 @@ class ServerSettings:
         if self.api_key is not None and not is_api_key(self.api_key):
             raise ConfigError("the API key must be printable ASCII without spaces, and not empty")
         check_seconds("timeout_s", self.timeout_s)
-        if not self.max_body_mb > 0 or not math.isfinite(self.max_body_mb):
-            raise ConfigError("max_body_mb must be a positive number")
+        if not self.max_body_mib > 0 or not math.isfinite(self.max_body_mib):
+            raise ConfigError("max_body_mib must be a positive number")
 
     @property
     def max_body_bytes(self) -> int:
         """Largest request body in bytes."""
-        return int(self.max_body_mb * 1024 * 1024)
+        return int(self.max_body_mib * 1024 * 1024)
 
 
 def read_api_key(file: Path | None) -> str | None:

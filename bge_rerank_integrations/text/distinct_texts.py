@@ -73,7 +73,7 @@ class DistinctTexts:
 
     def strings(self) -> list[str]:
         """Return the string to tokenize for each text whose ids are not known yet."""
-        # `+` would call methods of subclasses of str.
+        # The prefix may be of a subclass of str, whose methods `+` would call.
         return ["".join((self._prefix, cut.text)) for cut in self._reads.values()]
 
     def take(self, all_ids: Iterator[list[int]]) -> None:

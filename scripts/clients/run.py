@@ -105,7 +105,7 @@ def main() -> int:
         check_refusals(failures, "a wrong key", call_all(folder, url, "wrong", DOCUMENTS))
     with full_server() as url:
         check_refusals(failures, "a full queue", call_all(folder, url, KEY, DOCUMENTS))
-    settings = ServerSettings(api_key=KEY, max_body_mb=0.001)
+    settings = ServerSettings(api_key=KEY, max_body_mib=0.001)
     with running(create_app(HeldScorer(is_held=False), settings)) as url:  # type: ignore[arg-type]
         large = [document * 20 for document in DOCUMENTS]
         check_refusals(failures, "a body that is too large", call_all(folder, url, KEY, large))

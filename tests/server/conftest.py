@@ -53,7 +53,7 @@ def held() -> HeldScorer:
 @pytest.fixture
 def held_client(held: HeldScorer) -> Iterator[httpx.Client]:
     """Return a client of a server with the held scorer, small limits and no key."""
-    app: Any = create_app(held, ServerSettings(max_body_mb=0.01, timeout_s=5))  # type: ignore[arg-type]
+    app: Any = create_app(held, ServerSettings(max_body_mib=0.01, timeout_s=5))  # type: ignore[arg-type]
     with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
         held.is_held = False

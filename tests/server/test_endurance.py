@@ -168,7 +168,7 @@ async def test_nothing_is_lost_even_by_a_restart(
     logits = {text: passage.score for text in texts for passage in local.rank(QUERY, [text])}
     options = (
         *("--model", str(checkpoint), "--device", "cpu", "--dtype", "float32"),
-        *("--max-body-mb", str(MAX_BODY_BYTES / 2**20), "--grace-s", str(GRACE_S)),
+        *("--max-body-mib", str(MAX_BODY_BYTES / 2**20), "--grace-s", str(GRACE_S)),
         *("--timeout-s", str(TIMEOUT_S)),
     )
     with ExitStack() as stack:

@@ -48,7 +48,7 @@ FUZZ = settings(
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    app: Any = create_app(HeldScorer(is_held=False), ServerSettings(max_body_mb=0.01))  # type: ignore[arg-type]
+    app: Any = create_app(HeldScorer(is_held=False), ServerSettings(max_body_mib=0.01))  # type: ignore[arg-type]
     with TestClient(app) as client:
         yield client
 

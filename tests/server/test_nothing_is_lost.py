@@ -24,7 +24,7 @@ async def test_every_request_ends_right(local: Scorer, texts: list[str]) -> None
     logits = {text: passage.score for text in texts for passage in local.rank("panda", [text])}
     tolerance = max(LOGIT_TOLERANCE.values())
     ends: Counter[Any] = Counter()
-    app = create_app(local, ServerSettings(api_key=KEY, max_body_mb=0.05))
+    app = create_app(local, ServerSettings(api_key=KEY, max_body_mib=0.05))
     right = {"authorization": KEY}
 
     async def ranked(client: httpx.AsyncClient, passages: list[str]) -> None:

@@ -548,7 +548,7 @@ def test_a_full_queue(open_page: Open) -> None:
 
 
 def test_a_request_that_is_too_large(embedded: Scorer, open_page: Open) -> None:
-    with running(create_app(embedded, ServerSettings(max_body_mb=0.05))) as url:
+    with running(create_app(embedded, ServerSettings(max_body_mib=0.05))) as url:
         page = open_page(url + SMALL, may_fail=True)
         settled(page)
         fill(page, QUERY, "x" * 100_000)

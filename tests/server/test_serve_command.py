@@ -181,7 +181,7 @@ def test_a_port_that_is_taken() -> None:
         (["--timeout-s", "nan"], "--timeout-s must be a positive number"),
         (["--grace-s", "-1"], "--grace-s must be a positive number"),
         (["--grace-s", "1e12"], "--grace-s must be a positive number of seconds, at most 31536000"),
-        (["--max-body-mb", "0"], "--max-body-mb must be a positive number"),
+        (["--max-body-mib", "0"], "--max-body-mib must be a positive number"),
         (["--max-queued-tokens", "0"], "max-queued-tokens"),
         (["--max-wait-ms", "-1"], "--max-wait-ms"),
     ],

@@ -17,6 +17,7 @@ from bge_rerank_integrations.cli.jobs.requests import (
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError
 from bge_rerank_integrations.ranking import Ranking
 from bge_rerank_integrations.scorer import Scorer
+from bge_rerank_integrations.validation import reason_of
 
 # This many pairs fill batches well. If a job is killed, at most this many pairs are scored again.
 _NUM_PAIRS_AT_ONCE: Final = 512
@@ -171,9 +172,8 @@ def _rank_chunk(
             if error.index is None:
                 raise
             refused, before = chunk[error.index], chunk[: error.index]
-            reason = str(error).removeprefix(f"request {error.index}: ")
             try:
-                leave_out(MalformedLineError(refused.line, reason))
+                leave_out(MalformedLineError(refused.line, reason_of(error)))
             except MalformedLineError:  # strict mode still returns the requests before the rejected one
                 yield from _rank_chunk(scorer, before, top_n, threshold, leave_out)
                 raise

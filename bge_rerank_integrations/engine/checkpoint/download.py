@@ -15,6 +15,7 @@ from bge_rerank_integrations.engine.checkpoint.files import INDEX, INPUT_FILES
 from bge_rerank_integrations.engine.checkpoint.mistaken_folders import ADAPTER_CONFIG, download_command
 from bge_rerank_integrations.errors import CheckpointError, CheckpointNotFoundError, HubUnreachableError
 from bge_rerank_integrations.runtime.shutdown import join_until
+from bge_rerank_integrations.runtime.tracebacks import first_line
 
 _CREDENTIALS: Final = re.compile(r"//[^/\s@]*@")  # of a proxy, in a URL
 
@@ -150,8 +151,7 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, errors.HfHubHTTPError):  # its message contains a URL, which may be a signed one
         return f"the hub answered with status {error.response.status_code}"
-    line = next(iter(str(error).splitlines()), "").rstrip(".")
-    line = _CREDENTIALS.sub("//", line)
+    line = _CREDENTIALS.sub("//", first_line(error).rstrip("."))
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 

@@ -102,7 +102,8 @@ def read_flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> b
     value = body.get(name)
     if value is None:
         return default
-    flag = _FLAGS.get(value.lower() if isinstance(value, str) else value) if _is_scalar(value) else None
+    scalar = value.lower() if isinstance(value, str) else value
+    flag = _FLAGS.get(scalar) if isinstance(scalar, str | int | float) else None
     if flag is None:
         raise InputTypeError(f"the field {name!r} must be a boolean or null, not {type(value).__name__}")
     return flag
@@ -112,6 +113,19 @@ def read_model(body: Mapping[str, Any]) -> str | None:
     """Return the name of the model in a request, or None if it is missing or too long."""
     name = body.get("model")
     return name if isinstance(name, str) and 0 < len(name) <= _MAX_NAME_CHARACTERS else None
+
+
+def read_raw_scores(body: Mapping[str, Any]) -> bool:
+    """Return whether a body asks for raw logits, by either of the two names of this option."""
+    return read_flag(body, "raw_scores") or not read_flag(body, "use_activation", default=True)
+
+
+def read_rank_fields(body: Mapping[str, Any]) -> list[str]:
+    """Return the names of the fields of document objects to score."""
+    names = body.get("rank_fields") or ["text"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputTypeError("the field 'rank_fields' must be a list of strings or null")
+    return names
 
 
 def _required(body: Mapping[str, Any], name: str) -> Any:
@@ -133,20 +147,3 @@ def _text(value: Any, what: str, rank_fields: Sequence[str] = ("text",), index: 
     raise InputTypeError(
         f"{what} must be a string or an object with a text, not {type(value).__name__}", index=index
     )
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | int | float)
-
-
-def read_raw_scores(body: Mapping[str, Any]) -> bool:
-    """Return whether a body asks for raw logits, by either of the two names of this option."""
-    return read_flag(body, "raw_scores") or not read_flag(body, "use_activation", default=True)
-
-
-def read_rank_fields(body: Mapping[str, Any]) -> list[str]:
-    """Return the names of the fields of document objects to score."""
-    names = body.get("rank_fields") or ["text"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputTypeError("the field 'rank_fields' must be a list of strings or null")
-    return names
