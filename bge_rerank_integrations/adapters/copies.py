@@ -37,7 +37,7 @@ def independent_copy(model: Model, *, shared: Iterable[str] = ()) -> Model:
 
 
 def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy a value. Share what cannot be copied, and what lies in hundreds of other values.
+    """Copy a value. A value that cannot be copied, or that is nested too deeply, is shared.
 
     Args:
         value: The value.

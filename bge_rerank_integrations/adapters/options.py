@@ -316,7 +316,7 @@ _SETTINGS_OF_SHARED_SCORER = frozenset(_SCORER_FIELDS) - {"normalize"}
 
 
 def _validated(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """Return new options of a class. Unlike a call of the class, this does not call an `__init__` of its own.
+    """Return new options of a class. This does not run an `__init__` that a subclass defines.
 
     Args:
         kind: The class.

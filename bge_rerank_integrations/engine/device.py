@@ -31,7 +31,7 @@ _MIN_THREAD_TOKENS: Final = 512
 _FLOAT8_CAPABILITY: Final = (8, 9)
 
 
-class Choice(NamedTuple):
+class PrecisionChoice(NamedTuple):
     """The precision that a config selects on a device.
 
     Attributes:
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-class Threads(NamedTuple):
+class ThreadChoice(NamedTuple):
     """The number of CPU threads that compute.
 
     Attributes:
@@ -120,7 +120,7 @@ def _mps_obstacle() -> str | None:
 
 def resolve_precision(
     config: ScorerConfig, device: torch.device, *, has_amx: Callable[[], bool] = has_amx
-) -> Choice:
+) -> PrecisionChoice:
     """Return the precision of the encoder's products on a device, and why it is used.
 
     Args:
@@ -142,8 +142,8 @@ def resolve_precision(
         raise ConfigError(INT8_OFF_CPU)
     if config.dtype == "float8":
         _check_float8(device)
-        return Choice(torch.float8_e4m3fn, "chosen")
-    return Choice(getattr(torch, config.dtype), "chosen")
+        return PrecisionChoice(torch.float8_e4m3fn, "chosen")
+    return PrecisionChoice(getattr(torch, config.dtype), "chosen")
 
 
 def resolve_dtype(config: ScorerConfig, device: torch.device) -> torch.dtype:
@@ -169,14 +169,14 @@ def resolve_num_threads(config: ScorerConfig) -> int:
     return resolve_threads(config).num_threads
 
 
-def resolve_threads(config: ScorerConfig) -> Threads:
+def resolve_threads(config: ScorerConfig) -> ThreadChoice:
     """Return the number of CPU threads that compute, and why this number is used."""
     if config.num_threads is not None:
-        return Threads(config.num_threads, "chosen")
+        return ThreadChoice(config.num_threads, "chosen")
     return default_threads(torch.get_num_threads(), usable_cores())
 
 
-def default_threads(torch_threads: int, cores: UsableCores) -> Threads:
+def default_threads(torch_threads: int, cores: UsableCores) -> ThreadChoice:
     """Return the number of threads for a config that does not set it.
 
     Args:
@@ -184,16 +184,18 @@ def default_threads(torch_threads: int, cores: UsableCores) -> Threads:
         cores: The cores that the process may use.
     """
     if cores.num_cores < torch_threads and cores.limited_by is not None:
-        return Threads(cores.num_cores, cores.limited_by)
-    return Threads(torch_threads, "torch's choice")
+        return ThreadChoice(cores.num_cores, cores.limited_by)
+    return ThreadChoice(torch_threads, "torch's choice")
 
 
-def _default_precision(device: torch.device, has_amx: Callable[[], bool]) -> Choice:
+def _default_precision(device: torch.device, has_amx: Callable[[], bool]) -> PrecisionChoice:
     if device.type == "cuda":
-        return Choice(torch.float16, "default on cuda")
+        return PrecisionChoice(torch.float16, "default on cuda")
     if device.type == "cpu" and has_amx():
-        return Choice(torch.bfloat16, "default on a CPU with AMX")
-    return Choice(torch.float32, "default on a CPU without AMX" if device.type == "cpu" else "default on mps")
+        return PrecisionChoice(torch.bfloat16, "default on a CPU with AMX")
+    return PrecisionChoice(
+        torch.float32, "default on a CPU without AMX" if device.type == "cpu" else "default on mps"
+    )
 
 
 def _check_float8(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -118,20 +117,40 @@ def read_parquet(file: Path, rows_per_block: int) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-class CountingSink(BlockBasedFileDatasink, ABC):
+class FolderSink(BlockBasedFileDatasink):
     """Writes the rows of a task to one file, and counts rows and errors over all tasks.
+
+    Args:
+        output: The folder to write to.
+        file_format: Ending of the names of the files.
+        write: Writes a table to a file.
+        count_errors: Returns the number of rows with an error.
 
     Attributes:
         written: The counts. They are set when all rows are written.
     """
 
-    written = Written(0, 0)
+    def __init__(
+        self,
+        output: Path,
+        file_format: str,
+        write: Callable[[pa.Table, Any], None],
+        count_errors: Callable[[pa.Table], int],
+    ) -> None:
+        super().__init__(str(output), file_format=file_format)
+        self.written = Written(0, 0)
+        self._write_table = write
+        self._count_errors = count_errors
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> Any:
         """Write the rows of a task, and return their counts."""
         tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
         super().write(tables, ctx)
-        return Written(sum(len(table) for table in tables), sum(map(self.num_errors, tables)))
+        return Written(sum(len(table) for table in tables), sum(map(self._count_errors, tables)))
+
+    def write_block_to_file(self, block: BlockAccessor, file: Any) -> None:
+        """Write the rows of a block."""
+        self._write_table(block.to_arrow(), file)
 
     def on_write_complete(self, write_result: WriteResult[Any]) -> None:
         """Add the counts of all tasks."""
@@ -139,45 +158,19 @@ class CountingSink(BlockBasedFileDatasink, ABC):
         counts = write_result.write_returns
         self.written = Written(sum(each[0] for each in counts), sum(each[1] for each in counts))
 
-    @abstractmethod
-    def num_errors(self, table: pa.Table) -> int:
-        """Return the number of rows with an error."""
+
+def jsonl_sink(output: Path) -> FolderSink:
+    """Return a sink that writes the column `json`, a line for each row. `is_error` marks rows with an error."""
+    return FolderSink(output, "jsonl", _write_lines, lambda table: sum(table.column("is_error").to_pylist()))
 
 
-class JsonlSink(CountingSink):
-    """Writes the column `json`, one line for each row. The column `is_error` says which rows are errors.
-
-    Args:
-        output: The folder to write to.
-    """
-
-    def __init__(self, output: Path) -> None:
-        super().__init__(str(output), file_format="jsonl")
-
-    def num_errors(self, table: pa.Table) -> int:
-        """Return the number of rows with an error."""
-        return sum(table.column("is_error").to_pylist())
-
-    def write_block_to_file(self, block: BlockAccessor, file: Any) -> None:
-        """Write the lines of a block."""
-        for line in block.to_arrow().column("json").to_pylist():
-            file.write(line.encode("utf-8") + b"\n")
+def parquet_sink(output: Path) -> FolderSink:
+    """Return a sink that writes all columns. A row with a value in the column `error` is an error."""
+    return FolderSink(
+        output, "parquet", pq.write_table, lambda table: len(table) - int(table.column("error").null_count)
+    )
 
 
-class ParquetSink(CountingSink):
-    """Writes all columns. A row with a value in the column `error` is an error.
-
-    Args:
-        output: The folder to write to.
-    """
-
-    def __init__(self, output: Path) -> None:
-        super().__init__(str(output), file_format="parquet")
-
-    def num_errors(self, table: pa.Table) -> int:
-        """Return the number of rows with an error."""
-        return len(table) - int(table.column("error").null_count)
-
-    def write_block_to_file(self, block: BlockAccessor, file: Any) -> None:
-        """Write the rows of a block."""
-        pq.write_table(block.to_arrow(), file)
+def _write_lines(table: pa.Table, file: Any) -> None:
+    for line in table.column("json").to_pylist():
+        file.write(line.encode("utf-8") + b"\n")

@@ -29,11 +29,11 @@ from bge_rerank_integrations.ray.data import (
 )
 from bge_rerank_integrations.ray.files import (
     ID_COLUMN,
-    CountingSink,
+    FolderSink,
     FolderSource,
-    JsonlSink,
-    ParquetSink,
     Written,
+    jsonl_sink,
+    parquet_sink,
     read_jsonl,
     read_parquet,
 )
@@ -95,7 +95,7 @@ def rank_jsonl_folder(
     ranked = map_with_scorer(
         ds, config, partial(_rank_line_table, rank_lines), actors, rows_per_block=rows_per_block
     )
-    return _write(ranked, JsonlSink(output))
+    return _write(ranked, jsonl_sink(output))
 
 
 def rank_parquet_folder(
@@ -139,7 +139,16 @@ def rank_parquet_folder(
         on_error="raise" if strict else "column",
         actors=actors,
     )
-    return _write(ranked, ParquetSink(output))
+    try:
+        return _write(ranked, parquet_sink(output))
+    except RayTaskError as error:
+        if not isinstance(error.cause, pa.ArrowInvalid):
+            raise
+        # Such as an integer beyond 2**53 in one file, where another file has floats. Arrow's message
+        # contains the value.
+        raise ConfigError(
+            "the rows of the files do not fit into one table; give each column the same type in all files"
+        ) from None
 
 
 def _read_schema(file: Path) -> pa.Schema:
@@ -190,7 +199,7 @@ def _read(
     return ds
 
 
-def _write(ds: Dataset, sink: CountingSink) -> Written:
+def _write(ds: Dataset, sink: FolderSink) -> Written:
     try:
         ds.write_datasink(sink)
     except RayTaskError as error:
@@ -199,12 +208,6 @@ def _write(ds: Dataset, sink: CountingSink) -> Written:
             message = str(error.cause).partition(_ADDED_BY_RAY)[0].rstrip()
             error.cause.args = (message, *error.cause.args[1:])
             raise error.cause from None
-        if isinstance(error.cause, pa.ArrowInvalid) and isinstance(sink, ParquetSink):
-            # Such as an integer beyond 2**53 in one file, where another file has floats. Arrow's message
-            # contains the value.
-            raise ConfigError(
-                "the rows of the files do not fit into one table; give each column the same type in all files"
-            ) from None
         raise
     return sink.written
 

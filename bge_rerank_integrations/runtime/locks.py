@@ -5,9 +5,9 @@ Python raises `KeyboardInterrupt` between two steps of Python code in the main t
 worker threads, which need the lock, then wait for ever. `__enter__` of `RLock` is a single step, except in
 Python 3.14.
 
-gevent replaces the threads and locks of `threading`. All its threads run in one thread of the system, and
-`RLock` would take them for one thread, which may take the lock again. If the locks of `threading` are
-replaced, `SafeLock()` and `SafeCondition()` therefore return these.
+gevent replaces the threads and locks of `threading`. All its threads run in one thread of the system. `RLock`
+cannot tell them apart, so that several could hold it at once. If the locks of `threading` are replaced,
+`SafeLock()` and `SafeCondition()` therefore return these.
 """
 
 from __future__ import annotations
