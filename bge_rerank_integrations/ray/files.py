@@ -160,7 +160,7 @@ class FolderSink(BlockBasedFileDatasink):
 
 
 def jsonl_sink(output: Path) -> FolderSink:
-    """Return a sink that writes the column `json`, a line for each row. `is_error` marks rows with an error."""
+    """Return a sink that writes the column `json` in lines. A row with a true `is_error` is an error."""
     return FolderSink(output, "jsonl", _write_lines, lambda table: sum(table.column("is_error").to_pylist()))
 
 
