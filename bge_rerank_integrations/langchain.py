@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from types import EllipsisType
 from typing import Any
 
@@ -36,6 +37,7 @@ from bge_rerank_integrations.adapters.results import (
 )
 from bge_rerank_integrations.errors import ConfigError, InputTypeError
 from bge_rerank_integrations.ranking import RankedPassage, check_top_n
+from bge_rerank_integrations.runtime.reader_threads import run_in_thread
 from bge_rerank_integrations.validation import check_query, check_requests
 
 
@@ -226,6 +228,16 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
             outputs |= summarize_all(rankings, [len(texts) for _, texts in prepared])
         return [_as_dicts(ranked) for ranked in rankings]
 
+    def warmup(self) -> None:
+        """Load the model and do all other one-time work; see `RerankOptions.warmup`."""
+        super().warmup()
+        _import_tracing()
+
+    async def awarmup(self) -> None:
+        """Do the same as `warmup` without blocking the event loop."""
+        await super().awarmup()
+        await run_in_thread(_import_tracing)
+
     def as_cross_encoder(self) -> BaseCrossEncoder:
         """Return a `BaseCrossEncoder` with the scores of this reranker, for code that expects that interface.
 
@@ -276,6 +288,8 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
     @asynccontextmanager
     async def _arun(self, callbacks: Callbacks | None, num_pairs: int) -> AsyncIterator[dict[str, Any]]:
+        if not _import_tracing.cache_info().currsize:
+            await run_in_thread(_import_tracing)
         manager = AsyncCallbackManager.configure(_inherited(callbacks))
         run = await manager.on_chain_start(None, self._run_inputs(num_pairs), name=type(self).__name__)
         outputs: dict[str, Any] = {"model": self.scorer_name()}
@@ -311,6 +325,12 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
 
     def _texts(self, documents: Sequence[TextSource], rank_fields: Sequence[str] | None) -> list[str]:
         return texts_of(documents, rank_fields, self.document_template if rank_fields is None else None)
+
+
+@cache
+def _import_tracing() -> None:
+    """Import what LangChain imports when a run begins for the first time. This takes about 0.2 s."""
+    CallbackManager.configure()
 
 
 def _inherited(callbacks: Callbacks | None) -> Callbacks:

@@ -55,7 +55,8 @@ class RemoteScorer(PackageScorer):
         api_key: The API key of the server, as a string or a `SecretStr`. None uses the environment variable
             `BGE_RERANK_API_KEY`, if it is set.
         timeout: Maximum duration of each HTTP request in seconds, retries included. None means no limit. A
-            sync call can exceed this limit if the server sends the response headers in many small pieces.
+            sync call exceeds it while the server sends response headers in small pieces, or one interim
+            response (status 100 to 199) after the other.
         max_retries: Maximum number of retries of one HTTP request.
         normalize: Whether to apply a sigmoid to the scores. The default is False, as in `Scorer`.
         client: An `httpx.Client` for the sync methods. `close` does not close it. None creates a client at

@@ -34,8 +34,6 @@ from bge_rerank_integrations.text.tokenization import IntArray
 
 logger = logging.getLogger(__name__)
 
-_live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
-
 
 class MicroBatcher:
     """Queues the requests of any number of threads and runs them in shared batches.
@@ -349,7 +347,9 @@ class MicroBatcher:
         """Return how many seconds the waiting sequences still wait for others that fill their batch."""
         if self._closed or self._queue.num_tokens >= replica.max_batch_tokens():
             return 0.0
-        return self._queue.oldest.submitted_at + self._max_wait_s - time.monotonic()
+        waited_s = time.monotonic() - self._queue.oldest.submitted_at
+        # It is negative if the thread of the caller has another clock, as with the test library freezegun.
+        return self._max_wait_s - waited_s if waited_s >= 0 else 0.0
 
     def _num_others_idle(self, replica: Replica) -> int:
         busy = [worker.replica for worker in self._workers.values() if worker.batches]
@@ -491,6 +491,9 @@ def _forget_cancelled(
     batcher, request = batcher_ref(), request_ref()
     if future.cancelled() and batcher is not None and request is not None:
         batcher._forget(request)
+
+
+_live: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()
 
 
 def _end_all(deadline: float) -> None:

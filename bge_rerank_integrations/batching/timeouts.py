@@ -34,17 +34,25 @@ def wait(future: Future[T], timeout: float | None) -> T:
     """Wait for a future. When the timeout expires or the thread is interrupted, cancel the future."""
     try:
         return future.result(timeout)
-    except FutureTimeoutError:
-        if not future.cancel():  # it has ended just now, or its result is a TimeoutError
-            return future.result()
-        raise RequestTimeoutError(_TIMED_OUT) from None
-    except BaseException as error:  # the thread was interrupted, or the future has failed
-        future.cancel()
+    except BaseException as error:  # the time is over, the thread was interrupted, or the future has failed
+        was_cancelled = future.cancel()
+        if isinstance(error, FutureTimeoutError) and _is_raised_by(Future.result, error):
+            if not was_cancelled:  # it has ended just now
+                return future.result()
+            raise RequestTimeoutError(_TIMED_OUT) from None
         if type(error) is RuntimeError and str(error) == _NOT_LOCKED and error.__context__ is not None:
             # Ctrl-C came while `Condition.wait` took its lock again, so that the `with` block could not
             # release it. This error hides the KeyboardInterrupt.
             raise error.__context__ from None
         raise
+
+
+def _is_raised_by(function: Callable[..., object], error: BaseException) -> bool:
+    """Return whether a function has raised an error itself. A signal handler may raise the same type."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_code is function.__code__
 
 
 async def await_future(future: Future[T], timeout: float | None) -> T:

@@ -49,8 +49,8 @@ class ActorOptions:
     Attributes:
         num_actors: Number of actors. Each of them loads the model once.
         num_cpus: Logical CPUs that each actor reserves; None means 1, or less if the actors would otherwise
-            leave no CPU for reading and writing. An actor uses one thread for each whole CPU that it
-            reserves, and at least one, unless the config sets `num_threads`.
+            leave no CPU for reading and writing, or none after the loss of a node. An actor uses one thread
+            for each whole CPU that it reserves, and at least one, unless the config sets `num_threads`.
         num_gpus: GPUs that each actor reserves. 1 reserves one GPU for each actor.
         rows_per_block: Maximum number of rows that an actor scores in one call; None means 256 for
             `rerank_dataset` and 4,096 for `score_dataset`. One output file contains one block. A
@@ -195,12 +195,15 @@ def _num_cpus(actors: ActorOptions, *, has_checkpoints: bool) -> float | None:
     """Return the CPUs that an actor reserves, or None for Ray's default of 1.
 
     Ray waits without an error for CPUs that never become free. The actors therefore leave some to Ray's own
-    tasks.
+    tasks. By default, they do so even if the cluster loses its largest node, as far as the others suffice.
     """
     available = ray.cluster_resources().get("CPU", 0.0)
-    left = max(available - _CPUS_FOR_TASKS - (_CPUS_FOR_CHECKPOINTS if has_checkpoints else 0), 0.0)
+    for_tasks = _CPUS_FOR_TASKS + (_CPUS_FOR_CHECKPOINTS if has_checkpoints else 0)
+    left = max(available - for_tasks, 0.0)
     if actors.num_cpus is None:
-        share = left / actors.num_actors
+        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        left_after_loss = available - max(nodes, default=0.0) - for_tasks
+        share = (left_after_loss if left_after_loss > 0 else left) / actors.num_actors
         return None if share >= 1 else math.floor(100 * share) / 100
     if actors.num_cpus * actors.num_actors > left:
         logger.warning(

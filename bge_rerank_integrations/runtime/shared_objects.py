@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 from weakref import WeakValueDictionary
 
-from bge_rerank_integrations.errors import InputTypeError
+from bge_rerank_integrations.errors import InputTypeError, RerankError
 from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
 from bge_rerank_integrations.runtime.locks import SafeFuture, SafeLock
 from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+# Which objects the current call creates. A call of `call_uninterrupted` has a copy.
+_keys_here: ContextVar[tuple[tuple[int, Hashable], ...]] = ContextVar("keys_here", default=())
+_IS_CREATED_HERE: Final = (
+    "this call is part of loading the same scorer, for example in a logging handler; load the scorer before, "
+    "with warmup()"
+)
 
 
 @dataclass
@@ -75,6 +83,8 @@ class SharedObjects(Generic[K, T]):
 
         Raises:
             InputTypeError: Python takes no weak references to the holder.
+            RerankError: `create` has called this method for the same key, for example through a handler of
+                its log messages.
             Exception: The exception of `create`. All waiting callers get it. The next call tries again.
             BaseException: Ctrl-C interrupted this call. The other callers do not get it. If the object does
                 not exist yet, one of them creates it.
@@ -89,7 +99,9 @@ class SharedObjects(Generic[K, T]):
                     is_first = key not in self._entries
                     self._entries[key] = entry
                 if is_first:
-                    run_uninterrupted(partial(self._set_result, entry, create(key)))
+                    run_uninterrupted(partial(self._set_result, entry, self._create(key, create)))
+                elif (id(self), key) in _keys_here.get() and not entry.future.done():
+                    raise RerankError(_IS_CREATED_HERE)
                 return entry.future.result()
             except BaseException as error:
                 # `create` has failed, or Ctrl-C came between the lines above.
@@ -135,6 +147,13 @@ class SharedObjects(Generic[K, T]):
             entry = self._entries.get(key)
             if entry is not None and entry.future.done() and entry.future.result() is value:
                 del self._entries[key]
+
+    def _create(self, key: K, create: Callable[[K], T]) -> T:
+        token = _keys_here.set((*_keys_here.get(), (id(self), key)))
+        try:
+            return create(key)
+        finally:
+            _keys_here.reset(token)
 
     def _set_result(self, entry: _Entry[T], value: T) -> None:
         with self._lock:

@@ -13,6 +13,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # The format, zlib or gzip, is detected from the header.
 _ZLIB_OR_GZIP: Final = 32 + zlib.MAX_WBITS
+# Most parts of a concatenated gzip file. Each copies the rest of its chunk.
+_MAX_MEMBERS: Final = 10_000
 
 
 class _Plain:
@@ -29,6 +31,7 @@ class _Compressed:
 
     def __init__(self) -> None:
         self._decompressor = zlib.decompressobj(_ZLIB_OR_GZIP)
+        self._num_members = 1
 
     @property
     def is_complete(self) -> bool:
@@ -38,6 +41,9 @@ class _Compressed:
         unpacked = bytearray()
         while chunk and len(unpacked) < max_bytes:
             if self._decompressor.eof:  # gzip files may be concatenated
+                self._num_members += 1
+                if self._num_members > _MAX_MEMBERS:
+                    raise zlib.error
                 self._decompressor = zlib.decompressobj(_ZLIB_OR_GZIP)
             unpacked += self._decompressor.decompress(chunk, max_bytes - len(unpacked))
             chunk = self._decompressor.unconsumed_tail or self._decompressor.unused_data

@@ -233,6 +233,8 @@ def refusal_headers(refusal: Refusal) -> dict[str, str]:
     headers = {}
     if refusal.retry_after_s is not None:
         headers["retry-after"] = str(refusal.retry_after_s)
+    if refusal.type == "ServerDraining":
+        headers["connection"] = "close"  # a later request on this connection would be cut off
     if refusal.status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -64,7 +64,7 @@ def read_api_key(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get(API_KEY_VARIABLE) or None
     try:
-        key = file.read_text(encoding="ascii").strip()
+        key = file.read_text(encoding="utf-8-sig").strip()  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the key file {file} cannot be read ({type(error).__name__})") from None
     if not key:

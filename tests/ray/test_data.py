@@ -245,8 +245,24 @@ def test_actors_leave_cpus_to_other_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": available})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": available}}])
     options = ActorOptions(num_actors=num_actors)
     assert actors._num_cpus(options, has_checkpoints=has_checkpoints) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_actors", "cpus_of_nodes", "expected"),
+    [(2, [2, 2], 0.5), (1, [2, 2], None), (8, [2, 4, 4], 0.62), (2, [16, 1], 0.5 * 15), (64, [16] * 8, None)],
+)
+def test_actors_leave_cpus_after_the_loss_of_a_node(
+    num_actors: int, cpus_of_nodes: list[float], expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in cpus_of_nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 100.0}}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": sum(cpus_of_nodes)})
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, dead])
+    share = actors._num_cpus(ActorOptions(num_actors=num_actors), has_checkpoints=False)
+    assert share == (None if expected is None or expected >= 1 else expected)
 
 
 def test_a_job_that_may_stall_is_logged(

@@ -72,6 +72,7 @@ def test_tei() -> None:
     assert render(TEI, body) == [{"index": 1, "score": 0.75}, {"index": 0, "score": 0.25}]
     assert render(TEI, {**body, "return_text": True})[0] == {"index": 1, "score": 0.75, "text": "b"}
     assert TEI.parse({**body, "raw_scores": True}).raw_scores
+    assert TEI.parse({**body, "top_n": 1}).top_n == 1  # LiteLLM sends it
     assert not TEI.parse({**body, "truncate": False}).refuse_truncated
 
 
@@ -141,6 +142,13 @@ def test_native_keeps_everything() -> None:
     (ranking,) = render(NATIVE, body)["rankings"]
     assert ranking["passages"][1] == dataclasses.asdict(RANKING[1])
     assert ranking["counts"] == vars(RANKING)
+
+
+def test_the_number_of_native_requests_is_limited() -> None:
+    assert len(NATIVE.parse({"requests": [["q", []]] * 20_000}).requests) == 20_000
+    with pytest.raises(Refusal, match="20001 requests") as caught:
+        NATIVE.parse({"requests": [["q", []]] * 20_001})
+    assert caught.value.status == 413
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,8 @@ def test_a_compressed_body(pack: Any, client: httpx.Client) -> None:
         assert "compressed request body" in response.json()["message"]
     response = client.post("/v1/rerank", content=content, headers={"content-encoding": "br"})
     assert response.status_code == 415
+    response = client.post("/v1/rerank", content=content + pack(b"") * 10_000, headers=encoding)
+    assert response.status_code == 400
 
 
 def test_a_full_queue(held: HeldScorer, held_client: httpx.Client) -> None:

@@ -27,7 +27,7 @@ BODY = {"query": "TEXT-CANARY", "documents": ["TEXT-CANARY one", "two"]}
 
 def test_it_serves_and_ends_at_a_signal(checkpoint: Path, tmp_path: Path) -> None:
     key_file = tmp_path / "key"
-    key_file.write_text(KEY + "\n")
+    key_file.write_text(KEY + "\n", encoding="utf-8-sig")
     with serving(
         "--model", str(checkpoint), "--device", "cpu", "--api-key-file", str(key_file), "--model-name", "bge"
     ) as server:
@@ -71,6 +71,7 @@ def test_accepted_requests_are_finished_or_get_status_503(grace_s: float, checkp
                 assert client.get("/health/ready").status_code == 503
                 refused = client.post("/v1/rerank", json=BODY)
                 assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+                assert refused.headers["connection"] == "close"
         for thread in threads:
             thread.join()
         assert server.end() == 0

@@ -14,9 +14,11 @@ from torch import Tensor
 from bge_rerank_integrations.engine.checkpoint.files import refuse_lfs_pointer, weight_files
 from bge_rerank_integrations.engine.shape import EncoderShape
 from bge_rerank_integrations.errors import (
+    CheckpointError,
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
+from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 # Tensors in older or multi-purpose checkpoints that this architecture does not use.
 _UNUSED: Final = frozenset(
@@ -65,6 +67,7 @@ def load_weights(
     homes = verify_weights(folder, shape)
     weights: dict[str, Tensor] = {}
     for name, dimensions in shape.parameter_shapes().items():
+        raise_if_exiting()
         target = _loaded_dtype(name, dtype)
         tensor = torch.empty(dimensions, dtype=target, device=device)
         for start in range(0, dimensions[0], _rows_at_once(dimensions)):
@@ -105,6 +108,8 @@ def verify_weights(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
             try:
                 shard = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except SafetensorError as error:
+                if not _is_utf8(path):
+                    raise CheckpointError(f"the path {str(path)!r} is not UTF-8; rename the folder") from None
                 raise CorruptCheckpointError(
                     f"{path} is damaged or was not downloaded completely ({error}); download it again"
                 ) from error
@@ -114,6 +119,14 @@ def verify_weights(folder: Path, shape: EncoderShape) -> dict[str, _Home]:
                 headers[name] = shard.get_slice(stored_name)
         _verify_headers(folder, headers, shape)
     return homes
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _current_name(stored_name: str) -> str:

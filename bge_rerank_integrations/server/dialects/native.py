@@ -16,7 +16,10 @@ from bge_rerank_integrations.server.dialects.fields import (
     read_model,
     read_number,
 )
+from bge_rerank_integrations.server.refusal import Refusal
 from bge_rerank_integrations.validation import check_requests, check_timeout
+
+_MAX_REQUESTS: Final = 20_000
 
 
 def _parse(body: Body) -> Work:
@@ -26,6 +29,9 @@ def _parse(body: Body) -> Work:
     requests = body.get("requests")
     if not isinstance(requests, list):
         raise InputTypeError("the field 'requests' must be a list of [query, passages] pairs")
+    if len(requests) > _MAX_REQUESTS:  # also those without passages
+        message = f"the body has {len(requests)} requests; the server's limit is {_MAX_REQUESTS}"
+        raise Refusal(413, message, "TooManyRequests")
     only_scores = read_flag(body, "only_scores")
     return Work(
         requests=check_requests(requests, may_be_blank=only_scores),

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from bge_rerank_integrations.server.dialects.dialect import Body, Dialect, Reply, Work, plain_error
 from bge_rerank_integrations.server.dialects.fields import (
+    COUNT_SCHEMA,
     DOCUMENTS_SCHEMA,
     EXAMPLE_QUERY,
     EXAMPLE_TEXTS,
@@ -13,6 +14,7 @@ from bge_rerank_integrations.server.dialects.fields import (
     RAW_SCORES_SCHEMA,
     RETURN_TEXTS_SCHEMA,
     TEXT_SCHEMA,
+    read_count,
     read_flag,
     read_text,
     read_texts,
@@ -24,6 +26,7 @@ def _parse(body: Body) -> Work:
     # long text is refused.
     return Work(
         requests=[(read_text(body, "query"), read_texts(body, "texts"))],
+        top_n=read_count(body, "top_n"),
         raw_scores=read_flag(body, "raw_scores"),
         return_documents=read_flag(body, "return_text"),
     )
@@ -48,6 +51,7 @@ TEI: Final = Dialect(
     fields={
         "query": TEXT_SCHEMA,
         "texts": DOCUMENTS_SCHEMA,
+        "top_n": {**COUNT_SCHEMA, "description": "0 and null are all; TEI itself has no such field"},
         "raw_scores": RAW_SCORES_SCHEMA,
         "return_text": RETURN_TEXTS_SCHEMA,
         "truncate": {**FLAG_SCHEMA, "description": "ignored; long texts are always cut"},

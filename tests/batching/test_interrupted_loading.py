@@ -1,0 +1,161 @@
+"""Signal handlers that raise while a model loads: the caller gets their exception, and the load is not harmed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from bge_rerank_integrations.batching.timeouts import wait
+from bge_rerank_integrations.errors import RequestTimeoutError
+from bge_rerank_integrations.runtime.uninterrupted import call_uninterrupted
+from tests.support.queues import PATIENCE_S
+
+# Calls `act` when Python begins to import a module.
+AT_IMPORT = """
+    import _thread, logging, os, signal, sys, time
+    from bge_rerank_integrations import BGEReranker, Scorer
+    from bge_rerank_integrations.errors import RerankError
+
+    model = sys.argv[1]
+
+    class AtImport:
+        def __init__(self, name, act):
+            self.name, self.act = name, act
+            sys.meta_path.insert(0, self)
+
+        def find_spec(self, name, path=None, target=None):
+            if name == self.name:
+                sys.meta_path.remove(self)
+                self.act()
+
+    class JobTimeout(Exception):
+        pass
+
+    def end_job(*_):
+        raise JobTimeout
+
+    class AtLog(logging.Handler):
+        def __init__(self, words, act):
+            super().__init__()
+            self.words, self.act = words, act
+            logging.getLogger("bge_rerank_integrations").addHandler(self)
+            logging.getLogger("bge_rerank_integrations").setLevel(logging.INFO)
+
+        def emit(self, record):
+            if self.words in record.getMessage():
+                logging.getLogger("bge_rerank_integrations").removeHandler(self)
+                self.act()
+"""
+
+CTRL_C_AND_RETRY = """
+    AtImport(sys.argv[2], _thread.interrupt_main)
+    try:
+        Scorer(model, device="cpu")
+    except KeyboardInterrupt:
+        print("interrupted")
+    print(len(Scorer(model, device="cpu").rank("panda", ["a bear", "a panda"])))
+"""
+
+CTRL_C_AND_EXIT = """
+    AtImport("torch.nn", _thread.interrupt_main)
+    try:
+        Scorer(model, device="cpu")
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+END_OF_JOB = """
+    signal.signal(signal.SIGUSR1, end_job)
+    AtLog("attention on cpu", lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        Scorer.shared(Scorer(model, device="cpu").config)
+    except JobTimeout:
+        print("ended")
+    print(len(Scorer(model, device="cpu").rank("panda", ["a bear", "a panda"])))
+"""
+
+HANDLER_THAT_RANKS = """
+    reranker = BGEReranker(model=model, device="cpu")
+    AtLog("precision on cpu", lambda: reranker.rerank(["a", "b"], "q"))
+    try:
+        reranker.rerank(["a", "b"], "q")
+    except RerankError as error:
+        print(type(error).__name__, "part of loading" in str(error))
+    print(len(reranker.rerank(["a", "b"], "q")))
+"""
+
+
+def run_child(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(AT_IMPORT) + textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("module", ["torch.nn", "torch.fx", "safetensors"])
+def test_after_ctrl_c_during_an_import_the_next_call_loads_the_model(module: str, checkpoint: Path) -> None:
+    child = run_child(CTRL_C_AND_RETRY, checkpoint, module)
+    assert (child.stdout.split(), child.returncode) == (["interrupted", "2"], 0), child.stderr
+
+
+def test_a_process_that_ends_after_ctrl_c_during_an_import_does_not_abort(checkpoint: Path) -> None:
+    child = run_child(CTRL_C_AND_EXIT, checkpoint)
+    assert (child.stdout.split(), child.returncode, child.stderr) == (["interrupted"], 0, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+def test_an_exception_of_a_signal_handler_is_not_taken_for_a_broken_kernel(checkpoint: Path) -> None:
+    child = run_child(END_OF_JOB, checkpoint)
+    assert (child.stdout.split(), child.returncode) == (["ended", "2"], 0), child.stderr
+    assert "is not used" not in child.stderr
+
+
+def test_a_call_in_a_logging_handler_of_its_own_loading_is_refused(checkpoint: Path) -> None:
+    child = run_child(HANDLER_THAT_RANKS, checkpoint)
+    assert (child.stdout.split(), child.returncode) == (["RerankError", "True", "2"], 0), child.stderr
+
+
+class JobTimeoutError(TimeoutError):
+    """What a job runner raises in a signal handler."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@pytest.mark.parametrize("timeout", [None, PATIENCE_S])
+@pytest.mark.parametrize("error", [JobTimeoutError("too long"), TimeoutError("too long")])
+def test_a_timeout_of_a_signal_handler_is_kept(timeout: float | None, error: TimeoutError) -> None:
+    def stop(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGALRM, stop)
+    future: Future[int] = Future()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(TimeoutError, match="too long") as caught:
+            wait(future, timeout)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert caught.value is error
+    assert future.cancelled()
+    with pytest.raises(RequestTimeoutError):
+        wait(Future(), 0.01)
+
+
+def test_an_uninterrupted_call_returns_and_raises_what_the_function_does() -> None:
+    assert call_uninterrupted(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ValueError, match="own"):
+        call_uninterrupted(lambda: int("own"))
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(call_uninterrupted(threading.get_ident)))
+    thread.start()
+    thread.join()
+    assert found == [thread.ident], "only the main thread gets signals"
