@@ -9,8 +9,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -37,7 +35,8 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use
 from bge_rerank_integrations.runtime.progress import OnProgress, progress_bar
 from bge_rerank_integrations.runtime.shutdown import join_until
-from bge_rerank_integrations.runtime.uninterrupted import call_uninterrupted, importing
+from bge_rerank_integrations.runtime.tracebacks import raise_if_of_signal_handler
+from bge_rerank_integrations.runtime.uninterrupted import import_uninterrupted
 from bge_rerank_integrations.runtime.warn_once import warn_once
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
@@ -305,32 +304,25 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
         CheckpointError, ConfigError, DeviceError, ForkedProcessError: For the same reasons as `Scorer`.
     """
     check_process()
-    call_uninterrupted(_import_engine)
+    # These imports load torch. They are local, so that `import` of a module that mentions `Scorer` stays
+    # fast.
+    import_uninterrupted("bge_rerank_integrations.engine.runner")
     from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 
-    folder = find_checkpoint(config)  # in this thread, so that Ctrl-C ends a download
-    return call_uninterrupted(partial(_load, config, folder))
-
-
-def _import_engine() -> None:
-    """Import torch. This is no statement, so that `import` of a module that mentions `Scorer` stays fast."""
-    with importing():
-        import_module("bge_rerank_integrations.engine.runner")
-
-
-def _load(config: ScorerConfig, folder: Path) -> Pipeline:
+    folder = find_checkpoint(config)
     try:
-        return _build(config, folder)
+        return _load(config, folder)
     except RerankError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:  # a file cannot be read, or the memory is full
+        raise_if_of_signal_handler(error)
         message = str(error) or "not enough memory"
         if isinstance(error, RuntimeError) and not any(words in message for words in _NO_MEMORY):
             raise
         raise CheckpointError(f"the model in {folder} cannot be loaded: {message}") from error
 
 
-def _build(config: ScorerConfig, folder: Path) -> Pipeline:
+def _load(config: ScorerConfig, folder: Path) -> Pipeline:
     from bge_rerank_integrations.engine.checkpoint.files import require_file
     from bge_rerank_integrations.engine.checkpoint.model_config import check_max_length, read_shape
     from bge_rerank_integrations.engine.checkpoint.prompts import read_default_prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -36,7 +37,7 @@ def wait(future: Future[T], timeout: float | None) -> T:
         return future.result(timeout)
     except BaseException as error:  # the time is over, the thread was interrupted, or the future has failed
         was_cancelled = future.cancel()
-        if isinstance(error, FutureTimeoutError) and _is_raised_by(Future.result, error):
+        if isinstance(error, FutureTimeoutError) and _is_of_wait(error):
             if not was_cancelled:  # it has ended just now
                 return future.result()
             raise RequestTimeoutError(_TIMED_OUT) from None
@@ -47,12 +48,13 @@ def wait(future: Future[T], timeout: float | None) -> T:
         raise
 
 
-def _is_raised_by(function: Callable[..., object], error: BaseException) -> bool:
-    """Return whether a function has raised an error itself. A signal handler may raise the same type."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and last.tb_frame.f_code is function.__code__
+def _is_of_wait(error: FutureTimeoutError) -> bool:
+    """Return whether the call of `Future.result` in `wait` has raised an error itself.
+
+    A signal handler may raise the same type, and so may the work of the future.
+    """
+    raised_in = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return raised_in[1:] == [Future.result.__code__]
 
 
 async def await_future(future: Future[T], timeout: float | None) -> T:

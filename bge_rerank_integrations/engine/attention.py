@@ -28,7 +28,7 @@ from bge_rerank_integrations.engine.cpu.vector_support import (
 )
 from bge_rerank_integrations.engine.packing import Seqlens
 from bge_rerank_integrations.errors import DeviceError
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def resolve_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a kernel that is missing, a driver that fails, or a wrong result
+            raise_if_of_signal_handler(error)
             reason = first_line(error)
             logger.warning(
                 "attention on %s in %s: %s is not used (%s: %s)",

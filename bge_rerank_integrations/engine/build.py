@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -32,6 +33,7 @@ from bge_rerank_integrations.engine.linear import onednn_linear, resolve_linear
 from bge_rerank_integrations.engine.model import PackedCrossEncoder
 from bge_rerank_integrations.engine.packing import pack
 from bge_rerank_integrations.engine.shape import EncoderShape
+from bge_rerank_integrations.runtime.uninterrupted import import_uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ def build_model(spec: ModelSpec) -> Model:
     logger.info("precision on %s: %s (%s)", spec.device, spec.dtype, reason)
     # This is quick. Kernels that are tried for other widths than those of the weights give misleading errors.
     verify_weights(spec.folder, spec.shape)
+    if spec.device.type == "cpu" and find_spec("numba") is not None:
+        import_uninterrupted("numba")
     model = _BUILDERS[spec.dtype](spec)
     if model.graphs is not None:
         model.graphs.capture()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.shared_work import share
 from bge_rerank_integrations.engine.padded_rows import round_up_rows
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def _is_tile_linear_right() -> bool:
         if not difference <= _TOLERANCE:
             raise AssertionError(f"results differ by {difference:.2g}")
     except Exception as error:  # numba may not fit the installed release of NumPy
+        raise_if_of_signal_handler(error)
         reason = first_line(error)
         logger.warning("linear layers: tile_linear is not used (%s: %s)", type(error).__name__, reason)
         return False

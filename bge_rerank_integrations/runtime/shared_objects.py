@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic, TypeVar
@@ -18,8 +18,6 @@ from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-# Which objects the current call creates. A call of `call_uninterrupted` has a copy.
-_keys_here: ContextVar[tuple[tuple[int, Hashable], ...]] = ContextVar("keys_here", default=())
 _IS_CREATED_HERE: Final = (
     "this call is part of loading the same scorer, for example in a logging handler; load the scorer before, "
     "with warmup()"
@@ -35,11 +33,13 @@ class _Entry(Generic[T]):
         holders: The users of the object, by `id`. The references are weak, so a deleted user no longer
             counts.
         is_pinned: Whether somebody asked for the object without a holder. `release` never drops it.
+        creator: The thread that creates the object, by `threading.get_ident`.
     """
 
     future: SafeFuture[T] = field(default_factory=SafeFuture)
     holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
     is_pinned: bool = False
+    creator: int = field(default_factory=threading.get_ident)
 
     def add(self, holder: object | None) -> None:
         if holder is None:
@@ -99,8 +99,8 @@ class SharedObjects(Generic[K, T]):
                     is_first = key not in self._entries
                     self._entries[key] = entry
                 if is_first:
-                    run_uninterrupted(partial(self._set_result, entry, self._create(key, create)))
-                elif (id(self), key) in _keys_here.get() and not entry.future.done():
+                    run_uninterrupted(partial(self._set_result, entry, create(key)))
+                elif entry.creator == threading.get_ident() and not entry.future.done():
                     raise RerankError(_IS_CREATED_HERE)
                 return entry.future.result()
             except BaseException as error:
@@ -147,13 +147,6 @@ class SharedObjects(Generic[K, T]):
             entry = self._entries.get(key)
             if entry is not None and entry.future.done() and entry.future.result() is value:
                 del self._entries[key]
-
-    def _create(self, key: K, create: Callable[[K], T]) -> T:
-        token = _keys_here.set((*_keys_here.get(), (id(self), key)))
-        try:
-            return create(key)
-        finally:
-            _keys_here.reset(token)
 
     def _set_result(self, entry: _Entry[T], value: T) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 
 
@@ -31,3 +32,18 @@ def release_frames(error: BaseException) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for a log. The message may be empty."""
     return next(iter(str(error).splitlines()), "")
+
+
+def raise_if_of_signal_handler(error: BaseException) -> None:
+    """Raise an error again that a signal handler has raised, such as that of a job runner's time limit.
+
+    Call this where an error of a library would be taken for a damaged file or a missing kernel.
+    """
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    if any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
+
+
+def _code_of(handler: object) -> object:
+    """Return the code of a function or method, or None."""
+    return getattr(getattr(handler, "__func__", handler), "__code__", None)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import _thread
-import contextvars
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable
+from importlib import import_module
 
+from bge_rerank_integrations.runtime.fork_guard import call_in_forked_children
 from bge_rerank_integrations.runtime.shutdown import end_at_exit
 
-T = TypeVar("T")
-
-# One lock for each running call of `call_uninterrupted`, which is taken until the call has ended.
-_running: set[threading.Lock] = set()
-_importing = threading.Lock()
+# A lock for each running import, which is taken until the import has ended.
+_imports: set[threading.Lock] = set()
 
 
 def run_uninterrupted(function: Callable[[], object]) -> None:
@@ -30,7 +27,7 @@ def run_uninterrupted(function: Callable[[], object]) -> None:
     Example:
         >>> run_uninterrupted(partial(future.set_result, 1))
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _gets_signals():
         function()
         return
     calls = [function]
@@ -52,70 +49,65 @@ def run_uninterrupted(function: Callable[[], object]) -> None:
         pass
 
 
-def call_uninterrupted(function: Callable[[], T]) -> T:
-    """Call a function and return its result. Ctrl-C ends the wait, but not the function.
+def import_uninterrupted(name: str) -> None:
+    """Import a module. An exception of a signal handler, such as Ctrl-C, is raised when the import has ended.
 
-    Libraries do not expect that a signal handler raises an exception in them. torch can then not be imported
-    again, and others take the exception for a damaged file.
+    torch and numba cannot be imported again in a process in which an exception has ended their import. A
+    second Ctrl-C is raised at once. Under gevent, which runs all threads in one, Ctrl-C does end the import.
 
     Args:
-        function: May take long. It should call `raise_if_exiting` now and then, because interpreter exit
-            waits for it. In the main thread, it runs in another thread with a copy of the context variables.
-
-    Returns:
-        The result of the function.
+        name: Full name of the module.
 
     Raises:
-        BaseException: The exception of the function, or of a signal handler.
+        Exception: The exception of the import.
 
     Example:
-        >>> call_uninterrupted(lambda: 1)
-        1
+        >>> import_uninterrupted("torch")
     """
-    if threading.current_thread() is not threading.main_thread():
-        return function()
-    outcome: list[tuple[T, None] | tuple[None, BaseException]] = []
-    is_over = threading.Lock()
-    is_over.acquire()
-    context = contextvars.copy_context()
+    if not _gets_signals():
+        import_module(name)
+        return
+    errors: list[BaseException] = []
+    # One lock for each place that waits. An interrupted `acquire` may have taken its lock.
+    is_over, is_over_after_interrupt, is_over_at_exit = locks = [threading.Lock() for _ in range(3)]
+    for lock in locks:
+        lock.acquire()
 
     def run() -> None:
-        _running.add(is_over)
+        _imports.add(is_over_at_exit)
         try:
-            outcome.append((context.run(function), None))
+            import_module(name)
         except BaseException as error:
-            outcome.append((None, error))
+            errors.append(error)
         finally:
-            _running.discard(is_over)
-            is_over.release()
+            _imports.discard(is_over_at_exit)
+            for lock in locks:
+                lock.release()
 
     try:
         _thread.start_new_thread(run, ())
     except RuntimeError:  # too many threads in the process
-        return function()
-    with is_over:
-        result, error = outcome.pop()  # the exception refers to `outcome`, which must not refer to it
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error
-    return result  # type: ignore[return-value]
+        import_module(name)
+        return
+    try:
+        is_over.acquire()
+    except BaseException:
+        is_over_after_interrupt.acquire()
+        raise
+    if errors:
+        raise errors.pop()  # its traceback refers to `errors`
 
 
-@contextmanager
-def importing() -> Iterator[None]:
-    """Let interpreter exit wait for this block, which imports torch. It would abort in the middle."""
-    with _importing:
-        yield
+def _gets_signals() -> bool:
+    """Return whether signal handlers may raise in this thread. No other thread would start at exit."""
+    return threading.current_thread() is threading.main_thread() and not sys.is_finalizing()
 
 
-def _end_all(deadline: float) -> None:
-    with _importing:
-        pass
-    for is_over in list(_running):
-        if is_over.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-            is_over.release()
+def _end_imports(deadline: float) -> None:
+    """Wait for imports at interpreter exit. A process that ends during an import of torch may abort."""
+    for is_over in list(_imports):
+        is_over.acquire(timeout=max(deadline - time.monotonic(), 0.0))
 
 
-end_at_exit(_end_all)
+end_at_exit(_end_imports)
+call_in_forked_children(_imports.clear)  # the importing threads exist in the parent only

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
 from bge_rerank_integrations.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from bge_rerank_integrations.runtime.tracebacks import raise_if_of_signal_handler
 
 
 class TokenizerFile(NamedTuple):
@@ -65,6 +66,7 @@ def load_tokenizer(path: Path) -> TokenizerFile:
         data["truncation"] = data["padding"] = None
         tokenizer = Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
     except Exception as error:  # the Rust library raises bare Exception
+        raise_if_of_signal_handler(error)
         raise CorruptCheckpointError(f"{path} is not a valid tokenizer file: {error}") from error
     return TokenizerFile(tokenizer, max_id, frozenset(pieces) - {unknown_id})
 

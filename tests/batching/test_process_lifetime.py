@@ -45,7 +45,7 @@ FIRST_CALLS = """
         global scorer
         scorer = Scorer(sys.argv[1], device="cpu", dtype=sys.argv[2], num_threads=2)
 
-    # In the main thread, the model would be loaded in a thread that `threading.setprofile` does not see.
+    # Called in the main thread, it would import torch in a thread that `threading.setprofile` does not see.
     loader = threading.Thread(target=load, name="loader")
     loader.start()
     loader.join()

@@ -15,7 +15,7 @@ from bge_rerank_integrations.engine.checkpoint.files import INDEX, INPUT_FILES
 from bge_rerank_integrations.engine.checkpoint.mistaken_folders import ADAPTER_CONFIG, download_command
 from bge_rerank_integrations.errors import CheckpointError, CheckpointNotFoundError, HubUnreachableError
 from bge_rerank_integrations.runtime.shutdown import join_until
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 _CREDENTIALS: Final = re.compile(r"//[^/\s@]*@")  # of a proxy, in a URL
 
@@ -79,6 +79,7 @@ def download_checkpoint(config: ScorerConfig) -> Path:
             f"{_why_not_downloaded(config, error)}. {_work_offline(config)}"
         ) from error
     except Exception as error:  # the hub library, its HTTP client and its download engine have many types
+        raise_if_of_signal_handler(error)
         message = f"{what} could not be downloaded: {_reason(error)}"
         if _is_file_error(error):
             raise CheckpointError(

@@ -70,7 +70,7 @@ def _require_embedded() -> Path:
     if not EMBEDDED_FOLDER.is_dir():
         raise CheckpointNotFoundError(
             f"the embedded model is not in {EMBEDDED_FOLDER}. Install this package with pip: it cannot read "
-            "the model from a zip archive, or from an installation with Python modules only. PyInstaller needs "
-            "`--collect-data bge_rerank_integrations`"
+            "the model from a zip archive, or from an installation with Python modules only. PyInstaller "
+            "needs `--collect-data bge_rerank_integrations`"
         )
     return EMBEDDED_FOLDER

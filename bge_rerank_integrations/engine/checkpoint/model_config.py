@@ -16,6 +16,7 @@ from bge_rerank_integrations.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
+from bge_rerank_integrations.runtime.tracebacks import raise_if_of_signal_handler
 
 ARCHITECTURE: Final = "XLMRobertaForSequenceClassification"
 # Settings in config.json that must be positive integers.
@@ -59,6 +60,7 @@ def read_shape(folder: Path) -> EncoderShape:
     try:
         config = XLMRobertaConfig.from_dict(data)
     except Exception as error:  # the validation raises several unrelated types
+        raise_if_of_signal_handler(error)
         raise CorruptCheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     padding_idx = 1 if config.pad_token_id is None else config.pad_token_id
     # Some releases of transformers do not check the types.

@@ -18,7 +18,6 @@ from bge_rerank_integrations.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_integrations.runtime.shutdown import raise_if_exiting
 
 # Tensors in older or multi-purpose checkpoints that this architecture does not use.
 _UNUSED: Final = frozenset(
@@ -67,7 +66,6 @@ def load_weights(
     homes = verify_weights(folder, shape)
     weights: dict[str, Tensor] = {}
     for name, dimensions in shape.parameter_shapes().items():
-        raise_if_exiting()
         target = _loaded_dtype(name, dtype)
         tensor = torch.empty(dimensions, dtype=target, device=device)
         for start in range(0, dimensions[0], _rows_at_once(dimensions)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.blocks import Norm, Parameters, Quantized, Rows
 from bge_rerank_integrations.engine.cuda.fused_ops import PLAIN_OPS, FusedOps
 from bge_rerank_integrations.errors import ConfigError, DeviceError
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 _MULTIPLE: Final = 16
 # Numbers of rows that a product is tried with: a single row, and a prime number.
@@ -118,6 +118,7 @@ def check_float8(device: torch.device, widths: tuple[int, int]) -> None:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # torch raises several types, and the comparison raises AssertionError
+        raise_if_of_signal_handler(error)
         reason = first_line(error)
         raise DeviceError(
             f"dtype 'float8' does not work on {device} with torch {torch.__version__} "

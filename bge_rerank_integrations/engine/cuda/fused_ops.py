@@ -18,7 +18,7 @@ from bge_rerank_integrations.engine.cuda.linear_gelu import (
 )
 from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.linear import plain_linear
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def resolve_fused(
                 if not quantizing and _copies_tiles(device):
                     ops = _with_linear_gelu(ops, device, dtype, widths)
         except Exception as error:  # the import, the compiler, the driver or the comparison failed
+            raise_if_of_signal_handler(error)
             reason = first_line(error)
             ops = PLAIN_OPS._replace(name=f"{PLAIN_OPS.name} ({type(error).__name__}: {reason})")
     logger.info("operators between matrix products on %s in %s: %s", device, dtype, ops.name)

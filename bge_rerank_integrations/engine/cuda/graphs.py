@@ -16,7 +16,7 @@ from torch import Tensor
 from bge_rerank_integrations.engine.attention import works_in_graphs
 from bge_rerank_integrations.engine.current_device import on_device
 from bge_rerank_integrations.engine.packing import IntArray, PackedBatch, Seqlens, pack
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,7 @@ class Graphs:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except Exception as error:  # an operator that cannot be captured, or a wrong result
+            raise_if_of_signal_handler(error)
             reason = first_line(error)
             logger.warning(
                 "CUDA graphs are disabled because a capture failed: %s: %s", type(error).__name__, reason

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.current_device import on_device
-from bge_rerank_integrations.runtime.tracebacks import first_line
+from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def least_fused_rows(
         check_linear_gelu(fused, device, dtype, widths)
         least = _least_rows(fused, separate, device, dtype, widths, seconds)
     except Exception as error:  # the compiler, the driver, the comparison or the memory failed
+        raise_if_of_signal_handler(error)
         reason = first_line(error)
         logger.info("GELU after the up projection on %s: %s: %s", device, type(error).__name__, reason)
         return None
