@@ -306,7 +306,7 @@ def load_pipeline(config: ScorerConfig) -> Pipeline:
     check_process()
     # These imports load torch. They are local, so that `import` of a module that mentions `Scorer` stays
     # fast.
-    import_uninterrupted("bge_rerank_integrations.engine.runner")
+    import_uninterrupted("torch")
     from bge_rerank_integrations.engine.checkpoint.locate import find_checkpoint
 
     folder = find_checkpoint(config)

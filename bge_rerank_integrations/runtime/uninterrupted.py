@@ -64,7 +64,8 @@ def import_uninterrupted(name: str) -> None:
     Example:
         >>> import_uninterrupted("torch")
     """
-    if not _gets_signals():
+    # This thread itself may be importing the module. Another thread would wait for it for ever.
+    if name in sys.modules or not _gets_signals():
         import_module(name)
         return
     errors: list[BaseException] = []

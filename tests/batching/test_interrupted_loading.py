@@ -69,6 +69,8 @@ NESTED = """
             print(type(error).__name__)
 
     AtImport("torch.nn", load)
+    if sys.argv[2] == "the application":
+        import torch
     print(len(Scorer(model, device="cpu").rank("panda", ["a bear", "a panda"])))
 """
 
@@ -134,8 +136,9 @@ def test_a_process_that_ends_after_ctrl_c_during_an_import_does_not_abort(checkp
     assert "Exception ignored" not in child.stderr
 
 
-def test_a_load_within_the_import_of_torch_fails_alone(checkpoint: Path) -> None:
-    child = run_child(NESTED, checkpoint)
+@pytest.mark.parametrize("importer", ["the application", "this package"])
+def test_a_load_within_the_import_of_torch_fails_alone(importer: str, checkpoint: Path) -> None:
+    child = run_child(NESTED, checkpoint, importer)
     assert (child.stdout.split()[1:], child.returncode) == (["2"], 0), child.stderr
 
 
