@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import report
 from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.text.tokenization import IntArray
 
@@ -119,7 +120,7 @@ def _measure(
     """Let callers ask, each again as soon as it has its answer, until the device has had enough batches."""
     device = SimulatedDevice(compute_s=args.compute_ms / 1000, host_s=args.host_ms / 1000, depth=depth)
     batcher = MicroBatcher([device.replica()])
-    request = [np.full(_LENGTH, 1, np.int32)] * (
+    sequences = [np.full(_LENGTH, 1, np.int32)] * (
         num_sequences or args.num_batches * _MAX_BATCH_TOKENS // _LENGTH
     )
     lock = threading.Lock()
@@ -128,7 +129,9 @@ def _measure(
     def ask() -> None:
         nonlocal num_requests
         while device.num_batches < args.num_batches:
-            batcher.submit(request).result()
+            request = Request()
+            batcher.add(request, sequences)
+            request.future.result()
             with lock:
                 num_requests += 1
 

@@ -170,6 +170,9 @@ class ForkedProcessError(RerankError, RuntimeError):
 class ScorerClosedError(RerankError, RuntimeError):
     """The scorer was used after `close()`, or closed while the request waited."""
 
+    def __init__(self, message: str = "this scorer is closed; create a new one") -> None:
+        super().__init__(message)
+
 
 class MissingExtraError(RerankError, ImportError):
     """An optional dependency is not installed. The message contains the command that installs it."""

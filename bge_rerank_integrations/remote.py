@@ -314,7 +314,7 @@ class RemoteScorer(PackageScorer):
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise ScorerClosedError("this scorer is closed; create a new one")
+            raise ScorerClosedError
 
 
 def _send(part: Part, timeout_s: float | None) -> Send:

@@ -504,7 +504,7 @@ class Scorer(PackageScorer):
         if pipeline is None:
             if self._load_error is not None:
                 raise copy.copy(self._load_error)  # callers must not share an exception and its traceback
-            raise ScorerClosedError("this scorer is closed; create a new one")
+            raise ScorerClosedError
         return pipeline
 
 

@@ -58,7 +58,9 @@ class MicroBatcher:
 
     Example:
         >>> replica = Replica(runner.launch, lambda: runner.max_batch_tokens)
-        >>> MicroBatcher([replica]).submit([np.array([0, 2, 2, 2], dtype=np.int32)]).result()
+        >>> request = Request()
+        >>> MicroBatcher([replica]).add(request, [np.array([0, 2, 2, 2], dtype=np.int32)])
+        >>> request.future.result()
         [7.7...]
     """
 
@@ -86,25 +88,6 @@ class MicroBatcher:
         self._lost: BaseException | None = None
         self._recorder = Recorder()
         _live.add(self)
-
-    def submit(
-        self, sequences: Sequence[IntArray], on_progress: Callable[[int], object] | None = None
-    ) -> Future[list[float]]:
-        """Queue a request.
-
-        Args:
-            sequences: int32 token ids [length] of each sequence. No sequence is empty.
-            on_progress: As in `Request`.
-
-        Returns:
-            A future that gives the logit of each sequence, in order.
-
-        Raises:
-            RerankError: For the same reasons as `add`.
-        """
-        request = Request(on_progress)
-        self.add(request, sequences)
-        return request.future
 
     def add(self, request: Request, sequences: Sequence[IntArray], *, is_last: bool = True) -> None:
         """Add sequences to a request and queue them. This does nothing if the request has ended.
@@ -143,7 +126,7 @@ class MicroBatcher:
             )
 
     def check_open(self, *, num_tokens: int) -> None:
-        """Raise the exception that `submit` would raise for a request of this many tokens, if any."""
+        """Raise the exception that `add` would raise for a request of this many tokens, if any."""
         check_process()
         with self._changed:
             self._check_open(num_tokens)
@@ -403,7 +386,7 @@ class MicroBatcher:
         if self._abandoned and threading.current_thread().daemon:
             return  # this thread ends with the interpreter; let it wait until then
         if self._closed:
-            raise ScorerClosedError("this scorer is closed; create a new one")
+            raise ScorerClosedError
         limit = self._max_queued_tokens
         if limit is not None and self._queue.num_tokens + num_tokens > limit:
             raise QueueFullError(

@@ -241,7 +241,7 @@ class Pipeline:
             # The message contains "shutdown" if another thread has closed the executor.
             if "shutdown" not in str(error):
                 raise
-            raise ScorerClosedError("this scorer is closed; create a new one") from error
+            raise ScorerClosedError from error
         try:
             return await await_future(feeding, remaining())
         except (asyncio.CancelledError, RequestTimeoutError):

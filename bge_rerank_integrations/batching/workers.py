@@ -74,7 +74,7 @@ class Replica:
 
 
 def _released(sequences: list[IntArray], *, is_alone: bool) -> Pending | None:  # noqa: ARG001
-    raise ScorerClosedError("this scorer is closed; create a new one")
+    raise ScorerClosedError
 
 
 class Work(Protocol):

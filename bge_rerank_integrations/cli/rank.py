@@ -165,9 +165,11 @@ def rank(
         else:
             for batch in rows:
                 click.echo("".join(batch), nl=False)
-    skipped = f"; {progress.malformed} malformed line(s) skipped" if progress.malformed else ""
-    click.echo(wrap(f"{progress.rows} request(s), {progress.pairs} pair(s) ranked{skipped}."), err=True)
-    print_summary(progress.truncated, progress.truncated_queries, config)
+    skipped = f"; {progress.num_malformed} malformed line(s) skipped" if progress.num_malformed else ""
+    click.echo(
+        wrap(f"{progress.num_rows} request(s), {progress.num_pairs} pair(s) ranked{skipped}."), err=True
+    )
+    print_summary(progress.num_truncated, progress.num_truncated_queries, config)
 
 
 @contextmanager
@@ -216,4 +218,4 @@ class _MalformedLines:
 @contextmanager
 def _progress(*, show: bool) -> Iterator[Progress]:
     with tqdm(unit="pair", disable=not show) as bar:
-        yield Progress(on_change=lambda progress: bar.update(progress.pairs - bar.n))
+        yield Progress(on_change=lambda progress: bar.update(progress.num_pairs - bar.n))

@@ -47,7 +47,7 @@ from bge_rerank_integrations.runtime.locks import SafeCondition
 from bge_rerank_integrations.text.tokenization import IntArray
 from tests.support.engine import replica_of
 from tests.support.interrupts import Interrupt, call_at, stop
-from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized, submit
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 
@@ -78,7 +78,7 @@ def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroB
     requests = [
         [sized(numbers.randrange(1000), numbers.randrange(1, 60)) for _ in range(7)] for _ in range(60)
     ]
-    futures = [batcher.submit(request) for request in requests]
+    futures = [submit(batcher, request) for request in requests]
     assert results(futures) == [firsts(request) for request in requests]
     stats = batcher.stats(cache_hits=0, cache_misses=0, splits=0)
     assert (stats.requests, stats.pairs, stats.failed, stats.cancelled) == (60, 420, 0, 0)
@@ -89,14 +89,14 @@ def test_results_come_back_in_each_requests_own_order(make: Callable[..., MicroB
 
 
 def test_an_empty_request_is_done_at_once(make: Callable[..., MicroBatcher]) -> None:
-    assert make(firsts).submit([]).result(0) == []
+    assert submit(make(firsts), []).result(0) == []
 
 
 def test_waiting_requests_share_a_batch(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     batcher = make(gate)
-    futures = [batcher.submit([ids(0)])]
+    futures = [submit(batcher, [ids(0)])]
     gate.wait_until_entered()
-    futures += [batcher.submit([ids(number)]) for number in range(1, 11)]
+    futures += [submit(batcher, [ids(number)]) for number in range(1, 11)]
     gate.let_through()
     results(futures)
     assert [sorted(batch) for batch in gate.batches] == [[0], list(range(1, 11))]
@@ -111,11 +111,11 @@ def test_batches_stay_within_the_budget(make: Callable[..., MicroBatcher], gate:
         return gate(batch)
 
     batcher = make(score, budget=100)
-    futures = [batcher.submit([sized(1, 30), sized(2, 45), sized(3, 5)]) for _ in range(9)]
+    futures = [submit(batcher, [sized(1, 30), sized(2, 45), sized(3, 5)]) for _ in range(9)]
     gate.let_through()
     results(futures)
     assert max(seen) <= 100
-    futures = [batcher.submit([sized(1, 300)])]
+    futures = [submit(batcher, [sized(1, 300)])]
     results(futures)
     assert seen[-1] == 300, "a sequence longer than the budget is a batch by itself"
 
@@ -124,9 +124,9 @@ def test_a_short_request_overtakes_a_long_one_that_still_makes_progress(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=100)
-    long = batcher.submit([sized(1, 10)] * 100)
+    long = submit(batcher, [sized(1, 10)] * 100)
     gate.wait_until_entered()
-    shorts = [batcher.submit([sized(2, 10)] * 3) for _ in range(8)]
+    shorts = [submit(batcher, [sized(2, 10)] * 3) for _ in range(8)]
     for _ in range(5):
         gate.let_through(1)
         gate.wait_until_entered()
@@ -143,41 +143,41 @@ def test_a_request_waits_up_to_max_wait_ms_for_a_full_batch(
 ) -> None:
     gate.let_through()
     batcher = make(gate, budget=4, max_wait_ms=600_000)
-    futures = [batcher.submit([ids(number)]) for number in range(4)]
+    futures = [submit(batcher, [ids(number)]) for number in range(4)]
     results(futures)  # this times out before `max_wait_ms`: a full batch does not wait
     assert gate.batches == [[0.0, 1.0, 2.0, 3.0]]
 
 
 def test_a_request_runs_alone_after_max_wait_ms(make: Callable[..., MicroBatcher]) -> None:
-    assert make(firsts, max_wait_ms=20).submit([ids(7)]).result(PATIENCE_S) == [7.0]
+    assert submit(make(firsts, max_wait_ms=20), [ids(7)]).result(PATIENCE_S) == [7.0]
 
 
 def test_a_full_queue_refuses_at_once_and_serves_accepted_requests(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, max_queued_tokens=40)
-    running = batcher.submit([sized(1, 30)])
+    running = submit(batcher, [sized(1, 30)])
     gate.wait_until_entered()
     accepted = [running]
     for number in range(200):
         with suppress(
             QueueFullError
         ):  # immediately: with the gate closed, a call that waits would not return
-            accepted.append(batcher.submit([sized(number, 10)]))
+            accepted.append(submit(batcher, [sized(number, 10)]))
     assert len(accepted) == 5
     with pytest.raises(QueueFullError, match=r"40 tokens are waiting .* max_queued_tokens is 40"):
         batcher.check_open(num_tokens=1)
     gate.let_through()
     assert results(accepted) == [[1.0], [0.0], [1.0], [2.0], [3.0]]
-    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+    assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
 
 
 def test_cancelled_requests_are_not_computed(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     batcher = make(gate, budget=20)
-    running = batcher.submit([sized(1, 10)])
+    running = submit(batcher, [sized(1, 10)])
     gate.wait_until_entered()
-    doomed = batcher.submit([sized(666, 10)] * 5)
-    kept = batcher.submit([sized(2, 10)])
+    doomed = submit(batcher, [sized(666, 10)] * 5)
+    kept = submit(batcher, [sized(2, 10)])
     assert doomed.cancel()
     assert batcher.health().queued_tokens == 10
     gate.let_through()
@@ -193,11 +193,11 @@ def test_cancelling_a_running_request_drops_its_waiting_sequences(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=20)
-    half = batcher.submit([sized(1, 10)] * 10)
+    half = submit(batcher, [sized(1, 10)] * 10)
     gate.wait_until_entered()
     assert half.cancel()
     gate.let_through()
-    assert batcher.submit([ids(2)]).result(PATIENCE_S) == [2.0]
+    assert submit(batcher, [ids(2)]).result(PATIENCE_S) == [2.0]
     assert sum(batch.count(1.0) for batch in gate.batches) == 2
 
 
@@ -212,9 +212,9 @@ def test_one_bad_request_among_sixteen_fails_alone(
     make: Callable[..., MicroBatcher], gate: Gate, position: int
 ) -> None:
     batcher = make(lambda batch: poisoned(batch) and gate(batch))
-    first = batcher.submit([ids(1)])
+    first = submit(batcher, [ids(1)])
     gate.wait_until_entered()
-    futures = [batcher.submit([ids(13 if number == position else 20 + number)]) for number in range(16)]
+    futures = [submit(batcher, [ids(13 if number == position else 20 + number)]) for number in range(16)]
     gate.let_through()
     assert first.result(PATIENCE_S) == [1.0]
     for number, future in enumerate(futures):
@@ -230,12 +230,12 @@ def test_a_request_that_arrives_after_a_failure_shares_no_batch_with_the_suspect
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(lambda batch: gate(batch) and poisoned(batch))
-    first = batcher.submit([ids(1)])
+    first = submit(batcher, [ids(1)])
     gate.wait_until_entered()
-    bad, good = batcher.submit([ids(13)]), batcher.submit([ids(20)])
+    bad, good = submit(batcher, [ids(13)]), submit(batcher, [ids(20)])
     gate.let_through(1)
     gate.wait_until_entered()
-    late = [batcher.submit([ids(30 + number)]) for number in range(3)]
+    late = [submit(batcher, [ids(30 + number)]) for number in range(3)]
     gate.let_through()
     assert results([first, good, *late]) == [[1.0], [20.0], [30.0], [31.0], [32.0]]
     assert isinstance(bad.exception(PATIENCE_S), ValueError)
@@ -249,12 +249,12 @@ def test_an_error_reaches_its_caller_unchanged(make: Callable[..., MicroBatcher]
     def score(batch: list[IntArray]) -> list[float]:
         raise error
 
-    future = make(score).submit([ids(1)])
+    future = submit(make(score), [ids(1)])
     assert future.exception(PATIENCE_S) is error
 
 
 def test_too_few_scores_are_an_error(make: Callable[..., MicroBatcher]) -> None:
-    future = make(lambda batch: [1.0]).submit([ids(1), ids(2)])
+    future = submit(make(lambda batch: [1.0]), [ids(1), ids(2)])
     with pytest.raises(RuntimeError, match="2 sequences gave 1 scores"):
         future.result(PATIENCE_S)
 
@@ -263,13 +263,13 @@ def test_an_error_of_on_progress_fails_only_its_request(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate)
-    first = batcher.submit([ids(0)])
+    first = submit(batcher, [ids(0)])
     gate.wait_until_entered()
 
     def broken(count: int) -> None:
         raise OSError("no terminal")
 
-    faulty, other = batcher.submit([ids(1)], broken), batcher.submit([ids(2)])
+    faulty, other = submit(batcher, [ids(1)], broken), submit(batcher, [ids(2)])
     gate.let_through()
     assert results([first, other]) == [[0.0], [2.0]]
     with pytest.raises(OSError, match="no terminal"):
@@ -284,7 +284,7 @@ def test_a_lost_device_fails_all_requests_at_once(make: Callable[..., MicroBatch
         raise cause
 
     batcher = make(score, budget=2, is_device_lost=is_device_lost)
-    futures = [batcher.submit([ids(number)]) for number in range(20)]
+    futures = [submit(batcher, [ids(number)]) for number in range(20)]
     gate.let_through()
     for future in futures:
         error = future.exception(PATIENCE_S)
@@ -294,7 +294,7 @@ def test_a_lost_device_fails_all_requests_at_once(make: Callable[..., MicroBatch
     assert not batcher.health().ok
     assert len(gate.batches) == 1
     with pytest.raises(DeviceLostError):
-        batcher.submit([ids(1)])
+        submit(batcher, [ids(1)])
 
 
 @pytest.mark.parametrize(
@@ -326,19 +326,19 @@ def test_no_request_waits_for_a_dead_worker(make: Callable[..., MicroBatcher], g
     gate.let_through()
     for _ in range(20):
         dying.set()
-        futures = [batcher.submit([ids(number)]) for number in range(50)]
+        futures = [submit(batcher, [ids(number)]) for number in range(50)]
         done, waiting = wait(futures, timeout=PATIENCE_S)
         assert not waiting
         assert all(isinstance(future.exception(0), WorkerDiedError) for future in done)
         dying.clear()
-        assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0], "the next call starts another worker"
+        assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0], "the next call starts another worker"
 
 
 def test_no_request_waits_for_a_killed_worker(make: Callable[..., MicroBatcher], gate: Gate) -> None:
     batcher = make(gate)
-    futures = [batcher.submit([ids(0)])]
+    futures = [submit(batcher, [ids(0)])]
     gate.wait_until_entered()
-    futures += [batcher.submit([ids(number)]) for number in range(50)]
+    futures += [submit(batcher, [ids(number)]) for number in range(50)]
     (worker,) = batcher._live_threads()
     assert worker.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
@@ -346,19 +346,19 @@ def test_no_request_waits_for_a_killed_worker(make: Callable[..., MicroBatcher],
     done, waiting = wait(futures, timeout=PATIENCE_S)
     assert not waiting
     assert {type(future.exception(0)) for future in done} <= {WorkerDiedError, type(None)}
-    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+    assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
 
 
 def test_close_finishes_accepted_requests_and_refuses_new_ones(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=3)
-    futures = [batcher.submit([ids(number)]) for number in range(20)]
+    futures = [submit(batcher, [ids(number)]) for number in range(20)]
     gate.let_through()
     batcher.close()
     assert results(futures) == [[float(number)] for number in range(20)]
     with pytest.raises(ScorerClosedError):
-        batcher.submit([ids(1)])
+        submit(batcher, [ids(1)])
     assert batcher.health().state == "closed"
 
 
@@ -366,7 +366,7 @@ def test_close_with_a_timeout_fails_unfinished_requests(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, budget=3)
-    futures = [batcher.submit([ids(number)]) for number in range(20)]
+    futures = [submit(batcher, [ids(number)]) for number in range(20)]
     gate.wait_until_entered()
     batcher.close(timeout=0.05)
     assert all(isinstance(future.exception(0), ScorerClosedError) for future in futures)
@@ -375,7 +375,7 @@ def test_close_with_a_timeout_fails_unfinished_requests(
 
 def test_an_unreferenced_batcher_is_freed() -> None:
     batcher = MicroBatcher([replica(firsts, 10)], idle_s=0.05)
-    assert batcher.submit([ids(3)]).result(PATIENCE_S) == [3.0]
+    assert submit(batcher, [ids(3)]).result(PATIENCE_S) == [3.0]
     workers = batcher._live_threads()
     reference = weakref.ref(batcher)
     del batcher
@@ -388,7 +388,7 @@ def test_an_unreferenced_batcher_is_freed() -> None:
 def test_a_request_replaces_a_worker_that_ended_when_idle(make: Callable[..., MicroBatcher]) -> None:
     batcher = make(firsts, idle_s=0.001)
     for number in range(300):
-        assert batcher.submit([ids(number)]).result(PATIENCE_S) == [float(number)]
+        assert submit(batcher, [ids(number)]).result(PATIENCE_S) == [float(number)]
         if number % 3 == 0:
             time.sleep(
                 0.002
@@ -420,7 +420,7 @@ def test_two_thousand_requests_through_injected_errors(make: Callable[..., Micro
     numbers = random.Random(1)
     requests = [[sized(number, numbers.randrange(1, 30)) for _ in range(3)] for number in range(2000)]
     with ThreadPoolExecutor(16) as pool:
-        futures = list(pool.map(batcher.submit, requests))
+        futures = list(pool.map(partial(submit, batcher), requests))
     outcomes = [future.exception(PATIENCE_S) for future in futures]
     assert forward.num_errors > 10
     assert forward.num_out_of_memory > 10
@@ -433,7 +433,7 @@ def test_two_thousand_requests_through_injected_errors(make: Callable[..., Micro
     forward.random = random.Random(2)
     forward.random.random = lambda: 0.5  # type: ignore[method-assign]
     for _ in range(1000):
-        batcher.submit([ids(1)]).result(PATIENCE_S)
+        submit(batcher, [ids(1)]).result(PATIENCE_S)
     assert runner.max_batch_tokens == 200, "the working budget recovers"
     batcher.close()
 
@@ -526,13 +526,13 @@ def test_a_full_queue_takes_a_request_without_sequences(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate, max_queued_tokens=40)
-    futures = [batcher.submit([sized(1, 40)])]
+    futures = [submit(batcher, [sized(1, 40)])]
     gate.wait_until_entered()
-    futures.append(batcher.submit([sized(2, 40)]))
+    futures.append(submit(batcher, [sized(2, 40)]))
     with pytest.raises(QueueFullError):
         batcher.check_open(num_tokens=1)
     batcher.check_open(num_tokens=0)
-    assert batcher.submit([]).result(PATIENCE_S) == []
+    assert submit(batcher, []).result(PATIENCE_S) == []
     gate.let_through()
     assert results(futures) == [[1.0], [2.0]]
 
@@ -541,7 +541,7 @@ def test_callers_of_a_closed_batcher_share_no_exception(
     make: Callable[..., MicroBatcher], gate: Gate
 ) -> None:
     batcher = make(gate)
-    futures = [batcher.submit([sized(number, 10)]) for number in range(3)]
+    futures = [submit(batcher, [sized(number, 10)]) for number in range(3)]
     gate.wait_until_entered()
     batcher.close(timeout=0)
     gate.let_through()
@@ -708,11 +708,11 @@ def test_a_signal_handler_can_close_a_scorer_in_a_thread_at_any_time() -> None:
         batcher = MicroBatcher([replica(firsts, 100)])
         futures: list[Any] = []
 
-        def submit(batcher: MicroBatcher = batcher, futures: list[Any] = futures) -> None:
+        def ask(batcher: MicroBatcher = batcher, futures: list[Any] = futures) -> None:
             with suppress(ScorerClosedError):
-                futures.append(batcher.submit([ids(4), ids(5)]))
+                futures.append(submit(batcher, [ids(4), ids(5)]))
 
-        is_reached = call_at(line, steps, threading.Thread(target=batcher.close).start, submit)
+        is_reached = call_at(line, steps, threading.Thread(target=batcher.close).start, ask)
         for future in futures:
             with suppress(ScorerClosedError):
                 assert future.result(PATIENCE_S) == [4.0, 5.0]
@@ -724,7 +724,7 @@ def test_a_signal_handler_can_close_a_scorer_in_a_thread_at_any_time() -> None:
             time.sleep(0.001)
         assert batcher.health().replicas_alive == 0
         with pytest.raises(ScorerClosedError):
-            batcher.submit([ids(1)])
+            submit(batcher, [ids(1)])
     assert line > 10
 
 
@@ -732,7 +732,7 @@ def test_an_interrupted_close_leaves_no_caller_waiting() -> None:
     for number in count():
         gate = Gate()
         batcher = MicroBatcher([replica(gate, 2)])
-        futures = [batcher.submit([ids(value), ids(value)]) for value in range(3)]
+        futures = [submit(batcher, [ids(value), ids(value)]) for value in range(3)]
         gate.wait_until_entered()
         interrupt = Interrupt(number)
 

@@ -33,7 +33,7 @@ from bge_rerank_integrations.text.pairs import PreparedPairs, _part_sizes
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from bge_rerank_integrations.validation import Pair, group_pairs
-from tests.support.queues import PATIENCE_S, Gate, ids, replica, sized, wait_until
+from tests.support.queues import PATIENCE_S, Gate, ids, replica, sized, submit, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
@@ -101,7 +101,7 @@ def test_the_batches_of_a_lone_request_do_not_depend_on_timing(
         other = Gate()
         other.let_through()
         single = MicroBatcher([replica(other)])
-        single.submit(part).result(PATIENCE_S)
+        submit(single, part).result(PATIENCE_S)
         single.close()
         alone += other.batches
     assert gate.batches == alone
@@ -118,7 +118,7 @@ def test_cancelling_drops_present_and_later_parts(batcher: MicroBatcher, gate: G
     batcher.add(request, [sized(6, 50)] * 4)
     assert batcher.health().queued_tokens == 0
     gate.let_through()
-    assert batcher.submit([ids(1)]).result(PATIENCE_S) == [1.0]
+    assert submit(batcher, [ids(1)]).result(PATIENCE_S) == [1.0]
     assert sum(batch.count(6.0) for batch in gate.batches) == 2
     assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).cancelled == 1
 

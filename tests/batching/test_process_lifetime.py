@@ -24,7 +24,7 @@ from bge_rerank_integrations.engine.cpu.int8_support import int8_obstacle
 from bge_rerank_integrations.engine.runner import Runner
 from bge_rerank_integrations.errors import RequestTimeoutError
 from bge_rerank_integrations.runtime.shutdown import join_until
-from tests.support.queues import PATIENCE_S
+from tests.support.queues import PATIENCE_S, submit
 
 PAIRS = [("a question", f"passage {number}") for number in range(8)]
 
@@ -87,11 +87,11 @@ EXIT_DURING_BATCH = """
 EXIT_WITHOUT_AN_ANSWER = """
     from bge_rerank_integrations.batching.batcher import MicroBatcher
     from bge_rerank_integrations.batching.workers import Replica
-    from tests.support.queues import AsyncDevice, ids, wait_until
+    from tests.support.queues import AsyncDevice, ids, submit, wait_until
 
     device = AsyncDevice()
     batcher = MicroBatcher([Replica(device.launch, lambda: 100, device.depth)])
-    future = batcher.submit([ids(1)])
+    future = submit(batcher, [ids(1)])
     wait_until(lambda: device.num_waiting)
 """
 
@@ -163,7 +163,7 @@ def fail_in_the_engine(scorer: Scorer) -> None:
     """Fail in the forward pass. No text gives a token id that the model lacks, so queue one directly."""
     pipeline: Any = scorer._pipeline
     with pytest.raises(IndexError):
-        pipeline._batcher.submit([np.array([0, 10**8, 2], dtype=np.int32)]).result(60)
+        submit(pipeline._batcher, [np.array([0, 10**8, 2], dtype=np.int32)]).result(60)
 
 
 @pytest.mark.parametrize("use", [score, score_async, time_out, fail_in_the_engine])

@@ -24,7 +24,7 @@ from bge_rerank_integrations.errors import DeviceError, DeviceLostError, ScorerC
 from bge_rerank_integrations.text.pairs import PreparedPairs
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import IntArray, PairTokenizer
-from tests.support.queues import PATIENCE_S, Gate, firsts, ids, lost, replica, results, sized
+from tests.support.queues import PATIENCE_S, Gate, firsts, ids, lost, replica, results, sized, submit
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
@@ -62,7 +62,7 @@ def stats_of(batcher: MicroBatcher) -> ScorerStats:
 
 def occupy(batcher: MicroBatcher, gates: list[Gate]) -> list[Future[list[float]]]:
     """Give each device a batch. Return the requests in the order of the gates."""
-    futures = [batcher.submit([sized(number, 100)]) for number in range(len(gates))]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(len(gates))]
     for gate in gates:
         gate.wait_until_entered()
     return [futures[int(gate.current[0])] for gate in gates]
@@ -72,7 +72,7 @@ def occupy(batcher: MicroBatcher, gates: list[Gate]) -> list[Future[list[float]]
 
 
 def test_two_batches_of_one_request_run_at_the_same_time(make: Make, gates: list[Gate]) -> None:
-    future = make(*gates).submit([sized(number, 60) for number in range(4)])
+    future = submit(make(*gates), [sized(number, 60) for number in range(4)])
     for gate in gates:
         gate.wait_until_entered()  # although the gates are still closed
     for gate in gates:
@@ -99,7 +99,7 @@ def test_results_of_three_replicas_come_back_in_order(make: Make) -> None:
     requests = [
         [sized(numbers.randrange(1000), numbers.randrange(1, 60)) for _ in range(100)] for _ in range(20)
     ]
-    futures = [batcher.submit(request) for request in requests]
+    futures = [submit(batcher, request) for request in requests]
     assert results(futures) == [firsts(request) for request in requests]
     assert all(computed)
     stats = stats_of(batcher)
@@ -119,7 +119,7 @@ def test_each_replica_keeps_to_its_own_budget(make: Make) -> None:
 
         return score
 
-    make(device(0), device(1), budgets=(20, 90)).submit([sized(1, 10)] * 100).result(PATIENCE_S)
+    submit(make(device(0), device(1), budgets=(20, 90)), [sized(1, 10)] * 100).result(PATIENCE_S)
     assert max(seen[0]) == 20
     assert max(seen[1]) == 90
 
@@ -136,7 +136,7 @@ def test_idle_replicas_share_waiting_sequences_evenly(make: Make) -> None:
         return score
 
     batcher = make(*map(device, gates), budgets=(32_768,))
-    future = batcher.submit([sized(number, 150) for number in range(100)])
+    future = submit(batcher, [sized(number, 150) for number in range(100)])
     for gate in gates:
         gate.wait_until_entered()
     assert sum(sizes) == 15_000
@@ -148,11 +148,11 @@ def test_idle_replicas_share_waiting_sequences_evenly(make: Make) -> None:
 
 def test_waiting_sequences_are_not_reserved_for_a_busy_replica(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates, budgets=(32_768,), max_wait_ms=0.0)
-    occupying = [batcher.submit([sized(number, 150) for number in range(100)])]
+    occupying = [submit(batcher, [sized(number, 150) for number in range(100)])]
     for gate in gates:
         gate.wait_until_entered()
     gates[1].let_through(1)
-    occupying.append(batcher.submit([sized(number, 150) for number in range(100)]))
+    occupying.append(submit(batcher, [sized(number, 150) for number in range(100)]))
     gates[1].wait_until_entered()
     assert len(gates[1].current) == 100
     for gate in gates:
@@ -189,7 +189,7 @@ def test_a_lonely_short_request_is_one_batch(make: Make) -> None:
         batches.append(len(batch))
         return firsts(batch)
 
-    make(score, score, score, budgets=(32_768,)).submit([sized(1, 100)] * 30).result(PATIENCE_S)
+    submit(make(score, score, score, budgets=(32_768,)), [sized(1, 100)] * 30).result(PATIENCE_S)
     assert batches == [30]
 
 
@@ -203,7 +203,7 @@ def test_progress_is_reported_by_one_thread_at_a_time_and_before_the_end(make: M
         counts.append(count)
         inside.release()
 
-    future = make(firsts, firsts, firsts, budgets=(3,)).submit([ids(n) for n in range(3000)], on_progress)
+    future = submit(make(firsts, firsts, firsts, budgets=(3,)), [ids(n) for n in range(3000)], on_progress)
     assert future.result(PATIENCE_S) == [float(n) for n in range(3000)]
     assert sum(counts) == 3000
 
@@ -214,7 +214,7 @@ def test_progress_is_reported_by_one_thread_at_a_time_and_before_the_end(make: M
 def test_the_batch_of_a_lost_device_goes_to_the_other(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     first, second = occupy(batcher, gates)
-    waiting = batcher.submit([ids(7), ids(8)])
+    waiting = submit(batcher, [ids(7), ids(8)])
     expected = [gates[0].current, gates[1].current, [7.0, 8.0]]
     gates[0].error = lost()
     for gate in gates:
@@ -222,7 +222,7 @@ def test_the_batch_of_a_lost_device_goes_to_the_other(make: Make, gates: list[Ga
     assert results([first, second, waiting]) == expected
     health = batcher.health()
     assert (health.state, health.ok, health.replicas, health.replicas_alive) == ("ok", True, 2, 1)
-    assert results([batcher.submit([ids(n)]) for n in range(20)]) == [[float(n)] for n in range(20)]
+    assert results([submit(batcher, [ids(n)]) for n in range(20)]) == [[float(n)] for n in range(20)]
     assert gates[0].batches == [], "nothing more is asked of it"
     stats = stats_of(batcher)
     assert (stats.lost_replicas, stats.failed, stats.queued_tokens) == (1, 0, 0)
@@ -246,7 +246,7 @@ def test_an_idle_replica_wakes_up_for_the_batch_of_a_lost_one(make: Make, gates:
 
 def test_losing_the_last_device_fails_all_requests(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates, budgets=(100,))
-    futures = [*occupy(batcher, gates), *(batcher.submit([ids(n)]) for n in range(20))]
+    futures = [*occupy(batcher, gates), *(submit(batcher, [ids(n)]) for n in range(20))]
     for gate in gates:
         gate.error = lost()
         gate.let_through()
@@ -263,7 +263,7 @@ def test_losing_the_last_device_fails_all_requests(make: Make, gates: list[Gate]
     )
     assert all(gate.batches == [] for gate in gates)
     with pytest.raises(DeviceLostError):
-        batcher.submit([ids(1)])
+        submit(batcher, [ids(1)])
 
 
 def test_a_request_can_lose_two_devices_at_most(make: Make) -> None:
@@ -273,16 +273,16 @@ def test_a_request_can_lose_two_devices_at_most(make: Make) -> None:
         return firsts(batch)
 
     batcher = make(score, score, score)
-    assert isinstance(batcher.submit([ids(13)]).exception(PATIENCE_S), DeviceLostError)
+    assert isinstance(submit(batcher, [ids(13)]).exception(PATIENCE_S), DeviceLostError)
     assert batcher.health().replicas_alive == 1
     assert batcher.health().ok
-    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+    assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
 
 
 def test_a_device_is_lost_while_a_batch_is_repeated_request_by_request(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     occupying = occupy(batcher, gates)
-    shared = [batcher.submit([ids(number)]) for number in (20, 21, 22)]
+    shared = [submit(batcher, [ids(number)]) for number in (20, 21, 22)]
     gates[0].let_through(1)
     gates[0].wait_until_entered()  # with the three requests together
     gates[0].error = ValueError("one of them is to blame")
@@ -315,7 +315,7 @@ def test_cancelled_or_failed_requests_are_not_queued_again(make: Make, gates: li
 def test_the_death_of_one_worker_fails_only_its_batch(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
     first, second = occupy(batcher, gates)
-    waiting = [batcher.submit([ids(number)]) for number in range(30)]
+    waiting = [submit(batcher, [ids(number)]) for number in range(30)]
     gates[0].error = SystemExit()
     gates[0].let_through()
     assert isinstance(first.exception(PATIENCE_S), WorkerDiedError)
@@ -324,7 +324,7 @@ def test_the_death_of_one_worker_fails_only_its_batch(make: Make, gates: list[Ga
     assert results(waiting) == [[float(number)] for number in range(30)]
     assert batcher.health().replicas_alive == 2
     # The next call starts a new worker.
-    again = batcher.submit([sized(number, 100) for number in range(2)])
+    again = submit(batcher, [sized(number, 100) for number in range(2)])
     gates[0].wait_until_entered()
     for gate in gates:
         gate.let_through()
@@ -333,7 +333,7 @@ def test_the_death_of_one_worker_fails_only_its_batch(make: Make, gates: list[Ga
 
 def test_no_request_waits_after_the_death_of_all_workers(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
-    futures = [*occupy(batcher, gates), *(batcher.submit([ids(number)]) for number in range(30))]
+    futures = [*occupy(batcher, gates), *(submit(batcher, [ids(number)]) for number in range(30))]
     for gate in gates:
         gate.error = SystemExit()
         gate.let_through(1)
@@ -342,7 +342,7 @@ def test_no_request_waits_after_the_death_of_all_workers(make: Make, gates: list
 
 def test_an_error_of_one_batch_ends_a_request_once(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
-    future = batcher.submit([sized(number, 100) for number in range(10)])
+    future = submit(batcher, [sized(number, 100) for number in range(10)])
     for gate in gates:
         gate.wait_until_entered()
     gates[0].error = ValueError("poison")
@@ -350,20 +350,20 @@ def test_an_error_of_one_batch_ends_a_request_once(make: Make, gates: list[Gate]
     assert isinstance(future.exception(PATIENCE_S), ValueError)
     assert batcher.health().queued_tokens == 0
     gates[1].let_through()
-    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+    assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
     assert stats_of(batcher).failed == 1
 
 
 def test_cancelling_drops_sequences_that_no_replica_has_started(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
-    future = batcher.submit([sized(6, 100)] * 10)
+    future = submit(batcher, [sized(6, 100)] * 10)
     for gate in gates:
         gate.wait_until_entered()
     assert future.cancel()
     assert batcher.health().queued_tokens == 0
     for gate in gates:
         gate.let_through()
-    assert batcher.submit([ids(2)]).result(PATIENCE_S) == [2.0]
+    assert submit(batcher, [ids(2)]).result(PATIENCE_S) == [2.0]
     batcher.close()
     assert sum(batch.count(6.0) for gate in gates for batch in gate.batches) == 2
     assert stats_of(batcher).cancelled == 1
@@ -373,7 +373,7 @@ def test_cancelling_drops_sequences_that_no_replica_has_started(make: Make, gate
 
 def test_close_finishes_accepted_requests(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
-    futures = [batcher.submit([sized(number, 40)]) for number in range(40)]
+    futures = [submit(batcher, [sized(number, 40)]) for number in range(40)]
     for gate in gates:
         gate.wait_until_entered()
     for gate in gates:
@@ -381,7 +381,7 @@ def test_close_finishes_accepted_requests(make: Make, gates: list[Gate]) -> None
     batcher.close()
     assert results(futures) == [[float(number)] for number in range(40)]
     with pytest.raises(ScorerClosedError):
-        batcher.submit([ids(1)])
+        submit(batcher, [ids(1)])
 
 
 def test_close_finishes_the_batch_of_a_device_lost_meanwhile(make: Make, gates: list[Gate]) -> None:
@@ -399,7 +399,7 @@ def test_close_finishes_the_batch_of_a_device_lost_meanwhile(make: Make, gates: 
 
 def test_close_with_a_timeout_fails_running_requests(make: Make, gates: list[Gate]) -> None:
     batcher = make(*gates)
-    futures = [*occupy(batcher, gates), batcher.submit([ids(1)])]
+    futures = [*occupy(batcher, gates), submit(batcher, [ids(1)])]
     batcher.close(timeout=0.05)
     assert {type(future.exception(0)) for future in futures} == {ScorerClosedError}
     for gate in gates:
@@ -443,7 +443,7 @@ def test_two_thousand_requests_while_devices_are_lost_one_by_one(make: Make) -> 
         return firsts(batch)
 
     batcher = make(score, score, score, score, budgets=(20,))
-    futures = [batcher.submit([sized(number, chooser.randrange(1, 9))] * 3) for number in range(2000)]
+    futures = [submit(batcher, [sized(number, chooser.randrange(1, 9))] * 3) for number in range(2000)]
     doomed = {number for number in range(2000) if chooser.random() < 0.1 and futures[number].cancel()}
     assert not wait(futures, timeout=PATIENCE_S).not_done
     num_errors = 0

@@ -18,7 +18,18 @@ from bge_rerank_integrations.batching.workers import Pending, Replica
 from bge_rerank_integrations.engine.runner import is_device_lost
 from bge_rerank_integrations.errors import DeviceLostError, ScorerClosedError, WorkerDiedError
 from bge_rerank_integrations.text.tokenization import IntArray
-from tests.support.queues import PATIENCE_S, AsyncDevice, Done, firsts, ids, lost, results, sized, wait_until
+from tests.support.queues import (
+    PATIENCE_S,
+    AsyncDevice,
+    Done,
+    firsts,
+    ids,
+    lost,
+    results,
+    sized,
+    submit,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -48,7 +59,7 @@ def test_a_device_always_holds_another_batch_while_anything_is_queued(
     """The queue launches a batch behind the running one before that is done, for many batches and requests."""
     device = AsyncDevice()
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 50)] * 7) for number in range(40)]
+    futures = [submit(batcher, [sized(number, 50)] * 7) for number in range(40)]
     while batcher.health().queued_tokens:
         wait_until(lambda: len(device.launched) == device.num_read + 2 or not batcher.health().queued_tokens)
         assert len(device.launched) <= device.num_read + 2
@@ -63,9 +74,9 @@ def test_a_request_that_arrives_while_the_device_computes_is_launched_at_once(
 ) -> None:
     device = AsyncDevice()
     batcher = make(device)
-    first = batcher.submit([sized(1, 100)])
+    first = submit(batcher, [sized(1, 100)])
     wait_until(lambda: len(device.launched) == 1 and device.num_waiting)
-    second = batcher.submit([sized(2, 100)])
+    second = submit(batcher, [sized(2, 100)])
     wait_until(lambda: len(device.launched) == 2)
     assert not first.done()
     device.finish(2)
@@ -77,9 +88,9 @@ def test_the_next_batch_of_another_request_is_launched_before_the_oldest_is_done
 ) -> None:
     device = AsyncDevice()
     batcher = make(device)
-    first = batcher.submit([sized(1, 100)])
-    second = batcher.submit([sized(2, 100)])
-    third = batcher.submit([sized(3, 100)])
+    first = submit(batcher, [sized(1, 100)])
+    second = submit(batcher, [sized(2, 100)])
+    third = submit(batcher, [sized(3, 100)])
     wait_until(lambda: len(device.launched) == 2)
     assert not first.done()
     device.finish(1)
@@ -96,9 +107,9 @@ def test_few_tokens_wait_until_the_device_is_idle_so_that_others_can_join(
 ) -> None:
     device = AsyncDevice()
     batcher = make(device, budget=1000)
-    first = batcher.submit([sized(1, 100)])
+    first = submit(batcher, [sized(1, 100)])
     wait_until(lambda: device.launched)
-    others = [batcher.submit([sized(number, 10)]) for number in range(2, 10)]
+    others = [submit(batcher, [sized(number, 10)]) for number in range(2, 10)]
     device.finish(1)
     assert first.result(PATIENCE_S) == [1.0]
     wait_until(lambda: len(device.launched) == 2)
@@ -118,10 +129,10 @@ def test_an_idle_device_gets_its_next_batch_while_answers_are_given(
         wait_until(lambda: len(device.launched) == 2)
         launched.append(len(device.launched))
 
-    first = batcher.submit([sized(1, 100)])
+    first = submit(batcher, [sized(1, 100)])
     first.add_done_callback(answer)
     wait_until(lambda: device.launched)
-    second = batcher.submit([sized(2, 10)])  # too few tokens to be launched ahead
+    second = submit(batcher, [sized(2, 10)])  # too few tokens to be launched ahead
     device.finish(2)
     assert results([first, second]) == [[1.0], [2.0]]
     assert launched == [2]
@@ -130,10 +141,10 @@ def test_an_idle_device_gets_its_next_batch_while_answers_are_given(
 def test_a_busy_device_leaves_what_waits_to_an_idle_one(make: Callable[..., MicroBatcher]) -> None:
     devices = [AsyncDevice(), AsyncDevice()]
     batcher = make(*devices)
-    futures = [batcher.submit([sized(number, 100)]) for number in range(2)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(2)]
     wait_until(lambda: all(device.launched for device in devices))
     assert [len(device.launched) for device in devices] == [1, 1]
-    futures += [batcher.submit([sized(number, 100)]) for number in range(2, 4)]
+    futures += [submit(batcher, [sized(number, 100)]) for number in range(2, 4)]
     wait_until(lambda: [len(device.launched) for device in devices] == [2, 2])
     for device in devices:
         device.finish(2)
@@ -143,9 +154,9 @@ def test_a_busy_device_leaves_what_waits_to_an_idle_one(make: Callable[..., Micr
 def test_a_busy_device_takes_what_an_idle_one_has_left(make: Callable[..., MicroBatcher]) -> None:
     devices = [AsyncDevice(), AsyncDevice()]
     batcher = make(*devices)
-    first = batcher.submit([sized(0, 100)])
+    first = submit(batcher, [sized(0, 100)])
     wait_until(lambda: any(device.launched for device in devices))
-    rest = batcher.submit([sized(number, 100) for number in range(1, 4)])
+    rest = submit(batcher, [sized(number, 100) for number in range(1, 4)])
     wait_until(lambda: [len(device.launched) for device in devices] == [2, 2])
     for device in devices:
         device.finish(2)
@@ -161,11 +172,11 @@ def test_a_launch_says_whether_the_device_is_empty(make: Callable[..., MicroBatc
         return device.launch(sequences, is_alone=is_alone)
 
     batcher = MicroBatcher([Replica(launch, lambda: 100, 2)], is_device_lost=is_device_lost)
-    futures = [batcher.submit([sized(number, 100)]) for number in range(2)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(2)]
     wait_until(lambda: len(were_alone) == 2)
     device.finish(2)
     results(futures)
-    futures = [batcher.submit([sized(2, 100)])]
+    futures = [submit(batcher, [sized(2, 100)])]
     device.finish(1)
     results(futures)
     assert were_alone == [True, False, True]
@@ -176,7 +187,7 @@ def test_the_time_behind_another_batch_is_no_computing_time(make: Callable[..., 
     device = AsyncDevice()
     batcher = make(device)
     started = time.monotonic()
-    futures = [batcher.submit([sized(number, 100)]) for number in range(3)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(3)]
     for future in futures:
         time.sleep(0.05)
         device.finish(1)
@@ -190,10 +201,10 @@ def test_the_time_without_work_is_no_computing_time(make: Callable[..., MicroBat
     device = AsyncDevice()
     device.finish(2)
     batcher = make(device)
-    batcher.submit([ids(1)]).result(PATIENCE_S)
+    submit(batcher, [ids(1)]).result(PATIENCE_S)
     time.sleep(0.05)
     started = time.monotonic()
-    batcher.submit([ids(2)]).result(PATIENCE_S)
+    submit(batcher, [ids(2)]).result(PATIENCE_S)
     elapsed_ms = 1000 * (time.monotonic() - started)
     # Of two values, the smaller one is the median. The second batch was computed in the measured time.
     assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).compute.p50_ms <= elapsed_ms
@@ -206,7 +217,7 @@ def test_an_error_of_the_second_batch_leaves_the_first_alone(make: Callable[...,
     device = AsyncDevice()
     device.errors[2.0] = ValueError("poison")
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 100)]) for number in (1, 2, 3)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in (1, 2, 3)]
     wait_until(lambda: len(device.launched) == 2)
     device.finish(3)
     assert futures[0].result(PATIENCE_S) == [1.0]
@@ -220,9 +231,9 @@ def test_a_shared_batch_that_fails_is_repeated_beside_another_batch(
     device = AsyncDevice()
     device.errors[5.0] = ValueError("poison")
     batcher = make(device)
-    first = batcher.submit([sized(1, 100)])
+    first = submit(batcher, [sized(1, 100)])
     wait_until(lambda: device.launched)
-    shared = [batcher.submit([sized(number, 30)]) for number in (4, 5, 6)]
+    shared = [submit(batcher, [sized(number, 30)]) for number in (4, 5, 6)]
     device.finish(20)
     assert first.result(PATIENCE_S) == [1.0]
     assert [type(future.exception(PATIENCE_S)) for future in shared] == [type(None), ValueError, type(None)]
@@ -232,12 +243,12 @@ def test_a_lost_device_gives_both_its_batches_back(make: Callable[..., MicroBatc
     """A request with sequences in both batches has lost one device, not two."""
     bad, good = AsyncDevice(), AsyncDevice()
     batcher = make(bad, good)
-    occupying = [batcher.submit([sized(number, 100)]) for number in range(4)]
+    occupying = [submit(batcher, [sized(number, 100)]) for number in range(4)]
     wait_until(lambda: len(bad.launched) == len(good.launched) == 2)
     bad.finish(2)  # only this device becomes free, and launches two batches of the next request
     for (number,) in list(bad.launched):
         assert occupying[int(number)].result(PATIENCE_S) == [number]
-    long = batcher.submit([sized(number, 100) for number in range(10, 12)])
+    long = submit(batcher, [sized(number, 100) for number in range(10, 12)])
     wait_until(lambda: len(bad.launched) == 4)
     bad.error = lost()
     bad.finish(10)
@@ -253,7 +264,7 @@ def test_a_loss_while_answers_are_given_does_not_score_a_sequence_twice(
     """Otherwise the second score of the first sequence would count as that of the sequence that is missing."""
     bad, good = AsyncDevice(), AsyncDevice()
     batcher = make(bad, good)
-    filling = [batcher.submit([sized(number, 100)]) for number in range(10, 14)]
+    filling = [submit(batcher, [sized(number, 100)]) for number in range(10, 14)]
     wait_until(lambda: len(bad.launched) == len(good.launched) == 2)
     bad.finish(2)  # only this device has room now
     for (number,) in list(bad.launched):
@@ -282,7 +293,7 @@ def test_a_loss_while_answers_are_given_does_not_score_a_sequence_twice(
 def test_the_loss_of_the_only_device_fails_both_its_batches(make: Callable[..., MicroBatcher]) -> None:
     device = AsyncDevice()
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(5)]
     wait_until(lambda: len(device.launched) == 2)
     device.error = lost()
     device.finish(10)
@@ -293,14 +304,14 @@ def test_the_loss_of_the_only_device_fails_both_its_batches(make: Callable[..., 
 def test_no_request_waits_for_a_worker_that_died_with_two_batches(make: Callable[..., MicroBatcher]) -> None:
     device = AsyncDevice()
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(5)]
     wait_until(lambda: len(device.launched) == 2)
     device.error = SystemExit()
     device.finish(1)
     assert {type(future.exception(PATIENCE_S)) for future in futures} == {WorkerDiedError}
     device.error = None
     device.finish(10)
-    assert batcher.submit([ids(5)]).result(PATIENCE_S) == [5.0]
+    assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
 
 
 class RaisingFilter(logging.Filter):
@@ -322,7 +333,7 @@ def test_a_logging_filter_that_raises_keeps_no_request_waiting(
     try:
         device = AsyncDevice()
         batcher = make(device)
-        futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+        futures = [submit(batcher, [sized(number, 100)]) for number in range(5)]
         wait_until(lambda: len(device.launched) == 2)
         device.error = error
         device.finish(1)
@@ -334,7 +345,7 @@ def test_a_logging_filter_that_raises_keeps_no_request_waiting(
 def test_close_waits_for_both_batches(make: Callable[..., MicroBatcher]) -> None:
     device = AsyncDevice()
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(5)]
     closing = threading.Thread(target=batcher.close)
     closing.start()
     device.finish(10)
@@ -345,7 +356,7 @@ def test_close_waits_for_both_batches(make: Callable[..., MicroBatcher]) -> None
 def test_close_with_a_timeout_fails_the_requests_of_both_batches(make: Callable[..., MicroBatcher]) -> None:
     device = AsyncDevice()
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 100)]) for number in range(5)]
+    futures = [submit(batcher, [sized(number, 100)]) for number in range(5)]
     wait_until(lambda: len(device.launched) == 2)
     batcher.close(timeout=0.05)
     assert {type(future.exception(0)) for future in futures} == {ScorerClosedError}
@@ -358,7 +369,7 @@ def test_out_of_memory_puts_sequences_back_and_other_requests_do_not_notice(
     device = AsyncDevice(max_tokens=150)
     device.finish(1000)
     batcher = make(device)
-    futures = [batcher.submit([sized(number, 20)] * 10) for number in range(20)]
+    futures = [submit(batcher, [sized(number, 20)] * 10) for number in range(20)]
     assert results(futures) == [[float(number)] * 10 for number in range(20)]
     assert device.num_refused > 0
     assert batcher.stats(cache_hits=0, cache_misses=0, splits=0).pairs == 200
@@ -387,7 +398,7 @@ def test_three_thousand_requests_through_errors_losses_and_full_memory() -> None
 
     replicas = [Replica(launch, lambda: 20, 2 + number % 2) for number in range(5)]
     batcher = MicroBatcher(replicas, is_device_lost=is_device_lost)
-    futures = [batcher.submit([sized(number, chooser.randrange(1, 9))] * 3) for number in range(3000)]
+    futures = [submit(batcher, [sized(number, chooser.randrange(1, 9))] * 3) for number in range(3000)]
     doomed = {number for number in range(3000) if chooser.random() < 0.1 and futures[number].cancel()}
     assert not wait(futures, timeout=PATIENCE_S).not_done
     num_errors = 0

@@ -53,7 +53,7 @@ def test_a_request_comes_back_with_its_ids_best_first(scorer: Scorer) -> None:
     assert [(found["index"], found["score"]) for found in result["results"]] == [
         (passage.index, pytest.approx(passage.score, abs=1e-6)) for passage in expected
     ]
-    assert (progress.rows, progress.pairs, progress.malformed) == (1, 2, 0)
+    assert (progress.num_rows, progress.num_pairs, progress.num_malformed) == (1, 2, 0)
 
 
 @pytest.mark.parametrize("key", ["passages", "documents", "texts"])
@@ -110,7 +110,7 @@ def test_many_small_requests_give_the_scores_of_each_alone(scorer: Scorer, texts
     rows = [{"query": rng.choice(texts)[:40], "passages": rng.sample(texts, 7)} for _ in range(200)]
     together, _, progress = rank_all(scorer, lines(*rows))
     assert [row["line"] for row in together] == list(range(1, 201))
-    assert progress.pairs == 1400
+    assert progress.num_pairs == 1400
     for index in (0, 80, 199):
         [alone], _, _ = rank_all(scorer, lines(rows[index]))
         scores = [found["score"] for found in together[index]["results"]]
@@ -131,7 +131,7 @@ def test_a_blank_query_is_left_out_and_a_blank_passage_comes_last(scorer: Scorer
         {"index": 2, "id": "c", "score": -65504.0, "blank": True},
     ]
     assert all("blank" not in found for found in results[1]["results"])
-    assert (progress.rows, progress.malformed) == (2, 1)
+    assert (progress.num_rows, progress.num_malformed) == (2, 1)
 
 
 def test_a_query_that_only_the_tokenizer_finds_blank_is_left_out_too() -> None:
@@ -139,7 +139,7 @@ def test_a_query_that_only_the_tokenizer_finds_blank_is_left_out_too() -> None:
     with Scorer("embedded", device="cpu", dtype="float32") as scorer:
         results, malformed, progress = rank_all(scorer, lines(REQUEST, blank, REQUEST, blank))
         assert ([row["line"] for row in results], malformed) == ([1, 3], [2, 4])
-        assert (progress.rows, progress.pairs, progress.malformed) == (2, 4, 2)
+        assert (progress.num_rows, progress.num_pairs, progress.num_malformed) == (2, 4, 2)
 
 
 def test_top_n_and_threshold_cut(scorer: Scorer) -> None:
@@ -185,7 +185,7 @@ def test_malformed_lines_are_left_out_and_the_rest_is_ranked(scorer: Scorer) -> 
     rows, malformed, progress = rank_all(scorer, source)
     assert [row["line"] for row in rows] == [2, 5]
     assert malformed == [1, 4, 6]
-    assert progress.malformed == 3
+    assert progress.num_malformed == 3
 
 
 def test_a_byte_order_mark_and_odd_ids_do_no_harm(scorer: Scorer) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.engine.runner import Runner
+from tests.support.queues import submit
 
 IntArray = npt.NDArray[np.int32]
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def score_all(
 ) -> list[float]:
     """Return the logit of each sequence. The queue makes the batches, as in a scorer."""
     batcher = MicroBatcher([replica_of(runner)])
-    logits = batcher.submit(sequences, on_progress)
+    logits = submit(batcher, sequences, on_progress)
     batcher.close()
     return logits.result(0)
 

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from bge_rerank_integrations.batching.batcher import MicroBatcher
+from bge_rerank_integrations.batching.request import Request
 from bge_rerank_integrations.batching.workers import Pending, Replica
 from bge_rerank_integrations.text.tokenization import IntArray
 
@@ -150,6 +152,15 @@ class Gate:
 
     def let_through(self, count: int = 1000) -> None:
         self.open.release(count)
+
+
+def submit(
+    batcher: MicroBatcher, sequences: list[IntArray], on_progress: Callable[[int], object] | None = None
+) -> Future[list[float]]:
+    """Queue a whole request, and return its future."""
+    request = Request(on_progress)
+    batcher.add(request, sequences)
+    return request.future
 
 
 def results(futures: list[Future[list[float]]]) -> list[list[float]]:

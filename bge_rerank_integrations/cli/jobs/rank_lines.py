@@ -30,28 +30,28 @@ class Progress:
     """Counts of what a job has done so far.
 
     Attributes:
-        rows: Number of rows written by this call.
-        pairs: Number of pairs scored by this call.
-        truncated: Number of these pairs whose passage lost tokens because it was too long.
-        truncated_queries: Number of queries that lost tokens because they were too long.
-        malformed: Number of malformed lines that this call skipped.
+        num_rows: Number of rows written by this call.
+        num_pairs: Number of pairs scored by this call.
+        num_truncated: Number of these pairs whose passage lost tokens because it was too long.
+        num_truncated_queries: Number of queries that lost tokens because they were too long.
+        num_malformed: Number of malformed lines that this call skipped.
         on_change: Called with this object each time rows were added.
     """
 
-    rows: int = 0
-    pairs: int = 0
-    truncated: int = 0
-    truncated_queries: int = 0
-    malformed: int = 0
+    num_rows: int = 0
+    num_pairs: int = 0
+    num_truncated: int = 0
+    num_truncated_queries: int = 0
+    num_malformed: int = 0
     on_change: Callable[[Progress], object] = field(default=lambda _: None, repr=False)
 
     def add(self, rankings: Iterable[Ranking]) -> None:
         """Add the rankings of some requests to the counts. Each ranking becomes one row."""
         for ranking in rankings:
-            self.rows += 1
-            self.pairs += ranking.num_pairs
-            self.truncated += ranking.num_truncated
-            self.truncated_queries += ranking.num_truncated_queries
+            self.num_rows += 1
+            self.num_pairs += ranking.num_pairs
+            self.num_truncated += ranking.num_truncated
+            self.num_truncated_queries += ranking.num_truncated_queries
         self.on_change(self)
 
 
@@ -100,7 +100,7 @@ def rank_lines(
         nonlocal first_error
         first_error = first_error or error
         if error.line > skip:
-            progress.malformed += 1
+            progress.num_malformed += 1
             on_malformed(error)
 
     def watched() -> Iterator[bytes]:
@@ -121,7 +121,7 @@ def rank_lines(
                 for request, ranking in new
             ]
             progress.add(ranking for _, ranking in new)
-    if not progress.rows and not skip:
+    if not progress.num_rows and not skip:
         raise no_requests(first_line, first_error)
 
 

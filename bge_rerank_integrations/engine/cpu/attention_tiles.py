@@ -69,7 +69,7 @@ class Buffers(NamedTuple):
 
 
 @inlined
-def make_buffers(cu_seqlens, head, rows):
+def make_buffers(cu_seqlens, head_dim, rows):
     """Return `Buffers` for the longest of some sequences, a width of heads, and the rows of a tile."""
     longest = 0
     for b in range(cu_seqlens.shape[0] - 1):
@@ -77,13 +77,13 @@ def make_buffers(cu_seqlens, head, rows):
     most = _round_up(longest, STEP)
     return Buffers(
         # A tile that is not full also reads rows after the last one. Their results are not used.
-        np.zeros(rows * head, np.float32),
-        np.zeros(most * head, np.float32),
-        np.empty((most + 1) * head, np.float32),
-        np.empty(head * _round_up(most, PANEL), np.float32),
-        np.empty(most // 2 * head, np.float32),
+        np.zeros(rows * head_dim, np.float32),
+        np.zeros(most * head_dim, np.float32),
+        np.empty((most + 1) * head_dim, np.float32),
+        np.empty(head_dim * _round_up(most, PANEL), np.float32),
+        np.empty(most // 2 * head_dim, np.float32),
         np.empty(rows * _distance(longest), np.float32),
-        np.empty(rows * head, np.float32),
+        np.empty(rows * head_dim, np.float32),
         np.empty(rows, np.float32),
     )
 
@@ -98,12 +98,12 @@ def transpose_keys(buffers, length, width):
 
 
 @inlined
-def prepare_pairs(buffers, length, head):
+def prepare_pairs(buffers, length, head_dim):
     """Complete the keys and values of one head of a sequence, which are pairs, for `attend_tile_in_pairs`."""
-    transpose_keys(buffers, length, head // 2)
+    transpose_keys(buffers, length, head_dim // 2)
     if HAS_AMX:
         # The weights of these rows are zero, and zero times what an earlier sequence has left may be NaN.
-        buffers.pairs[(length + 1) // 2 * head : _round_up(length, STEP) // 2 * head] = np.float32(0)
+        buffers.pairs[(length + 1) // 2 * head_dim : _round_up(length, STEP) // 2 * head_dim] = np.float32(0)
 
 
 def _make_product(multiply_panel, multiply_32, multiply_16):
@@ -138,30 +138,32 @@ _multiply_pairs = (
 
 
 @inlined
-def attend_tile(buffers, count, length, head):
+def attend_tile(buffers, count, length, head_dim):
     """Attend from `count` queries, at most ROWS, to the keys and values of one head of a sequence.
 
     The result of query i is row i of `buffers.sums` times `buffers.shares[i]`.
     """
     weights = buffers.weights
     columns, step = _round_up(length, WIDTH), _distance(length)
-    factor = _score_factor(head)
-    _multiply(buffers.queries, head, buffers.columns, PANEL, PANEL * head, columns, weights, step, head)
+    factor = _score_factor(head_dim)
+    _multiply(
+        buffers.queries, head_dim, buffers.columns, PANEL, PANEL * head_dim, columns, weights, step, head_dim
+    )
     for i in range(count):
         buffers.shares[i] = np.float32(1) / powers_of_2(weights, i * step, length, factor)
-    _multiply(weights, step, buffers.values, head, PANEL, head, buffers.sums, head, length)
+    _multiply(weights, step, buffers.values, head_dim, PANEL, head_dim, buffers.sums, head_dim, length)
 
 
 @inlined
-def attend_tile_in_pairs(buffers, count, length, head):
+def attend_tile_in_pairs(buffers, count, length, head_dim):
     """Do the same as `attend_tile` for at most ROWS_IN_PAIRS queries, with products in bfloat16.
 
-    The head is a multiple of 2 * WIDTH. The queries are pairs of neighbours in a row. A kernel calls
+    `head_dim` is a multiple of 2 * WIDTH. The queries are pairs of neighbours in a row. A kernel calls
     `begin_pairs` first, `prepare_pairs` before the first tile of a head, and `end_pairs` at the end.
     """
     weights = buffers.weights
-    columns, step, depth = _round_up(length, WIDTH), _distance(length), head // 2
-    factor = _score_factor(head)
+    columns, step, depth = _round_up(length, WIDTH), _distance(length), head_dim // 2
+    factor = _score_factor(head_dim)
     _multiply_pairs(
         buffers.queries, depth, buffers.columns, PANEL, PANEL * depth, columns, weights, step, depth
     )
@@ -169,7 +171,9 @@ def attend_tile_in_pairs(buffers, count, length, head):
         buffers.shares[i] = np.float32(1) / packed_powers_of_2(weights, i * step, length, factor)
     # AMX multiplies as many pairs of rows as a step of the softmax fills with weights.
     num_pairs = _round_up(length, STEP) // 2 if HAS_AMX else (length + 1) // 2
-    _multiply_pairs(weights, step, buffers.pairs, head, PANEL, head, buffers.sums, head, num_pairs)
+    _multiply_pairs(
+        weights, step, buffers.pairs, head_dim, PANEL, head_dim, buffers.sums, head_dim, num_pairs
+    )
 
 
 @inlined
@@ -187,17 +191,17 @@ def end_pairs():
 
 
 @inlined
-def store_results(buffers, count, head, attended, first, column):
+def store_results(buffers, count, head_dim, attended, first, column):
     """Write the results of a tile into `attended` [Tq, width], from row `first` and `column` on."""
     for i in range(count):
-        for d in range(head):
-            attended[first + i, column + d] = buffers.sums[i * head + d] * buffers.shares[i]
+        for d in range(head_dim):
+            attended[first + i, column + d] = buffers.sums[i * head_dim + d] * buffers.shares[i]
 
 
 @inlined
-def _score_factor(head):
+def _score_factor(head_dim):
     """Return the factor of scores that makes powers of 2 the weights of softmax attention."""
-    return np.float32(_LOG2_E / np.sqrt(head))
+    return np.float32(_LOG2_E / np.sqrt(head_dim))
 
 
 @inlined

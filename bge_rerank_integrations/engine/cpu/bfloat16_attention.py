@@ -40,20 +40,20 @@ def _flatten(rows: Tensor) -> tuple[npt.NDArray[np.uint16], int]:
 
 
 @inlined
-def _pair_values(source, step, first, count, column, head, pairs):
+def _pair_values(source, step, first, count, column, head_dim, pairs):
     """Store the values of one head in each two neighbouring rows as pairs."""
     start = first * step + column
     for i in range(0, count - 1, 2):
-        pair_columns(source, start + i * step, start + (i + 1) * step, pairs, i // 2 * head, head)
+        pair_columns(source, start + i * step, start + (i + 1) * step, pairs, i // 2 * head_dim, head_dim)
     if count % 2:
         row = start + (count - 1) * step
-        last, target = source[row : row + head], pairs.view(np.uint32)[count // 2 * head :]
-        for d in range(head):
+        last, target = source[row : row + head_dim], pairs.view(np.uint32)[count // 2 * head_dim :]
+        for d in range(head_dim):
             target[d] = last[d]
 
 
 @compiled("void(u2[::1], i8, u2[::1], i8, u2[::1], i8, i4[::1], i4[::1], i8, i8, f4[::1])")
-def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_heads, head, attended):
+def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_heads, head_dim, attended):
     """Compute bidirectional attention within each of B sequences.
 
     Args:
@@ -66,11 +66,11 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
         q_cu_seqlens: int32 [B + 1]. Sequence i takes the rows from q_cu_seqlens[i] to q_cu_seqlens[i + 1].
         kv_cu_seqlens: int32 [B + 1], the rows of the same sequences in `k` and `v`.
         num_heads: Number of heads.
-        head: Width of a head, a multiple of 2 * WIDTH.
-        attended: [Tq * num_heads * head // 2], output, pairs of bfloat16.
+        head_dim: Width of a head, a multiple of 2 * WIDTH.
+        attended: [Tq * num_heads * head_dim // 2], output, pairs of bfloat16.
     """
     widest_vectors()
-    buffers = make_buffers(kv_cu_seqlens, head, ROWS_IN_PAIRS)
+    buffers = make_buffers(kv_cu_seqlens, head_dim, ROWS_IN_PAIRS)
     queries, keys = buffers.queries.view(np.uint16), buffers.keys.view(np.uint16)
     sums, shares = buffers.sums, buffers.shares
     begin_pairs()
@@ -78,17 +78,17 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
-            column = h * head
-            take_rows(k, k_step, kv_begin, length, column, head, keys)
-            _pair_values(v, v_step, kv_begin, length, column, head, buffers.pairs)
-            prepare_pairs(buffers, length, head)
+            column = h * head_dim
+            take_rows(k, k_step, kv_begin, length, column, head_dim, keys)
+            _pair_values(v, v_step, kv_begin, length, column, head_dim, buffers.pairs)
+            prepare_pairs(buffers, length, head_dim)
             for first in range(begin, end, ROWS_IN_PAIRS):
                 count = min(ROWS_IN_PAIRS, end - first)
-                take_rows(q, q_step, first, count, column, head, queries)
-                attend_tile_in_pairs(buffers, count, length, head)
+                take_rows(q, q_step, first, count, column, head_dim, queries)
+                attend_tile_in_pairs(buffers, count, length, head_dim)
                 for i in range(count):
-                    for d in range(head):
-                        sums[i * head + d] *= shares[i]
-                    place = ((first + i) * num_heads + h) * head // 2
-                    pack_row(sums, i * head, attended, place, head)
+                    for d in range(head_dim):
+                        sums[i * head_dim + d] *= shares[i]
+                    place = ((first + i) * num_heads + h) * head_dim // 2
+                    pack_row(sums, i * head_dim, attended, place, head_dim)
     end_pairs()

@@ -51,18 +51,18 @@ def _attend(q, q_step, k, k_step, v, v_step, q_cu_seqlens, kv_cu_seqlens, num_he
         attended: [Tq, width], output.
     """
     widest_vectors()
-    head = attended.shape[1] // num_heads
-    buffers = make_buffers(kv_cu_seqlens, head, ROWS)
+    head_dim = attended.shape[1] // num_heads
+    buffers = make_buffers(kv_cu_seqlens, head_dim, ROWS)
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
-            column = h * head
-            take_rows(k, k_step, kv_begin, length, column, head, buffers.keys)
-            take_rows(v, v_step, kv_begin, length, column, head, buffers.values)
-            transpose_keys(buffers, length, head)
+            column = h * head_dim
+            take_rows(k, k_step, kv_begin, length, column, head_dim, buffers.keys)
+            take_rows(v, v_step, kv_begin, length, column, head_dim, buffers.values)
+            transpose_keys(buffers, length, head_dim)
             for first in range(begin, end, ROWS):
                 count = min(ROWS, end - first)
-                take_rows(q, q_step, first, count, column, head, buffers.queries)
-                attend_tile(buffers, count, length, head)
-                store_results(buffers, count, head, attended, first, column)
+                take_rows(q, q_step, first, count, column, head_dim, buffers.queries)
+                attend_tile(buffers, count, length, head_dim)
+                store_results(buffers, count, head_dim, attended, first, column)

@@ -17,18 +17,18 @@ def flatten_rows(rows: Tensor) -> tuple[Tensor, int]:
         A flat tensor that shares the memory of the rows, or of a contiguous copy if the heads of a row do not
         lie next to each other, and the number of values from the start of a row to the start of the next.
     """
-    num_rows, num_heads, head = rows.shape
-    if rows.stride()[1:] != (head, 1):
+    num_rows, num_heads, head_dim = rows.shape
+    if rows.stride()[1:] != (head_dim, 1):
         rows = rows.contiguous()
     step = rows.stride(0)
-    return rows.as_strided(((num_rows - 1) * step + num_heads * head,), (1,)), step
+    return rows.as_strided(((num_rows - 1) * step + num_heads * head_dim,), (1,)), step
 
 
 @inlined
-def take_rows(source, step, first, count, column, head, rows):
+def take_rows(source, step, first, count, column, head_dim, rows):
     """Copy `count` rows of one head to the flat array `rows`, which has the type of `source`."""
     for i in range(count):
         start = (first + i) * step + column
-        part, target = source[start : start + head], rows[i * head : (i + 1) * head]
-        for d in range(head):
+        part, target = source[start : start + head_dim], rows[i * head_dim : (i + 1) * head_dim]
+        for d in range(head_dim):
             target[d] = part[d]

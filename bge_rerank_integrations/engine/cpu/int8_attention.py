@@ -34,12 +34,12 @@ def _take(product, affine, offset, bias, first, count, column, width, rows):
 
 
 @inlined
-def _pair_values(buffers, length, head):
+def _pair_values(buffers, length, head_dim):
     """Store the values of each two neighbouring rows as pairs of bfloat16."""
     values = buffers.values
-    values[length * head : (length + 1) * head] = np.float32(0)  # the last pair may have one row
+    values[length * head_dim : (length + 1) * head_dim] = np.float32(0)  # the last pair may have one row
     for j in range(0, length, 2):
-        pack_columns(values, j * head, (j + 1) * head, buffers.pairs, j // 2 * head, head)
+        pack_columns(values, j * head_dim, (j + 1) * head_dim, buffers.pairs, j // 2 * head_dim, head_dim)
 
 
 @compiled(
@@ -92,38 +92,42 @@ def attend(
     """
     widest_vectors()
     width = codes.shape[1]
-    head = width // num_heads
-    rows = ROWS_IN_PAIRS if HAS_PAIRS and head % (2 * WIDTH) == 0 else ROWS
-    buffers = make_buffers(kv_cu_seqlens, head, rows)
-    if HAS_PAIRS and head % (2 * WIDTH) == 0:
+    head_dim = width // num_heads
+    rows = ROWS_IN_PAIRS if HAS_PAIRS and head_dim % (2 * WIDTH) == 0 else ROWS
+    buffers = make_buffers(kv_cu_seqlens, head_dim, rows)
+    if HAS_PAIRS and head_dim % (2 * WIDTH) == 0:
         begin_pairs()
     for b in range(kv_cu_seqlens.shape[0] - 1):
         begin, end, kv_begin = q_cu_seqlens[b], q_cu_seqlens[b + 1], kv_cu_seqlens[b]
         length = kv_cu_seqlens[b + 1] - kv_begin
         for h in range(num_heads):
-            column = h * head
+            column = h * head_dim
             k_start = k_column + column
             v_start = k_start + width
-            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head, buffers.keys)
-            _take(kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, v_start, head, buffers.values)
+            _take(
+                kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, k_start, head_dim, buffers.keys
+            )
+            _take(
+                kv_product, kv_affine, kv_offset, kv_bias, kv_begin, length, v_start, head_dim, buffers.values
+            )
             # The constant stands in both conditions, so that numba never compiles an instruction that the
             # processor does not have.
-            if HAS_PAIRS and head % (2 * WIDTH) == 0:
-                pack_row(buffers.keys, 0, buffers.keys, 0, length * head)
-                _pair_values(buffers, length, head)
-                prepare_pairs(buffers, length, head)
+            if HAS_PAIRS and head_dim % (2 * WIDTH) == 0:
+                pack_row(buffers.keys, 0, buffers.keys, 0, length * head_dim)
+                _pair_values(buffers, length, head_dim)
+                prepare_pairs(buffers, length, head_dim)
             else:
-                transpose_keys(buffers, length, head)
+                transpose_keys(buffers, length, head_dim)
             for first in range(begin, end, rows):
                 count = min(rows, end - first)
-                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head, buffers.queries)
-                if HAS_PAIRS and head % (2 * WIDTH) == 0:
-                    pack_row(buffers.queries, 0, buffers.queries, 0, count * head)
-                    attend_tile_in_pairs(buffers, count, length, head)
+                _take(q_product, q_affine, q_offset, q_bias, first, count, column, head_dim, buffers.queries)
+                if HAS_PAIRS and head_dim % (2 * WIDTH) == 0:
+                    pack_row(buffers.queries, 0, buffers.queries, 0, count * head_dim)
+                    attend_tile_in_pairs(buffers, count, length, head_dim)
                 else:
-                    attend_tile(buffers, count, length, head)
-                store_results(buffers, count, head, attended, first, column)
+                    attend_tile(buffers, count, length, head_dim)
+                store_results(buffers, count, head_dim, attended, first, column)
         for i in range(begin, end):
             quantize_row(attended[i], codes[i], affine[i])
-    if HAS_PAIRS and head % (2 * WIDTH) == 0:
+    if HAS_PAIRS and head_dim % (2 * WIDTH) == 0:
         end_pairs()
