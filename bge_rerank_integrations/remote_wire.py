@@ -120,6 +120,8 @@ def check_base_url(base_url: str) -> str:
         url.host.encode("idna")  # the connection does this too
     except UnicodeError:
         raise ConfigError("the host of base_url is not a valid name") from None
+    if url.port is not None and not 0 < url.port < 1 << 16:
+        raise ConfigError("the port of base_url must be from 1 to 65535")
     if url.userinfo:
         raise ConfigError("base_url must not contain credentials; pass the key as api_key")
     if url.query or url.fragment:

@@ -198,6 +198,8 @@ def test_the_api_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://host/v1/rerank/", "not one of its endpoints"),
         ("http://host/rerank", "not one of its endpoints"),
         ("http://host:port", "not a URL"),
+        ("http://host:0", "from 1 to 65535"),
+        ("http://host:65536", "from 1 to 65535"),
         (5, "not a URL"),
     ],
 )
