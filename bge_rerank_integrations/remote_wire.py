@@ -124,7 +124,7 @@ def check_base_url(base_url: str) -> str:
         raise ConfigError("the port of base_url must be from 1 to 65535")
     if url.userinfo:
         raise ConfigError("base_url must not contain credentials; pass the key as api_key")
-    if url.query or url.fragment:
+    if "?" in str(base_url) or "#" in str(base_url):
         raise ConfigError("base_url must not contain a query or a fragment")
     path = url.path.rstrip("/")
     parent, _, last = path.rpartition("/")
@@ -140,9 +140,11 @@ def error_of(outcome: Answer | httpx.RequestError) -> RerankError:
     if isinstance(outcome, httpx.TimeoutException):
         return RequestTimeoutError("the server did not answer within the timeout")
     if not isinstance(outcome, Answer):
-        return ServerUnreachableError(f"the server cannot be reached ({type(outcome).__name__})")
+        return ServerUnreachableError(f"the server cannot be reached ({_reason(outcome)})")
     fields = _error_fields(outcome.content)
     kind = _BY_TYPE.get(str(fields.get("type"))) or _BY_STATUS.get(outcome.status, RemoteError)
+    if outcome.status == 400 and "type" not in fields:
+        kind = RemoteError  # of a proxy, or of a server that expects HTTPS
     message = f"the server answered with status {outcome.status}"
     # Messages of other servers may contain texts of the user.
     if "type" in fields and isinstance(fields.get("message"), str):
@@ -152,6 +154,16 @@ def error_of(outcome: Answer | httpx.RequestError) -> RerankError:
     if isinstance(error, InputError | NonFiniteScoreError) and type(index) is int and index >= 0:
         error.index = index
     return error
+
+
+def _reason(error: httpx.RequestError) -> str:
+    """Return why a request failed. Only messages of failed connections surely contain no secret."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, httpx.ConnectError) else name
+
+
+def _is_untrusted(error: httpx.RequestError) -> bool:
+    return isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
 def _error_fields(content: bytes) -> dict[str, Any]:
@@ -167,7 +179,7 @@ def retry_delay(outcome: Answer | httpx.RequestError, error: RerankError, attemp
     own = random_delay_s(attempt)
     is_timeout = isinstance(error, RequestTimeoutError)  # then another attempt would take as long
     if not isinstance(outcome, Answer):
-        return None if is_timeout else own
+        return None if is_timeout or _is_untrusted(outcome) else own
     # The server gives every error a type. A proxy that loses its server in the middle of a request, such as
     # that of Ray Serve, answers 500 without one.
     has_type = "type" in _error_fields(outcome.content)

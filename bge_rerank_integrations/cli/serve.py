@@ -10,6 +10,7 @@ import click
 from bge_rerank_integrations.cli.logs import log_with_time
 from bge_rerank_integrations.cli.options import EXISTING_FILE, config_options
 from bge_rerank_integrations.config import ScorerConfig
+from bge_rerank_integrations.runtime.uninterrupted import import_uninterrupted
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.settings import (
     DEFAULT_GRACE_S,
@@ -102,6 +103,8 @@ def serve(
     curl http://127.0.0.1:8000/v1/rerank -H 'Authorization: Bearer secret' \\
       -d '{"query": "what is a panda?", "documents": ["A bear.", "Tea."]}'
     """
+    # Ctrl-C inside of imports can leave their lock taken, and the model is imported in another thread.
+    import_uninterrupted("bge_rerank_integrations.server.run")
     from bge_rerank_integrations.server.run import run_server
 
     # Each request chooses its scale. The scorer therefore returns raw logits.
@@ -114,6 +117,7 @@ def serve(
         timeout_s=timeout_s,
         model_name=model_name,
     )
+    host = host.strip("[]")  # IPv6 addresses have brackets in URLs
     check_exposure(host, settings.api_key, no_auth=no_auth)
     log_with_time()
 

@@ -189,9 +189,8 @@ class RerankEndpoint:
 
     async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         try:
-            return await asyncio.wait_for(
-                read_body(receive, headers, self._settings.max_body_bytes), self._settings.timeout_s
-            )
+            body = read_body(receive, headers, self._settings.max_body_bytes)
+            return await asyncio.wait_for(self._service.receive(body), self._settings.timeout_s)
         except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
             raise Refusal(408, "the request body did not arrive in time", "RequestTimeout") from None
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Final
 
@@ -36,6 +37,7 @@ _LOAD_ENDS_S: Final = 1.0
 # Seconds that an idle connection stays open. A client that sends on a connection in the moment in which the
 # server closes it gets no response, so clients and load balancers must close first. They do after 5 to 60 s.
 _KEEP_ALIVE_S: Final = 75
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 # More open files than any number of connections that one process serves.
 _MAX_OPEN_FILES: Final = 1 << 16
 
@@ -89,8 +91,9 @@ def run_server(
         loader = threading.Thread(
             target=_load, args=(load, loading, server), name="bge-rerank-load", daemon=True
         )
-        loader.start()
-        server.run(sockets=[listener])
+        with _signals_end(server):
+            loader.start()
+            server.run(sockets=[listener])
     try:
         has_ended = join_until([loader], time.monotonic() + min(grace_s, _LOAD_ENDS_S))
     except KeyboardInterrupt:
@@ -132,7 +135,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._num_signals += 1
-        if self._loop is None or self._num_signals > 2:
+        if self._loop is None or self._loop.is_closed() or self._num_signals > 2:
             self.should_exit = True
             return
         grace_s = self._grace_s if self._num_signals == 1 else 0.0
@@ -149,6 +152,25 @@ class _Server(uvicorn.Server):
             return  # a second signal has ended the drain
         logger.info("shut down: %d request(s) were not finished in time", num_cancelled)
         self.should_exit = True
+
+
+@contextmanager
+def _signals_end(server: _Server) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the server before uvicorn has its own handlers.
+
+    Meanwhile this thread and the loading thread import modules. Python's own handler raises
+    `KeyboardInterrupt`. Inside the import system, Python may drop it and never release the lock of imports.
+    The loading thread would then wait for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can set handlers
+        return
+    handlers = {number: signal.signal(number, server.handle_exit) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _is_no_upgrade(record: logging.LogRecord) -> bool:
@@ -187,8 +209,9 @@ def _allow_many_connections() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()  # IPv4 too
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=takes_both)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot listen on {host!r}, port {port}: {reason}") from None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from bge_rerank_integrations.config import NUM_SPECIAL_TOKENS
 from bge_rerank_integrations.errors import InputError, NonFiniteScoreError, QueueFullError
@@ -31,6 +31,7 @@ _NUM_PARTS_AT_ONCE: Final = 2
 _MAX_QUEUE_SHARE: Final = 0.5
 _RETRY_S: Final = 0.01
 
+T = TypeVar("T")
 _Part = list[Fragment]
 _Run = Callable[[Scorer, _Part], Awaitable[list[Ranking]]]
 
@@ -50,6 +51,7 @@ class Service:
     def __init__(self, scorer: Scorer | Future[Scorer]) -> None:
         self._loading: Future[Scorer] = scorer if isinstance(scorer, Future) else _done(scorer)
         self._is_draining = False
+        self._receiving: set[asyncio.Task[bytes]] = set()
         self._accepted: set[asyncio.Task[list[Ranking]]] = set()
         self._num_running = self._num_started = 0  # parts
         self._part_ended = asyncio.Event()  # replaced each time that a part ends
@@ -98,20 +100,22 @@ class Service:
             RerankError: For the same reasons as `Scorer.rank`.
         """
         scorer = self.require_scorer()
-        task = asyncio.ensure_future(self._rank(scorer, work))
-        self._accepted.add(task)
-        task.add_done_callback(self._accepted.discard)
-        try:
-            await asyncio.wait({task})
-        finally:
-            task.cancel()  # does nothing to a task that has ended
-        if task.cancelled():
-            raise Refusal(503, "the server shut down before it was finished", "ServerDraining", None, 1)
-        return task.result()
+        message = "the server shut down before it was finished"
+        return await _run_in(self._accepted, self._rank(scorer, work), message)
+
+    async def receive(self, body: Coroutine[Any, Any, bytes]) -> bytes:
+        """Return the body of a request that is being received.
+
+        Raises:
+            Refusal: The server is shutting down. A body that is not complete is not waited for.
+        """
+        return await _run_in(self._receiving, body, "the server is shutting down")
 
     def begin_drain(self) -> None:
         """Stop accepting new work."""
         self._is_draining = True
+        for task in self._receiving:
+            task.cancel()
 
     async def drain(self, grace_s: float) -> int:
         """Wait until the accepted work is finished. After `grace_s` seconds, cancel the unfinished requests.
@@ -209,6 +213,20 @@ class Service:
                 await self._part_ended.wait()
             else:  # other users of the scorer fill the queue, and nothing tells when it has room again
                 await asyncio.sleep(_RETRY_S)
+
+
+async def _run_in(tasks: set[asyncio.Task[T]], coroutine: Coroutine[Any, Any, T], message: str) -> T:
+    """Run a coroutine as one of the given tasks. If the drain cancels it, raise `Refusal` with a message."""
+    task = asyncio.ensure_future(coroutine)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    try:
+        await asyncio.wait({task})
+    finally:
+        task.cancel()  # does nothing to a task that has ended
+    if task.cancelled():
+        raise Refusal(503, message, "ServerDraining", retry_after_s=1)
+    return task.result()
 
 
 async def _rank_all(scorer: Scorer, part: _Part) -> list[Ranking]:

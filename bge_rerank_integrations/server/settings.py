@@ -83,8 +83,8 @@ def check_exposure(host: str, api_key: str | None, *, no_auth: bool) -> None:
         raise ConfigError("--no-auth contradicts the API key that is set; remove one of them")
     if api_key is None and not no_auth and not _is_loopback(host):
         raise ConfigError(
-            f"host {host!r} can be reached from other machines, and no API key is set; set "
-            f"{API_KEY_VARIABLE} or --api-key-file, or accept every client with --no-auth"
+            f"host {host!r} is not a loopback address, so other machines may connect, and no API key is "
+            f"set; set {API_KEY_VARIABLE} or --api-key-file, or accept every client with --no-auth"
         )
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -194,6 +195,8 @@ def test_the_api_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://CANARY@host", "must not contain credentials"),
         ("http://host?key=CANARY", "must not contain a query"),
         ("http://host#CANARY", "or a fragment"),
+        ("http://host/?", "must not contain a query"),
+        ("http://host/#", "or a fragment"),
         ("http://host/v1/rerank", "not one of its endpoints"),
         ("http://host/v1/rerank/", "not one of its endpoints"),
         ("http://host/rerank", "not one of its endpoints"),
@@ -373,6 +376,7 @@ async def test_temporary_failures_are_retried(failure: Any, short_delays: None) 
     [
         (refused(400, "InputError"), InputError),
         (refused(401, "AuthenticationError"), AuthenticationError),
+        (httpx.Response(400), RemoteError),
         (httpx.Response(403), AuthenticationError),
         (httpx.Response(404), RemoteError),
         (httpx.Response(302, headers={"location": "http://elsewhere"}), RemoteError),
@@ -381,6 +385,7 @@ async def test_temporary_failures_are_retried(failure: Any, short_delays: None) 
         (refused(500, "NonFiniteScoreError", index=0), NonFiniteScoreError),
         (refused(504, "RequestTimeoutError"), RequestTimeoutError),
         (httpx.ReadTimeout("slow"), RequestTimeoutError),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"), ServerUnreachableError),
         (httpx.Response(200, content=b"hello"), RemoteError),
         (httpx.Response(200, json=[]), RemoteError),
         (httpx.Response(200, json={"rankings": []}), RemoteError),
@@ -419,8 +424,20 @@ def test_the_error_after_the_last_retry(answer: Any, kind: type[RerankError]) ->
 
 
 def test_messages_of_other_servers_are_left_out() -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(RemoteError) as caught:
         stub(Answers(httpx.Response(400, json={"message": "CANARY"}))).rank("a", ["b"])
+    assert "CANARY" not in str(caught.value)
+
+
+def test_the_error_says_why_a_connection_failed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    scorer = RemoteScorer(f"http://127.0.0.1:{port}", max_retries=0)
+    with scorer, pytest.raises(ServerUnreachableError, match=r"ConnectError: .*[Rr]efused"):
+        scorer.rank("a", ["b"])
+    # Such a message may contain the value of a header.
+    with pytest.raises(ServerUnreachableError) as caught:
+        stub(Answers(httpx.LocalProtocolError("CANARY")), max_retries=0).rank("a", ["b"])
     assert "CANARY" not in str(caught.value)
 
 

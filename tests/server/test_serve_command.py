@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -133,6 +134,49 @@ def test_a_signal_while_the_model_is_loaded(checkpoint: Path) -> None:
         assert server.end() == 0
 
 
+INTERRUPTED_START = """
+    import os, signal, time
+    from bge_rerank_integrations.server.run import run_server
+    from bge_rerank_integrations.server.settings import ServerSettings
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+
+    def load():
+        os.kill(os.getpid(), signal.{signal})  # before uvicorn has its signal handlers
+        time.sleep(60)
+
+    run_server(load, ServerSettings(), host="127.0.0.1", port=0, grace_s=1, on_listening=print)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_before_the_server_listens(name: str) -> None:
+    code = textwrap.dedent(INTERRUPTED_START).format(signal=name)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_clients_that_have_not_sent_their_body_get_status_503(checkpoint: Path) -> None:
+    body = json.dumps(BODY).encode()
+    with serving("--model", str(checkpoint), "--device", "cpu") as server:
+        server.wait_until_ready()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as client:
+            client.sendall(
+                b"POST /v1/rerank HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:-5]
+            )
+            with httpx.Client(base_url=server.url) as other:
+                assert other.get("/health/live").status_code == 200  # the server has read the first bytes
+            server.process.send_signal(signal.SIGTERM)
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            assert (response.status, response.headers["retry-after"]) == (503, "1")
+            assert json.loads(response.read())["type"] == "ServerDraining"
+        assert server.end() == 0
+        assert "Traceback" not in server.output
+
+
 def test_a_signal_while_the_model_is_downloaded(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +199,26 @@ def test_a_signal_while_the_model_is_downloaded(
         hub.stalls = set()
 
 
+def test_an_ipv6_address_may_have_brackets() -> None:
+    try:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("needs IPv6")
+    with taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", "--model", "embedded", "--host", "[::1]", "--port", port])
+    assert result.exit_code == 2
+    assert "cannot listen on '::1'" in result.output
+
+
+def test_the_address_for_all_interfaces_takes_both_protocols(checkpoint: Path) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("needs IPv6")
+    with serving("--model", str(checkpoint), "--device", "cpu", "--host", "::", "--no-auth") as server:
+        for host in ("127.0.0.1", "[::1]"):
+            assert httpx.get(f"http://{host}:{server.port}/health/live").status_code == 200
+
+
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Other"]}))
     with serving("--model", str(tmp_path)) as server:
@@ -174,9 +238,9 @@ def test_a_port_that_is_taken() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "can be reached from other machines"),
-        (["--host", "::"], "can be reached from other machines"),
-        (["--host", "example.org"], "can be reached from other machines"),
+        (["--host", "0.0.0.0"], "is not a loopback address"),
+        (["--host", "::"], "is not a loopback address"),
+        (["--host", "example.org"], "is not a loopback address"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
         (["--timeout-s", "0"], "--timeout-s must be a positive number"),
         (["--timeout-s", "nan"], "--timeout-s must be a positive number"),
