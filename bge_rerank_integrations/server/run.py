@@ -129,24 +129,27 @@ class _Server(uvicorn.Server):
         self._endings: list[asyncio.Future[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._on_listening()
+        self._loop = asyncio.get_running_loop()
+        if self._num_signals:
+            self._begin_to_end()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._num_signals += 1
-        if self._loop is None or self._loop.is_closed() or self._num_signals > 2:
+        if self._loop is None or self._loop.is_closed():
+            return  # `startup` sees the signal. Some releases of uvicorn clean up only after it.
+        if self._num_signals > 2:
             self.should_exit = True
-            return
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    def _begin_to_end(self) -> None:
+        self._endings.append(asyncio.ensure_future(self._end(len(self._endings) + 1)))
+
+    async def _end(self, number: int) -> None:
         grace_s = self._grace_s if self._num_signals == 1 else 0.0
-        self._loop.call_soon_threadsafe(self._begin_to_end, grace_s)
-
-    def _begin_to_end(self, grace_s: float) -> None:
-        self._endings.append(asyncio.ensure_future(self._end(grace_s)))
-
-    async def _end(self, grace_s: float) -> None:
         logger.info("shutting down: finishing accepted requests, for at most %g s", grace_s)
-        number = len(self._endings)
         num_cancelled = await self._drain(grace_s)
         if number < len(self._endings):
             return  # a second signal has ended the drain
