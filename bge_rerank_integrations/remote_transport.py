@@ -205,9 +205,11 @@ def _create(kind: Callable[..., Client]) -> Client:
     try:
         return kind(cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())))
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        # The message of an invalid URL may contain a part of the proxy's password.
+        reason = type(error).__name__ if isinstance(error, httpx.InvalidURL) else error
         raise ConfigError(
             f"the HTTP client cannot be created; check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY and "
-            f"SSL_CERT_FILE in the environment ({error})"
+            f"SSL_CERT_FILE in the environment ({reason})"
         ) from error
 
 

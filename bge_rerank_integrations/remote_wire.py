@@ -35,6 +35,7 @@ except ImportError as error:
     raise missing_extra("remote", "httpx") from error
 
 from bge_rerank_integrations.ranking import RankedPassage, Ranking
+from bge_rerank_integrations.validation import MAX_TIMEOUT_S
 
 # A URL that ends with one of these names is an endpoint and not a base URL.
 _ENDPOINTS: Final = frozenset({"rank", "rerank", "ranking", "score", "models"})
@@ -202,7 +203,7 @@ def _retry_after(value: str) -> float | None:
             seconds = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    return min(max(seconds, 0.0), MAX_TIMEOUT_S) if math.isfinite(seconds) else None
 
 
 def parse_rankings(content: bytes, part: Part) -> list[Ranking]:

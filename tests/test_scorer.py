@@ -811,7 +811,10 @@ def test_a_forked_pool_that_gets_a_scorer_raises_an_error() -> None:
         "            print(error)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}  # else some releases warn after a fork
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env=environment
+    )
     assert "neither CUDA nor CPU thread pools work after a fork" in run.stdout
     assert run.stderr == ""
 

@@ -81,6 +81,12 @@ def _run(future: Future[Any], function: Callable[[], object]) -> None:
         return
     try:
         result = function()
+    except StopIteration as error:
+        # A future of asyncio takes no `StopIteration`. Generators replace it by the same error.
+        replaced = RuntimeError("reading the input raised StopIteration")
+        replaced.__cause__ = error
+        future.set_exception(replaced)
+        del future, replaced
     except BaseException as error:
         future.set_exception(error)
         del future  # the traceback of the exception refers to this frame

@@ -41,6 +41,11 @@ class _Entry(Generic[T]):
     is_pinned: bool = False
     creator: int = field(default_factory=threading.get_ident)
 
+    @property
+    def is_created_here(self) -> bool:
+        """Whether this thread is creating the object."""
+        return self.creator == threading.get_ident() and not self.future.done()
+
     def add(self, holder: object | None) -> None:
         if holder is None:
             self.is_pinned = True
@@ -100,7 +105,7 @@ class SharedObjects(Generic[K, T]):
                     self._entries[key] = entry
                 if is_first:
                     run_uninterrupted(partial(self._set_result, entry, create(key)))
-                elif entry.creator == threading.get_ident() and not entry.future.done():
+                elif entry.is_created_here:
                     raise RerankError(_IS_CREATED_HERE)
                 return entry.future.result()
             except BaseException as error:
@@ -131,9 +136,14 @@ class SharedObjects(Generic[K, T]):
 
         Among them are the objects whose holders have been deleted. A holder may be one of these itself: the
         garbage collector removes weak references to an object before it runs the object's `__del__`.
+
+        Raises:
+            RerankError: This thread is creating an object for the holder, for example in a logging handler.
         """
         unused: list[Future[T]] = []
         with self._lock:
+            if any(entry.is_created_here and id(holder) in entry.holders for entry in self._entries.values()):
+                raise RerankError(_IS_CREATED_HERE)
             for key, entry in list(self._entries.items()):
                 was_held = entry.holders.pop(id(holder), None) is not None
                 if (was_held or entry.future.done()) and not entry.holders and not entry.is_pinned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
+from functools import partial
 
 
 def release_frames(error: BaseException) -> None:
@@ -45,5 +46,8 @@ def raise_if_of_signal_handler(error: BaseException) -> None:
 
 
 def _code_of(handler: object) -> object:
-    """Return the code of a function or method, or None."""
-    return getattr(getattr(handler, "__func__", handler), "__code__", None)
+    """Return the code of a function, a method, a partial function or an object that can be called."""
+    while isinstance(handler, partial):
+        handler = handler.func
+    call = handler if hasattr(handler, "__code__") else getattr(type(handler), "__call__", None)  # noqa: B004
+    return getattr(call, "__code__", None)

@@ -482,6 +482,18 @@ async def test_a_scorer_that_returns_only_indices_and_scores_works(adapter: Adap
     assert ranked == [(2, 0.5), (1, 0.25), (0, 0.0)]
 
 
+def test_such_a_scorer_marks_nothing() -> None:
+    options: dict[str, Any] = {"scorer": PlainScorer({})}
+    reranker = BGEReranker(**options)
+    (document,) = reranker.compress_documents([Document(page_content="a")], QUERY)
+    assert document.metadata == {"relevance_score": 0.0}
+    assert reranker.rerank(["a"], QUERY) == [{"index": 0, "relevance_score": 0.0}]
+    (node,) = BGERerankPostprocessor(**options).postprocess_nodes(
+        [NodeWithScore(node=TextNode(text="a"))], query_str=QUERY
+    )
+    assert node.metadata == {}
+
+
 def test_marks_of_an_earlier_reranker_are_removed() -> None:
     options: dict[str, Any] = {"scorer": TableScorer({})}
     metadata = {"title": "a", "rerank_truncated": True, "rerank_blank": True}

@@ -931,6 +931,8 @@ async def test_rerank_is_traced_inside_a_runnable(mode: str, invoke: Invoke) -> 
 async def test_rerank_many_is_one_run(
     rerank_many: RerankMany, own: bool, reranker: BGEReranker, checkpoint: Path, mode: str
 ) -> None:
+    if mode == "async":
+        skip_without_task_contexts()
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     requests = [(QUERY, [TEA, PANDA]), ("another", []), ("a third", [BEAR, "bamboo " * 2000])]
     num_tokens = sum(
@@ -963,6 +965,8 @@ async def test_rerank_many_is_one_run(
 
 
 async def test_a_failed_rerank_many_ends_its_run(rerank_many: RerankMany, mode: str) -> None:
+    if mode == "async":
+        skip_without_task_contexts()
     collector = RunCollectorCallbackHandler()
     reranker = BGEReranker(scorer=BrokenScorer())
 

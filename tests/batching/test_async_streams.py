@@ -42,6 +42,19 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bge_rerank_integrations.scorer._NUM_STREAMED_PAIRS", PART)
 
 
+class EndsTooSoon:
+    """Passages that raise `StopIteration` when they are read."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise StopIteration
+
+
+async def test_input_that_raises_stop_iteration_ends_the_call(scorer: Scorer) -> None:
+    requests = cast("Any", iter([(QUERY, EndsTooSoon())]))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await asyncio.wait_for(scorer.arank_many(requests), PATIENCE_S)
+
+
 def pairs(number: int) -> list[tuple[str, str]]:
     return [(QUERY, f"text {index}") for index in range(number)]
 

@@ -17,7 +17,7 @@ from tests.support.queues import PATIENCE_S
 
 # Calls `act` when Python begins to import a module.
 AT_IMPORT = """
-    import _thread, logging, os, signal, sys, time
+    import _thread, functools, logging, os, signal, sys, time
     from bge_rerank_integrations import BGEReranker, Scorer
     from bge_rerank_integrations.errors import RerankError
 
@@ -33,11 +33,18 @@ AT_IMPORT = """
                 sys.meta_path.remove(self)
                 self.act()
 
-    class JobTimeout(Exception):
+    class JobTimeout(TimeoutError):
         pass
 
     def end_job(*_):
         raise JobTimeout
+
+    class EndJob:
+        def __call__(self, *_):
+            raise JobTimeout
+
+        def end(self, *_):
+            raise JobTimeout
 
     class AtLog(logging.Handler):
         def __init__(self, words, act):
@@ -91,7 +98,7 @@ CTRL_C_AND_EXIT = """
 """
 
 END_OF_JOB = """
-    signal.signal(signal.SIGUSR1, end_job)
+    signal.signal(signal.SIGUSR1, eval(sys.argv[2]))
     AtLog("attention on cpu", lambda: os.kill(os.getpid(), signal.SIGUSR1))
     try:
         Scorer.shared(Scorer(model, device="cpu").config)
@@ -108,6 +115,18 @@ HANDLER_THAT_RANKS = """
     except RerankError as error:
         print(type(error).__name__, "part of loading" in str(error))
     print(len(reranker.rerank(["a", "b"], "q")))
+"""
+
+
+HANDLER_THAT_CLOSES = """
+    reranker = BGEReranker(model=model, device="cpu")
+    AtLog("precision on cpu", reranker.close)
+    try:
+        reranker.rerank(["a", "b"], "q")
+    except RerankError as error:
+        print(type(error).__name__, "part of loading" in str(error))
+    print(len(reranker.rerank(["a", "b"], "q")))
+    reranker.close()
 """
 
 
@@ -148,14 +167,21 @@ def test_a_load_while_the_interpreter_ends_fails(checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
-def test_an_exception_of_a_signal_handler_is_not_taken_for_a_broken_kernel(checkpoint: Path) -> None:
-    child = run_child(END_OF_JOB, checkpoint)
+@pytest.mark.parametrize(
+    "handler",
+    ["end_job", "functools.partial(end_job, 1)", "EndJob()", "EndJob().end", "lambda *_: end_job()"],
+)
+def test_an_exception_of_a_signal_handler_is_not_taken_for_a_broken_kernel(
+    handler: str, checkpoint: Path
+) -> None:
+    child = run_child(END_OF_JOB, checkpoint, handler)
     assert (child.stdout.split(), child.returncode) == (["ended", "2"], 0), child.stderr
     assert "is not used" not in child.stderr
 
 
-def test_a_call_in_a_logging_handler_of_its_own_loading_is_refused(checkpoint: Path) -> None:
-    child = run_child(HANDLER_THAT_RANKS, checkpoint)
+@pytest.mark.parametrize("code", [HANDLER_THAT_RANKS, HANDLER_THAT_CLOSES])
+def test_a_call_in_a_logging_handler_of_its_own_loading_is_refused(code: str, checkpoint: Path) -> None:
+    child = run_child(code, checkpoint)
     assert (child.stdout.split(), child.returncode) == (["RerankError", "True", "2"], 0), child.stderr
 
 

@@ -183,6 +183,28 @@ def test_a_launch_says_whether_the_device_is_empty(make: Callable[..., MicroBatc
     batcher.close()
 
 
+def test_a_batch_without_memory_is_launched_when_the_one_before_it_is_answered(
+    make: Callable[..., MicroBatcher],
+) -> None:
+    device = AsyncDevice(max_tokens=150)
+    batcher = make(device)
+    is_answering, may_answer = threading.Event(), threading.Event()
+
+    def hold(_: int) -> None:
+        is_answering.set()
+        assert may_answer.wait(PATIENCE_S)
+
+    first = submit(batcher, [sized(1, 100)], hold)
+    wait_until(lambda: device.num_waiting)
+    second = submit(batcher, [sized(2, 100)])
+    wait_until(lambda: device.num_refused == 1)
+    device.finish(2)
+    assert is_answering.wait(PATIENCE_S)
+    time.sleep(0.05)  # the worker waits for the memory
+    may_answer.set()
+    assert results([first, second]) == [[1.0], [2.0]]
+
+
 def test_the_time_behind_another_batch_is_no_computing_time(make: Callable[..., MicroBatcher]) -> None:
     device = AsyncDevice()
     batcher = make(device)

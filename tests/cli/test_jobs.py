@@ -371,7 +371,7 @@ def test_a_job_with_a_stream_as_input_cannot_be_resumed(output: Path) -> None:
         job.begin()
 
 
-@pytest.mark.parametrize("suffix", ["", ".partial", ".job.json"])
+@pytest.mark.parametrize("suffix", ["", ".partial", ".job.json", ".job.json.tmp"])
 def test_the_input_is_never_written_over(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     path.write_text("{}\n")

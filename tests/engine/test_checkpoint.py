@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -77,6 +78,22 @@ def test_an_embedding_model_is_refused(folder: Path) -> None:
 def test_an_embedding_model_with_the_config_of_a_reranker_is_refused(folder: Path) -> None:
     edit_weights(folder, without("classifier."))
     refuse(folder, UnsupportedCheckpointError, "no relevance head .*use a reranker such as")
+
+
+def test_the_error_names_only_the_tensors_of_the_relevance_head(folder: Path) -> None:
+    edit_weights(folder, without("classifier.out_proj.weight"))
+    edit_weights(folder, without("roberta.encoder.layer.1."))
+    refuse(folder, UnsupportedCheckpointError, r"no relevance head \(classifier\.out_proj\.weight\)")
+
+
+def test_a_path_that_is_not_utf8(folder: Path, tmp_path: Path) -> None:
+    copy = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    try:
+        shutil.copytree(folder, copy)
+    except OSError:
+        pytest.skip("the file system refuses such names")
+    with pytest.raises(CheckpointError, match="is not UTF-8; rename the folder"):
+        Scorer(copy, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +198,23 @@ def test_the_error_for_a_training_folder_names_its_checkpoints(folder: Path) -> 
     refuse(inside, CheckpointNotFoundError, message)
     shutil.copy(folder / "config.json", inside)
     refuse(inside, CheckpointNotFoundError, message)
+
+
+def test_a_subfolder_that_cannot_be_read_does_not_hide_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = folder / "run"
+    shutil.copytree(folder, inside / "model", ignore=shutil.ignore_patterns("run"))
+    (inside / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse_one(path: Path) -> Any:
+        if path.name == "lost+found":  # the tests may run as root, who may read every folder
+            raise PermissionError
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_one)
+    refuse(inside, CheckpointNotFoundError, f"its subfolders do.*: {inside}/model$")
 
 
 def test_a_missing_layer_is_refused(folder: Path) -> None:
@@ -560,6 +594,7 @@ def test_a_change_of_a_file_changes_the_fingerprint(folder: Path, name: str) -> 
     original = (folder / name).read_bytes()
     found = [fingerprint(folder)]
     for changed in (
+        original[: 1 << 20] + original,  # of zeros, only the size would differ
         b"x" + original[1:],
         original[:-1] + b"x",
         original + b"x",
@@ -569,7 +604,7 @@ def test_a_change_of_a_file_changes_the_fingerprint(folder: Path, name: str) -> 
         found.append(fingerprint(folder))
     (folder / name).write_bytes(original)
     assert fingerprint(folder) == found[0]
-    assert len(set(found)) == 5
+    assert len(set(found)) == 6
 
 
 def test_a_config_of_an_older_release_of_transformers(folder: Path, scorer: Scorer) -> None:

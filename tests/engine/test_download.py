@@ -202,6 +202,12 @@ def test_credentials_of_a_proxy_are_not_shown(hub: Hub, tmp_path: Path) -> None:
     assert kind == "HubUnreachableError"
     assert "ht!tp://host" in text
     assert "SECRET" not in text
+    for password in ("SECRET/x", "SECRET#x", "a@SECRET"):
+        [[kind, text]] = find(
+            hub, tmp_path, {}, HTTPS_PROXY=f"http://user:{password}@host:80", HF_ENDPOINT="https://h"
+        )
+        assert kind == "HubUnreachableError"
+        assert "SECRET" not in text
 
 
 def test_a_job_needs_no_model_in_the_cache_and_keeps_to_its_commit(hub: Hub, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.server import ServerSettings, create_app
-from bge_rerank_integrations.server.body import read_body
+from bge_rerank_integrations.server.body import _Compressed, read_body
 from bge_rerank_integrations.server.dialects.table import DIALECTS
 from bge_rerank_integrations.server.endpoint import MAX_PAIRS_OF_REQUEST
 from bge_rerank_integrations.server.refusal import Refusal
@@ -286,6 +286,12 @@ def test_a_request_with_too_many_documents_is_refused(client: httpx.Client) -> N
     assert "20001 documents; the server's limit is 20000" in response.json()["message"]
     requests = [["q", [""] * 15_000], ["r", [""] * 15_000]]
     assert client.post("/v1/rank", json={"requests": requests}).status_code == 413
+
+
+@pytest.mark.parametrize("first", [50, 100])
+def test_the_parts_of_a_concatenated_body_share_the_limit(first: int) -> None:
+    data = gzip.compress(b"x" * first) + gzip.compress(b"y" * 1_000_000)
+    assert len(_Compressed().unpack(data, 100)) == 100
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])

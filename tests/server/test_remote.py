@@ -51,6 +51,7 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.remote_wire import Answer, _retry_after, retry_delay
 from bge_rerank_integrations.server import create_app
 from bge_rerank_integrations.server.endpoint import read_headers
+from bge_rerank_integrations.validation import MAX_TIMEOUT_S
 from tests.server.conftest import KEY
 from tests.support.queues import PATIENCE_S
 from tests.support.servers import HeldScorer, running, wait_until
@@ -464,6 +465,8 @@ def test_a_call_without_time_sends_nothing_and_says_so() -> None:
         ("0.5", 0.5, 1.0),
         ("-1", 0, 0.5),
         ("nan", 0.5, 1.0),
+        ("1e20", MAX_TIMEOUT_S, MAX_TIMEOUT_S + 0.5),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", MAX_TIMEOUT_S, MAX_TIMEOUT_S + 0.5),
         ("soon", 0.5, 1.0),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0.5),
     ],
@@ -911,6 +914,14 @@ def test_hosts_that_are_no_names_are_refused() -> None:
     for host in ("a..b", "a" * 64 + ".com"):
         with pytest.raises(ConfigError, match="base_url"):
             RemoteScorer(f"http://{host}")
+
+
+@pytest.mark.parametrize("password", ["SECRET/x", "SECRET#x", "a@SECRET"])
+def test_a_proxy_password_is_not_shown(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://user:{password}@127.0.0.1:9")
+    with pytest.raises(RerankError) as caught:
+        RemoteScorer("http://host.invalid", max_retries=0).rank("a", ["b"])
+    assert "SECRET" not in str(caught.value)
 
 
 def test_an_empty_key_in_the_environment_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

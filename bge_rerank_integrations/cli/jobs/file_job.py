@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from bge_rerank_integrations.cli.jobs.job_record import INPUT, JobRecord, record_path, resolve_output
+from bge_rerank_integrations.cli.jobs.job_record import (
+    INPUT,
+    JobRecord,
+    record_path,
+    resolve_output,
+    temporary_path,
+)
 from bge_rerank_integrations.cli.jobs.requests import MalformedInputError
 from bge_rerank_integrations.errors import DatasetError
 
@@ -51,7 +57,8 @@ class FileJob:
         self._partial = output.with_name(output.name + ".partial")
         if output.exists() and not output.is_file():
             raise DatasetError(f"{output} is not a regular file; to write to stdout, give no output file")
-        if input_path is not None and input_path.resolve() in (output, self._partial, record_path(output)):
+        own = (output, self._partial, record_path(output), temporary_path(output))
+        if input_path is not None and input_path.resolve() in own:
             raise DatasetError(f"{input_path} is the input; choose another output file")
         input_sha256 = None if input_path is None else _sha256(input_path)
         self._record = JobRecord(output, {**settings, INPUT: input_sha256})

@@ -19,6 +19,11 @@ def record_path(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
+def temporary_path(output: Path) -> Path:
+    """Return the path of the record while it is written."""
+    return output.with_name(output.name + ".job.json.tmp")
+
+
 def resolve_output(output: Path) -> Path:
     """Return the path that symbolic links lead to, so that the links stay when a file replaces it.
 
@@ -67,7 +72,7 @@ class JobRecord:
 
     def write(self) -> None:
         """Write the settings. An interruption leaves the old record or the new one."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary = temporary_path(self._output)
         temporary.write_text(json.dumps(self._settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(self.path)
 

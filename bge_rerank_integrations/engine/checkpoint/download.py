@@ -17,7 +17,7 @@ from bge_rerank_integrations.errors import CheckpointError, CheckpointNotFoundEr
 from bge_rerank_integrations.runtime.shutdown import join_until
 from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
-_CREDENTIALS: Final = re.compile(r"//[^/\s@]*@")  # of a proxy, in a URL
+_CREDENTIALS: Final = re.compile(r"//[^/\s]*@")  # of a proxy, in a URL
 
 
 def download_checkpoint(config: ScorerConfig) -> Path:
@@ -152,8 +152,11 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, errors.HfHubHTTPError):  # its message contains a URL, which may be a signed one
         return f"the hub answered with status {error.response.status_code}"
+    kind = type(error).__name__
     line = _CREDENTIALS.sub("//", first_line(error).rstrip("."))
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    if kind == "InvalidURL":  # its message may contain a part of a proxy's password
+        return f"{kind}; check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY in the environment"
+    return f"{kind}: {line}" if line else kind
 
 
 def _is_file_error(error: Exception) -> bool:

@@ -130,7 +130,10 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 def _looks_complete(folder: Path) -> bool:
     """Return whether a folder lists the files of a checkpoint or an adapter. Links are not followed."""
-    names = [path.name for path in folder.iterdir()]
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:  # such as `lost+found`, which only root may read
+        return False
     has_weights = any(fnmatch(name, pattern) for name in names for pattern in _WEIGHTS)
     return ADAPTER_CONFIG in names or ("config.json" in names and has_weights)
 

@@ -11,6 +11,7 @@ import torch
 from bge_rerank_integrations.engine.cpu.llvm_features import host_features
 from bge_rerank_integrations.engine.cpu.vector_support import HEAD_STEP, has_avx2
 from bge_rerank_integrations.errors import DeviceError, UnsupportedCheckpointError, missing_extra
+from bge_rerank_integrations.runtime.tracebacks import raise_if_of_signal_handler
 
 _VNNI_FEATURES = ("avx512vnni", "avxvnni", "amx-int8")  # as LLVM calls them
 
@@ -98,6 +99,7 @@ def _multiplies_correctly() -> bool:
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-    except RuntimeError:
+    except RuntimeError as error:
+        raise_if_of_signal_handler(error)
         return False
     return bool((product == 255 * 127 * 64).all())

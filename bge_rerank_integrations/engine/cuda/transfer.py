@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bge_rerank_integrations.engine.packing import IntArray
+from bge_rerank_integrations.runtime.tracebacks import raise_if_of_signal_handler
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def resolve_transfer(device: torch.device, max_tokens: int) -> Transfer:
         try:
             return PinnedTransfer(device, max_tokens)
         except RuntimeError as error:  # some systems limit pinned memory
+            raise_if_of_signal_handler(error)
             logger.info("no pinned memory for copies to %s: %s", device, type(error).__name__)
     return PlainTransfer(device)
 
