@@ -133,7 +133,10 @@ def check_base_url(base_url: str) -> str:
     is_prefix = url.path.endswith("/") and not parent.endswith(("/v1", "/v2"))
     if last in _ENDPOINTS and not is_prefix:
         raise ConfigError("base_url must be the root of the server, not one of its endpoints")
-    return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
+    try:
+        return str(url.copy_with(path=path.removesuffix("/v1") or "/")).rstrip("/")
+    except httpx.InvalidURL:  # an encoded `?` or `#`, which httpx decodes
+        raise ConfigError("the path of base_url must not contain an encoded ? or #") from None
 
 
 def error_of(outcome: Answer | httpx.RequestError) -> RerankError:
@@ -144,7 +147,7 @@ def error_of(outcome: Answer | httpx.RequestError) -> RerankError:
         return ServerUnreachableError(f"the server cannot be reached ({_reason(outcome)})")
     fields = _error_fields(outcome.content)
     kind = _BY_TYPE.get(str(fields.get("type"))) or _BY_STATUS.get(outcome.status, RemoteError)
-    if outcome.status == 400 and "type" not in fields:
+    if outcome.status == 400 and not isinstance(fields.get("type"), str):
         kind = RemoteError  # of a proxy, or of a server that expects HTTPS
     message = f"the server answered with status {outcome.status}"
     # Messages of other servers may contain texts of the user.
@@ -160,7 +163,7 @@ def error_of(outcome: Answer | httpx.RequestError) -> RerankError:
 def _reason(error: httpx.RequestError) -> str:
     """Return why a request failed. Only messages of failed connections surely contain no secret."""
     name = type(error).__name__
-    return f"{name}: {error}" if isinstance(error, httpx.ConnectError) else name
+    return f"{name}: {error}" if isinstance(error, httpx.ConnectError) and str(error) else name
 
 
 def _is_untrusted(error: httpx.RequestError) -> bool:

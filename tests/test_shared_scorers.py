@@ -23,6 +23,48 @@ from bge_rerank_integrations.runtime.shared_objects import SharedObjects
 from tests.support.interrupts import Interrupt, call_at, stop
 from tests.support.queues import PATIENCE_S, wait_until
 
+
+def test_the_garbage_collector_may_release_holders_at_any_time() -> None:
+    """A release within a release must not disturb it."""
+    shared: SharedObjects[int, object] = SharedObjects()
+
+    class InCycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            shared.release(self)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for number in range(3000):
+            shared.get(number, InCycle(), lambda _: object())
+            shared.release(InCycle())
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    shared.release(InCycle())
+    assert not shared._entries
+
+
+def test_release_does_not_wait_for_the_lock_of_a_future() -> None:
+    """The garbage collector may call it while another thread holds that lock and waits for `release`."""
+    shared: SharedObjects[str, object] = SharedObjects()
+    value, holder = object(), InputTypeError("a")
+    shared.get("a", holder, lambda _: value)
+    for call in (
+        partial(shared.get_ready, "a", holder),
+        partial(shared.release, object()),
+        partial(shared.discard, "a", value),
+    ):
+        thread = threading.Thread(target=call, daemon=True)
+        with shared._entries["a"].future._condition:
+            thread.start()
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # The parent defines `call`. A child that hangs is ended by a signal.

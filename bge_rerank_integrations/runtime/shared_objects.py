@@ -30,6 +30,10 @@ class _Entry(Generic[T]):
 
     Attributes:
         future: Gives the object when it is created.
+        is_done: Whether the object exists, or its creation has failed. The future must not be asked under the
+            lock of `SharedObjects`. The garbage collector may call `release` while the lock of the future is
+            held, and the two locks would be taken in both orders.
+        value: The object, once it exists.
         holders: The users of the object, by `id`. The references are weak, so a deleted user no longer
             counts.
         is_pinned: Whether somebody asked for the object without a holder. `release` never drops it.
@@ -37,6 +41,8 @@ class _Entry(Generic[T]):
     """
 
     future: SafeFuture[T] = field(default_factory=SafeFuture)
+    is_done: bool = False
+    value: T | None = None
     holders: WeakValueDictionary[int, object] = field(default_factory=WeakValueDictionary)
     is_pinned: bool = False
     creator: int = field(default_factory=threading.get_ident)
@@ -44,7 +50,7 @@ class _Entry(Generic[T]):
     @property
     def is_created_here(self) -> bool:
         """Whether this thread is creating the object."""
-        return self.creator == threading.get_ident() and not self.future.done()
+        return self.creator == threading.get_ident() and not self.is_done
 
     def add(self, holder: object | None) -> None:
         if holder is None:
@@ -126,10 +132,10 @@ class SharedObjects(Generic[K, T]):
         """Do the same as `get` if the object exists. Return None if it would have to be created."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or not entry.future.done():
+            if entry is None or not entry.is_done:
                 return None
             entry.add(holder)
-            return entry.future.result()
+            return entry.value
 
     def release(self, holder: object) -> list[T]:
         """Remove a holder. Return the objects that nobody uses any more, which are dropped.
@@ -142,11 +148,12 @@ class SharedObjects(Generic[K, T]):
         """
         unused: list[Future[T]] = []
         with self._lock:
-            if any(entry.is_created_here and id(holder) in entry.holders for entry in self._entries.values()):
+            entries = self._entries.copy()  # the garbage collector may call this method at any time
+            if any(entry.is_created_here and id(holder) in entry.holders for entry in entries.values()):
                 raise RerankError(_IS_CREATED_HERE)
-            for key, entry in list(self._entries.items()):
+            for key, entry in entries.items():
                 was_held = entry.holders.pop(id(holder), None) is not None
-                if (was_held or entry.future.done()) and not entry.holders and not entry.is_pinned:
+                if (was_held or entry.is_done) and not entry.holders and not entry.is_pinned:
                     self._entries.pop(key, None)
                     unused.append(entry.future)
         return [future.result() for future in unused if future.exception() is None]
@@ -155,22 +162,25 @@ class SharedObjects(Generic[K, T]):
         """Drop an object, if it is the shared object of its key."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.future.done() and entry.future.result() is value:
+            if entry is not None and entry.is_done and entry.value is value:
                 del self._entries[key]
 
     def _set_result(self, entry: _Entry[T], value: T) -> None:
         with self._lock:
-            if not entry.future.done():
-                entry.future.set_result(value)
+            if entry.is_done:
+                return
+            entry.is_done, entry.value = True, value
+        entry.future.set_result(value)
 
     def _set_exception(self, key: K, entry: _Entry[T], error: BaseException) -> None:
         """Tell those that wait for the object, unless it exists. The next call creates it."""
         with self._lock:
-            if entry.future.done():
+            if entry.is_done:
                 return
+            entry.is_done = True
             if self._entries.get(key) is entry:
                 del self._entries[key]
-            entry.future.set_exception(error)
+        entry.future.set_exception(error)
 
     def _begin_anew(self) -> None:
         """Forget all objects in a forked child. Their threads and devices do not work there."""

@@ -49,5 +49,7 @@ def _code_of(handler: object) -> object:
     """Return the code of a function, a method, a partial function or an object that can be called."""
     while isinstance(handler, partial):
         handler = handler.func
+    if not callable(handler):  # such as `SIG_DFL`
+        return None
     call = handler if hasattr(handler, "__code__") else getattr(type(handler), "__call__", None)  # noqa: B004
     return getattr(call, "__code__", None)

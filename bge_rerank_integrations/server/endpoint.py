@@ -71,12 +71,14 @@ class _Exchange:
     Attributes:
         id: Request id.
         dialect: The dialect of the body. Until the body is read, it is the last dialect of the path.
+        is_body_asked: Whether reading the body has begun, which asks a client for it that waits.
         is_body_read: Whether the whole body has been read from the connection.
         reply: The content of the response. It is None until the request is ranked.
     """
 
     id: str
     dialect: Dialect
+    is_body_asked: bool = False
     is_body_read: bool = False
     reply: Reply | None = None
 
@@ -125,7 +127,7 @@ class RerankEndpoint:
                     body,
                     {"x-request-id": exchange.id, **more_headers},
                     is_body_read=exchange.is_body_read,
-                    is_body_sent="expect" not in headers,
+                    is_body_sent=exchange.is_body_asked or "expect" not in headers,
                 )
             counts = {} if exchange.reply is None else exchange.reply.counts
             for name, value in counts.items():
@@ -166,6 +168,7 @@ class RerankEndpoint:
         config = self._service.require_scorer().config  # raises before the body is read
 
         async def receive_body() -> MutableMapping[str, Any]:
+            exchange.is_body_asked = True
             message = await receive()
             exchange.is_body_read = not message.get("more_body", False)
             return message

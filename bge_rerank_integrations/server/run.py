@@ -94,16 +94,11 @@ def run_server(
         with _signals_end(server):
             loader.start()
             server.run(sockets=[listener])
-    try:
-        has_ended = join_until([loader], time.monotonic() + min(grace_s, _LOAD_ENDS_S))
-    except KeyboardInterrupt:
-        has_ended = False
-    if not has_ended:
-        # The process got a signal while it loads the model. Loading cannot be interrupted, and a regular exit
-        # of the interpreter while a native library runs would abort the process.
-        logging.shutdown()
-        os._exit(0)
-    loading.result().close(timeout=grace_s)
+            if not join_until([loader], time.monotonic() + min(grace_s, _LOAD_ENDS_S)):
+                # The process got a signal while it loads the model. Loading cannot be interrupted, and a
+                # regular exit of the interpreter while a native library runs would abort the process.
+                _exit()
+            loading.result().close(timeout=grace_s)
 
 
 class _Server(uvicorn.Server):
@@ -126,23 +121,38 @@ class _Server(uvicorn.Server):
         self._grace_s = grace_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_signals = 0
+        self._has_failed = False
         self._endings: list[asyncio.Future[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_listening()
         self._loop = asyncio.get_running_loop()
+        if self._has_failed:
+            self._loop.call_soon(self._stop)
         if self._num_signals:
             self._begin_to_end()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._num_signals += 1
-        if self._loop is None or self._loop.is_closed():
+        if self._loop is None:
             return  # `startup` sees the signal. Some releases of uvicorn clean up only after it.
-        if self._num_signals > 2:
-            self.should_exit = True
+        if self._loop.is_closed():  # all requests have ended
+            _exit()
+        elif self._num_signals > 2:
+            self._stop()
         else:
             self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    def fail(self) -> None:
+        """End the server without a drain. Any thread can call this."""
+        self._has_failed = True
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
 
     def _begin_to_end(self) -> None:
         self._endings.append(asyncio.ensure_future(self._end(len(self._endings) + 1)))
@@ -154,14 +164,14 @@ class _Server(uvicorn.Server):
         if number < len(self._endings):
             return  # a second signal has ended the drain
         logger.info("shut down: %d request(s) were not finished in time", num_cancelled)
-        self.should_exit = True
+        self._stop()
 
 
 @contextmanager
 def _signals_end(server: _Server) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the server before uvicorn has its own handlers.
+    """Let SIGINT and SIGTERM end the server also before and after uvicorn has its own handlers.
 
-    Meanwhile this thread and the loading thread import modules. Python's own handler raises
+    Before, this thread and the loading thread import modules. Python's own handler raises
     `KeyboardInterrupt`. Inside the import system, Python may drop it and never release the lock of imports.
     The loading thread would then wait for ever.
     """
@@ -176,6 +186,12 @@ def _signals_end(server: _Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _exit() -> None:
+    """End the process at once with status 0."""
+    logging.shutdown()
+    os._exit(0)
+
+
 def _is_no_upgrade(record: logging.LogRecord) -> bool:
     """Leave out uvicorn's warnings about each client that offers another protocol than HTTP/1.1."""
     return not record.getMessage().startswith(
@@ -188,7 +204,7 @@ def _load(load: Callable[[], Scorer], loading: Future[Scorer], server: _Server) 
         scorer = load()
     except BaseException as error:  # raised again in the main thread
         loading.set_exception(error)
-        server.should_exit = True
+        server.fail()
     else:
         loading.set_result(scorer)
         logger.info("ready")
@@ -215,7 +231,7 @@ def _listen(host: str, port: int) -> socket.socket:
     takes_both = host == "::" and socket.has_dualstack_ipv6()  # IPv4 too
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=takes_both)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot listen on {host!r}, port {port}: {reason}") from None
 

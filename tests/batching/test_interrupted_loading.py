@@ -13,6 +13,7 @@ import pytest
 
 from bge_rerank_integrations.batching.timeouts import wait
 from bge_rerank_integrations.errors import RequestTimeoutError
+from bge_rerank_integrations.runtime.tracebacks import raise_if_of_signal_handler
 from tests.support.queues import PATIENCE_S
 
 # Calls `act` when Python begins to import a module.
@@ -183,6 +184,13 @@ def test_an_exception_of_a_signal_handler_is_not_taken_for_a_broken_kernel(
 def test_a_call_in_a_logging_handler_of_its_own_loading_is_refused(code: str, checkpoint: Path) -> None:
     child = run_child(code, checkpoint)
     assert (child.stdout.split(), child.returncode) == (["RerankError", "True", "2"], 0), child.stderr
+
+
+def test_an_error_within_enum_is_of_no_signal_handler() -> None:
+    """`SIG_DFL` and `SIG_IGN` are members of an enum, and `EnumType.__call__` is Python code."""
+    with pytest.raises(ValueError, match="99") as caught:
+        signal.Handlers(99)
+    raise_if_of_signal_handler(caught.value)
 
 
 class JobTimeoutError(TimeoutError):

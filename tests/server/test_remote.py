@@ -198,6 +198,7 @@ def test_the_api_key(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://host#CANARY", "or a fragment"),
         ("http://host/?", "must not contain a query"),
         ("http://host/#", "or a fragment"),
+        ("http://host/%23", "encoded"),
         ("http://host/v1/rerank", "not one of its endpoints"),
         ("http://host/v1/rerank/", "not one of its endpoints"),
         ("http://host/rerank", "not one of its endpoints"),

@@ -158,6 +158,31 @@ def test_a_signal_before_the_server_listens(name: str) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
+FAILED_START = """
+    from bge_rerank_integrations.server.run import run_server
+    from bge_rerank_integrations.server.settings import ServerSettings
+
+    def load():
+        raise KeyError("model")
+
+    try:
+        run_server(load, ServerSettings(), host="127.0.0.1", port=0, grace_s=1, on_listening=print)
+    except KeyError:
+        print("failed")
+"""
+
+
+def test_a_load_that_fails_before_the_server_listens() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FAILED_START)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert (run.returncode, run.stdout.split()[-1:], run.stderr) == (0, ["failed"], "")
+
+
 def test_clients_that_have_not_sent_their_body_get_status_503(checkpoint: Path) -> None:
     body = json.dumps(BODY).encode()
     with serving("--model", str(checkpoint), "--device", "cpu") as server:
@@ -241,6 +266,7 @@ def test_a_port_that_is_taken() -> None:
         (["--host", "0.0.0.0"], "is not a loopback address"),
         (["--host", "::"], "is not a loopback address"),
         (["--host", "example.org"], "is not a loopback address"),
+        (["--host", "\u00e9" * 70, "--no-auth"], "cannot listen"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
         (["--timeout-s", "0"], "--timeout-s must be a positive number"),
         (["--timeout-s", "nan"], "--timeout-s must be a positive number"),

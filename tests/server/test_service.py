@@ -178,6 +178,18 @@ async def test_the_drain_cancels_requests_that_are_not_finished_in_time() -> Non
     assert scorer.num_cancelled == 1
 
 
+async def test_a_body_that_begins_to_arrive_after_the_drain_began_is_refused() -> None:
+    service = service_of(HeldScorer())
+    service.begin_drain()
+
+    async def receive() -> bytes:
+        await asyncio.sleep(PATIENCE_S)
+        return b""
+
+    with pytest.raises(Refusal, match="shutting down"):
+        await asyncio.wait_for(service.receive(receive()), PATIENCE_S / 2)
+
+
 async def test_states_from_loading_to_lost() -> None:
     loading: Future[Any] = Future()
     service = service_of(loading)
