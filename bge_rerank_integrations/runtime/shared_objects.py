@@ -148,13 +148,16 @@ class SharedObjects(Generic[K, T]):
         """
         unused: list[Future[T]] = []
         with self._lock:
-            entries = self._entries.copy()  # the garbage collector may call this method at any time
-            if any(entry.is_created_here and id(holder) in entry.holders for entry in entries.values()):
+            # The garbage collector may call this method in every line here, and remove entries. Even the
+            # result of `dict.copy` would then be damaged, because it is allocated half-way.
+            keys = list(self._entries)
+            entries = [(key, entry) for key in keys if (entry := self._entries.get(key)) is not None]
+            if any(entry.is_created_here and id(holder) in entry.holders for _, entry in entries):
                 raise RerankError(_IS_CREATED_HERE)
-            for key, entry in entries.items():
+            for key, entry in entries:
                 was_held = entry.holders.pop(id(holder), None) is not None
-                if (was_held or entry.is_done) and not entry.holders and not entry.is_pinned:
-                    self._entries.pop(key, None)
+                is_unused = (was_held or entry.is_done) and not entry.holders and not entry.is_pinned
+                if is_unused and self._entries.pop(key, None) is not None:
                     unused.append(entry.future)
         return [future.result() for future in unused if future.exception() is None]
 
