@@ -50,8 +50,12 @@ def test_the_garbage_collector_may_release_holders_at_any_time() -> None:
 
 def test_release_does_not_wait_for_the_lock_of_a_future() -> None:
     """The garbage collector may call it while another thread holds that lock and waits for `release`."""
+
+    class Holder:
+        pass
+
     shared: SharedObjects[str, object] = SharedObjects()
-    value, holder = object(), InputTypeError("a")
+    value, holder = object(), Holder()
     shared.get("a", holder, lambda _: value)
     for call in (
         partial(shared.get_ready, "a", holder),

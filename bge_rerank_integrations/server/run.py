@@ -129,6 +129,7 @@ class _Server(uvicorn.Server):
         self._on_listening()
         self._loop = asyncio.get_running_loop()
         if self._has_failed:
+            # Some releases of uvicorn do not shut down if `should_exit` is set before `startup` returns.
             self._loop.call_soon(self._stop)
         if self._num_signals:
             self._begin_to_end()

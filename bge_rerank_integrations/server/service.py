@@ -109,9 +109,11 @@ class Service:
         Raises:
             Refusal: The server is shutting down. A body that is not complete is not waited for.
         """
-        if self._is_draining:  # since the request was accepted, other tasks may have run
+        try:
+            self.require_scorer()  # since the request was accepted, other tasks may have run
+        except Refusal:
             body.close()
-            raise Refusal(503, "the server is shutting down", "ServerDraining", retry_after_s=1)
+            raise
         return await _run_in(self._receiving, body, "the server is shutting down")
 
     def begin_drain(self) -> None:

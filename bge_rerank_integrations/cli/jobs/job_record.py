@@ -21,7 +21,8 @@ def record_path(output: Path) -> Path:
 
 def temporary_path(output: Path) -> Path:
     """Return the path of the record while it is written."""
-    return output.with_name(output.name + ".job.json.tmp")
+    path = record_path(output)
+    return path.with_name(path.name + ".tmp")
 
 
 def resolve_output(output: Path) -> Path:
