@@ -104,7 +104,7 @@ class ScorerConfig:
             names is accepted and stored as a tuple.
         dtype: Precision of the computation; `auto` is float16 on CUDA, bfloat16 on a CPU with AMX, and
             float32 elsewhere. float32 is the reference. The other precisions round, so their scores differ a
-            little. With `auto` the scores depend on the machine. Name a precision to get the same scores on
+            little. With `auto` the scores depend on the machine. Use `float32` to get the same scores on
             every machine. float16 is rejected on a CPU, because CPUs have no fast float16 arithmetic. float8
             needs a CUDA device of compute capability 8.9 or later. It computes matrix products in e4m3 with
             one scale per row, and everything else in bfloat16 or float32. int8 needs an x86-64

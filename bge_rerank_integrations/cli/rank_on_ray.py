@@ -143,8 +143,13 @@ def rank_on_ray(
 def _connect(address: str, *, progress: bool) -> None:
     import ray
 
+    where = address or os.environ.get("RAY_ADDRESS", "")
+    if where.startswith("ray://"):
+        raise ConfigError(
+            "jobs do not run over Ray Client (ray://); give the address HOST:PORT on a machine of the "
+            "cluster, or run the command with `ray job submit`"
+        )
     if not ray.is_initialized():
-        where = address or os.environ.get("RAY_ADDRESS", "")
         _check_reachable(where)
         # A command that ranks files does not report its use to anyone.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -163,7 +168,7 @@ def _connect(address: str, *, progress: bool) -> None:
 
 def _check_reachable(address: str) -> None:
     """Raise an error if nothing listens at an address. Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if "://" in host or not (host and port.isdecimal()):
         return  # a word such as `auto`, no address, or one of another kind
     try:

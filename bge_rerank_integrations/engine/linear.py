@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bge_rerank_integrations.engine.cpu.shared_work import share
+from bge_rerank_integrations.engine.cpu.vector_support import has_fast_tiles
 from bge_rerank_integrations.engine.padded_rows import round_up_rows
 from bge_rerank_integrations.runtime.tracebacks import first_line, raise_if_of_signal_handler
 
@@ -79,7 +80,7 @@ def onednn_linear(weight: Tensor, bias: Tensor) -> Linear:
 
 
 def tile_linear(weight: Tensor, bias: Tensor) -> Linear:
-    """Run this package's own products on register tiles, on CPUs with AVX2."""
+    """Run this package's own products on register tiles, on CPUs with AVX2 or AVX-512."""
     # numba is an optional dependency, and compiles the kernels in this module when it is imported.
     from bge_rerank_integrations.engine.cpu.float32_products import multiply_panels, pack_panels
 
@@ -98,22 +99,24 @@ def tile_linear(weight: Tensor, bias: Tensor) -> Linear:
 def _choose(device: torch.device, dtype: torch.dtype, num_threads: int) -> LinearFactory:
     if device.type != "cpu":
         return plain_linear
-    if dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        # oneDNN multiplies floats more slowly than MKL (benchmarks/LOG.md, 39), and MKL more slowly than
-        # `tile_linear` (40).
-        if num_threads <= _MAX_TILE_THREADS and find_spec("numba") is not None and _is_tile_linear_right():
+    if dtype is torch.float32:
+        has_avx2_only = torch.backends.cpu.get_cpu_capability() == "AVX2"
+        may_use_tiles = num_threads <= _MAX_TILE_THREADS and find_spec("numba") is not None
+        if may_use_tiles and (has_avx2_only or has_fast_tiles()) and _is_tile_linear_right():
             return tile_linear
-        if torch.backends.mkl.is_available():
+        # On AVX2, oneDNN multiplies floats more slowly than MKL (benchmarks/LOG.md, 39), and MKL more slowly
+        # than `tile_linear` (40).
+        if has_avx2_only and torch.backends.mkl.is_available():
             return plain_linear
     return onednn_linear if _has_onednn(dtype) else plain_linear
 
 
 def _is_tile_linear_right() -> bool:
-    """Return whether `tile_linear` agrees with `plain_linear` on vectors of AVX2. If not, log why."""
+    """Return whether `tile_linear` agrees with `plain_linear` on this machine. If not, log why."""
     generator = torch.Generator().manual_seed(0)
     # More rows than a tile, and a last panel of the weight that is not full.
     x, weight, bias = (
-        torch.randn(shape, dtype=torch.float32, generator=generator) for shape in ((8, 40), (24, 40), (24,))
+        torch.randn(shape, dtype=torch.float32, generator=generator) for shape in ((8, 40), (72, 40), (72,))
     )
     try:
         from bge_rerank_integrations.engine.cpu.compiler import HAS_AVX2

@@ -24,6 +24,7 @@ try:
     import ray
     from ray.data import ActorPoolStrategy, Dataset
     from ray.data.block import BlockAccessor
+    from ray.util.client import ray as client
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
 
@@ -93,7 +94,11 @@ def map_with_scorer(
         score: The function. It runs in actors, so it must be possible to pickle it.
         actors: Number of actors and their resources.
         rows_per_block: Maximum number of rows of a block, if `actors` does not say so.
+
+    Raises:
+        ConfigError: This process uses Ray Client.
     """
+    _check_no_ray_client()
     rows_per_block = actors.rows_per_block or rows_per_block
     config = _with_absolute_paths(config)
     _warn_without_gpus(actors)
@@ -115,6 +120,15 @@ def map_with_scorer(
         num_gpus=actors.num_gpus or None,
         udf_modifying_row_count=False,
     )
+
+
+def _check_no_ray_client() -> None:
+    """Raise `ConfigError` if this process is connected by Ray Client, on which Ray Data does not run."""
+    if client.is_connected():
+        raise ConfigError(
+            "Ray Data does not run over Ray Client (ray://); run the program on a machine of the cluster, or "
+            "with `ray job submit`"
+        )
 
 
 def _to_arrow(block: Any) -> pa.Table:

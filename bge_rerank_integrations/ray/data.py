@@ -61,7 +61,8 @@ def rerank_dataset(
 
     Raises:
         InputError: `top_n` or `threshold` is out of range.
-        ConfigError: A setting is invalid, or a column is missing or already exists.
+        ConfigError: A setting is invalid, or a column is missing or already exists. If Ray does not know the
+            columns yet, the job fails with a `RayTaskError` instead.
 
     Example:
         >>> ds = ray.data.read_parquet("requests/")
@@ -107,7 +108,8 @@ def score_dataset(
         wrong with the row). A row with an error has a null `score`.
 
     Raises:
-        ConfigError: A setting is invalid, or a column is missing or already exists.
+        ConfigError: A setting is invalid, or a column is missing or already exists. If Ray does not know the
+            columns yet, the job fails with a `RayTaskError` instead.
 
     Example:
         >>> ds = ray.data.from_items([{"query": "what is a panda?", "passage": "The panda is a bear."}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bge_rerank_integrations.errors import (
     ServerUnreachableError,
 )
 from bge_rerank_integrations.ranking import Ranking
+from bge_rerank_integrations.ray.request_body import Message, RequestBody
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.app import create_app
 from bge_rerank_integrations.server.dialects.dialect import Work
@@ -40,9 +41,8 @@ from bge_rerank_integrations.server.settings import ServerSettings, read_api_key
 
 logger = logging.getLogger("bge_rerank_integrations.ray")
 
-_Message = MutableMapping[str, Any]
 _App = Callable[
-    [_Message, Callable[[], Awaitable[_Message]], Callable[[_Message], Awaitable[None]]], Awaitable[None]
+    [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
 ]
 
 
@@ -105,16 +105,16 @@ class RerankReplica:
         http, admission = self._http, self._admission
 
         async def app(
-            scope: _Message,
-            receive: Callable[[], Awaitable[_Message]],
-            send: Callable[[_Message], Awaitable[None]],
+            scope: Message,
+            receive: Callable[[], Awaitable[Message]],
+            send: Callable[[Message], Awaitable[None]],
         ) -> None:
             if scope["type"] != "http" or scope["method"] != "POST":
                 await http(scope, receive, send)
                 return
             try:
                 with admission.admit():
-                    await http(scope, receive, send)
+                    await http(scope, RequestBody(scope, receive), send)
             except QueueFullError as error:
                 await _refuse(error)(scope, receive, send)
 

@@ -30,7 +30,7 @@ from bge_rerank_integrations.errors import (
 
 try:
     from ray.exceptions import RayActorError, RayError, RayTaskError
-    from ray.serve.exceptions import BackPressureError, RayServeException
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
     from ray.serve.handle import DeploymentHandle
 except ImportError as error:
     raise missing_extra("ray", "ray[data,serve]") from error
@@ -248,6 +248,10 @@ class ServeScorer(PackageScorer):
         return f"ServeScorer(app={self._handle.app_name!r})"
 
     def _take(self, call: _Call) -> _Outcome:
+        if asyncio._get_running_loop() is not None:  # Ray would raise its own error after it sent the call
+            return RerankError(
+                "Ray allows only asynchronous calls in a running event loop; use arank, arank_many or ascore"
+            )
         try:
             response = self._send(call)
             try:
@@ -308,6 +312,10 @@ def _error_of(error: Exception) -> RerankError:
         return RequestTimeoutError(_TIMED_OUT)
     if isinstance(cause, BackPressureError):
         return QueueFullError("the application has too many requests")
+    if isinstance(cause, DeploymentUnavailableError):
+        return ServerUnreachableError(
+            "the application has failed or was deleted; after `serve.shutdown()`, a new handle is needed"
+        )
     if isinstance(cause, RayActorError | RayServeException):
         return ServerUnreachableError(f"the replica cannot be reached ({type(cause).__name__})")
     return RemoteError(f"the replica failed ({type(cause).__name__})")

@@ -37,6 +37,7 @@ _HEADROOM: Final = 2
 
 _Count = Annotated[int, Field(ge=1)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Percent = Annotated[int, Field(ge=0, le=100)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # `serve run` passes strings, such as `devices=cuda:0,cuda:1`.
 _Names = Annotated[
@@ -66,6 +67,9 @@ class ServeArguments(BaseModel):
         max_body_mib: Largest request body in MiB, counted after decompression.
         timeout_s: Maximum time in seconds to receive a request. The same limit applies to scoring it.
         grace_s: Maximum time in seconds to finish accepted requests when a replica is stopped.
+        max_surge_percent: Extra replicas during an update, as a percentage of the replicas. With the default,
+            old replicas stop only when new ones have loaded the model. The cluster needs room for at least
+            one more replica. 0 stops old replicas first.
         max_queued_tokens: Maximum number of tokens in the queue of a replica. It refuses requests beyond it
             with status 429.
         num_threads: Number of CPU threads of a replica; None means the whole CPUs in `num_cpus`, and
@@ -93,6 +97,7 @@ class ServeArguments(BaseModel):
     max_body_mib: _Positive = ServerSettings.max_body_mib
     timeout_s: _Positive = ServerSettings.timeout_s
     grace_s: _Positive = DEFAULT_GRACE_S
+    max_surge_percent: _Percent = 100
 
     model: str | os.PathLike[str] = DEFAULT_MODEL
     revision: str | None = None
@@ -170,6 +175,7 @@ def app(args: ServeArguments) -> serve.Application:
         name=_NAME,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=_HEADROOM * args.max_ongoing_requests,
+        max_surge_percent=args.max_surge_percent,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=args.grace_s,
         **scaling,

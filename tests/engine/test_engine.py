@@ -283,18 +283,22 @@ def test_the_chosen_implementations_are_logged(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_numba", "has_mkl", "num_threads", "expected"),
+    ("capability", "has_fast_tiles", "has_numba", "has_mkl", "num_threads", "expected"),
     [
-        ("AVX512", True, True, 2, onednn_linear),
-        pytest.param("AVX2", True, True, 4, tile_linear, marks=needs_numba),
-        ("AVX2", True, True, 5, plain_linear),
-        ("AVX2", False, True, 2, plain_linear),
-        ("AVX2", False, False, 2, onednn_linear),
-        ("DEFAULT", True, True, 2, onednn_linear),
+        ("AVX512", False, True, True, 2, onednn_linear),
+        pytest.param("AVX512", True, True, True, 4, tile_linear, marks=needs_numba),
+        ("AVX512", True, True, True, 5, onednn_linear),
+        ("AVX512", True, False, True, 2, onednn_linear),
+        pytest.param("AVX2", False, True, True, 4, tile_linear, marks=needs_numba),
+        ("AVX2", False, True, True, 5, plain_linear),
+        ("AVX2", False, False, True, 2, plain_linear),
+        ("AVX2", False, False, False, 2, onednn_linear),
+        ("DEFAULT", False, True, True, 2, onednn_linear),
     ],
 )
 def test_what_multiplies_floats_on_each_cpu(
     capability: str,
+    has_fast_tiles: bool,
     has_numba: bool,
     has_mkl: bool,
     num_threads: int,
@@ -305,6 +309,7 @@ def test_what_multiplies_floats_on_each_cpu(
         pytest.skip("needs a torch built with oneDNN")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(linear_module, "has_fast_tiles", lambda: has_fast_tiles)
     monkeypatch.setattr(linear_module, "find_spec", {"numba": has_numba or None}.get)
     assert resolve_linear(CPU, torch.float32, num_threads) is expected
 

@@ -194,6 +194,15 @@ def test_a_malformed_row_can_stop_the_job(
     assert CANARY not in "".join(capfd.readouterr())
 
 
+def test_a_dataset_over_ray_client_is_refused(
+    cluster: None, config: ScorerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds = ray.data.from_items([{"query": "a", "passage": "b"}])
+    monkeypatch.setattr("ray.util.client.ray.is_connected", lambda: True)
+    with pytest.raises(ConfigError, match="Ray Data does not run over Ray Client"):
+        score_dataset(ds, config)
+
+
 def test_settings_are_checked_before_the_job(cluster: None, config: ScorerConfig) -> None:
     ds = ray.data.from_items([{"query": "q", "passages": ["p"], "passage": "p"}])
     with pytest.raises(ConfigError, match=r"no column \['texts'\]"):

@@ -203,6 +203,22 @@ def test_an_output_folder_inside_the_input_is_refused(on: list[str], tmp_path: P
         assert "the output folder lies inside SOURCE" in flat(result.stderr)
 
 
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:1", ""])
+def test_ray_client_is_refused_before_anything_is_written(
+    address: str, on: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data would fail later, with an error that asks to report it."""
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:2")
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.jsonl").write_text(json.dumps(request(1)))
+    result = run("rank", "--ray", *[address] * bool(address), source, "-o", output, *on)
+    assert result.exit_code == 1
+    assert "do not run over Ray Client" in flat(result.stderr)
+    assert not output.exists()
+    assert not (tmp_path / "out.job.json").exists()
+
+
 def test_an_output_folder_in_a_loop_of_links_is_refused(on: list[str], tmp_path: Path) -> None:
     source, loop = tmp_path / "in", tmp_path / "loop"
     source.mkdir()

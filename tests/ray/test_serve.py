@@ -242,6 +242,7 @@ def test_autoscaling_and_resources() -> None:
     assert (deployment.ray_actor_options or {})["num_gpus"] == 1
     assert deployment.max_ongoing_requests > 100
     assert deployment._deployment_config.graceful_shutdown_timeout_s == 5
+    assert deployment._deployment_config.max_surge_percent == 100, "new replicas start first"
     assert deployment.init_args[0].num_threads == 4
 
 
@@ -258,6 +259,8 @@ def test_autoscaling_and_resources() -> None:
         ({"target_ongoing_requests": 4}, "target_ongoing_requests can only be used with max_replicas"),
         ({"min_replicas": 4, "max_replicas": 3}, "min_replicas must be at most max_replicas"),
         ({"timeout_s": "nan"}, "timeout_s"),
+        ({"max_surge_percent": 101}, "max_surge_percent"),
+        ({"max_surge_percent": -1}, "max_surge_percent"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

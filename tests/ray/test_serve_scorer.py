@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from bge_rerank_integrations import divided_calls
@@ -124,6 +125,25 @@ def test_what_will_not_pass_is_an_error_at_once(failure: Exception, kind: type[R
     assert type(caught.value) is kind
     assert CANARY not in str(caught.value)
     assert len(stub.responses) == 1
+
+
+def test_a_synchronous_call_in_an_event_loop_is_refused_before_it_is_sent() -> None:
+    """Ray refuses it only after it has sent the call, with an error of its own."""
+    stub = Stub()
+
+    async def call() -> None:
+        with pytest.raises(RerankError, match="use arank, arank_many or ascore"):
+            stub.rank("a", ["b"])
+        assert await stub.arank("a", ["b"]) == [RankedPassage(0, 0.0)]
+
+    asyncio.run(call())
+    assert len(stub.responses) == 1
+
+
+def test_a_deleted_application_is_named() -> None:
+    stub = Stub(DeploymentUnavailableError(DeploymentID("a", "b")), max_retries=0)
+    with pytest.raises(ServerUnreachableError, match="the application has failed or was deleted"):
+        stub.rank("a", ["b"])
 
 
 def test_an_index_counts_over_all_calls() -> None:

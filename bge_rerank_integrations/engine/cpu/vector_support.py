@@ -22,6 +22,19 @@ def has_avx2() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def has_fast_tiles() -> bool:
+    """Return whether this package multiplies floats faster than oneDNN does, on a processor with AVX-512.
+
+    This was measured on AMD's Zen 4 (benchmarks/LOG.md, 50). Others with AVX-512 have not been measured. The
+    answer is also false without llvmlite, which numba needs.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or find_spec("llvmlite") is None:
+        return False
+    from llvmlite import binding
+
+    return str(binding.get_host_cpu_name()) == "znver4"
+
+
 def has_fast_pairs() -> bool:
     """Return whether one instruction multiplies twice as many bfloat16 values as floats.
 
