@@ -54,7 +54,7 @@ class Service:
         self._receiving: set[asyncio.Task[bytes]] = set()
         self._accepted: set[asyncio.Task[list[Ranking]]] = set()
         self._num_running = self._num_started = 0  # parts
-        self._part_ended = asyncio.Event()  # replaced each time that a part ends
+        self._part_ended = asyncio.Event()  # replaced when there may be room for the parts that wait
 
     @property
     def scorer(self) -> Scorer | None:
@@ -198,10 +198,12 @@ class Service:
             self._num_started += 1
             num_started, nothing_else_ran = self._num_started, self._num_running == 0
             self._num_running += 1
+            is_refused = False
             try:
                 _check_room(scorer, part)
                 return await run(scorer, part)
             except QueueFullError as error:
+                is_refused = True
                 nothing_else_ran = nothing_else_ran and num_started == self._num_started
                 if nothing_else_ran and scorer.health().queued_tokens == 0:
                     # The part alone is too large for the queue, and waiting cannot help.
@@ -212,8 +214,11 @@ class Service:
                     raise
             finally:
                 self._num_running -= 1
-                self._part_ended.set()
-                self._part_ended = asyncio.Event()
+                # A refused part leaves no room. If it woke up the parts that wait, they would try in vain and
+                # wake up each other, again and again. But they must not wait if no part is running.
+                if not (is_refused and self._num_running):
+                    self._part_ended.set()
+                    self._part_ended = asyncio.Event()
             if self._num_running:
                 await self._part_ended.wait()
             else:  # other users of the scorer fill the queue, and nothing tells when it has room again

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
-from bge_rerank_integrations.ranking import sigmoid
+from bge_rerank_integrations.ranking import RankedPassage, Ranking, sigmoid
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
 from bge_rerank_integrations.server.service import Service
@@ -230,3 +230,57 @@ async def test_a_queue_that_others_fill_does_not_stop_the_event_loop() -> None:
     scorer.queued_tokens = 0
     ((first, second),) = await asyncio.wait_for(ranking, PATIENCE_S)
     assert (first.index, second.index) == (1, 0)
+
+
+async def test_parts_that_wait_for_room_do_not_wake_up_each_other() -> None:
+    """Otherwise they would encode their texts again and again, as long as a third part is running."""
+    scorer = HeldScorer(max_queued_tokens=256)
+    service = service_of(scorer)
+    running = asyncio.ensure_future(service.rank(work_of("1 " * 200)))
+    await until(lambda: scorer.num_calls == 1)
+    rank = scorer.arank_many
+
+    async def rank_the_first_part(_: object) -> list[Ranking]:
+        scorer.arank_many = rank  # type: ignore[method-assign]
+        return [Ranking([RankedPassage(0, 5.0), RankedPassage(1, 4.0)])]
+
+    scorer.arank_many = rank_the_first_part  # type: ignore[method-assign]
+    # Repeated passages pass the check of the words, and the scorer refuses them.
+    passages = ["5", "4", *["3 " * 40] * 2, *["2 " * 40] * 2]
+    long = asyncio.ensure_future(service.rank(work_of(*passages)))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert scorer.num_asked == 3  # by the request that is running, and by the second and the third part once
+    scorer.is_held = False
+    (ranking,) = await asyncio.wait_for(long, PATIENCE_S)
+    assert [(passage.index, passage.score) for passage in ranking] == [
+        *((0, 5.0), (1, 4.0), (2, 3.0), (3, 3.0), (4, 2.0), (5, 2.0))
+    ]
+    assert len(await running) == 1
+
+
+async def test_a_part_that_waits_tries_again_after_the_last_running_part_was_refused() -> None:
+    scorer = HeldScorer(is_held=False, max_queued_tokens=256)
+    service = service_of(scorer)
+    rank, may_refuse = scorer.arank, asyncio.Event()
+
+    async def rank_or_refuse(query: str, passages: Any) -> Ranking:
+        if list(passages) == ["refused"]:
+            await may_refuse.wait()
+            raise QueueFullError("full")
+        ranking = await rank(query, passages)
+        scorer.queued_tokens = 256  # of requests that the service does not know
+        return ranking
+
+    scorer.arank = rank_or_refuse  # type: ignore[method-assign]
+    refused = asyncio.ensure_future(service.rank(work_of("refused")))
+    long = asyncio.ensure_future(service.rank(work_of("4", "3", "2")))
+    await until(lambda: scorer.queued_tokens == 256)
+    for _ in range(100):
+        await asyncio.sleep(0)  # the second part waits
+    may_refuse.set()
+    with pytest.raises(QueueFullError):
+        await refused
+    scorer.queued_tokens = 0
+    (ranking,) = await asyncio.wait_for(long, PATIENCE_S)
+    assert [passage.score for passage in ranking] == [4, 3, 2]
