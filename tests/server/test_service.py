@@ -240,7 +240,7 @@ async def test_parts_that_wait_for_room_do_not_wake_up_each_other() -> None:
     await until(lambda: scorer.num_calls == 1)
     rank = scorer.arank_many
 
-    async def rank_the_first_part(_: object) -> list[Ranking]:
+    async def rank_the_first_part(requests: Any) -> list[Ranking]:
         scorer.arank_many = rank  # type: ignore[method-assign]
         return [Ranking([RankedPassage(0, 5.0), RankedPassage(1, 4.0)])]
 
