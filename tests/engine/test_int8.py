@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu import int8_support
 from bge_rerank_integrations.engine.cpu.int8_support import has_onednn_products, int8_obstacle
+from bge_rerank_integrations.engine.cpu.thread_count import thread_count
 from bge_rerank_integrations.engine.cpu.vector_support import PAIRS_STEP
 from bge_rerank_integrations.engine.describe import describe_machine, describe_precision
 from bge_rerank_integrations.engine.runner import load_runner
@@ -400,6 +404,87 @@ def test_each_item_is_in_one_share(num_items: int) -> None:
     done: list[int] = []
     share(lambda start, end: done.extend(range(start, end)), num_items)
     assert sorted(done) == [*range(num_items)]
+
+
+@needs_int8
+def test_a_part_is_computed_once_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor keeps a part that it cannot start a thread for."""
+    from bge_rerank_integrations.engine.cpu import shared_work
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    executor = ThreadPoolExecutor(2)
+    is_free = threading.Event()
+    with thread_count(3):
+        executor.submit(is_free.wait)
+        monkeypatch.setattr(shared_work, "_executor", executor)
+        done: list[range] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            shared_work.share(lambda start, end: done.append(range(start, end)), 6)
+        is_free.set()
+        executor.shutdown()  # waits until the thread has taken what the executor has kept
+    assert sorted(done, key=min) == [range(2), range(2, 4), range(4, 6)]
+
+
+@needs_int8
+def test_parts_that_no_thread_computes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bge_rerank_integrations.engine.cpu import shared_work
+
+    class Result:
+        """Stands for the arrays of a product."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    executor = ThreadPoolExecutor(1)
+    monkeypatch.setattr(shared_work, "_executor", executor)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    result = Result()
+
+    def work(start: int, end: int, _: Result = result) -> None:
+        """Refer to the result."""
+
+    with thread_count(2):
+        shared_work.share(work, 2)
+    references: list[weakref.ref[object]] = [weakref.ref(result), weakref.ref(executor)]
+    del work, result
+    assert references[0]() is None
+    del executor
+    assert references[1]() is None, "the executor keeps an empty task for each part"
+
+
+@needs_int8
+def test_share_raises_no_error_before_all_parts_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts write to arrays that the caller may use again after the error."""
+    from bge_rerank_integrations.engine.cpu import shared_work
+
+    is_begun, may_end = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def work(start: int, _: int) -> None:
+        if start == 1:  # in a thread of the executor
+            is_begun.set()
+            may_end.wait()
+            ended.append(start)
+        if start == 2:  # in the thread of the caller, because no other one can be started
+            may_end.set()
+            raise ValueError("no")
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if is_begun.is_set():
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+        is_begun.wait()
+
+    with ThreadPoolExecutor(2) as executor, thread_count(3):
+        start_thread = threading.Thread.start
+        monkeypatch.setattr(shared_work, "_executor", executor)
+        monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+        with pytest.raises(ValueError, match="no"):
+            shared_work.share(work, 3)
+        assert ended == [1]
 
 
 @needs_int8

@@ -6,15 +6,21 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
-from typing import Final
 
 import torch
 
-# It starts a thread only when all others are busy. Python joins the threads at exit.
-_executor: Final = ThreadPoolExecutor(os.cpu_count(), "bge-rerank-share")
+Work = Callable[[int, int], None]
 
 
-def share(work: Callable[[int, int], None], num_items: int) -> None:
+def _new_executor() -> ThreadPoolExecutor:
+    """Return an executor that starts a thread only when all others are busy. Python joins them at exit."""
+    return ThreadPoolExecutor(os.cpu_count(), "bge-rerank-share")
+
+
+_executor = _new_executor()
+
+
+def share(work: Work, num_items: int) -> None:
     """Call `work(start, end)` for parts of some items, on as many threads as torch uses in this thread.
 
     Args:
@@ -34,11 +40,28 @@ def share(work: Callable[[int, int], None], num_items: int) -> None:
         future.result()
 
 
-def _submit(work: Callable[[int, int], None], start: int, end: int) -> Future[None]:
+def _submit(work: Work, start: int, end: int) -> Future[None]:
+    global _executor
+    done: Future[None] = Future()
+    calls = [(work, start, end, done)]
     try:
-        return _executor.submit(work, start, end)
-    except RuntimeError:  # the interpreter is exiting
+        _executor.submit(_compute, calls)
+    except RuntimeError:  # the interpreter is exiting, or the process can have no more threads
+        _executor = _new_executor()  # the old one keeps the task until one of its threads, if any, is free
+        _compute(calls)
+    return done
+
+
+def _compute(calls: list[tuple[Work, int, int, Future[None]]]) -> None:
+    """Compute a part, unless another thread has already taken it from the list."""
+    try:
+        work, start, end, done = calls.pop()
+    except IndexError:
+        return
+    try:
         work(start, end)
-        done: Future[None] = Future()
+    except BaseException as error:
+        done.set_exception(error)
+        del done  # the traceback of the error refers to this frame
+    else:
         done.set_result(None)
-        return done
