@@ -265,6 +265,52 @@ def test_a_client_that_expects_100_continue(held: HeldScorer, held_client: httpx
     assert b"connection: close" in answer.lower()
 
 
+@pytest.mark.parametrize(
+    ("headers", "messages", "expected"),
+    [
+        (
+            [],
+            [{"body": b"{", "more_body": True}, {"body": b"}", "more_body": True}, {"body": b""}],
+            ["start", "body", "read", "read", "read", "end"],
+        ),
+        (
+            [],
+            [{"body": b"{", "more_body": True}, {"type": "http.disconnect"}],
+            ["start", "body", "read", "read", "end"],
+        ),
+        ([(b"expect", b"100-continue")], [], ["start", "end"]),
+    ],
+    ids=["sent", "disconnected", "not asked for"],
+)
+async def test_a_body_that_a_client_sends_is_read_before_the_response_ends(
+    headers: list[Any], messages: list[dict[str, Any]], expected: list[str], held: HeldScorer
+) -> None:
+    """Closing a connection with unread data resets it, and the client might lose the response."""
+    app: Any = create_app(held, ServerSettings(api_key=KEY))  # type: ignore[arg-type]
+    waiting = iter(messages)
+    happened: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        happened.append("read")
+        return {"type": "http.request", **next(waiting)}
+
+    async def send(message: dict[str, Any]) -> None:
+        kind = message["type"].removeprefix("http.response.")
+        happened.append("end" if kind == "body" and not message["more_body"] else kind)
+        if kind == "start":
+            assert (message["status"], dict(message["headers"])[b"connection"]) == (401, b"close")
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/rerank",
+        "headers": headers,
+        "query_string": b"",
+    }
+    await app(scope, receive, send)
+    assert happened == expected
+
+
 def test_a_client_that_offers_another_protocol(client: httpx.Client) -> None:
     """Java's HTTP client offers HTTP/2 with every request to an address without TLS."""
     body = json.dumps(COHERE).encode()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bge_rerank_integrations.errors import NonFiniteScoreError, QueueFullError
+from bge_rerank_integrations.errors import InputTypeError, NonFiniteScoreError, QueueFullError
 from bge_rerank_integrations.ranking import RankedPassage, Ranking, sigmoid
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.refusal import Refusal
@@ -28,6 +28,22 @@ def work_of(*passages: str, **options: Any) -> Work:
 
 async def until(condition: Callable[[], object]) -> None:
     await asyncio.to_thread(wait_until, condition)
+
+
+async def let_others_run() -> None:
+    """Let all other tasks run until they wait for something."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+def rank_next_part_at_once(scorer: HeldScorer, scores: list[float]) -> None:
+    rank = scorer.arank_many
+
+    async def rank_once(requests: Any) -> list[Ranking]:
+        scorer.arank_many = rank  # type: ignore[method-assign]
+        return [Ranking([RankedPassage(index, score) for index, score in enumerate(scores)])]
+
+    scorer.arank_many = rank_once  # type: ignore[method-assign]
 
 
 async def test_raw_and_normalized_scores_and_top_n() -> None:
@@ -110,6 +126,60 @@ async def test_later_parts_wait_until_other_requests_leave_the_queue() -> None:
     await asyncio.gather(*others)
 
 
+async def test_a_request_that_fills_the_queue_exactly_is_accepted() -> None:
+    scorer = HeldScorer(max_queued_tokens=256)
+    service = service_of(scorer)
+    first = asyncio.ensure_future(service.rank(work_of("1 " * 224)))
+    await until(lambda: scorer.num_calls == 1)
+    # With 4 special tokens, each passage has 16 tokens.
+    second = asyncio.ensure_future(service.rank(work_of("2 " * 12, "3 " * 12)))
+    await until(lambda: scorer.num_calls == 2 or second.done())
+    scorer.is_held = False
+    assert [passage.score for passage in (await second)[0]] == [3, 2]
+    await first
+
+
+async def test_two_parts_of_a_request_run_at_once() -> None:
+    """The second part starts when the first one has ended."""
+    scorer = HeldScorer(max_queued_tokens=256)
+    service = service_of(scorer)
+    short = asyncio.ensure_future(service.rank(work_of("2", "3", "1")))
+    await let_others_run()
+    assert scorer.sizes == [2]
+    scorer.is_held = False
+    await asyncio.wait_for(short, PATIENCE_S)
+
+    scorer.is_held, scorer.sizes = True, []
+    rank_next_part_at_once(scorer, [8.0, 7.0])
+    long = asyncio.ensure_future(service.rank(work_of("8", "7", "6", "5", "4", "3", "2")))
+    await let_others_run()
+    assert scorer.sizes == [2, 2]
+    scorer.is_held = False
+    (ranking,) = await asyncio.wait_for(long, PATIENCE_S)
+    assert [passage.score for passage in ranking] == [8, 7, 6, 5, 4, 3, 2]
+
+
+async def test_work_that_did_not_fit_beside_other_work_is_not_too_long() -> None:
+    scorer = HeldScorer(is_held=False, max_queued_tokens=40)
+    service = service_of(scorer)
+    rank, is_asked, may_refuse = scorer.arank, asyncio.Event(), asyncio.Event()
+
+    async def rank_or_refuse(query: str, passages: Any) -> Ranking:
+        if list(passages) == ["refused"]:
+            is_asked.set()
+            await may_refuse.wait()
+            raise QueueFullError("full")
+        return await rank(query, passages)
+
+    scorer.arank = rank_or_refuse  # type: ignore[method-assign]
+    refused = asyncio.ensure_future(service.rank(work_of("refused")))
+    await is_asked.wait()
+    await service.rank(work_of("1"))  # it may have filled the queue when the other one was refused
+    may_refuse.set()
+    with pytest.raises(QueueFullError):
+        await refused
+
+
 async def test_work_that_can_never_fit_is_refused_as_too_long() -> None:
     scorer = HeldScorer(is_held=False, max_queued_tokens=40)
     with pytest.raises(Refusal) as caught:
@@ -148,6 +218,23 @@ async def test_the_index_of_a_score_that_is_not_finite_counts_all_parts() -> Non
     with pytest.raises(NonFiniteScoreError, match="pair 3") as caught:
         await service.rank(work_of("1", "2", "3", "4"))
     assert caught.value.index == 3
+
+
+async def test_an_input_error_in_a_later_part_names_the_request() -> None:
+    scorer = HeldScorer(is_held=False, max_queued_tokens=256)
+    service = service_of(scorer)
+
+    async def fail_at_the_second(query: str, passages: Any) -> Any:
+        if query == "r":
+            raise InputTypeError("passage 1 is blank", index=1)
+        return await HeldScorer.arank(scorer, query, passages)
+
+    scorer.arank = fail_at_the_second  # type: ignore[method-assign]
+    with pytest.raises(InputTypeError, match=r"^request 1: passage 1 is blank$") as caught:
+        await service.rank(Work(requests=[("q", ["1", "2"]), ("r", ["3", " "])]))
+    assert caught.value.index == 1
+    with pytest.raises(InputTypeError, match=r"^passage 1 is blank$"):
+        await service.rank(Work(requests=[("r", ["3", " "])]))
 
 
 async def test_the_drain_finishes_accepted_requests_and_refuses_new_ones() -> None:
@@ -194,8 +281,9 @@ async def test_states_from_loading_to_lost() -> None:
     loading: Future[Any] = Future()
     service = service_of(loading)
     assert (service.is_live, service.is_ready, service.scorer) == (True, False, None)
-    with pytest.raises(Refusal, match="still being loaded"):
+    with pytest.raises(Refusal, match="still being loaded") as caught:
         await service.rank(work_of("1"))
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 5)
     scorer = HeldScorer(is_held=False)
     loading.set_result(scorer)
     assert (service.is_live, service.is_ready) == (True, True)
@@ -238,18 +326,11 @@ async def test_parts_that_wait_for_room_do_not_wake_up_each_other() -> None:
     service = service_of(scorer)
     running = asyncio.ensure_future(service.rank(work_of("1 " * 200)))
     await until(lambda: scorer.num_calls == 1)
-    rank = scorer.arank_many
-
-    async def rank_the_first_part(requests: Any) -> list[Ranking]:
-        scorer.arank_many = rank  # type: ignore[method-assign]
-        return [Ranking([RankedPassage(0, 5.0), RankedPassage(1, 4.0)])]
-
-    scorer.arank_many = rank_the_first_part  # type: ignore[method-assign]
+    rank_next_part_at_once(scorer, [5.0, 4.0])
     # Repeated passages pass the check of the words, and the scorer refuses them.
     passages = ["5", "4", *["3 " * 40] * 2, *["2 " * 40] * 2]
     long = asyncio.ensure_future(service.rank(work_of(*passages)))
-    for _ in range(100):
-        await asyncio.sleep(0)
+    await let_others_run()
     assert scorer.num_asked == 3  # by the request that is running, and by the second and the third part once
     scorer.is_held = False
     (ranking,) = await asyncio.wait_for(long, PATIENCE_S)
@@ -276,8 +357,7 @@ async def test_a_part_that_waits_tries_again_after_the_last_running_part_was_ref
     refused = asyncio.ensure_future(service.rank(work_of("refused")))
     long = asyncio.ensure_future(service.rank(work_of("4", "3", "2")))
     await until(lambda: scorer.queued_tokens == 256)
-    for _ in range(100):
-        await asyncio.sleep(0)  # the second part waits
+    await let_others_run()  # the second part waits
     may_refuse.set()
     with pytest.raises(QueueFullError):
         await refused
