@@ -688,6 +688,29 @@ async def test_close_finishes_accepted_requests(checkpoint: Path, texts: list[st
         assert scores == pytest.approx(expected, abs=TOLERANCE)
 
 
+async def test_close_waits_for_a_thread_that_has_not_begun_to_tokenize(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_started, may_run = threading.Event(), threading.Event()
+    run = threading.Thread.run
+
+    def run_later(thread: threading.Thread) -> None:
+        if thread.name.startswith("bge-rerank-tokenize"):
+            is_started.set()
+            assert may_run.wait(PATIENCE_S)
+        run(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", run_later)
+    scorer = Scorer(checkpoint, device="cpu", dtype="float32")
+    accepted = asyncio.create_task(scorer.arank(QUERY, ["a", "b"]))
+    assert await asyncio.to_thread(is_started.wait, PATIENCE_S)
+    closing = asyncio.create_task(asyncio.to_thread(scorer.close))
+    await asyncio.wait({closing}, timeout=0.1)  # it returns early only if it does not wait for the thread
+    may_run.set()
+    assert len(await accepted) == 2
+    await closing
+
+
 def test_a_second_close_ends_the_wait_of_the_first(checkpoint: Path) -> None:
     scorer = Scorer(checkpoint, device="cpu", dtype="float32", max_batch_tokens=64)
     pipeline, may_compute = scorer._pipeline, threading.Event()

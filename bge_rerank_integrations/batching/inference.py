@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,12 +107,7 @@ class Pipeline:
             max_queued_tokens=config.max_queued_tokens,
             is_device_lost=is_device_lost,
         )
-        self._tokenizers = tokenizers = set[threading.Thread]()
-        self._executor = ThreadPoolExecutor(
-            _NUM_TOKENIZERS,
-            "bge-rerank-tokenize",
-            initializer=lambda: tokenizers.add(threading.current_thread()),
-        )
+        self._executor = ThreadPoolExecutor(_NUM_TOKENIZERS, "bge-rerank-tokenize")
 
     def run(
         self, pairs: PreparedPairs, *, timeout: float | None = None, progress: bool = False
@@ -224,8 +218,9 @@ class Pipeline:
         """Reject new requests, finish the accepted ones within `timeout` seconds, and release the model."""
         remaining = start_countdown(timeout)
         self._executor.shutdown(wait=False)
-        # When the threads have ended, all accepted requests are in the queue.
-        join_until(tuple(self._tokenizers), None if timeout is None else time.monotonic() + timeout)
+        # When the threads have ended, all accepted requests are in the queue. The executor knows a thread
+        # before the thread itself runs.
+        join_until(self._executor._threads, None if timeout is None else time.monotonic() + timeout)
         self._batcher.close(remaining())
         self.runners = ()
 
