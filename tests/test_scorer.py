@@ -41,6 +41,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.ranking import sigmoid
 from bge_rerank_integrations.runtime import warn_once
+from bge_rerank_integrations.runtime.progress import progress_bar
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from tests.support.engine import score_all
 from tests.support.queues import PATIENCE_S, wait_until
@@ -913,6 +914,13 @@ def closed_file() -> io.StringIO:
     return file
 
 
+class FullPipe(io.StringIO):
+    """A file that cannot even be prepared for a bar."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class Unusual(io.StringIO):
     """A replacement for stderr that raises what no file raises."""
 
@@ -920,7 +928,7 @@ class Unusual(io.StringIO):
         raise RuntimeError("this application logs everything")
 
 
-@pytest.mark.parametrize("stderr", [FullDisk(), LateFailure(), Unusual(), closed_file(), None])
+@pytest.mark.parametrize("stderr", [FullDisk(), LateFailure(), FullPipe(), Unusual(), closed_file(), None])
 def test_a_bar_that_cannot_be_shown_does_not_fail_the_request(
     scorer: Scorer, texts: list[str], stderr: io.StringIO | None
 ) -> None:
@@ -930,6 +938,14 @@ def test_a_bar_that_cannot_be_shown_does_not_fail_the_request(
         streamed = scorer.score(iter(pairs), progress=True)
     assert scores == scorer.score(pairs)
     assert streamed == pytest.approx(scores, abs=LOGIT_TOLERANCE[torch.float32])
+
+
+def test_a_bar_shows_a_new_total_at_once_and_starts_no_thread() -> None:
+    shown, threads = io.StringIO(), threading.enumerate()
+    with redirect_stderr(shown), progress_bar() as (set_total, _):
+        set_total(5)
+        assert "0/5" in shown.getvalue()
+        assert threading.enumerate() == threads
 
 
 class Interrupted(io.StringIO):

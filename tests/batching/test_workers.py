@@ -323,7 +323,9 @@ def test_the_loss_of_the_only_device_fails_both_its_batches(make: Callable[..., 
     assert batcher.health().queued_tokens == 0
 
 
-def test_no_request_waits_for_a_worker_that_died_with_two_batches(make: Callable[..., MicroBatcher]) -> None:
+def test_no_request_waits_for_a_worker_that_died_with_two_batches(
+    make: Callable[..., MicroBatcher], caplog: pytest.LogCaptureFixture
+) -> None:
     device = AsyncDevice()
     batcher = make(device)
     futures = [submit(batcher, [sized(number, 100)]) for number in range(5)]
@@ -331,6 +333,7 @@ def test_no_request_waits_for_a_worker_that_died_with_two_batches(make: Callable
     device.error = SystemExit()
     device.finish(1)
     assert {type(future.exception(PATIENCE_S)) for future in futures} == {WorkerDiedError}
+    wait_until(lambda: "a worker thread died of SystemExit" in caplog.text)
     device.error = None
     device.finish(10)
     assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
