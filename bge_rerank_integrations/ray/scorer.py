@@ -256,7 +256,8 @@ class ServeScorer(PackageScorer):
             response = self._send(call)
             try:
                 rankings: list[Ranking] = response.result(timeout_s=call.timeout_s)
-            except TimeoutError:
+            except BaseException:
+                # The caller was interrupted or the time is over, so nobody needs the result.
                 response.cancel()
                 raise
         except (RayError, RayServeException, TimeoutError) as error:

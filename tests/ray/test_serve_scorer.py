@@ -186,6 +186,13 @@ def test_a_cancelled_call_is_cancelled_on_the_replica() -> None:
     assert stub.responses[0].is_cancelled
 
 
+def test_an_interrupted_call_is_cancelled_on_the_replica() -> None:
+    stub = Stub(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        stub.rank("a", ["b"])
+    assert stub.responses[0].is_cancelled
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
