@@ -20,7 +20,7 @@ import pytest
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.errors import InputTypeError
 from bge_rerank_integrations.runtime.shared_objects import SharedObjects
-from tests.support.interrupts import Interrupt, call_at, stop
+from tests.support.interrupts import Interrupt, InterruptError, call_at, stop
 from tests.support.queues import PATIENCE_S, wait_until
 
 
@@ -173,6 +173,30 @@ def test_ctrl_c_while_an_object_becomes_ready_leaves_no_caller_waiting() -> None
         if not interrupt.is_reached:
             break
     assert number > 10
+
+
+def test_a_waiting_caller_creates_the_object_after_an_interrupt_of_the_first_one() -> None:
+    """The first caller gets the interrupt, and the other one does not."""
+    shared = SharedObjects[str, str]()
+    found: Queue[str] = Queue()
+    keys: list[str] = []
+
+    def create(key: str) -> str:
+        keys.append(key)
+        if len(keys) == 1:
+            waiting = threading.Thread(
+                target=lambda: found.put(shared.get("key", None, str.upper)), daemon=True
+            )
+            waiting.start()
+            condition: Any = shared._entries["key"].future._condition
+            wait_until(lambda: condition._waiters)
+            raise InterruptError
+        return "created again"
+
+    with pytest.raises(InterruptError):
+        shared.get("key", None, create)
+    assert found.get(timeout=PATIENCE_S) == "KEY"
+    assert keys == ["key"]
 
 
 def run_forked(parent: str, call: str, checkpoint: Path) -> str:

@@ -90,6 +90,7 @@ def test_the_quota_of_a_container_that_is_the_root_of_its_namespace(
     [
         ({"a/cpu.max": "800000 100000", "a/b/cpu.max": "max 100000", "a/b/c/cpu.max": "300000 100000"}, 3.0),
         ({"a/cpu.max": "50000 100000", "a/b/cpu.max": "400000 100000", "a/b/c/cpu.max": "max 100000"}, 0.5),
+        ({"a/cpu.max": "200000 100000", "a/b/c/cpu.max": "300000 100000"}, 2.0),
         ({"a/cpu.max": "max 100000", "a/b/c/cpu.max": "max 100000"}, None),
         ({"a/b/c/d/cpu.max": "100000 100000", "other/cpu.max": "100000 100000"}, None),
     ],
@@ -157,6 +158,13 @@ def test_names_with_spaces_and_colons_are_read(tmp_path: Path) -> None:
         quotas={"a:b c/cpu.max": "200000 100000"},
     )
     assert cpu_quota(root) == 2.0
+
+
+@pytest.mark.parametrize("line", ["", "25 1 - cgroup2 cgroup2 rw", "25 1 0:22 / /sys/fs/cgroup - cgroup"])
+def test_a_line_that_is_too_short_is_no_mount(tmp_path: Path, line: str) -> None:
+    mount = V2_MOUNT.format(root="/", point="/sys/fs/cgroup")
+    quotas = {"cpu.max": "200000 100000"}
+    assert cpu_quota(fake_machine(tmp_path, groups="0::/\n", mounts=f"{line}\n{mount}", quotas=quotas)) == 2.0
 
 
 def test_a_machine_without_cgroups_has_no_quota(tmp_path: Path) -> None:

@@ -186,6 +186,17 @@ def test_a_cancelled_call_is_cancelled_on_the_replica() -> None:
     assert stub.responses[0].is_cancelled
 
 
+def test_iterators_are_read_by_async_calls() -> None:
+    requests = (("q", ["p"] * number) for number in (3, 0, 1))
+    stub = Stub(normalize=True)
+    first, second, third = asyncio.run(stub.arank_many(requests, top_n=2))
+    assert [(passage.index, passage.score) for passage in first] == [(0, 0.5), (1, 0.5)]
+    assert (second, [passage.index for passage in third]) == ([], [0])
+    with pytest.raises(InputError, match="top_n"):
+        asyncio.run(stub.arank_many([], top_n=-1))
+    assert asyncio.run(stub.ascore(("q", "p") for _ in range(3))) == [0.5, 0.5, 0.5]
+
+
 def test_an_interrupted_call_is_cancelled_on_the_replica() -> None:
     stub = Stub(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
