@@ -223,7 +223,7 @@ def test_truncation_is_reported(scorer: Scorer, texts: list[str]) -> None:
 def test_truncated_queries_are_counted_once_per_request_and_logged_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warn_once, "_logged", set())
+    monkeypatch.setattr(warn_once, "_logged", {})
     question = "CANARY which animal eats bamboo? " * 40
     with Scorer(checkpoint, device="cpu", dtype="float32", max_length=64) as scorer:
         scorer.rank(QUERY, ["a", "b"])
@@ -341,7 +341,7 @@ def test_pairs_with_blank_texts_are_scored(scorer: Scorer) -> None:
 def test_blank_passages_are_logged_once(
     checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warn_once, "_logged", set())
+    monkeypatch.setattr(warn_once, "_logged", {})
     with (
         Scorer(checkpoint, device="cpu", dtype="float32") as first,
         Scorer(checkpoint, device="cpu", dtype="float32", max_length=64) as second,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from bge_rerank_integrations.runtime.locks import SafeLock
-
-_logged: set[str] = set()
-_lock = SafeLock()
+# No lock protects it, because a forked child would wait for ever for a lock that another thread held.
+_logged: dict[str, object] = {}
 
 
 def warn_once(logger: logging.Logger, message: str, *args: object) -> None:
@@ -18,8 +16,6 @@ def warn_once(logger: logging.Logger, message: str, *args: object) -> None:
         message: A format string. It identifies the warning, whatever the arguments are.
         args: Arguments of the format string: numbers and names of options, never the text of a user.
     """
-    with _lock:
-        if message in _logged:
-            return
-        _logged.add(message)
-    logger.warning(message, *args)
+    mine = object()
+    if _logged.setdefault(message, mine) is mine:  # `setdefault` is atomic
+        logger.warning(message, *args)

@@ -159,7 +159,7 @@ def test_a_blank_passage_comes_last_and_is_marked(on: list[str], folder: Path) -
 
 
 def test_warnings_and_errors_name_options(on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warn_once, "_logged", set())
+    monkeypatch.setattr(warn_once, "_logged", {})
     request = {"query": "panda " * 600, "passages": ["", "A bear."]}
     warned = run("rank", *on, stdin=json.dumps(request)).stderr
     assert max(map(len, warned.splitlines())) <= WIDTH

@@ -22,7 +22,7 @@ AUTO = ScorerConfig()
 
 @pytest.fixture(autouse=True)
 def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(warn_once, "_logged", set())
+    monkeypatch.setattr(warn_once, "_logged", {})
     device_module._mps_obstacle.cache_clear()
     yield
     device_module._mps_obstacle.cache_clear()
