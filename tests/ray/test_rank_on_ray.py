@@ -213,7 +213,7 @@ def test_ray_client_is_refused_before_anything_is_written(
     source.mkdir()
     (source / "a.jsonl").write_text(json.dumps(request(1)))
     result = run("rank", "--ray", *[address] * bool(address), source, "-o", output, *on)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "do not run over Ray Client" in flat(result.stderr)
     assert not output.exists()
     assert not (tmp_path / "out.job.json").exists()
