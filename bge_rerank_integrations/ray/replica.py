@@ -28,22 +28,21 @@ from bge_rerank_integrations.errors import (
     ServerUnreachableError,
 )
 from bge_rerank_integrations.ranking import Ranking
-from bge_rerank_integrations.ray.request_body import Message, RequestBody
+from bge_rerank_integrations.ray.request_body import RequestBody
 from bge_rerank_integrations.scorer import Scorer
 from bge_rerank_integrations.server.app import create_app
+from bge_rerank_integrations.server.body import Receive
 from bge_rerank_integrations.server.dialects.dialect import Work
 from bge_rerank_integrations.server.dialects.rerank import RERANK
 from bge_rerank_integrations.server.dialects.table import error_body
-from bge_rerank_integrations.server.endpoint import refusal_headers
+from bge_rerank_integrations.server.endpoint import Scope, Send, refusal_headers
 from bge_rerank_integrations.server.refusal import Refusal, refusal_of
 from bge_rerank_integrations.server.service import Service
 from bge_rerank_integrations.server.settings import ServerSettings, read_api_key
 
 logger = logging.getLogger("bge_rerank_integrations.ray")
 
-_App = Callable[
-    [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
-]
+_App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class _Admission:
@@ -104,11 +103,7 @@ class RerankReplica:
         """Return the application that answers HTTP requests."""
         http, admission = self._http, self._admission
 
-        async def app(
-            scope: Message,
-            receive: Callable[[], Awaitable[Message]],
-            send: Callable[[Message], Awaitable[None]],
-        ) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["method"] != "POST":
                 await http(scope, receive, send)
                 return

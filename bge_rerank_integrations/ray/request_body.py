@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, Final
 
+from bge_rerank_integrations.server.body import Receive
+from bge_rerank_integrations.server.endpoint import Scope
 from bge_rerank_integrations.server.refusal import Refusal
-
-Message = MutableMapping[str, Any]
 
 # The proxy has usually received the first part before it chooses a replica.
 _FIRST_PART_S: Final = 5.0
@@ -30,16 +30,14 @@ class RequestBody:
         Refusal: When called: a part is missing. The status is 503, after which clients try again.
     """
 
-    def __init__(
-        self, scope: Message, receive: Callable[[], Awaitable[Message]], first_part_s: float = _FIRST_PART_S
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, first_part_s: float = _FIRST_PART_S) -> None:
         declared = dict(scope["headers"]).get(b"content-length", b"")
         self._num_missing = int(declared) if declared.isdigit() and len(declared) < 20 else 0
         self._receive = receive
         self._limit_s: float | None = first_part_s
         self._is_complete = False
 
-    async def __call__(self) -> Message:
+    async def __call__(self) -> MutableMapping[str, Any]:
         """Return the next message."""
         limit_s, self._limit_s = self._limit_s, None
         try:

@@ -406,13 +406,15 @@ def test_each_item_is_in_one_share(num_items: int) -> None:
     assert sorted(done) == [*range(num_items)]
 
 
+def refuse_to_start(_: threading.Thread) -> None:
+    """What `Thread.start` does if the process can have no more threads."""
+    raise RuntimeError("can't start new thread")
+
+
 @needs_int8
 def test_a_part_is_computed_once_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor keeps a part that it cannot start a thread for."""
     from bge_rerank_integrations.engine.cpu import shared_work
-
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
 
     executor = ThreadPoolExecutor(2)
     is_free = threading.Event()
@@ -421,7 +423,7 @@ def test_a_part_is_computed_once_if_no_thread_can_be_started(monkeypatch: pytest
         monkeypatch.setattr(shared_work, "_executor", executor)
         done: list[range] = []
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr(threading.Thread, "start", refuse_to_start)
             shared_work.share(lambda start, end: done.append(range(start, end)), 6)
         is_free.set()
         executor.shutdown()  # waits until the thread has taken what the executor has kept
@@ -435,12 +437,9 @@ def test_parts_that_no_thread_computes_are_not_kept(monkeypatch: pytest.MonkeyPa
     class Result:
         """Stands for the arrays of a product."""
 
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     executor = ThreadPoolExecutor(1)
     monkeypatch.setattr(shared_work, "_executor", executor)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
     result = Result()
 
     def work(start: int, end: int, _: Result = result) -> None:
@@ -474,7 +473,7 @@ def test_share_raises_no_error_before_all_parts_have_ended(monkeypatch: pytest.M
 
     def start_or_refuse(thread: threading.Thread) -> None:
         if is_begun.is_set():
-            raise RuntimeError("can't start new thread")
+            refuse_to_start(thread)
         start_thread(thread)
         is_begun.wait()
 

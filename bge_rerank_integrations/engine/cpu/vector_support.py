@@ -28,11 +28,7 @@ def has_fast_tiles() -> bool:
     This was measured on AMD's Zen 4 (benchmarks/LOG.md, 50). Others with AVX-512 have not been measured. The
     answer is also false without llvmlite, which numba needs.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or find_spec("llvmlite") is None:
-        return False
-    from llvmlite import binding
-
-    return str(binding.get_host_cpu_name()) == "znver4"
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_name() == "znver4"
 
 
 def has_fast_pairs() -> bool:
@@ -42,8 +38,15 @@ def has_fast_pairs() -> bool:
     AMX, products in bfloat16 took twice as long as in float32 (benchmarks/LOG.md, 10). The answer is also
     false without llvmlite, which numba needs.
     """
-    if not allows_pairs(os.environ) or find_spec("llvmlite") is None:
-        return False
+    is_zen = allows_pairs(os.environ) and _cpu_name().startswith("znver")
+    return is_zen and bool(host_features().get("avx512bf16"))
+
+
+def _cpu_name() -> str:
+    """Return LLVM's name of this processor's generation, or an empty string without llvmlite."""
+    if find_spec("llvmlite") is None:
+        return ""
     from llvmlite import binding
 
-    return bool(host_features().get("avx512bf16")) and binding.get_host_cpu_name().startswith("znver")
+    name: str = binding.get_host_cpu_name()
+    return name
