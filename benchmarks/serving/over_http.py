@@ -8,12 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from benchmarks.models import Setup
 from benchmarks.peers.contender import NotAvailableError
@@ -155,20 +156,29 @@ def http_cost(setup: Setup, server: Contender, request: Callable[[], Request]) -
 
 def _start(name: str, command: Callable[[int], Sequence[str]], stack: ExitStack) -> Contender:
     port = _free_port()
+    # A file takes any amount of output. A pipe that nobody reads would block the server.
+    errors = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
     process = subprocess.Popen(
         command(port),
         env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
     )
     stack.callback(_end, process)
     client = HttpClient(port)
     deadline = time.monotonic() + START_LIMIT_S
     while not client.is_healthy():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise NotAvailableError(f"the server did not start: {' '.join(map(str, command(port)))}")
+            line = " ".join(map(str, command(port)))
+            raise NotAvailableError(f"the server did not start: {line}: {_last_line(errors)}")
         time.sleep(0.2)
     return Contender(name, client.rank)
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(0)
+    lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it wrote nothing to stderr"
 
 
 def _free_port() -> int:

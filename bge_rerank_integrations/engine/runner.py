@@ -19,7 +19,7 @@ from torch import Tensor
 from bge_rerank_integrations.config import ScorerConfig
 from bge_rerank_integrations.engine.build import ModelSpec, build_model
 from bge_rerank_integrations.engine.checkpoint.files import identity, verify_sha256
-from bge_rerank_integrations.engine.cpu.thread_count import set_thread_count, thread_count
+from bge_rerank_integrations.engine.cpu.thread_count import call_with_threads, set_thread_count
 from bge_rerank_integrations.engine.cuda.graphs import MAX_ROWS, Graphs
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer, Transfer, resolve_transfer
 from bge_rerank_integrations.engine.current_device import not_compiled, on_device, without_thread_settings
@@ -276,25 +276,30 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
 
 
 def _load(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
-    device, max_batch_tokens = key.device, key.max_batch_tokens
-    with thread_count(key.num_threads):  # loading computes too
-        model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
-        runner = Runner(
-            model.forward,
-            device=device,
-            padding_idx=shape.padding_idx,
-            max_batch_tokens=max_batch_tokens,
-            row_multiple=model.row_multiple,
-            num_threads=key.num_threads,
-            transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
-            graphs=model.graphs,
-        )
-        if config.max_batch_tokens is None and device.type != "cpu":
-            runner.limit_batch_time(config.max_length)
-    if device.type == "cuda":
+    # Loading computes too.
+    runner = call_with_threads(key.num_threads, lambda: _make_runner(config, folder, shape, key))
+    if key.device.type == "cuda":
         # The application may load in a block of `torch.cuda.stream`. Batches run on another stream, which
         # does not wait for what loading has launched.
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(key.device)
+    return runner
+
+
+def _make_runner(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _Key) -> Runner:
+    device, max_batch_tokens = key.device, key.max_batch_tokens
+    model = build_model(ModelSpec(folder, shape, config, device, key.dtype, max_batch_tokens))
+    runner = Runner(
+        model.forward,
+        device=device,
+        padding_idx=shape.padding_idx,
+        max_batch_tokens=max_batch_tokens,
+        row_multiple=model.row_multiple,
+        num_threads=key.num_threads,
+        transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
+        graphs=model.graphs,
+    )
+    if config.max_batch_tokens is None and device.type != "cpu":
+        runner.limit_batch_time(config.max_length)
     return runner
 
 

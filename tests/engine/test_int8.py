@@ -26,7 +26,6 @@ from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu import int8_support
 from bge_rerank_integrations.engine.cpu.int8_support import has_onednn_products, int8_obstacle
-from bge_rerank_integrations.engine.cpu.thread_count import thread_count
 from bge_rerank_integrations.engine.cpu.vector_support import PAIRS_STEP
 from bge_rerank_integrations.engine.describe import describe_machine, describe_precision
 from bge_rerank_integrations.engine.runner import load_runner
@@ -35,6 +34,7 @@ from examples.random_checkpoint import build_random_checkpoint
 from tests.support.attention import HAS_PAIRS, needs_pairs
 from tests.support.engine import max_difference, random_ids, score_all
 from tests.support.rankings import check_rankings_agree
+from tests.support.threads import thread_count
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 REASON = int8_obstacle()

@@ -20,7 +20,7 @@ from bge_rerank_integrations.engine import runner as runner_module
 from bge_rerank_integrations.engine.build import build_model
 from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.cpu.parallel import SplitForward
-from bge_rerank_integrations.engine.cpu.thread_count import kept_default, set_thread_count, thread_count
+from bge_rerank_integrations.engine.cpu.thread_count import call_with_threads, keep_default, set_thread_count
 from bge_rerank_integrations.engine.cuda.transfer import PlainTransfer
 from bge_rerank_integrations.engine.packing import pack
 from bge_rerank_integrations.engine.runner import Runner, load_runners
@@ -112,8 +112,7 @@ def test_a_process_with_too_many_threads_still_sets_the_number(monkeypatch: pyte
     before, default = torch.get_num_threads(), default_threads()
     with monkeypatch.context() as patch:
         patch.setattr(_thread, "start_new_thread", refuse)
-        with thread_count(before + 3):
-            assert torch.get_num_threads() == before + 3
+        assert call_with_threads(before + 3, torch.get_num_threads) == before + 3
         assert torch.get_num_threads() == before
     assert default_threads() == default
 
@@ -160,8 +159,8 @@ def test_the_default_is_kept_after_an_error() -> None:
         raise RuntimeError("broken")
 
     def change() -> None:
-        with suppress(RuntimeError), kept_default():
-            fail()
+        with suppress(RuntimeError):
+            keep_default(fail)
 
     in_new_thread(change)
     assert default_threads() == before

@@ -53,10 +53,13 @@ class Interrupt:
 
     Attributes:
         is_reached: Whether there were so many calls.
+        error: The exception that `call` caught. It is kept, as IPython keeps the last one. Its traceback
+            refers to all frames of the call.
     """
 
     def __init__(self, call_number: int) -> None:
         self.is_reached = False
+        self.error: InterruptError | None = None
         self._numbers = iter(range(call_number, -1, -1))
 
     def arm(self) -> None:
@@ -68,8 +71,8 @@ class Interrupt:
         profiler = sys.getprofile()
         try:
             function()
-        except InterruptError:
-            pass
+        except InterruptError as error:
+            self.error = error
         finally:
             sys.setprofile(profiler)
 

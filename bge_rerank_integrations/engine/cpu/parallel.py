@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Imported for its side effect, which must be complete before a thread of this module computes.
 import bge_rerank_integrations.engine.cpu.first_calls  # noqa: F401
-from bge_rerank_integrations.engine.cpu.thread_count import kept_default
+from bge_rerank_integrations.engine.cpu.thread_count import keep_default
 from bge_rerank_integrations.engine.packing import PackedBatch, Seqlens
 from bge_rerank_integrations.runtime.locks import SafeLock
 from bge_rerank_integrations.runtime.shutdown import end_at_exit, join_until
@@ -177,15 +177,7 @@ class _Threads:
             )
             for number in range(num_threads)
         ]
-        with kept_default():
-            try:
-                for thread in self._threads:
-                    thread.start()
-                ready.wait()
-            except BaseException:  # such as too many threads in the process
-                ready.abort()
-                join_until([thread for thread in self._threads if thread.ident is not None], None)
-                raise
+        keep_default(lambda: _start(self._threads, ready))
         _live.add(self)
 
     def put(self, tasks: Sequence[_Task]) -> bool:
@@ -212,6 +204,18 @@ class _Threads:
 
 
 _live: weakref.WeakSet[_Threads] = weakref.WeakSet()
+
+
+def _start(threads: Sequence[threading.Thread], ready: threading.Barrier) -> None:
+    """Start threads and wait until each has set its number of torch threads."""
+    try:
+        for thread in threads:
+            thread.start()
+        ready.wait()
+    except BaseException:  # such as too many threads in the process
+        ready.abort()
+        join_until([thread for thread in threads if thread.ident is not None], None)
+        raise
 
 
 def _work(tasks: SimpleQueue[_Task | None], ready: threading.Barrier) -> None:
