@@ -38,7 +38,6 @@ from bge_rerank_integrations.validation import (
 
 Step = TypeVar("Step")
 Outcome = TypeVar("Outcome")
-Result = TypeVar("Result")
 
 # Limits of one part. A longer list takes several parts, one after the other.
 MAX_PAIRS: Final = 1024

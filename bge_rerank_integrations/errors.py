@@ -139,8 +139,13 @@ class DeviceLostError(DeviceError):
 class QueueFullError(RerankError):
     """The request does not fit into the queue under `max_queued_tokens`.
 
-    Try again later, unless the request alone has more tokens than that.
+    Attributes:
+        never_fits: Whether the request alone has more tokens than that. Otherwise, try again later.
     """
+
+    def __init__(self, message: str, *, never_fits: bool = False) -> None:
+        super().__init__(message)
+        self.never_fits = never_fits
 
 
 class RequestTimeoutError(RerankError, TimeoutError):

@@ -155,9 +155,9 @@ class BGEReranker(RerankOptions, BaseDocumentCompressor):
                 reranker.
 
         Returns:
-            One dict for each result, best first: `{"index": position in documents, "relevance_score":
-                float}`.
-            A blank document comes last, and its dict also contains `"blank": True`.
+            One dict for each result, best first. `"index"` is the position in `documents`, and
+            `"relevance_score"` is a float. A blank document comes last, and its dict also contains
+            `"blank": True`.
 
         Raises:
             InputError: The query or a document cannot be scored; `.index` says which document.

@@ -37,8 +37,8 @@ class RemoteScorer(PackageScorer):
     """Scores pairs on a server that `bge-rerank serve` runs. The adapters take it in place of a `Scorer`.
 
     `rank`, `rank_many`, `score` and their asynchronous forms have the arguments, results and errors of those
-    of `Scorer`, but no `progress`. Any number of threads and asyncio tasks
-    can use one instance. It has one pool of connections for sync calls, and one for each event loop.
+    of `Scorer`, but no `progress`. Any number of threads and asyncio tasks can use one instance. It has one
+    pool of connections for sync calls, and one for each event loop.
 
     An HTTP request is retried if the connection fails, if the status is 429, 502 or 503, or if a proxy
     answers with status 500 or 504. A timeout is not retried. The delay before the next attempt is the one in

@@ -111,10 +111,15 @@ class Transport:
             return error
 
     async def _atake(self, step: Send) -> Outcome:
-        post = self._async_client().post(self._url, **self._options(step))
+        client = self._async_client()
         try:
-            response = await asyncio.wait_for(post, step.timeout_s)
+            response = await asyncio.wait_for(client.post(self._url, **self._options(step)), step.timeout_s)
             return Answer(response.status_code, response.headers, response.content)
+        except RuntimeError:
+            # Before Python 3.12, `wait_for` sends in another task, and `aclose` may run before it.
+            if not client.is_closed:
+                raise
+            raise ScorerClosedError("this scorer was closed during the call") from None
         except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
             return httpx.ReadTimeout("the response took too long")
         except httpx.DecodingError:

@@ -129,7 +129,7 @@ def check_base_url(base_url: str) -> str:
         raise ConfigError("base_url must not contain a query or a fragment")
     path = url.path.rstrip("/")
     parent, _, last = path.rpartition("/")
-    # A final slash makes a prefix of a proxy out of such a name, but not out of `/v1/rerank/`.
+    # With a final slash, such a name is a path prefix of a proxy, except after `/v1` or `/v2`.
     is_prefix = url.path.endswith("/") and not parent.endswith(("/v1", "/v2"))
     if last in _ENDPOINTS and not is_prefix:
         raise ConfigError("base_url must be the root of the server, not one of its endpoints")

@@ -449,6 +449,8 @@ class Scorer(PackageScorer):
     def close(self, timeout: float | None = None) -> None:
         """Reject new calls, finish the accepted ones and release the model. It is safe to call this twice.
 
+        A sync call that is still tokenizing its pairs in another thread raises `ScorerClosedError`.
+
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
                 requests raise `ScorerClosedError`. None means no limit.
@@ -478,11 +480,9 @@ class Scorer(PackageScorer):
     def __reduce__(self) -> tuple[Callable[..., Scorer], tuple[type[Scorer], ScorerConfig]]:
         return _unpickle, (type(self), self.config)
 
-    def _normalizes(self, normalize: bool | None) -> bool:
-        return self._config.normalize if normalize is None else normalize
-
     def _select(self, top_n: int | None, threshold: float | None, normalize: bool | None) -> Selection:
-        return check_selection(top_n, threshold, normalize=self._normalizes(normalize))
+        scale = self.config.normalize if normalize is None else normalize
+        return check_selection(top_n, threshold, normalize=scale)
 
     def _score(
         self, pairs: list[Pair], timeout: float | None, progress: bool, normalize: bool

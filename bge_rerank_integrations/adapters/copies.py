@@ -98,7 +98,7 @@ class _Memo(dict[int, Any]):
 
 
 async def yielding_now_and_then(items: Iterable[T]) -> AsyncIterator[T]:
-    """Give items, and let other tasks run after every few of them. Copying a document can take 0.4 ms."""
+    """Yield items, and let other tasks run after every few of them. Copying a document can take 0.4 ms."""
     for number, item in enumerate(items, start=1):
         yield item
         if number % _ITEMS_PER_TURN == 0:

@@ -391,7 +391,8 @@ class MicroBatcher:
         if limit is not None and self._queue.num_tokens + num_tokens > limit:
             raise QueueFullError(
                 f"{self._queue.num_tokens} tokens are waiting and this request has at least {num_tokens}; "
-                f"max_queued_tokens is {limit}"
+                f"max_queued_tokens is {limit}",
+                never_fits=num_tokens > limit,
             )
 
     def _end_answers(self, worker: Worker, batch: Batch) -> None:

@@ -20,7 +20,8 @@ _OLDEST_SHARE: Final = 0.25
 # A batch with fewer tokens does not fill a GPU. Splitting it over several devices would not be faster.
 _WORTH_SHARING_TOKENS: Final = 2048
 # A batch with a smaller share of the token budget is not launched behind another one. It waits until the
-# device is idle. Meanwhile other requests can join it, and a device needs about the same time for it then.
+# device is idle. Until then other requests can join it, and the device computes the fuller batch in about the
+# same time.
 _WORTH_LAUNCHING_AHEAD: Final = 1 / 8
 
 

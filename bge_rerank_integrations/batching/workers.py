@@ -87,7 +87,7 @@ class Work(Protocol):
         """Give the logits of a batch to its requests."""
 
     def put_back(self, worker: Worker, batch: Batch) -> None:
-        """Queue the sequences of a batch again, which did not fit into memory."""
+        """Put the sequences of a batch that did not fit into memory back into the queue."""
 
     def recover(self, worker: Worker, batch: Batch, error: Exception) -> None:
         """Handle the error of a batch: end its requests, or queue their sequences again."""

@@ -265,6 +265,7 @@ def load_runner(config: ScorerConfig, folder: Path, shape: EncoderShape) -> Runn
             device,
             resolve_dtype(config, device),
             resolve_max_batch_tokens(config, device),
+            config.max_batch_tokens is None and device.type != "cpu",
             resolve_num_threads(config),
             # CUDA graphs depend on it.
             config.max_length if device.type == "cuda" and config.capture_graphs else None,
@@ -298,7 +299,7 @@ def _make_runner(config: ScorerConfig, folder: Path, shape: EncoderShape, key: _
         transfer=resolve_transfer(device, max(max_batch_tokens, MAX_ROWS)),
         graphs=model.graphs,
     )
-    if config.max_batch_tokens is None and device.type != "cpu":
+    if key.limits_batch_time:
         runner.limit_batch_time(config.max_length)
     return runner
 
@@ -310,6 +311,7 @@ class _Key(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     max_batch_tokens: int
+    limits_batch_time: bool
     num_threads: int
     max_length: int | None
 

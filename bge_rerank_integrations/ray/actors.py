@@ -49,8 +49,8 @@ class ActorOptions:
 
     Attributes:
         num_actors: Number of actors. Each of them loads the model once.
-        num_cpus: Logical CPUs that each actor reserves; None means 1, or less if the actors would otherwise
-            leave no CPU for reading and writing, or none after the loss of a node. An actor uses one thread
+        num_cpus: Logical CPUs that each actor reserves. None means 1, or a fraction of 1 if Ray needs the
+            rest for reading and writing, now or after the cluster has lost a node. An actor uses one thread
             for each whole CPU that it reserves, and at least one, unless the config sets `num_threads`.
         num_gpus: GPUs that each actor reserves. 1 reserves one GPU for each actor.
         rows_per_block: Maximum number of rows that an actor scores in one call; None means 256 for
@@ -139,8 +139,16 @@ def _to_arrow(block: Any) -> pa.Table:
     try:
         table: pa.Table = BlockAccessor.for_block(block).to_arrow()
     except Exception:  # Ray has made tensors of the lists, and its conversion of tensors raises several types
-        return pa.table({name: pa.Array.from_pandas(block[name].astype(object)) for name in block})
+        return pa.table({name: _column_to_arrow(block[name].astype(object)) for name in block})
     return table
+
+
+def _column_to_arrow(values: Any) -> Any:
+    """Return a series of objects as an array. Ray pickles values of different types, for example."""
+    try:
+        return pa.Array.from_pandas(values)
+    except pa.ArrowException:
+        return BlockAccessor.for_block(values.to_frame()).to_arrow().column(0)
 
 
 class _ScoringActor:
@@ -178,7 +186,7 @@ def _check_amount(name: str, amount: object) -> None:
 
 
 def _with_absolute_paths(config: ScorerConfig) -> ScorerConfig:
-    """Return a config whose paths do not depend on the working directory. That of an actor can be another.
+    """Return a config whose paths do not depend on the working directory, which an actor may not share.
 
     With `working_dir` in the runtime environment of the job, each actor has a copy of that folder as its own
     working directory. Relative paths then stay as they are.
@@ -209,7 +217,8 @@ def _num_cpus(actors: ActorOptions, *, has_checkpoints: bool) -> float | None:
     """Return the CPUs that an actor reserves, or None for Ray's default of 1.
 
     Ray waits without an error for CPUs that never become free. The actors therefore leave some to Ray's own
-    tasks. By default, they do so even if the cluster loses its largest node, as far as the others suffice.
+    tasks. By default, they leave enough even after the loss of the largest node, if the other nodes have
+    enough CPUs.
     """
     available = ray.cluster_resources().get("CPU", 0.0)
     for_tasks = _CPUS_FOR_TASKS + (_CPUS_FOR_CHECKPOINTS if has_checkpoints else 0)

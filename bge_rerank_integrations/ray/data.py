@@ -168,7 +168,7 @@ def _rows(
 
 
 def _values(column: pa.ChunkedArray) -> list[object]:
-    """Return the values of a column. A string that is not UTF-8 becomes bytes, which no row may contain."""
+    """Return the values of a column. A string that is not UTF-8 becomes bytes, so its row gets an error."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:

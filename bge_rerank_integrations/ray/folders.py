@@ -186,8 +186,8 @@ def _read(
 ) -> Dataset:
     context = DataContext.get_current()
     before = context.checkpoint_config
-    # The caller deletes the checkpoint. If Ray did, a job that is killed just after that would look like one
-    # that has not begun.
+    # The caller deletes the checkpoint. If Ray deleted it, a job that is killed right afterwards would look
+    # as if it had never begun.
     context.checkpoint_config = CheckpointConfig(
         ID_COLUMN, str(checkpoint), delete_checkpoint_on_success=False
     )
@@ -208,8 +208,20 @@ def _write(ds: Dataset, sink: FolderSink) -> Written:
             message = str(error.cause).partition(_ADDED_BY_RAY)[0].rstrip()
             error.cause.args = (message, *error.cause.args[1:])
             raise error.cause from None
+        if isinstance(error.cause, OSError):
+            raise _without_addition(error.cause) from None
         raise
     return sink.written
+
+
+def _without_addition(error: OSError) -> OSError:
+    """Return the error of a task, such as that of a full disk. Ray may have made its advice the file name.
+
+    The exception of Ray is an `OSError` too, but has neither a reason nor a file.
+    """
+    reason = error.strerror or str(error).partition(_ADDED_BY_RAY)[0].rstrip()
+    name = None if str(error.filename).startswith(_ADDED_BY_RAY) else error.filename
+    return OSError(error.errno, reason, name)
 
 
 def _rank_line_table(

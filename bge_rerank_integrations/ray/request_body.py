@@ -27,7 +27,7 @@ class RequestBody:
         first_part_s: Maximum time in seconds to wait for the first part.
 
     Raises:
-        Refusal: When called: a part is missing. The status is 503, after which clients try again.
+        Refusal: A call finds that a part is missing. The status is 503, so clients try again.
     """
 
     def __init__(self, scope: Scope, receive: Receive, first_part_s: float = _FIRST_PART_S) -> None:

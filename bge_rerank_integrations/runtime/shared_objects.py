@@ -176,7 +176,7 @@ class SharedObjects(Generic[K, T]):
         entry.future.set_result(value)
 
     def _set_exception(self, key: K, entry: _Entry[T], error: BaseException) -> None:
-        """Tell those that wait for the object, unless it exists. The next call creates it."""
+        """Pass an error to the waiting callers, unless the object exists. The next call tries again."""
         with self._lock:
             if entry.is_done:
                 return
@@ -187,8 +187,8 @@ class SharedObjects(Generic[K, T]):
 
     def _begin_anew(self) -> None:
         """Forget all objects in a forked child. Their threads and devices do not work there."""
-        # They stay in memory, because their threads and devices could not be released either. A thread of the
-        # parent may have held the lock, or may have been creating an object.
+        # The objects stay in memory, because the child cannot release their threads and devices. The lock is
+        # replaced, because a thread of the parent may have held it.
         self._inherited = self._entries
         self._entries = {}
         self._lock = SafeLock()

@@ -20,7 +20,7 @@ from bge_rerank_integrations.runtime.fork_guard import was_forked
 
 # Longest time in seconds that interpreter exit waits for all threads of this package.
 _EXIT_S: Final = 4.0
-# Time in seconds between two looks at threads that have not ended.
+# Time in seconds between two checks of whether the threads have ended.
 _FIRST_PAUSE_S: Final = 0.0002
 _LONGEST_PAUSE_S: Final = 0.01
 

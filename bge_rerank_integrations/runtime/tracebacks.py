@@ -36,9 +36,9 @@ def first_line(error: BaseException) -> str:
 
 
 def raise_if_of_signal_handler(error: BaseException) -> None:
-    """Raise an error again that a signal handler has raised, such as that of a job runner's time limit.
+    """Raise an error again if a signal handler raised it, such as the time limit of a job runner.
 
-    Call this where an error of a library would be taken for a damaged file or a missing kernel.
+    Call this where an error of a library means a damaged file or a missing kernel.
     """
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     if any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__)):

@@ -22,7 +22,7 @@ def run_uninterrupted(function: Callable[[], object]) -> None:
     Python raises `KeyboardInterrupt` in the main thread only, so the function runs in another one.
 
     Args:
-        function: Takes a moment, and raises no exception.
+        function: Returns quickly, and raises no exception.
 
     Example:
         >>> run_uninterrupted(partial(future.set_result, 1))
@@ -100,7 +100,7 @@ def import_uninterrupted(name: str) -> None:
 
 
 def _gets_signals() -> bool:
-    """Return whether signal handlers may raise in this thread. No other thread would start at exit."""
+    """Return whether signal handlers may raise in this thread. At exit this is False: no thread can start."""
     return threading.current_thread() is threading.main_thread() and not sys.is_finalizing()
 
 

@@ -13,7 +13,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # The format, zlib or gzip, is detected from the header.
 _ZLIB_OR_GZIP: Final = 32 + zlib.MAX_WBITS
-# Most parts of a concatenated gzip file. Each copies the rest of its chunk.
+# Maximum number of members in a concatenated gzip file. Each new member copies the rest of its chunk.
 _MAX_MEMBERS: Final = 10_000
 
 

@@ -36,7 +36,7 @@ MAX_PAIRS_OF_REQUEST: Final = 20_000
 A million short documents fit into a body of a few megabytes. Their response would block the event loop for
 seconds and take a gigabyte of memory.
 """
-# Only such a request id of a client is used. Other characters could make a log ambiguous.
+# A request id from a client is used only if it matches this. Other characters could make a log ambiguous.
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Time in seconds that a connection with an unread body stays open after the response. Closing it immediately
 # would reset it, and the client might lose the response.
@@ -71,7 +71,8 @@ class _Exchange:
     Attributes:
         id: Request id.
         dialect: The dialect of the body. Until the body is read, it is the last dialect of the path.
-        is_body_asked: Whether reading the body has begun, which asks a client for it that waits.
+        is_body_asked: Whether reading the body has begun. A client that sent `Expect: 100-continue` sends
+            its body only then.
         is_body_read: Whether the whole body has been read from the connection.
         reply: The content of the response. It is None until the request is ranked.
     """
@@ -220,7 +221,7 @@ class RerankEndpoint:
 
 
 def read_headers(scope: Scope) -> dict[str, str]:
-    """Return the headers of a request. Of a repeated header, return the last value."""
+    """Return the headers of a request. If a header is repeated, its last value counts."""
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
@@ -243,7 +244,7 @@ def refusal_headers(refusal: Refusal) -> dict[str, str]:
 
 
 def model_name(settings: ServerSettings, model: str) -> str:
-    """Return the name of the model in responses. Of a folder, it is the last part of the path."""
+    """Return the name of the model in responses. For a folder, it is the last part of the path."""
     return settings.model_name or model.replace("\\", "/").rstrip("/").rpartition("/")[2] or model
 
 

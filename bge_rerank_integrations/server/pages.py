@@ -20,8 +20,8 @@ _CONTENT_TYPES: Final[Mapping[str, str]] = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 }
-# The pages load only their own files and talk only to their own server. Trusted Types forbid the browser to
-# turn any string into markup or code, so a text of the user's stays a text.
+# The pages load only their own files and talk only to their own server. Trusted Types prevent the browser
+# from turning a string into markup or code, so it shows a text of the user as plain text.
 _CONTENT_SECURITY_POLICY: Final = "; ".join(
     [
         "default-src 'none'",
@@ -37,8 +37,8 @@ _CONTENT_SECURITY_POLICY: Final = "; ".join(
     ]
 )
 _HEADERS: Final[Mapping[str, str]] = {
-    # The browser checks each file with its ETag before it uses a stored copy. So the files of two versions
-    # never mix.
+    # The browser checks each file with its ETag before it uses a stored copy. A page therefore never mixes
+    # files of two versions.
     "cache-control": "no-cache",
     "content-security-policy": _CONTENT_SECURITY_POLICY,
     "cross-origin-opener-policy": "same-origin",

@@ -60,8 +60,8 @@ _STATUSES: Final[tuple[tuple[type[Exception], int, int | None], ...]] = (
 def refusal_of(error: Exception) -> Refusal:
     """Return the response to a request that failed with an error.
 
-    The message of an unexpected error may contain a text of the user. Of such an error, the response contains
-    the name of the class only.
+    The message of an unexpected error may contain a text of the user. For such an error, the response
+    contains only the name of its class.
     """
     if isinstance(error, Refusal):
         return error

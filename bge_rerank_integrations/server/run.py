@@ -32,7 +32,7 @@ logger = logging.getLogger("bge_rerank_integrations.server")
 _BACKLOG: Final = 2048
 # Time in seconds that clients have to read their responses after the drain.
 _LAST_RESPONSES_S: Final = 2
-# Time in seconds to wait for a model that is still being loaded when the server ends. Nobody needs it.
+# Time in seconds to wait for a model that is still being loaded when the server ends. No request needs it.
 _LOAD_ENDS_S: Final = 1.0
 # Seconds that an idle connection stays open. A client that sends on a connection in the moment in which the
 # server closes it gets no response, so clients and load balancers must close first. They do after 5 to 60 s.
@@ -170,11 +170,11 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _signals_end(server: _Server) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the server also before and after uvicorn has its own handlers.
+    """Make SIGINT and SIGTERM end the server before uvicorn sets its handlers, and after it removes them.
 
-    Before, this thread and the loading thread import modules. Python's own handler raises
-    `KeyboardInterrupt`. Inside the import system, Python may drop it and never release the lock of imports.
-    The loading thread would then wait for ever.
+    Before uvicorn sets them, this thread and the loading thread import modules. Python's own handler raises
+    `KeyboardInterrupt`. Inside the import system, Python may drop this exception and never release the lock
+    of imports. The loading thread would then wait for ever.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can set handlers
@@ -214,7 +214,7 @@ def _load(load: Callable[[], Scorer], loading: Future[Scorer], server: _Server) 
 def _allow_many_connections() -> None:
     """Raise the limit of open files as far as the system allows: each connection is an open file.
 
-    The usual limit is 1,024. So many idle clients would keep all others out.
+    The usual limit is 1,024. That many idle clients would keep all others out.
     """
     try:
         import resource

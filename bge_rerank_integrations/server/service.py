@@ -53,7 +53,7 @@ class Service:
         self._is_draining = False
         self._receiving: set[asyncio.Task[bytes]] = set()
         self._accepted: set[asyncio.Task[list[Ranking]]] = set()
-        self._num_running = self._num_started = 0  # parts
+        self._num_running = 0  # parts
         self._part_ended = asyncio.Event()  # replaced when there may be room for the parts that wait
 
     @property
@@ -107,7 +107,7 @@ class Service:
         """Return the body of a request that is being received.
 
         Raises:
-            Refusal: The server is shutting down. A body that is not complete is not waited for.
+            Refusal: The server is shutting down. It does not wait for the rest of the body.
         """
         try:
             self.require_scorer()  # since the request was accepted, other tasks may have run
@@ -195,8 +195,6 @@ class Service:
     async def _run_part(self, run: _Run, scorer: Scorer, part: _Part, *, may_wait: bool) -> list[Ranking]:
         """Rank one part. If `may_wait` is set, wait for space in the queue instead of raising."""
         while True:
-            self._num_started += 1
-            num_started, nothing_else_ran = self._num_started, self._num_running == 0
             self._num_running += 1
             is_refused = False
             try:
@@ -204,9 +202,7 @@ class Service:
                 return await run(scorer, part)
             except QueueFullError as error:
                 is_refused = True
-                nothing_else_ran = nothing_else_ran and num_started == self._num_started
-                if nothing_else_ran and scorer.health().queued_tokens == 0:
-                    # The part alone is too large for the queue, and waiting cannot help.
+                if error.never_fits:
                     raise Refusal(
                         413, f"a document is too long for the queue: {error}", "InputTooLong"
                     ) from None

@@ -80,7 +80,7 @@ class DistinctTexts:
         """Take the ids of each string of `strings`, in order. Other ids stay in the iterator."""
         limit = self._limit
         short: list[str] = []
-        # The texts come first: when they end, `zip` has not read from the second iterable yet.
+        # `zip` reads the texts first. After the last text, it therefore takes no ids from the iterator.
         for (text, cut), ids in zip(self._reads.items(), all_ids, strict=False):
             if len(ids) < cut.num_tokens_needed:
                 short.append(text)

@@ -164,6 +164,41 @@ def test_an_output_file_that_cannot_be_written_is_named(checkpoint: Path, tmp_pa
     assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [*range(1, 201)]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_bar_is_shown_on_a_terminal_only_and_not_with_quiet(checkpoint: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    arguments = ["rank", "--model", str(checkpoint), "--device", "cpu"]
+    request = json.dumps(REQUEST)
+
+    def on_terminal(*options: str) -> str:
+        reader, terminal = pty.openpty()
+        try:
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, WIDTH, 0, 0))
+            subprocess.run(
+                [*COMMAND, *arguments, *options],
+                input=request.encode(),
+                stdout=subprocess.DEVNULL,
+                stderr=terminal,
+                check=True,
+            )
+            os.write(terminal, b"end")
+            shown = b""
+            while not shown.endswith(b"end"):
+                shown += os.read(reader, 4096)
+        finally:
+            os.close(terminal)
+            os.close(reader)
+        return shown.decode()
+
+    assert "2pair [" in on_terminal()
+    assert "pair [" not in on_terminal("--quiet")
+    assert "pair [" not in CliRunner().invoke(main, arguments, input=request).stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_messages_that_cannot_be_written_do_not_stop_a_job(checkpoint: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "requests.jsonl", tmp_path / "ranked.jsonl"

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -168,6 +169,33 @@ def test_a_frame_with_a_column_of_mixed_types_is_scored(cluster: None, config: S
     scored = score_dataset(ray.data.from_pandas(frame), config).take_all()
     assert {str(row["mixed"]) for row in scored} == {"{1: 2}", "a"}
     assert all(row["error"] is None for row in scored)
+
+
+@pytest.mark.parametrize(
+    ("column", "second"),
+    [
+        ([{1: 2}, "a"], ["b", "c"]),
+        ([np.ones((2, 2))] * 2, ["b", "c"]),
+        ([0, 1], ["b", 5]),
+    ],
+    ids=["mixed", "tensor", "malformed"],
+)
+def test_a_frame_with_lists_of_numpy_and_a_column_that_arrow_has_no_type_for(
+    column: list[Any], second: list[Any], cluster: None, config: ScorerConfig
+) -> None:
+    pd = pytest.importorskip("pandas")
+    # as pandas reads them from Parquet
+    lists = [np.array(["a"], dtype=object), np.array(second, dtype=object)]
+    frame = pd.DataFrame({"query": [QUERY, QUERY], "passages": lists, "column": column})
+    first, last = sorted(
+        rerank_dataset(ray.data.from_pandas(frame), config).take_all(), key=lambda row: len(row["passages"])
+    )
+    assert (list(first["indices"]), first["error"]) == ([0], None)
+    if 5 in second:
+        assert (last["indices"], last["error"]) == (None, "passage 1 must be a string, not int")
+    else:
+        assert (sorted(last["indices"]), last["error"]) == ([0, 1], None)
+    assert str(first["column"]) == str(column[0])
 
 
 def test_actors_get_absolute_paths(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("ray", reason="needs the extra `ray`")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.cli.app import main
@@ -279,6 +280,25 @@ def test_a_model_that_cannot_be_loaded_ends_the_job_with_its_error(
     assert result.exit_code == 1
     assert "which is not the expected one" in flat(result.stderr)
     assert result.stderr.count("\n") < 10
+
+
+def test_a_full_disk_is_named(
+    on: list[str], cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text(json.dumps(request(1)))
+    full = OSError(
+        errno.ENOSPC, "No space left on device", "Failed to apply UDF transform after 1/1 attempts"
+    )
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RayTaskError("Write", "traceback", full).as_instanceof_cause()
+
+    monkeypatch.setattr("ray.data.Dataset.write_datasink", fail)
+    result = run("rank", "--ray", source, "-o", tmp_path / "out", *on)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: output: No space left on device\n")
 
 
 def test_linked_folders_are_not_read_silently(on: list[str], tmp_path: Path) -> None:

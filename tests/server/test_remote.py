@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -138,6 +139,18 @@ async def test_through_both_adapters(normalize: bool, scorer: RemoteScorer, loca
     ):
         assert [(int(node.node_id), node.score) for node in found] == expected
     await scorer.aclose()
+
+
+async def test_a_call_that_aclose_overtakes_has_a_result_or_a_typed_error(keyed_url: str) -> None:
+    for num_turns in range(8):
+        scorer = RemoteScorer(keyed_url, api_key=KEY)
+        await scorer.arank(QUERY, PASSAGES)
+        call = asyncio.ensure_future(scorer.arank(QUERY, PASSAGES))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await scorer.aclose()
+        with suppress(RerankError):
+            assert len(await call) == len(PASSAGES)
 
 
 async def test_an_asynchronous_stream(scorer: RemoteScorer, local: Scorer) -> None:
@@ -475,7 +488,7 @@ def test_a_call_without_time_sends_nothing_and_says_so() -> None:
 def test_delays_between_attempts(retry_after: str | None, least: float, most: float) -> None:
     headers = {} if retry_after is None else {"retry-after": retry_after}
     for _ in range(20):
-        delay = retry_delay(Answer(429, headers, b""), QueueFullError(), attempt=2)
+        delay = retry_delay(Answer(429, headers, b""), QueueFullError("full"), attempt=2)
         assert delay is not None
         assert least <= delay <= most
     assert (retry_delay(Answer(503, {}, b""), ServerUnreachableError(), attempt=100) or 99) <= 8

@@ -93,6 +93,18 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert [ranking[0].score for ranking in [*await first, *await second]] == [1, 2]
 
 
+async def test_a_queue_that_another_user_of_the_scorer_filled_is_no_reason_for_413() -> None:
+    """The queue may be empty again before the service looks at it."""
+    scorer = HeldScorer(is_held=False, max_queued_tokens=100)
+    scorer.error = QueueFullError("full")
+    with pytest.raises(QueueFullError):
+        await service_of(scorer).rank(work_of("1 " * 50))
+    scorer.error = QueueFullError("full", never_fits=True)
+    with pytest.raises(Refusal) as caught:
+        await service_of(scorer).rank(work_of("1 " * 50))
+    assert caught.value.status == 413
+
+
 async def test_a_repeated_passage_counts_once_when_room_is_checked() -> None:
     scorer = HeldScorer(max_queued_tokens=1000)
     service = service_of(scorer)

@@ -43,7 +43,7 @@ class HeldScorer:
         num_tokens = sum(len(passage.split()) for passage in passages)
         limit = self.config.max_queued_tokens
         if limit is not None and self.queued_tokens + num_tokens > limit:
-            raise QueueFullError("full")
+            raise QueueFullError("full", never_fits=num_tokens > limit)
         self.num_calls += 1
         self.sizes.append(len(passages))
         self.queued_tokens += num_tokens

@@ -30,7 +30,7 @@ RETURN_TEXTS_SCHEMA: Final = {**FLAG_SCHEMA, "description": "true returns each t
 COUNT_SCHEMA: Final = {
     "type": ["integer", "null"],
     "minimum": 0,
-    "description": "most results to return; 0 and null are all",
+    "description": "maximum number of results; 0 and null return all",
 }
 RANK_FIELDS_SCHEMA: Final = {
     "type": ["array", "null"],

@@ -77,7 +77,11 @@ NATIVE: Final = Dialect(
                 "description": "[query, passages]",
             },
         },
-        "top_n": {"type": ["integer", "null"], "minimum": 0, "description": "null is all, 0 is none"},
+        "top_n": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "description": "null returns all, 0 returns none",
+        },
         "only_scores": {
             "type": ["boolean", "null"],
             "description": "as `Scorer.score`, not as `Scorer.rank`",

@@ -51,7 +51,7 @@ TEI: Final = Dialect(
     fields={
         "query": TEXT_SCHEMA,
         "texts": DOCUMENTS_SCHEMA,
-        "top_n": {**COUNT_SCHEMA, "description": "0 and null are all; TEI itself has no such field"},
+        "top_n": {**COUNT_SCHEMA, "description": "0 and null return all; TEI itself has no such field"},
         "raw_scores": RAW_SCORES_SCHEMA,
         "return_text": RETURN_TEXTS_SCHEMA,
         "truncate": {**FLAG_SCHEMA, "description": "ignored; long texts are always cut"},
