@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from bge_rerank_integrations.errors import ConfigError, ScorerClosedError, missing_extra
 
@@ -23,6 +23,8 @@ from bge_rerank_integrations.runtime.steps import Sleep, arun_steps, run_steps
 
 T = TypeVar("T")
 Client = TypeVar("Client", httpx.Client, httpx.AsyncClient)
+
+_CLOSED_DURING_CALL: Final = "this scorer was closed during the call"
 
 
 class Send(NamedTuple):
@@ -119,7 +121,7 @@ class Transport:
             # Before Python 3.12, `wait_for` sends in another task, and `aclose` may run before it.
             if not client.is_closed:
                 raise
-            raise ScorerClosedError("this scorer was closed during the call") from None
+            raise ScorerClosedError(_CLOSED_DURING_CALL) from None
         except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
             return httpx.ReadTimeout("the response took too long")
         except httpx.DecodingError:
@@ -161,7 +163,7 @@ class Transport:
         while True:
             with self._lock:
                 if self._is_closed:
-                    raise ScorerClosedError("this scorer was closed during the call")
+                    raise ScorerClosedError(_CLOSED_DURING_CALL)
                 # A forked child process must not write into the connections of its parent.
                 if spare is not None and (self._client is None or not self._client.is_own):
                     self._client, spare = spare, None

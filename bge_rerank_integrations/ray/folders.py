@@ -204,9 +204,7 @@ def _write(ds: Dataset, sink: FolderSink) -> Written:
         ds.write_datasink(sink)
     except RayTaskError as error:
         if isinstance(error.cause, RerankError):
-            # Ray adds how often it has tried, and how to change that.
-            message = str(error.cause).partition(_ADDED_BY_RAY)[0].rstrip()
-            error.cause.args = (message, *error.cause.args[1:])
+            error.cause.args = (_own_message(error.cause), *error.cause.args[1:])
             raise error.cause from None
         if isinstance(error.cause, OSError):
             raise _without_addition(error.cause) from None
@@ -214,12 +212,17 @@ def _write(ds: Dataset, sink: FolderSink) -> Written:
     return sink.written
 
 
+def _own_message(error: Exception) -> str:
+    """Return a message without what Ray adds: how often it has tried, and how to change that."""
+    return str(error).partition(_ADDED_BY_RAY)[0].rstrip()
+
+
 def _without_addition(error: OSError) -> OSError:
     """Return the error of a task, such as that of a full disk. Ray may have made its advice the file name.
 
     The exception of Ray is an `OSError` too, but has neither a reason nor a file.
     """
-    reason = error.strerror or str(error).partition(_ADDED_BY_RAY)[0].rstrip()
+    reason = error.strerror or _own_message(error)
     name = None if str(error.filename).startswith(_ADDED_BY_RAY) else error.filename
     return OSError(error.errno, reason, name)
 

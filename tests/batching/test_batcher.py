@@ -48,6 +48,7 @@ from bge_rerank_integrations.text.tokenization import IntArray
 from tests.support.engine import replica_of
 from tests.support.interrupts import Interrupt, call_at, stop
 from tests.support.queues import PATIENCE_S, Gate, firsts, ids, replica, results, sized, submit
+from tests.support.threads import refuse_to_start
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 
@@ -630,7 +631,7 @@ async def test_a_call_that_cannot_start_a_thread_says_so_and_leaves_no_work(
 
     def refuse_tokenizers(thread: threading.Thread) -> None:
         if thread.name.startswith("bge-rerank-tokenize"):
-            raise RuntimeError("can't start new thread")
+            refuse_to_start(thread)
         start(thread)
 
     with Scorer(checkpoint, device="cpu", dtype="float32") as scorer:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bge_rerank_integrations.engine.checkpoint.model_config import read_shape
 from bge_rerank_integrations.engine.checkpoint.weights import load_weights
 from bge_rerank_integrations.engine.cpu import int8_support
 from bge_rerank_integrations.engine.cpu.int8_support import has_onednn_products, int8_obstacle
+from bge_rerank_integrations.engine.cpu.thread_count import call_with_threads
 from bge_rerank_integrations.engine.cpu.vector_support import PAIRS_STEP
 from bge_rerank_integrations.engine.describe import describe_machine, describe_precision
 from bge_rerank_integrations.engine.runner import load_runner
@@ -34,7 +36,7 @@ from examples.random_checkpoint import build_random_checkpoint
 from tests.support.attention import HAS_PAIRS, needs_pairs
 from tests.support.engine import max_difference, random_ids, score_all
 from tests.support.rankings import check_rankings_agree
-from tests.support.threads import thread_count
+from tests.support.threads import refuse_to_start
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 REASON = int8_obstacle()
@@ -406,11 +408,6 @@ def test_each_item_is_in_one_share(num_items: int) -> None:
     assert sorted(done) == [*range(num_items)]
 
 
-def refuse_to_start(_: threading.Thread) -> None:
-    """What `Thread.start` does if the process can have no more threads."""
-    raise RuntimeError("can't start new thread")
-
-
 @needs_int8
 def test_a_part_is_computed_once_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor keeps a part that it cannot start a thread for."""
@@ -418,15 +415,15 @@ def test_a_part_is_computed_once_if_no_thread_can_be_started(monkeypatch: pytest
 
     executor = ThreadPoolExecutor(2)
     is_free = threading.Event()
-    with thread_count(3):
-        executor.submit(is_free.wait)
-        monkeypatch.setattr(shared_work, "_executor", executor)
-        done: list[range] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse_to_start)
-            shared_work.share(lambda start, end: done.append(range(start, end)), 6)
-        is_free.set()
-        executor.shutdown()  # waits until the thread has taken what the executor has kept
+    executor.submit(is_free.wait)
+    monkeypatch.setattr(shared_work, "_executor", executor)
+    done: list[range] = []
+    with monkeypatch.context() as patch:
+        # The thread that keeps torch's number is started by `_thread`, so it is not refused.
+        patch.setattr(threading.Thread, "start", refuse_to_start)
+        call_with_threads(3, lambda: shared_work.share(lambda start, end: done.append(range(start, end)), 6))
+    is_free.set()
+    executor.shutdown()  # waits until the thread has taken what the executor has kept
     assert sorted(done, key=min) == [range(2), range(2, 4), range(4, 6)]
 
 
@@ -445,8 +442,7 @@ def test_parts_that_no_thread_computes_are_not_kept(monkeypatch: pytest.MonkeyPa
     def work(start: int, end: int, _: Result = result) -> None:
         """Refer to the result."""
 
-    with thread_count(2):
-        shared_work.share(work, 2)
+    call_with_threads(2, partial(shared_work.share, work, 2))
     references: list[weakref.ref[object]] = [weakref.ref(result), weakref.ref(executor)]
     del work, result
     assert references[0]() is None
@@ -477,12 +473,12 @@ def test_share_raises_no_error_before_all_parts_have_ended(monkeypatch: pytest.M
         start_thread(thread)
         is_begun.wait()
 
-    with ThreadPoolExecutor(2) as executor, thread_count(3):
+    with ThreadPoolExecutor(2) as executor:
         start_thread = threading.Thread.start
         monkeypatch.setattr(shared_work, "_executor", executor)
         monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
         with pytest.raises(ValueError, match="no"):
-            shared_work.share(work, 3)
+            call_with_threads(3, lambda: shared_work.share(work, 3))
         assert ended == [1]
 
 

@@ -27,12 +27,7 @@ from bge_rerank_integrations.engine.runner import Runner, load_runners
 from tests.support.engine import CPU, random_ids, score_all
 from tests.support.interrupts import Interrupt
 from tests.support.queues import wait_until
-from tests.support.threads import in_new_thread
-
-
-def refuse(*args: object) -> None:
-    """Do what `Thread.start` and `start_new_thread` do in a process with too many threads."""
-    raise RuntimeError("can't start new thread")
+from tests.support.threads import in_new_thread, refuse_to_start
 
 
 def default_threads() -> int:
@@ -111,7 +106,7 @@ def test_loading_onto_a_gpu_leaves_the_number_of_torch_threads(
 def test_a_process_with_too_many_threads_still_sets_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     before, default = torch.get_num_threads(), default_threads()
     with monkeypatch.context() as patch:
-        patch.setattr(_thread, "start_new_thread", refuse)
+        patch.setattr(_thread, "start_new_thread", refuse_to_start)
         assert call_with_threads(before + 3, torch.get_num_threads) == before + 3
         assert torch.get_num_threads() == before
     assert default_threads() == default
@@ -120,7 +115,9 @@ def test_a_process_with_too_many_threads_still_sets_the_number(monkeypatch: pyte
 def test_a_pool_that_starts_only_partly_leaves_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
     monkeypatch.setattr(
-        threading.Thread, "start", lambda self: (refuse if self.name == "bge-rerank-cpu-2" else start)(self)
+        threading.Thread,
+        "start",
+        lambda self: (refuse_to_start if self.name == "bge-rerank-cpu-2" else start)(self),
     )
     before, default = set(threading.enumerate()), default_threads()
     split = SplitForward(lambda batch: batch.ids.float(), 3, 1024)

@@ -1,14 +1,9 @@
-"""Runs functions in new threads, and sets the number of torch threads."""
+"""Runs functions in new threads, or refuses to start any."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import torch
-
-from bge_rerank_integrations.engine.cpu.thread_count import set_thread_count
+from collections.abc import Callable
 
 
 def in_new_thread(function: Callable[[], object]) -> None:
@@ -18,12 +13,6 @@ def in_new_thread(function: Callable[[], object]) -> None:
     thread.join()
 
 
-@contextmanager
-def thread_count(num_threads: int) -> Iterator[None]:
-    """Let this thread compute with so many CPU threads in this block."""
-    before = torch.get_num_threads()
-    set_thread_count(num_threads)
-    try:
-        yield
-    finally:
-        set_thread_count(before)
+def refuse_to_start(*_: object) -> None:
+    """Do what `Thread.start` and `start_new_thread` do in a process with too many threads."""
+    raise RuntimeError("can't start new thread")
