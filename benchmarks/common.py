@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import importlib.metadata
 import io
 import logging
@@ -76,10 +77,19 @@ class PairMaker:
             length: Number of tokens in each pair, including special tokens. None draws lengths from a
                 log-normal distribution.
             num_query_words: Number of words in the query.
+
+        Raises:
+            ValueError: No query of so many words leaves room for a passage.
         """
         rng = random.Random(seed)
         query = rng.sample(self._counted, num_query_words)
-        taken = NUM_SPECIAL_TOKENS + sum(count for _, count in query)
+        if length is not None:
+            room = length - NUM_SPECIAL_TOKENS - MIN_PASSAGE_TOKENS
+            if sum(heapq.nsmallest(num_query_words, (count for _, count in self._counted))) > room:
+                raise ValueError(f"no query of {num_query_words} words fits into pairs of {length} tokens")
+            while _num_tokens(query) > room:
+                query = rng.sample(self._counted, num_query_words)
+        taken = NUM_SPECIAL_TOKENS + _num_tokens(query)
         text = " ".join(word for word, _ in query)
         return [
             (text, self._passage(rng, max((length or _log_normal(rng)) - taken, MIN_PASSAGE_TOKENS)))
@@ -98,6 +108,10 @@ class PairMaker:
             chosen.append(word)
             num_tokens -= count
         return " ".join(chosen)
+
+
+def _num_tokens(words: list[tuple[str, int]]) -> int:
+    return sum(count for _, count in words)
 
 
 def reworded(pairs: Pairs, seed: str) -> Pairs:

@@ -7,7 +7,7 @@ work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from bge_rerank_integrations.batching.stats import ScorerStats
@@ -16,6 +16,7 @@ from bge_rerank_integrations.scorer import Scorer
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Meter, Observation
+    from opentelemetry.trace import Span
     from prometheus_client.registry import Collector
 
 
@@ -186,21 +187,24 @@ def request_span(name: str, headers: Mapping[str, str]) -> Iterator[Callable[[st
     Yields:
         A function that sets an attribute of the span.
     """
+    with _start_span(name, headers) as span:
+        yield (lambda _, __: None) if span is None else span.set_attribute
+
+
+def _start_span(name: str, headers: Mapping[str, str]) -> AbstractContextManager[Span | None]:
     try:
         from opentelemetry import propagate, trace
     except ImportError:
-        yield lambda _, __: None
-        return
+        return nullcontext()
     tracer = trace.get_tracer("bge_rerank_integrations.server")
     # Exceptions are not recorded, because their messages may contain a text.
-    with tracer.start_as_current_span(
+    return tracer.start_as_current_span(
         name,
         context=propagate.extract(headers),
         kind=trace.SpanKind.SERVER,
         record_exception=False,
         set_status_on_exception=False,
-    ) as span:
-        yield span.set_attribute
+    )
 
 
 def observe_with_opentelemetry(scorer: Scorer, meter: Meter) -> None:

@@ -98,9 +98,16 @@ def test_mixed_lengths_are_log_normal_and_cut_at_512(maker: WorkloadMaker) -> No
     assert lengths[-1] == 512
 
 
-@pytest.mark.parametrize(("letter", "length"), [("C", 512), ("D", 32)])
-def test_lengths_that_are_stated_are_exact(maker: WorkloadMaker, letter: str, length: int) -> None:
-    assert set(maker.make(letter).num_tokens) == {length}
+@pytest.mark.parametrize(("letter", "length", "num_pairs"), [("C", 512, 100), ("D", 32, 8), ("D", 32, 1600)])
+def test_lengths_that_are_stated_are_exact(
+    maker: WorkloadMaker, letter: str, length: int, num_pairs: int
+) -> None:
+    assert set(maker.make(letter, num_pairs=num_pairs).num_tokens) == {length}
+
+
+def test_a_length_without_room_for_a_query_is_refused(maker: WorkloadMaker) -> None:
+    with pytest.raises(ValueError, match="no query of 3 words fits into pairs of 14 tokens"):
+        maker.make("D", length=14)
 
 
 def test_workloads_are_seeded(checkpoint: Path, maker: WorkloadMaker) -> None:

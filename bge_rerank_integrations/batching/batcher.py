@@ -28,7 +28,7 @@ from bge_rerank_integrations.errors import (
 )
 from bge_rerank_integrations.runtime.fork_guard import check_process, mark_process_in_use, was_forked
 from bge_rerank_integrations.runtime.locks import SafeCondition
-from bge_rerank_integrations.runtime.shutdown import end_at_exit, is_exiting, join_until
+from bge_rerank_integrations.runtime.shutdown import end_at_exit, is_exiting, join_until, wait_while
 from bge_rerank_integrations.runtime.uninterrupted import run_uninterrupted
 from bge_rerank_integrations.text.tokenization import IntArray
 
@@ -83,6 +83,9 @@ class MicroBatcher:
         self._replicas = list(replicas)  # replicas whose devices work
         self._workers: dict[Replica, Worker] = {}
         self._queue = RequestQueue()
+        # Requests that `accept` has accepted, and the threads that add their sequences. The references are
+        # weak, so that a caller that fails leaves nothing behind.
+        self._accepted: weakref.WeakKeyDictionary[Request, int] = weakref.WeakKeyDictionary()
         self._closed = False
         self._abandoned = False
         self._lost: BaseException | None = None
@@ -106,7 +109,7 @@ class MicroBatcher:
         check_process()
         is_first = bool(sequences) and not request.sequences
         with self._changed:
-            self._check_open(sum(map(len, sequences)))
+            self._check_open(request, sum(map(len, sequences)))
             if self._abandoned or request.is_over:
                 return
             if is_last:
@@ -125,17 +128,30 @@ class MicroBatcher:
                 partial(_forget_cancelled, weakref.ref(self), weakref.ref(request))
             )
 
-    def check_open(self, *, num_tokens: int) -> None:
-        """Raise the exception that `add` would raise for a request of this many tokens, if any."""
+    def accept(self, request: Request, *, num_tokens: int) -> None:
+        """Accept a request to which this thread will add sequences. `close` waits for the last of them.
+
+        Cancel the future of the request if its last sequences will not be added.
+
+        Args:
+            request: A new request, or a request that has been accepted and has more tokens now.
+            num_tokens: Number of tokens that `add` will get at least.
+
+        Raises:
+            QueueFullError, ScorerClosedError, DeviceLostError, ForkedProcessError: For the same reasons as
+                `add`.
+        """
         check_process()
         with self._changed:
-            self._check_open(num_tokens)
+            self._check_open(request, num_tokens)
+            self._accepted[request] = threading.get_ident()
 
     def close(self, timeout: float | None = None) -> None:
         """Reject new requests, finish the accepted ones and release the replicas.
 
-        It is safe to call this twice. A signal handler must call it in another thread. The call that the
-        handler has interrupted may hold a lock that the workers need.
+        It is safe to call this twice. A signal handler must call it in another thread, and must not wait for
+        that thread. The call that the handler has interrupted may hold a lock that the workers need, or
+        `close` may wait for its sequences.
 
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
@@ -147,11 +163,14 @@ class MicroBatcher:
             self._closed = True
             self._changed.notify_all()
         deadline = None if timeout is None else time.monotonic() + timeout
+        wait_while(self._is_any_growing, deadline)
         # If a device is lost meanwhile, other workers start. A worker that calls this method itself must not
         # wait for other workers, because two of them would wait for each other.
         while (threads := self._live_threads()) and threading.current_thread() not in threads:
             if not join_until(threads, deadline):
                 break
+        with self._changed:
+            self._accepted.clear()
         self._fail_all()
         with self._changed:
             # Objects that still refer to this batcher, such as a traceback, must not keep the model in
@@ -369,6 +388,14 @@ class MicroBatcher:
                 self._workers[replica] = worker
         self._changed.notify_all()
 
+    def _is_any_growing(self) -> bool:
+        """Return whether another thread will add sequences to a request that has been accepted."""
+        with self._changed:
+            return any(
+                thread_id != threading.get_ident() and request.state is State.GROWING and not request.is_over
+                for request, thread_id in self._accepted.items()
+            )
+
     def _live_threads(self) -> list[threading.Thread]:
         with self._changed:
             return [thread for worker in self._workers.values() for thread in worker.threads]
@@ -377,15 +404,16 @@ class MicroBatcher:
         """Reject new requests and drop the waiting ones. The workers end after their current batch."""
         with self._changed:
             self._closed = self._abandoned = True
+            self._accepted.clear()
             self._queue.clear()
             self._changed.notify_all()
 
-    def _check_open(self, num_tokens: int) -> None:
+    def _check_open(self, request: Request, num_tokens: int) -> None:
         if self._lost is not None:
             raise _device_lost(self._lost)
         if self._abandoned and threading.current_thread().daemon:
             return  # this thread ends with the interpreter; let it wait until then
-        if self._closed:
+        if self._closed and request not in self._accepted:
             raise ScorerClosedError
         limit = self._max_queued_tokens
         if limit is not None and self._queue.num_tokens + num_tokens > limit:

@@ -258,11 +258,11 @@ class Pipeline:
         Returns:
             The future of the request, which gives the logits.
         """
-        # Check this before the work of tokenizing.
-        self._batcher.check_open(num_tokens=min(pairs.num_pairs, 1))
         num_windows = num_tokens = 0
         waiting: list[IntArray] = []
         try:
+            # Do this before the work of tokenizing.
+            self._batcher.accept(request, num_tokens=min(pairs.num_pairs, 1))
             for windows in pairs.encode(self.tokenizer):
                 num_windows += len(windows)
                 num_tokens += sum(map(len, windows))
@@ -273,7 +273,7 @@ class Pipeline:
                     self._batcher.add(request, waiting, is_last=pairs.num_left == 0)
                     waiting = []
                 else:
-                    self._batcher.check_open(num_tokens=num_tokens)
+                    self._batcher.accept(request, num_tokens=num_tokens)
                 if pairs.num_left and (request.is_over or remaining() == 0):
                     return request.future  # the caller is about to get an exception or a timeout
         except BaseException:

@@ -20,7 +20,7 @@ from bge_rerank_integrations.runtime.fork_guard import was_forked
 
 # Longest time in seconds that interpreter exit waits for all threads of this package.
 _EXIT_S: Final = 4.0
-# Time in seconds between two checks of whether the threads have ended.
+# Time in seconds between two checks of a condition.
 _FIRST_PAUSE_S: Final = 0.0002
 _LONGEST_PAUSE_S: Final = 0.01
 
@@ -64,16 +64,31 @@ def join_until(threads: Iterable[threading.Thread], deadline: float | None) -> b
         Whether all threads have ended.
     """
     others = {thread for thread in threads if thread is not threading.current_thread()}
-    pause_s = _FIRST_PAUSE_S
     # If Ctrl-C interrupts `Thread.join`, Python before 3.13 takes the running thread for an ended one. Nobody
     # would wait for it at exit, and the process would abort. So the main thread joins only ended threads.
-    while _any_running(others):
+    if not wait_while(lambda: _any_running(others), deadline):
+        return False
+    for thread in others:
+        thread.join()
+    return True
+
+
+def wait_while(condition: Callable[[], bool], deadline: float | None) -> bool:
+    """Wait while a condition holds, and check it at least every 10 ms.
+
+    Args:
+        condition: Called in this thread.
+        deadline: Time at which to stop waiting, by `time.monotonic`; None for no limit.
+
+    Returns:
+        Whether the condition no longer holds.
+    """
+    pause_s = _FIRST_PAUSE_S
+    while condition():
         if deadline is not None and time.monotonic() >= deadline:
             return False
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-    for thread in others:
-        thread.join()
     return True
 
 

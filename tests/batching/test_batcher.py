@@ -167,7 +167,7 @@ def test_a_full_queue_refuses_at_once_and_serves_accepted_requests(
             accepted.append(submit(batcher, [sized(number, 10)]))
     assert len(accepted) == 5
     with pytest.raises(QueueFullError, match=r"40 tokens are waiting .* max_queued_tokens is 40"):
-        batcher.check_open(num_tokens=1)
+        batcher.accept(Request(), num_tokens=1)
     gate.let_through()
     assert results(accepted) == [[1.0], [0.0], [1.0], [2.0], [3.0]]
     assert submit(batcher, [ids(5)]).result(PATIENCE_S) == [5.0]
@@ -531,8 +531,8 @@ def test_a_full_queue_takes_a_request_without_sequences(
     gate.wait_until_entered()
     futures.append(submit(batcher, [sized(2, 40)]))
     with pytest.raises(QueueFullError):
-        batcher.check_open(num_tokens=1)
-    batcher.check_open(num_tokens=0)
+        batcher.accept(Request(), num_tokens=1)
+    batcher.accept(Request(), num_tokens=0)
     assert submit(batcher, []).result(PATIENCE_S) == []
     gate.let_through()
     assert results(futures) == [[1.0], [2.0]]
@@ -646,7 +646,7 @@ async def test_a_call_that_cannot_start_a_thread_says_so_and_leaves_no_work(
 
 @pytest.mark.parametrize("event", ["call", "return"])
 @pytest.mark.parametrize("method", ["__enter__", "__exit__"])
-@pytest.mark.parametrize("caller", ["check_open", "add", "count", "result", "cancel", "done"])
+@pytest.mark.parametrize("caller", ["accept", "add", "count", "result", "cancel", "done"])
 def test_an_interrupt_at_a_lock_does_not_stop_other_threads(
     checkpoint: Path, caller: str, method: str, event: str
 ) -> None:

@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from bge_rerank_integrations.text.pairs import PreparedPairs, _part_sizes
 from bge_rerank_integrations.text.token_cache import TokenCache
 from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
 from bge_rerank_integrations.validation import Pair, group_pairs
+from tests.support.interrupts import Interrupt
 from tests.support.queues import PATIENCE_S, Gate, ids, replica, sized, submit, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
@@ -140,6 +142,59 @@ def test_nothing_is_added_to_a_request_that_failed(batcher: MicroBatcher, gate: 
     assert isinstance(request.future.exception(PATIENCE_S), ValueError)
     batcher.add(request, [ids(2)])
     assert batcher.health().queued_tokens == 0
+
+
+def test_close_waits_for_the_parts_of_an_accepted_request(batcher: MicroBatcher, gate: Gate) -> None:
+    gate.let_through()
+    request, other = Request(), Request()
+    with ThreadPoolExecutor(1) as feeder, ThreadPoolExecutor(1) as closer:
+        feeder.submit(batcher.accept, request, num_tokens=1).result(PATIENCE_S)
+        closing = closer.submit(batcher.close)
+        wait_until(lambda: batcher.health().state == "closed")
+        with pytest.raises(ScorerClosedError):
+            batcher.accept(other, num_tokens=1)
+        with pytest.raises(ScorerClosedError):
+            batcher.add(other, [ids(9)])
+        feeder.submit(batcher.add, request, [ids(1)], is_last=False).result(PATIENCE_S)
+        with pytest.raises(FutureTimeoutError):  # it returns early only if it does not wait for the last part
+            closing.result(0.1)
+        feeder.submit(batcher.accept, request, num_tokens=2).result(PATIENCE_S)
+        feeder.submit(batcher.add, request, [ids(2)]).result(PATIENCE_S)
+        closing.result(PATIENCE_S)
+    assert request.future.result(0) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "dropped", "closed again", "timeout"])
+def test_close_does_not_wait_for_a_request_that_ends_early(
+    batcher: MicroBatcher, gate: Gate, ends: str
+) -> None:
+    gate.let_through()
+    request: Request | None = Request()
+    assert request is not None
+    with ThreadPoolExecutor(1) as feeder, ThreadPoolExecutor(1) as closer:
+        feeder.submit(batcher.accept, request, num_tokens=1).result(PATIENCE_S)
+        closing = closer.submit(batcher.close, 0.1 if ends == "timeout" else None)
+        wait_until(lambda: batcher.health().state == "closed")
+        match ends:
+            case "cancelled":
+                request.future.cancel()
+            case "dropped":
+                feeder.submit(int).result(PATIENCE_S)  # its thread may still hold its last task
+                request = None
+            case "closed again":
+                batcher.close(0.0)
+        closing.result(PATIENCE_S)
+        if request is not None and ends != "cancelled":
+            with pytest.raises(ScorerClosedError):
+                feeder.submit(batcher.add, request, [ids(1)]).result(PATIENCE_S)
+
+
+def test_a_thread_that_closes_the_batcher_does_not_wait_for_its_own_request(batcher: MicroBatcher) -> None:
+    request = Request()
+    batcher.accept(request, num_tokens=1)
+    batcher.close()
+    with pytest.raises(ScorerClosedError):
+        batcher.add(request, [ids(1)])
 
 
 def test_a_part_that_is_added_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
@@ -338,6 +393,59 @@ def test_a_full_queue_refuses_before_the_encoding(start: Callable[..., Device], 
         finally:
             may_finish.set()
         assert [len(future.result(PATIENCE_S)) for future in futures] == [1, 10]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_queued_tokens": 1_000_000}])
+def test_close_waits_for_a_call_that_is_encoding(
+    start: Callable[..., Device], passages: list[str], settings: dict[str, Any]
+) -> None:
+    device = start(**settings)
+    is_encoding, may_encode = threading.Event(), threading.Event()
+
+    def hold(_: int) -> None:
+        is_encoding.set()
+        assert may_encode.wait(PATIENCE_S)
+
+    device.tokenizer.before = hold
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            accepted = pool.submit(device.score, pairs_of(passages))
+            assert is_encoding.wait(PATIENCE_S)
+            closing = pool.submit(device.pipeline.close)
+            wait_until(lambda: device.pipeline.health().state == "closed")
+            with pytest.raises(ScorerClosedError):
+                device.score(pairs_of(passages[:1]))
+            assert not closing.done()
+        finally:
+            may_encode.set()
+        scores = accepted.result(PATIENCE_S)
+        closing.result(PATIENCE_S)
+    device.tokenizer.before = lambda _: None
+    assert scores == lengths_of(device, pairs_of(passages))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # in the `close` of a generator
+def test_close_does_not_wait_for_an_interrupted_call(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    kept: list[Interrupt] = []
+    is_reached = True
+    while is_reached:
+        device = start()
+        device.score(pairs_of(passages[:1]))  # starts the threads
+        kept.append(Interrupt(len(kept)))
+
+        def score(arm: Callable[[], None] = kept[-1].arm, device: Device = device) -> None:
+            arm()
+            device.score(pairs_of(passages[:2]))
+
+        kept[-1].call(score)
+        is_reached = kept[-1].is_reached
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(device.pipeline.close).result(PATIENCE_S)
+    assert len(kept) > 20
 
 
 async def test_a_pipeline_that_is_closing_refuses_async_calls(

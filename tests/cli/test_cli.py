@@ -266,6 +266,7 @@ def test_malformed_lines_are_named_up_to_a_limit_and_all_counted(on: list[str]) 
     result = run("rank", *on, stdin=json.dumps(REQUEST) + "\n" + "nonsense\n" * 1000)
     assert result.exit_code == 0
     assert result.stderr.count("skipped\n") == 20
+    assert result.stderr.count("Further malformed lines are counted but not listed.") == 1
     assert "; 1000 malformed line(s) skipped." in flat(result.stderr)
 
 

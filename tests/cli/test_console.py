@@ -199,6 +199,22 @@ def test_a_bar_is_shown_on_a_terminal_only_and_not_with_quiet(checkpoint: Path) 
     assert "pair [" not in CliRunner().invoke(main, arguments, input=request).stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_requests_can_be_typed_on_a_terminal(checkpoint: Path) -> None:
+    import pty
+
+    keyboard, terminal = pty.openpty()
+    try:
+        os.write(keyboard, json.dumps(REQUEST).encode() + b"\n\x04")  # Ctrl-D ends the input
+        command = [*COMMAND, "rank", "--model", str(checkpoint), "--device", "cpu"]
+        result = subprocess.run(command, stdin=terminal, capture_output=True, text=True, check=True)
+    finally:
+        os.close(terminal)
+        os.close(keyboard)
+    assert result.stderr.startswith("Reading requests from the terminal. Press Ctrl-D to end the input.\n")
+    assert len(json.loads(result.stdout)["results"]) == 2
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_messages_that_cannot_be_written_do_not_stop_a_job(checkpoint: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "requests.jsonl", tmp_path / "ranked.jsonl"
