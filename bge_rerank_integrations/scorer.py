@@ -449,7 +449,7 @@ class Scorer(PackageScorer):
     def close(self, timeout: float | None = None) -> None:
         """Reject new calls, finish the accepted ones and release the model. It is safe to call this twice.
 
-        A call that reads an iterator raises `ScorerClosedError` when it has read the next pairs.
+        A call that reads an iterator raises `ScorerClosedError` if it reads more pairs.
 
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining

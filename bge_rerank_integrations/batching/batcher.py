@@ -144,7 +144,8 @@ class MicroBatcher:
         check_process()
         with self._changed:
             self._check_open(request, num_tokens)
-            self._accepted[request] = threading.get_ident()
+            if not self._abandoned:
+                self._accepted[request] = threading.get_ident()
 
     def close(self, timeout: float | None = None) -> None:
         """Reject new requests, finish the accepted ones and release the replicas.
@@ -152,6 +153,8 @@ class MicroBatcher:
         It is safe to call this twice. A signal handler must call it in another thread, and must not wait for
         that thread. The call that the handler has interrupted may hold a lock that the workers need, or
         `close` may wait for its sequences.
+
+        In a thread of `is_in_a_call`, this does not wait for callers that add sequences.
 
         Args:
             timeout: Maximum time in seconds to finish accepted requests. When it is over, the remaining
@@ -163,7 +166,8 @@ class MicroBatcher:
             self._closed = True
             self._changed.notify_all()
         deadline = None if timeout is None else time.monotonic() + timeout
-        wait_while(self._is_any_growing, deadline)
+        if not self.is_in_a_call():
+            wait_while(self._is_any_growing, deadline)
         # If a device is lost meanwhile, other workers start. A worker that calls this method itself must not
         # wait for other workers, because two of them would wait for each other.
         while (threads := self._live_threads()) and threading.current_thread() not in threads:
@@ -178,6 +182,19 @@ class MicroBatcher:
             while self._replicas:
                 self._replicas.pop().release()
             self._changed.notify_all()
+
+    def is_in_a_call(self) -> bool:
+        """Return whether this thread is in the middle of a call, or is a worker. A finalizer may run there.
+
+        Such a thread must not wait for others. Two of them would wait for each other, or one of them may hold
+        a lock that the others need.
+        """
+        if was_forked():
+            return False
+        if self._changed._is_owned():  # type: ignore[attr-defined]
+            return True
+        is_worker = threading.current_thread() in self._live_threads()
+        return is_worker or threading.get_ident() in self._growing()
 
     def count(
         self, *, duplicates: int, truncations: int, query_truncations: int, blank_passages: int
@@ -389,12 +406,18 @@ class MicroBatcher:
         self._changed.notify_all()
 
     def _is_any_growing(self) -> bool:
-        """Return whether another thread will add sequences to a request that has been accepted."""
+        return bool(self._growing())
+
+    def _growing(self) -> set[int | None]:
+        """Return the threads that will add sequences to requests that have been accepted."""
         with self._changed:
-            return any(
-                thread_id != threading.get_ident() and request.state is State.GROWING and not request.is_over
-                for request, thread_id in self._accepted.items()
-            )
+            return {
+                self._accepted.get(request)
+                for reference in self._accepted.keyrefs()  # a copy: a finalizer may change the dictionary
+                if (request := reference()) is not None
+                and request.state is State.GROWING
+                and not request.is_over
+            }
 
     def _live_threads(self) -> list[threading.Thread]:
         with self._changed:
@@ -412,7 +435,7 @@ class MicroBatcher:
         if self._lost is not None:
             raise _device_lost(self._lost)
         if self._abandoned and threading.current_thread().daemon:
-            return  # this thread ends with the interpreter; let it wait until then
+            return  # `add` ignores its sequences, and it waits until it ends with the interpreter
         if self._closed and request not in self._accepted:
             raise ScorerClosedError
         limit = self._max_queued_tokens

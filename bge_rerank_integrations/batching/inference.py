@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -215,8 +216,14 @@ class Pipeline:
         return self._batcher.health()
 
     def close(self, timeout: float | None = None) -> None:
-        """Reject new requests, finish the accepted ones within `timeout` seconds, and release the model."""
+        """Reject new requests, finish the accepted ones within `timeout` seconds, and release the model.
+
+        If a finalizer calls this in the middle of a call of this thread, another thread does it.
+        """
         remaining = start_countdown(timeout)
+        if self._batcher.is_in_a_call():
+            threading.Thread(target=self.close, args=(timeout,), name="bge-rerank-close").start()
+            return
         self._executor.shutdown(wait=False)
         # When the threads have ended, all accepted requests are in the queue. The executor knows a thread
         # before the thread itself runs.
@@ -261,7 +268,7 @@ class Pipeline:
         num_windows = num_tokens = 0
         waiting: list[IntArray] = []
         try:
-            # Do this before the work of tokenizing.
+            # This refuses a call before the work of tokenizing. From here on, `close` waits for it.
             self._batcher.accept(request, num_tokens=min(pairs.num_pairs, 1))
             for windows in pairs.encode(self.tokenizer):
                 num_windows += len(windows)

@@ -22,6 +22,7 @@ from bge_rerank_integrations import Scorer, ScorerConfig
 from bge_rerank_integrations.batching.batcher import MicroBatcher
 from bge_rerank_integrations.batching.inference import Pipeline
 from bge_rerank_integrations.batching.request import Request
+from bge_rerank_integrations.batching.workers import Replica
 from bge_rerank_integrations.engine.packing import PackedBatch
 from bge_rerank_integrations.engine.runner import Runner, is_device_lost
 from bge_rerank_integrations.errors import (
@@ -33,10 +34,10 @@ from bge_rerank_integrations.errors import (
 from bge_rerank_integrations.ranking import Selection
 from bge_rerank_integrations.text.pairs import PreparedPairs, _part_sizes
 from bge_rerank_integrations.text.token_cache import TokenCache
-from bge_rerank_integrations.text.tokenization import EncodedPair, PairTokenizer
+from bge_rerank_integrations.text.tokenization import EncodedPair, IntArray, PairTokenizer
 from bge_rerank_integrations.validation import Pair, group_pairs
 from tests.support.interrupts import Interrupt
-from tests.support.queues import PATIENCE_S, Gate, ids, replica, sized, submit, wait_until
+from tests.support.queues import PATIENCE_S, Done, Gate, ids, replica, sized, submit, wait_until
 from tests.support.tolerances import LOGIT_TOLERANCE
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
@@ -196,6 +197,25 @@ def test_a_thread_that_closes_the_batcher_does_not_wait_for_its_own_request(batc
     batcher.close()
     with pytest.raises(ScorerClosedError):
         batcher.add(request, [ids(1)])
+
+
+def test_a_batcher_knows_the_threads_that_must_not_wait_for_others() -> None:
+    def launch(sequences: list[IntArray], *, is_alone: bool) -> Done:
+        return Done([float(queue.is_in_a_call())] * len(sequences))
+
+    queue = MicroBatcher([Replica(launch, lambda: 100)])
+    request = Request()
+    assert not queue.is_in_a_call()
+    queue.accept(request, num_tokens=1)
+    assert queue.is_in_a_call()
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(queue.is_in_a_call).result(PATIENCE_S)
+    queue.add(request, [ids(1)])
+    assert not queue.is_in_a_call()
+    assert request.future.result(PATIENCE_S) == [1.0]
+    with queue._changed:
+        assert queue.is_in_a_call()
+    queue.close()
 
 
 def test_a_part_that_is_added_after_close_is_refused(batcher: MicroBatcher, gate: Gate) -> None:
@@ -423,6 +443,32 @@ def test_close_waits_for_a_call_that_is_encoding(
         closing.result(PATIENCE_S)
     device.tokenizer.before = lambda _: None
     assert scores == lengths_of(device, pairs_of(passages))
+
+
+def test_finalizers_can_close_a_scorer_in_the_middle_of_several_calls(
+    start: Callable[..., Device], passages: list[str]
+) -> None:
+    class Owner:
+        def __del__(self) -> None:
+            device.pipeline.close()
+
+    def drop_an_owner(_: int) -> None:
+        owner = Owner()
+        if threading.get_ident() not in callers:
+            callers.add(threading.get_ident())
+            meeting.wait(PATIENCE_S)
+        del owner
+
+    callers: set[int] = set()
+    device, meeting = start(), threading.Barrier(2)
+    device.tokenizer.before = drop_an_owner
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(device.score, pairs_of(passages[:100])) for _ in range(2)]
+        scores = [call.result(PATIENCE_S) for call in calls]
+    device.tokenizer.before = lambda _: None
+    assert scores == [lengths_of(device, pairs_of(passages[:100]))] * 2
+    wait_until(lambda: device.pipeline.health().replicas_alive == 0)
+    assert device.pipeline.health().state == "closed"
 
 
 # Python only reports an exception in the `close` of a generator.

@@ -230,6 +230,34 @@ def test_ctrl_c_while_threads_end_does_not_make_them_look_ended() -> None:
     timer.join()
 
 
+def test_close_at_exit_does_not_wait_for_calls_of_daemon_threads(checkpoint: Path) -> None:
+    code = """
+        import atexit, sys, threading, time
+
+        def close():
+            may_call.set()
+            has_called.wait(60)
+            time.sleep(0.1)
+            scorer.close()
+            print("closed")
+
+        atexit.register(close)  # before the import, so that it runs after the package's own cleanup
+        from bge_rerank_integrations import Scorer
+
+        scorer = Scorer(sys.argv[1], device="cpu", dtype="float32")
+        may_call, has_called = threading.Event(), threading.Event()
+
+        def call():
+            may_call.wait(60)
+            has_called.set()
+            scorer.rank("a", ["b", "c"])
+
+        threading.Thread(target=call, daemon=True).start()
+    """
+    completed = run_child(code, checkpoint)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "closed\n", "")
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals to threads")
 def test_a_process_ends_well_after_ctrl_c_in_close(checkpoint: Path) -> None:
     code = """
