@@ -167,7 +167,7 @@ class MicroBatcher:
             self._changed.notify_all()
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self.is_in_a_call():
-            wait_while(self._is_any_growing, deadline)
+            wait_while(lambda: bool(self._growing()), deadline)
         # If a device is lost meanwhile, other workers start. A worker that calls this method itself must not
         # wait for other workers, because two of them would wait for each other.
         while (threads := self._live_threads()) and threading.current_thread() not in threads:
@@ -404,9 +404,6 @@ class MicroBatcher:
                 worker.start()  # its threads wait for the lock
                 self._workers[replica] = worker
         self._changed.notify_all()
-
-    def _is_any_growing(self) -> bool:
-        return bool(self._growing())
 
     def _growing(self) -> set[int | None]:
         """Return the threads that will add sequences to requests that have been accepted."""

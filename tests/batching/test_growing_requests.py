@@ -268,6 +268,21 @@ class Device:
         self.give = give
         return may_finish
 
+    def hold_encoding(self) -> tuple[threading.Event, threading.Event]:
+        """Let the encoding wait before each part except the first.
+
+        Returns:
+            An event that is set when the encoding waits, and one that lets it go on.
+        """
+        is_waiting, may_encode = threading.Event(), threading.Event()
+
+        def hold(_: int) -> None:
+            is_waiting.set()
+            assert may_encode.wait(PATIENCE_S)
+
+        self.tokenizer.before = hold
+        return is_waiting, may_encode
+
     def score(self, pairs: list[Pair], **options: Any) -> list[float]:
         prepared = PreparedPairs(group_pairs(pairs))
         return prepared.scores(self.pipeline.run(prepared, **options), normalize=False)
@@ -378,13 +393,7 @@ async def test_cancellation_ends_the_encoding(
     start: Callable[..., Device], passages: list[str], settings: dict[str, Any]
 ) -> None:
     device = start(**settings)
-    reached, cancelled = threading.Event(), threading.Event()
-
-    def before(_: int) -> None:
-        reached.set()
-        assert cancelled.wait(PATIENCE_S)
-
-    device.tokenizer.before = before
+    reached, cancelled = device.hold_encoding()
     task = asyncio.create_task(device.pipeline.arun(PreparedPairs([(QUERY, passages)])))
     assert await asyncio.to_thread(reached.wait, PATIENCE_S)
     task.cancel()
@@ -421,13 +430,7 @@ def test_close_waits_for_a_call_that_is_encoding(
     start: Callable[..., Device], passages: list[str], settings: dict[str, Any]
 ) -> None:
     device = start(**settings)
-    is_encoding, may_encode = threading.Event(), threading.Event()
-
-    def hold(_: int) -> None:
-        is_encoding.set()
-        assert may_encode.wait(PATIENCE_S)
-
-    device.tokenizer.before = hold
+    is_encoding, may_encode = device.hold_encoding()
     with ThreadPoolExecutor(2) as pool:
         try:
             accepted = pool.submit(device.score, pairs_of(passages))
